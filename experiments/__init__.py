@@ -1,0 +1,1 @@
+"""Scripts that compose pgjax, and the black-box rewards that they train on."""

@@ -1,0 +1,421 @@
+"""PPO on a language model against a black-box reward (Schulman et al. 2017; Ouyang et al. 2022), Monte Carlo returns.
+
+    python -m experiments.ppo                   # SmolLM2-135M-Instruct learns the shape of a haiku
+    python -m experiments.ppo sentiment         # ... or to continue reviews kindly
+    python -m experiments.ppo --help            # every field; flags override the preset
+    python -m experiments.ppo --resume          # go on with a run that was stopped
+
+prompts > rollout > scores > rewards > returns > advantages > loss > update > checkpoint
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import pgjax as pg
+from experiments.task import check_columns, load_rows, make_task
+from pgjax import data, logs, loop, perf, rewards, train
+from pgjax.checkpoint import Checkpoints
+from pgjax.curves import plot_curves
+from pgjax.models.causal_lm import logits_of
+from pgjax.progress import Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run. Every number that decides it stands here."""
+
+    model: str = "SmolLM2-135M-Instruct"  # folder, .gguf file, hub id, or a model that an installed package ships
+    prompts: str = "experiments.haiku:train_rows"  # a .jsonl, .csv, .parquet or .txt file, or module:function giving rows
+    held_out: str = "experiments.haiku:held_out_rows"  # likewise, for the evaluation before and after
+    chat: bool = True  # put prompts through the tokenizer's chat template
+    rewards: tuple[str, ...] = ("experiments.haiku:haiku_reward",)  # black boxes, module:function
+    reward_weights: tuple[float, ...] = (1.0,)  # one for each reward
+    output: Path = Path("runs/haiku")  # the run folder: config, metrics, samples, curves, checkpoints, policy
+    resume: bool = False  # go on with the run in `output`
+    seed: int = 0  # of prompt order, sampling and minibatches
+
+    steps: int = 40  # iterations of rollout and update
+    batch_size: int = 32  # completions an iteration
+    max_new_tokens: int = 32  # the longest completion, in tokens
+    temperature: float = 1.0  # of the policy: in sampling and in every log-probability
+    truncation_penalty: float = 0.0  # taken off the score of a completion that did not end by itself
+
+    epochs: int = 1  # passes over an iteration's completions
+    minibatches: int = 2  # updates an epoch
+    microbatches: int = 2  # parts of a minibatch, for memory; the gradient is the same
+    learning_rate: float = 2e-5  # peak, of AdamW
+    warmup_updates: int = 4  # updates of linear warm-up
+    decay: bool = False  # fall linearly to 0 over the run
+    weight_decay: float = 0.0  # decoupled, on matrices
+    max_grad_norm: float = 1.0  # clip the gradient to this global norm
+    clip_eps: float = 0.2  # PPO's range of the ratio, 1 - eps to 1 + eps
+    value_clip_eps: float | None = None  # range of the value around its old one; None does not clip
+    value_coef: float = 0.5  # weight of the value loss
+    entropy_coef: float = 0.0  # weight of the entropy bonus
+    discount: float = 1.0  # of rewards a token later
+    kl_coef: float = 0.02  # of the penalty on the log-ratio to the reference, in the reward of each token
+    kl_target: float | None = None  # nats a sequence; adapts kl_coef towards it (Ziegler et al. 2019)
+    kl_horizon: float = 10_000.0  # completions; how slowly kl_coef adapts
+    max_approx_kl: float | None = None  # stop an iteration's epochs when the policy has moved further, nats a token
+
+    eval_samples: int = 8  # completions of each held-out prompt, before and after
+    samples_every: int = 10  # iterations between tables of samples
+    save_every: int = 20  # iterations between checkpoints
+
+
+PRESETS = {
+    "haiku": Config(),
+    "sentiment": Config(
+        prompts="experiments.sentiment:train_rows",
+        held_out="experiments.sentiment:held_out_rows",
+        chat=False,
+        rewards=("experiments.sentiment:sentiment_reward",),
+        output=Path("runs/sentiment"),
+        max_new_tokens=20,
+    ),
+}
+
+
+MAY_CHANGE = {"resume", "steps", "eval_samples", "samples_every", "save_every"}  # when a run goes on
+
+
+class State(NamedTuple):
+    """What a checkpoint holds; the rest follows from the config and the step number."""
+
+    learner: train.TrainState  # {"lm", "value"} and AdamW's moments
+    kl_coef: jax.Array
+
+
+class Batch(NamedTuple):
+    """An iteration's experience. W = max_new_tokens + 1: the window from the last prompt token on, in the token frame."""
+
+    tokens: jax.Array  # [B, T] int32
+    attention_mask: jax.Array  # [B, T]
+    mask: jax.Array  # [B, W], True on sampled tokens; so are all that follow
+    old_logprobs: jax.Array
+    old_values: jax.Array
+    returns: jax.Array
+    advantages: jax.Array
+
+
+class Scored(NamedTuple):
+    """What one model says of a batch, each [B, W]."""
+
+    logprobs: jax.Array
+    values: jax.Array
+    entropy: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("lm", "window", "parts"))
+def score(lm: pg.CausalLM, params: Any, tokens: jax.Array, attention_mask: jax.Array, temperature: jax.Array, *, window: int, parts: int) -> Scored:
+    """Teacher-force a batch, in `parts` parts so that logits of one part exist at a time; for policy and reference alike."""
+
+    def part(xs: tuple[jax.Array, jax.Array]) -> Scored:
+        tokens, attention_mask = xs
+        hidden = lm.hidden(params["lm"], tokens, attention_mask)[:, -window:]
+        logits = logits_of(hidden, lm.unembedding(params["lm"]))
+        return Scored(
+            pg.token_logprobs(logits, tokens[:, -window:], temperature=temperature),
+            pg.token_values(params["value"], hidden),
+            pg.token_entropy(logits, temperature=temperature),
+        )
+
+    split = jax.tree.map(lambda x: x.reshape(parts, -1, x.shape[1]), (tokens, attention_mask))
+    return jax.tree.map(lambda x: x.reshape(-1, window), jax.lax.map(part, split))
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def experience(
+    rollout: pg.Rollout, policy: Scored, reference: Scored, scores: jax.Array, kl_coef: jax.Array, *, config: Config
+) -> tuple[Batch, jax.Array, train.Metrics]:
+    """Turn scores into advantages: KL-shaped rewards, Monte Carlo returns, returns - values whitened over all tokens."""
+    mask = rollout.mask[:, -policy.values.shape[1] :]
+    kl = pg.kl_k1(policy.logprobs, reference.logprobs)
+    rewards = pg.kl_shaped_rewards(scores, kl, mask, kl_coef=kl_coef)
+    returns = pg.monte_carlo_returns(rewards, mask, discount=config.discount)
+    advantages = pg.masked_whiten(returns - policy.values, mask)
+    batch = Batch(rollout.tokens, rollout.attention_mask, mask, policy.logprobs, policy.values, returns, advantages)
+
+    def a_sequence(x: jax.Array) -> jax.Array:  # summed over its tokens, averaged over sequences
+        return jnp.where(mask, x, 0.0).sum(1).mean()
+
+    sequence_kl = a_sequence(kl)
+    new_kl_coef = kl_coef
+    if config.kl_target is not None:
+        new_kl_coef = pg.adaptive_kl_coef(
+            kl_coef, sequence_kl, target=config.kl_target, horizon=config.kl_horizon, batch_size=config.batch_size
+        )
+    sampled = rollout.logprobs[:, -mask.shape[1] :]
+    return batch, new_kl_coef, {
+        "objective/scores": scores.mean(),
+        "objective/kl": sequence_kl,
+        "objective/entropy": a_sequence(policy.entropy),
+        "objective/non_score_reward": -kl_coef * sequence_kl,
+        "objective/rlhf_reward": scores.mean() - kl_coef * sequence_kl,
+        "objective/kl_coef": kl_coef,
+        "policy/entropy_avg": pg.masked_mean(policy.entropy, mask),
+        "val/explained_variance": 1 - _variance(returns - policy.values, mask) / (_variance(returns, mask) + 1e-8),
+        "val/sampler_gap": pg.masked_mean(jnp.abs(sampled - policy.logprobs), mask),  # sampler against learner, nats
+        "completions/mean_length": a_sequence(jnp.ones_like(kl)),
+        "completions/max_length": mask.sum(1).max(),
+    }
+
+
+def _variance(x: jax.Array, mask: jax.Array) -> jax.Array:
+    return pg.masked_mean(jnp.square(x - pg.masked_mean(x, mask)), mask)
+
+
+def ppo_loss(params: Any, batch: Batch, *, lm: pg.CausalLM, config: Config) -> tuple[jax.Array, train.Metrics]:
+    """Clipped surrogate + value_coef * value loss - entropy_coef * entropy, each a mean over sampled tokens."""
+    window = batch.mask.shape[1]
+    hidden = lm.hidden(params["lm"], batch.tokens, batch.attention_mask)[:, -window:]
+    unembedding, tokens = lm.unembedding(params["lm"]), batch.tokens[:, -window:]
+    logprobs = pg.linear_token_logprobs(hidden, unembedding, tokens, temperature=config.temperature)
+    values = pg.token_values(params["value"], hidden)
+
+    policy = pg.clipped_surrogate_loss(logprobs, batch.old_logprobs, batch.advantages, batch.mask, clip_eps=config.clip_eps)
+    clipping = {} if config.value_clip_eps is None else {"old_values": batch.old_values, "clip_eps": config.value_clip_eps}
+    value = pg.value_loss(values, batch.returns, batch.mask, **clipping)
+    loss = policy + config.value_coef * value
+    if config.entropy_coef != 0:
+        entropy = pg.token_entropy(logits_of(hidden, unembedding), temperature=config.temperature)
+        loss = loss - config.entropy_coef * pg.masked_mean(entropy, batch.mask)
+
+    moved = pg.surrogate_diagnostics(logprobs, batch.old_logprobs, batch.mask, clip_eps=config.clip_eps)
+    value_moved = jnp.abs(values - batch.old_values) > (math.inf if config.value_clip_eps is None else config.value_clip_eps)
+    ratio = jnp.exp(jnp.where(batch.mask, logprobs - batch.old_logprobs, 0.0))
+    return loss, {
+        "loss/policy_avg": policy,
+        "loss/value_avg": value,
+        "policy/approxkl_avg": moved["approx_kl"],
+        "policy/clipfrac_avg": moved["clip_fraction"],
+        "val/clipfrac_avg": pg.masked_mean(value_moved.astype(jnp.float32), batch.mask),
+        "val/ratio": moved["ratio_mean"],
+        "val/ratio_var": pg.masked_mean(jnp.square(ratio - 1), batch.mask),  # around 1
+    }
+
+
+@functools.partial(jax.jit, static_argnames=("lm", "optimizer", "config"), donate_argnames=("state",))
+def update(state: train.TrainState, batch: Batch, rows: jax.Array, *, lm: pg.CausalLM, optimizer: Any, config: Config) -> tuple[train.TrainState, train.Metrics]:
+    """Take one optimizer step on the given rows of the batch."""
+    part = jax.tree.map(lambda x: x[rows], batch)
+    loss_fn = functools.partial(ppo_loss, lm=lm, config=config)
+    grad, metrics = train.accumulate(loss_fn, state.params, part, part.mask.sum(1), config.microbatches)
+    state, step_metrics = train.apply_gradient(state, grad, metrics.pop("loss"), optimizer)
+    return state, metrics | {f"train/{name}": value for name, value in step_metrics.items()}
+
+
+
+def main(config: Config) -> dict[str, float]:
+    """Run PPO; return the held-out score before and after with its standard errors, and the last step's metrics."""
+    check(config)
+    judges = [rewards.load_reward(spec) for spec in config.rewards]
+    row_sets = [load_rows(config.prompts), load_rows(config.held_out)]
+    for rows in row_sets:
+        check_columns(rows, judges)
+    plain = {name: str(x) if isinstance(x, Path) else x for name, x in dataclasses.asdict(config).items()}
+    folder = logs.open_run(config.output, plain, resume=config.resume, may_change=MAY_CHANGE)
+
+    lm, params, tokenizer = pg.load(config.model)
+    task = make_task(
+        lm, tokenizer, judges, config.reward_weights, row_sets,
+        chat=config.chat, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+    )  # fmt: skip
+    train_rows, held_out = task.rows
+    deal = data.batches(train_rows, config.batch_size, seed=config.seed)
+    peaks = perf.measured_peaks(lm.dtype)
+
+    updates = config.steps * config.epochs * config.minibatches
+    optimizer, learning_rate = train.adamw(
+        config.learning_rate, updates=updates, warmup=min(config.warmup_updates, updates), decay=config.decay,
+        max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay,
+    )  # fmt: skip
+    reference = {"lm": params, "value": pg.init_value_head(lm.arch.width)}
+    policy = jax.tree.map(jnp.copy, reference)  # updates consume their buffers: the reference keeps its own
+    state = State(train.init_state(policy, optimizer), jnp.float32(config.kl_coef))
+    checkpoints = Checkpoints(folder / "checkpoints")
+    start = 0
+    if config.resume and checkpoints.latest() is not None:
+        state, extra = checkpoints.restore(state)
+        state, start = state._replace(learner=state.learner._replace(healthy=jnp.ones((), bool))), extra["step"]
+    del policy
+
+    key = jax.random.key(config.seed)
+    parts = config.minibatches * config.microbatches
+    scorer = functools.partial(
+        score, lm, temperature=jnp.float32(config.temperature), window=config.max_new_tokens + 1, parts=parts
+    )
+    free_at = 0.0  # when the device was last seen without work
+
+    def prepare(state: State, i: int) -> Any:
+        """Queue the rollout; nothing is waited for."""
+        sample_key, shuffle_key = jax.random.split(fold_in(key, i))
+        rows = deal[i]
+        return rows, shuffle_key, time.perf_counter(), task.generate(state.learner.params["lm"], rows, sample_key)
+
+    def step(state: State, i: int, work: Any) -> tuple[State, dict[str, Any], list[dict[str, Any]]]:
+        """Score on the device, judge on the host meanwhile, then update."""
+        nonlocal free_at
+        rows, shuffle_key, queued_at, rollout = work
+        learner, kl_coef = state
+        jax.block_until_ready(rollout)
+        rolled_out = time.perf_counter()
+        policy = scorer(learner.params, rollout.tokens, rollout.attention_mask)
+        frozen = scorer(reference, rollout.tokens, rollout.attention_mask)
+        judged = task.judge(rows, rollout)
+        rewarded = time.perf_counter()
+        jax.block_until_ready((policy, frozen))
+        scored = time.perf_counter()
+
+        paid = judged.scores - np.float32(config.truncation_penalty) * ~judged.ended
+        batch, kl_coef, metrics = experience(rollout, policy, frozen, jax.device_put(paid), kl_coef, config=config)
+        taken: list[train.Metrics] = []
+        for epoch in range(config.epochs):
+            for chosen in train.minibatches(fold_in(shuffle_key, epoch), config.batch_size, config.minibatches):
+                learner, of_update = update(learner, batch, chosen, lm=lm, optimizer=optimizer, config=config)
+                taken.append(of_update)
+            if config.max_approx_kl is not None and jax.device_get(taken[-1]["policy/approxkl_avg"]) > config.max_approx_kl:
+                break
+
+        def update_seconds() -> float:
+            nonlocal free_at
+            free_at = time.perf_counter()
+            return free_at - scored
+
+        numbers = {
+            "objective/scores_std": judged.scores.std(),
+            **{f"rewards/{name}": part.mean() for name, part in judged.parts.items()},
+            "val/num_eos_tokens": judged.ended.sum(),
+            "completions/clipped_ratio": 1 - judged.ended.mean(),
+            "completions/padded_length": rollout.tokens.shape[1],
+            "episode": (i + 1) * config.batch_size,
+            "train/updates": len(taken),
+            "timing/rollout": rolled_out - max(queued_at, free_at),
+            "timing/reward": rewarded - rolled_out,
+            "timing/score": scored - rolled_out,
+            "timing/update": update_seconds,
+        }
+        of_updates = {name: [metrics[name] for metrics in taken] for name in taken[0]}
+        return State(learner, kl_coef), {**metrics, **of_updates, **numbers}, judged.samples(rows, 8)
+
+    with logs.Writer(folder, start_step=start + 1 if start else 0) as writer, Progress(config.steps, start=start) as progress:
+
+        def report(done: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
+            metrics["lr"] = float(learning_rate(done * updates // config.steps - 1))
+            metrics |= speed(lm, config, peaks, metrics)
+            writer.write(done, metrics)
+            progress.update(done, metrics)
+            if not metrics["train/healthy"]:
+                raise FloatingPointError(
+                    f"loss or gradient is not finite in step {done} (gradient norm {metrics['train/grad_norm']}): the parameters are "
+                    "those before it; lower --learning-rate or --max-grad-norm, then --resume"
+                )
+            if done % config.samples_every == 0 or done == 1:
+                writer.write_samples(done, samples)
+                progress.samples(done, samples[:3])
+
+        def evaluate(params: Any, step: int) -> None:
+            figures = task.evaluate(params["lm"], held_out, config.eval_samples, config.batch_size, fold_in(key, 2**32 - 1))
+            writer.write(step, {f"eval/{name}": value for name, value in figures.items()})
+            progress.print(f"held-out score after {step} steps: {figures['scores']:.3f} +- {figures['scores_stderr']:.3f}")
+
+        if start == 0:
+            evaluate(state.learner.params, 0)
+        state = loop.run(
+            state, steps=config.steps, start=start, prepare=prepare, step=step, report=report,
+            checkpoints=checkpoints, save_every=config.save_every,
+        )  # fmt: skip
+        evaluate(state.learner.params, config.steps)
+
+    pg.save_pretrained(folder / "policy", lm, state.learner.params["lm"], tokenizer)
+    plot_curves(folder)
+    return summary(folder)
+
+
+def fold_in(key: jax.Array, number: int) -> jax.Array:
+    """Derive a key from a number of the host, sent to the device in the open."""
+    return jax.random.fold_in(key, jax.device_put(np.uint32(number)))
+
+
+def speed(lm: pg.CausalLM, config: Config, peaks: perf.Peaks, metrics: dict[str, float]) -> dict[str, float]:
+    """Work out tokens a second, and the share of the machine's measured peaks that learner and sampler reach."""
+    length, completion = metrics["completions/padded_length"], metrics["completions/mean_length"]
+    seconds = metrics["timing/rollout"] + metrics["timing/score"] + metrics["timing/update"]
+    rows, window = config.batch_size * metrics["train/updates"] / config.minibatches, config.max_new_tokens + 1
+    flops = perf.training_flops(lm.arch, tokens=rows * length, context=length / 2, head_tokens=rows * window)
+    size = jnp.dtype(lm.dtype).itemsize
+    context = length - config.max_new_tokens + completion / 2
+    a_step = perf.decode_bytes(lm.arch, batch=config.batch_size, context=context, weight_bytes=size, cache_bytes=size)
+    return {
+        "perf/tokens_per_second": config.batch_size * completion / seconds,
+        "perf/mfu": perf.mfu(flops, metrics["timing/update"], peaks.matmul_flops),
+        "perf/decode_mbu": perf.mbu(a_step * metrics["completions/max_length"], metrics["timing/rollout"], peaks.read_bytes),
+    }
+
+
+def summary(folder: Path) -> dict[str, float]:
+    """Read off a finished run what changed on the held-out prompts, in standard errors of the difference."""
+    rows = logs.read_metrics(folder)
+    before, *_, after = [row for row in rows if "eval/scores" in row]
+    error = math.hypot(before["eval/scores_stderr"], after["eval/scores_stderr"])
+    last = [row for row in rows if "objective/scores" in row][-1]
+    rise = after["eval/scores"] - before["eval/scores"]
+    return {"eval/before": before["eval/scores"], "eval/after": after["eval/scores"], "eval/rise_in_stderr": rise / error, **last}
+
+
+def check(config: Config) -> None:
+    """Refuse a run that cannot work, before anything is read or computed."""
+
+    def require(ok: bool, message: str) -> None:
+        if not ok:
+            raise ValueError(message)
+
+    positive = ("steps", "batch_size", "max_new_tokens", "epochs", "minibatches", "microbatches", "eval_samples", "samples_every", "save_every")
+    for name in positive:
+        require(getattr(config, name) >= 1, f"{name} must be at least 1, got {getattr(config, name)}")
+    parts = config.minibatches * config.microbatches
+    require(
+        config.batch_size % parts == 0,
+        f"batch_size={config.batch_size} does not divide into minibatches={config.minibatches} times "
+        f"microbatches={config.microbatches}: make it a multiple of {parts}",
+    )
+    require(0 < config.temperature < math.inf, f"temperature must be above 0 (a greedy policy has no gradient), got {config.temperature}")
+    require(0 < config.clip_eps < 1, f"clip_eps must be between 0 and 1, got {config.clip_eps}")
+    require(0 < config.discount <= 1, f"discount must be above 0 and at most 1, got {config.discount}")
+    for name in ("kl_coef", "value_coef", "entropy_coef", "truncation_penalty", "weight_decay", "learning_rate", "warmup_updates"):
+        require(0 <= getattr(config, name) < math.inf, f"{name} must be finite and not below 0, got {getattr(config, name)}")
+    for name in ("value_clip_eps", "kl_target", "max_approx_kl", "kl_horizon", "max_grad_norm"):
+        value = getattr(config, name)
+        require(value is None or 0 < value < math.inf, f"{name} must be above 0, got {value}")
+    require(0 <= config.seed < 2**32, f"seed must be from 0 to 2^32 - 1, got {config.seed}")
+    weights = config.reward_weights
+    require(
+        len(weights) == len(config.rewards) >= 1 and all(math.isfinite(w) for w in weights),
+        f"rewards and reward_weights must go in pairs of a function and a finite number, got {config.rewards} and {weights}",
+    )
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    preset = arguments.pop(0) if arguments and arguments[0] in PRESETS else "haiku"
+    try:
+        figures = main(tyro.cli(Config, default=PRESETS[preset], args=arguments, description=__doc__))
+    except loop.Interrupted as stopped:
+        sys.exit(f"{stopped}: the same command with --resume goes on")
+    except ValueError as error:
+        if isinstance(error, rewards.RewardError):
+            raise
+        sys.exit(f"error: {error}")
+    print(f"held-out score {figures['eval/before']:.3f} -> {figures['eval/after']:.3f}, a rise of {figures['eval/rise_in_stderr']:.1f} standard errors")

@@ -1,0 +1,121 @@
+"""A task: prompts in, completions out, and the black box's scores beside them. What every LLM experiment here shares."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import pgjax as pg
+from pgjax import data, rewards
+from pgjax.models.load import stop_ids
+
+Row = dict[str, Any]  # a prompt with its further columns; "ids" once it is encoded
+
+
+class Judged(NamedTuple):
+    """What the black box says of a rollout; on the host."""
+
+    completions: list[str]
+    scores: np.ndarray  # [B] float32, weighted sum
+    parts: dict[str, np.ndarray]  # each reward's own, [B]
+    ended: np.ndarray  # [B] True where the completion ended by itself
+
+    def samples(self, rows: Sequence[Row], count: int) -> list[Row]:
+        """Pair the first few prompts with what became of them."""
+        triples = zip(rows, self.completions, self.scores.tolist(), strict=True)
+        return [{"prompt": row["prompt"], "completion": text, "score": score} for row, text, score in triples][:count]
+
+
+class Task(NamedTuple):
+    """How to sample and judge; the parameters come with each call."""
+
+    lm: pg.CausalLM
+    tokenizer: Any
+    judges: Sequence[rewards.Reward]
+    weights: Sequence[float]
+    rows: list[list[Row]]  # the row sets, encoded
+    longest: int  # tokens of the longest prompt of all
+    max_new_tokens: int
+    temperature: float
+    eos_ids: tuple[int, ...]
+
+    def generate(self, params: Any, rows: Sequence[Row], key: jax.Array) -> pg.Rollout:
+        """Sample a completion for each row; returns while the device is still at it."""
+        ids = [row["ids"] for row in rows]
+        length = min(data.bucket_length(max(len(x) for x in ids)), self.longest)
+        prompts, prompt_mask = data.left_pad(ids, self.tokenizer.pad_token_id, length=length)
+        return pg.sample(
+            self.lm, params, prompts, prompt_mask, key,
+            max_new_tokens=self.max_new_tokens, temperature=self.temperature,
+            eos_ids=self.eos_ids, pad_id=self.tokenizer.pad_token_id,
+        )  # fmt: skip
+
+    def judge(self, rows: Sequence[Row], rollout: pg.Rollout) -> Judged:
+        """Decode the completions and put them before the black box."""
+        tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
+        completions = data.completion_texts(tokens, mask, self.tokenizer)
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "ids")}
+        prompts = [row["prompt"] for row in rows]
+        scores, parts = rewards.score(self.judges, self.weights, prompts, completions, columns)
+        last = tokens[np.arange(len(tokens)), tokens.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)]
+        return Judged(completions, scores, parts, np.isin(last, self.eos_ids))
+
+    def evaluate(self, params: Any, rows: Sequence[Row], samples: int, batch_size: int, key: jax.Array) -> dict[str, float]:
+        """Score `samples` completions of each row: their mean and its standard error, over rows * samples completions."""
+        repeated = [row for row in rows for _ in range(samples)]
+        scores: list[float] = []
+        for begin in range(0, len(repeated), batch_size):
+            wanted = repeated[begin : begin + batch_size]
+            filled = (wanted * batch_size)[:batch_size]  # one shape, one program: a short last batch is filled up
+            rollout = self.generate(params, filled, jax.random.fold_in(key, begin))
+            scores += self.judge(filled, rollout).scores[: len(wanted)].tolist()
+        error = np.std(scores, ddof=1) / np.sqrt(len(scores)) if len(scores) > 1 else 0.0
+        return {"scores": float(np.mean(scores)), "scores_stderr": float(error)}
+
+
+def make_task(
+    lm: pg.CausalLM,
+    tokenizer: Any,
+    judges: Sequence[rewards.Reward],
+    weights: Sequence[float],
+    row_sets: Sequence[Sequence[Row]],
+    *,
+    chat: bool,
+    max_new_tokens: int,
+    temperature: float,
+) -> Task:
+    """Encode the prompts of every row set, refusing any that the model's positions cannot hold."""
+    if tokenizer is None:
+        raise ValueError("the model's source holds no tokenizer, and prompts are text: add its tokenizer files")
+    limit = lm.arch.max_positions - max_new_tokens
+    if limit < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in {lm.arch.max_positions} positions")
+    encoded = []
+    for rows in row_sets:
+        ids = data.encode_prompts([row["prompt"] for row in rows], tokenizer, chat=chat, max_length=limit)
+        encoded.append([{**row, "ids": x} for row, x in zip(rows, ids, strict=True)])
+    longest = max(len(row["ids"]) for rows in encoded for row in rows)
+    return Task(lm, tokenizer, judges, weights, encoded, longest, max_new_tokens, temperature, stop_ids(tokenizer))
+
+
+def load_rows(source: str) -> list[Row]:
+    """Read rows from a prompt file, or from a function given as module:function."""
+    module, colon, name = source.partition(":")
+    if not colon or Path(source).exists():
+        return data.read_rows(source)
+    try:
+        function: Callable[[], list[Row]] = vars(importlib.import_module(module))[name]
+    except (ImportError, KeyError) as error:
+        raise ValueError(f"{source!r} is neither a prompt file nor a module:function ({error})") from error
+    return function()
+
+
+def check_columns(rows: Sequence[Row], judges: Sequence[rewards.Reward]) -> None:
+    """Check that the rewards take the columns that the rows have."""
+    for judge in judges:
+        rewards.check_reward(judge, [name for name in rows[0] if name != "prompt"])

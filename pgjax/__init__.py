@@ -1,0 +1,67 @@
+"""Policy gradients for language models in JAX and Flax.
+
+`import pgjax as pg`: the pure core (masking, log-probabilities, advantages, KL, losses), the causal LM behind a bundle of
+pure functions, and the sampler. The rooms around it are imported by name: `pgjax.data`, `pgjax.rewards`, `pgjax.train`,
+`pgjax.loop`, `pgjax.logs`, `pgjax.checkpoint`, `pgjax.perf`.
+"""
+
+from pgjax.advantages import (
+    group_advantages,
+    kl_shaped_rewards,
+    leave_one_out_baseline,
+    monte_carlo_advantages,
+    monte_carlo_returns,
+    place_scores,
+)
+from pgjax.kl import adaptive_kl_coef, categorical_kl, kl_k1, kl_k2, kl_k3
+from pgjax.logprobs import linear_token_logprobs, token_entropy, token_frame, token_logprobs
+from pgjax.losses import (
+    clipped_surrogate_loss,
+    cross_entropy_loss,
+    policy_gradient_loss,
+    preference_loss,
+    surrogate_diagnostics,
+    value_loss,
+)
+from pgjax.masking import masked_mean, masked_whiten
+from pgjax.models.architecture import Architecture, Rope
+from pgjax.models.causal_lm import CausalLM, causal_lm
+from pgjax.models.heads import init_value_head, token_values
+from pgjax.models.load import load, save_pretrained
+from pgjax.rollout import Rollout, sample
+
+__all__ = [
+    "Architecture",
+    "CausalLM",
+    "Rollout",
+    "Rope",
+    "adaptive_kl_coef",
+    "categorical_kl",
+    "causal_lm",
+    "clipped_surrogate_loss",
+    "cross_entropy_loss",
+    "group_advantages",
+    "init_value_head",
+    "kl_k1",
+    "kl_k2",
+    "kl_k3",
+    "kl_shaped_rewards",
+    "leave_one_out_baseline",
+    "linear_token_logprobs",
+    "load",
+    "masked_mean",
+    "masked_whiten",
+    "monte_carlo_advantages",
+    "monte_carlo_returns",
+    "place_scores",
+    "policy_gradient_loss",
+    "preference_loss",
+    "sample",
+    "save_pretrained",
+    "surrogate_diagnostics",
+    "token_entropy",
+    "token_frame",
+    "token_logprobs",
+    "token_values",
+    "value_loss",
+]

@@ -1,0 +1,230 @@
+"""From scores to advantages: placement, KL shaping, Monte Carlo returns, baselines over groups of samples."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from pgjax.masking import as_float, as_floats, as_mask, where_mask
+
+_Affine = tuple[jax.Array, jax.Array]  # x -> second + first * x
+
+
+def place_scores(scores: jax.typing.ArrayLike, mask: jax.typing.ArrayLike) -> jax.Array:
+    """Put each sequence's score at its last sampled token.
+
+    r[b, t] = scores[b] if t is the last place inside mask[b], else 0.
+
+    Args:
+      scores: [B], reward units, of any real dtype.
+      mask: [B, T] boolean, sampled by the policy.
+
+    Returns:
+      [B, T] float32; a row with an empty mask is all zeros.
+
+    Raises:
+      AssertionError: the shapes don't fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(place_scores(jnp.array([0.9]), jnp.array([[False, True, True, False]])))
+      [[0.  0.  0.9 0. ]]
+    """
+    scores, mask = as_float(scores), jnp.asarray(mask)
+    chex.assert_rank([scores, mask], [1, 2])
+    chex.assert_equal_shape_prefix([scores, mask], 1)
+    inside = as_mask(mask, mask)
+    places = jax.lax.broadcasted_iota(jnp.int32, mask.shape, 1)
+    last = jnp.max(jnp.where(inside, places, jnp.full_like(places, -1)), axis=1, keepdims=True)
+    return where_mask(places == last, jnp.broadcast_to(scores[:, None], mask.shape))
+
+
+def kl_shaped_rewards(
+    scores: jax.typing.ArrayLike,
+    kl: jax.typing.ArrayLike,
+    mask: jax.typing.ArrayLike,
+    *,
+    kl_coef: jax.typing.ArrayLike,
+) -> jax.Array:
+    """Pay the score at the last sampled token and charge the KL on every sampled one.
+
+    r[b, t] = scores[b] [t is last] - kl_coef * kl[b, t] inside the mask, 0 outside.
+    Ziegler et al. (2019), "Fine-Tuning Language Models from Human Preferences".
+
+    With k1 for `kl` and reward-to-go this gives the exact gradient of E[score] - kl_coef * KL(policy ||
+    reference).
+
+    Args:
+      scores: [B], reward units.
+      kl: [B, T], nats a token, `kl_k1(old_logprobs, ref_logprobs)` as a rule.
+      mask: [B, T] boolean, sampled by the policy.
+      kl_coef: [], reward units a nat.
+
+    Returns:
+      [B, T] float32, reward units.
+
+    Raises:
+      AssertionError: the shapes don't fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> kl, mask = jnp.array([[9.0, 0.5, 1.0]]), jnp.array([[False, True, True]])
+      >>> print(kl_shaped_rewards(jnp.array([2.0]), kl, mask, kl_coef=0.5))
+      [[ 0.   -0.25  1.5 ]]
+    """
+    scores, kl, coef = as_floats(scores, kl, kl_coef)
+    chex.assert_rank([kl, coef], [2, 0])
+    return place_scores(scores, mask) - coef * where_mask(as_mask(mask, kl), kl)
+
+
+def monte_carlo_returns(
+    rewards: jax.typing.ArrayLike,
+    mask: jax.typing.ArrayLike | None,
+    *,
+    discount: jax.typing.ArrayLike = 1.0,
+) -> jax.Array:
+    """Sum the rewards from each sampled token to the end of its sequence.
+
+    G_t = r_t + discount * G_{t'}, t' the next place inside the mask; the end of the sequence is worth 0, and
+    so is a cut at the length limit: nothing is bootstrapped. Places outside the mask count neither as reward
+    nor as a step of discounting.
+
+    Args:
+      rewards: [B, T], one a token; integers become float32.
+      mask: [B, T] boolean, sampled by the policy; None counts every place.
+      discount: [] in [0, 1], a factor a sampled token; may be traced.
+
+    Returns:
+      [B, T] float32, reward units; 0 outside the mask.
+
+    Raises:
+      AssertionError: the shapes don't fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> mask = jnp.array([[False, True, True, False]])
+      >>> print(monte_carlo_returns(jnp.array([[7.0, 1.0, 2.0, 7.0]]), mask, discount=0.5))
+      [[0. 2. 2. 0.]]
+    """
+    rewards, factor = as_floats(rewards, discount)
+    chex.assert_rank([rewards, factor], [2, 0])
+    inside = as_mask(mask, rewards)
+    factors = jnp.where(inside, factor, jnp.ones_like(rewards))
+
+    def join(later: _Affine, earlier: _Affine) -> _Affine:
+        return earlier[0] * later[0], earlier[1] + earlier[0] * later[1]
+
+    elements = (factors, where_mask(inside, rewards))
+    _, returns = jax.lax.associative_scan(join, elements, reverse=True, axis=1)
+    return where_mask(inside, returns)
+
+
+def monte_carlo_advantages(
+    rewards: jax.typing.ArrayLike,
+    values: jax.typing.ArrayLike,
+    mask: jax.typing.ArrayLike | None,
+    *,
+    discount: jax.typing.ArrayLike = 1.0,
+) -> jax.Array:
+    """Subtract the values from the Monte Carlo returns.
+
+    A_t = G_t - V_t inside the mask (lambda = 1: no bootstrap, so no bias from the values). Ahmadian et al.
+    (2024), "Back to Basics".
+
+    Args:
+      rewards: [B, T], one a token.
+      values: [B, T], the value before each token, reward units.
+      mask: [B, T] boolean, sampled by the policy; None counts every place.
+      discount: [] in [0, 1], a factor a sampled token.
+
+    Returns:
+      [B, T] float32, reward units; 0 outside the mask.
+
+    Raises:
+      AssertionError: the shapes don't fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> rewards, values = jnp.array([[1.0, 2.0]]), jnp.array([[0.5, 0.5]])
+      >>> print(monte_carlo_advantages(rewards, values, jnp.array([[True, True]])))
+      [[2.5 1.5]]
+    """
+    rewards, values = as_floats(rewards, values)
+    chex.assert_equal_shape([rewards, values])
+    returns = monte_carlo_returns(rewards, mask, discount=discount)
+    return where_mask(as_mask(mask, rewards), returns - values)
+
+
+def _groups(scores: jax.typing.ArrayLike, group_size: int) -> jax.Array:
+    scores = as_float(scores)
+    chex.assert_rank(scores, 1)
+    if group_size < 2:
+        raise ValueError(
+            f"group_size must be at least 2, got {group_size}: one sample has none to compare with"
+        )
+    if scores.shape[0] % group_size:
+        raise ValueError(f"{scores.shape[0]} scores do not divide into groups of group_size {group_size}")
+    return scores.reshape(-1, group_size)
+
+
+def leave_one_out_baseline(scores: jax.typing.ArrayLike, *, group_size: int) -> jax.Array:
+    """Average the scores of the other samples of the same prompt.
+
+    b_i = sum_{j != i} s_j / (G - 1) over the group of i. Kool et al. (2019), "Buy 4 REINFORCE Samples, Get a
+    Baseline for Free!"; Ahmadian et al. (2024), RLOO. Independent of sample i, so `scores - b` is unbiased;
+    the mean of the whole group as a baseline scales the gradient by 1 - 1/G.
+
+    Args:
+      scores: [B], reward units; the `group_size` rows of one prompt are adjacent.
+      group_size: G, samples a prompt, at least 2, divides B.
+
+    Returns:
+      [B] float32, reward units.
+
+    Raises:
+      ValueError: `group_size` is below 2 or does not divide B.
+      AssertionError: `scores` is not of rank 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(leave_one_out_baseline(jnp.array([1.0, 3.0, 5.0, 7.0]), group_size=2))
+      [3. 1. 7. 5.]
+    """
+    groups = _groups(scores, group_size)
+    others = jnp.sum(groups, axis=1, keepdims=True) - groups
+    return (others / (group_size - 1)).reshape(-1)
+
+
+def group_advantages(scores: jax.typing.ArrayLike, *, group_size: int, normalize: bool = True) -> jax.Array:
+    """Compare each sample's score with its group's mean, in the group's standard deviations.
+
+    A_i = (s_i - mean) / (std + 1e-4), std the sample standard deviation (divided by G - 1): GRPO, Shao et al.
+    (2024), "DeepSeekMath", in the form that public trainers use. `normalize=False`: A_i = s_i - mean, Dr.
+    GRPO, Liu et al. (2025), "Understanding R1-Zero-Like Training". A group of equal scores gives exactly 0.
+
+    Args:
+      scores: [B], reward units; the `group_size` rows of one prompt are adjacent.
+      group_size: G, samples a prompt, at least 2, divides B.
+      normalize: whether to divide by the group's standard deviation.
+
+    Returns:
+      [B] float32, in standard deviations, or reward units without `normalize`.
+
+    Raises:
+      ValueError: `group_size` is below 2 or does not divide B.
+      AssertionError: `scores` is not of rank 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(group_advantages(jnp.array([1.0, 3.0, 5.0, 5.0]), group_size=2, normalize=False))
+      [-1.  1.  0.  0.]
+    """
+    groups = _groups(scores, group_size)
+    # Measured from the group's first score, equal scores are exactly 0: no rounding blown up by 1e4.
+    shifted = groups - groups[:, :1]
+    centred = shifted - jnp.mean(shifted, axis=1, keepdims=True)
+    if not normalize:
+        return centred.reshape(-1)
+    variance = jnp.sum(jnp.square(centred), axis=1, keepdims=True) / (group_size - 1)
+    varied = variance > 0
+    deviation = where_mask(varied, jnp.sqrt(jnp.where(varied, variance, jnp.ones_like(variance))))
+    return (centred / (deviation + 1e-4)).reshape(-1)

@@ -1,0 +1,311 @@
+"""Log-probabilities and entropies in the token frame. The one shift between logits and tokens is here.
+
+Every per-token array is [B, T] and entry t speaks of `tokens[:, t]`, which the model predicts at position
+t - 1. `token_frame` moves what was computed at a position to the token that it predicts.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from pgjax.masking import as_float, where_mask
+
+_State = TypeVar("_State")
+_Forward = tuple[
+    jax.Array, jax.Array, jax.Array
+]  # largest logit, sum of exp, the tokens' logits: [B, T] each
+_Backward = tuple[jax.Array, jax.Array]  # gradients of hidden [B, T, D] and unembedding [V, D]
+
+
+def token_frame(x: jax.Array) -> jax.Array:
+    """Move each position's value to the token that the position predicts.
+
+    y[:, t] = x[:, t - 1], y[:, 0] = 0.
+
+    Args:
+      x: [B, T, ...], one value a position.
+
+    Returns:
+      The same shape, one value a token; the last position, which predicts no token, drops out.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(token_frame(jnp.array([[1.0, 2.0, 3.0]])))
+      [[0. 1. 2.]]
+    """
+    return jnp.concatenate([jnp.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
+
+
+def _next_tokens(tokens: jax.Array) -> jax.Array:
+    # The last position predicts nothing: 0 is a valid id, and token_frame drops what it gives.
+    tokens = jnp.asarray(tokens).astype(jnp.int32)
+    return jnp.concatenate([tokens[:, 1:], jnp.zeros_like(tokens[:, :1])], axis=1)
+
+
+def _scaled(logits: jax.Array, temperature: jax.typing.ArrayLike) -> jax.Array:
+    return as_float(logits) / jax.lax.stop_gradient(jnp.asarray(temperature)).astype(as_float(logits).dtype)
+
+
+def _check_temperature(temperature: jax.typing.ArrayLike) -> None:
+    if isinstance(temperature, int | float) and not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    chex.assert_rank(temperature, 0)
+
+
+def shifted_logits(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Subtract each row's largest logit, and say which rows are usable.
+
+    A row with NaN or +inf, or with nothing but -inf, is not: it is replaced by zeros, so that it can't put
+    NaN into the gradient where a mask has left it out.
+
+    Args:
+      logits: [..., V] floating.
+
+    Returns:
+      ([..., V] logits of which the largest is 0, [...] boolean: the row is usable).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> z, usable = shifted_logits(jnp.array([[1.0, 3.0], [jnp.nan, 0.0]]))
+      >>> print(z, usable)
+      [[-2.  0.]
+       [ 0.  0.]] [ True False]
+    """
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    usable = jnp.isfinite(top)
+    shifted = jnp.where(usable, logits - top, jnp.zeros_like(logits))
+    return shifted, jnp.squeeze(usable, axis=-1)
+
+
+def _picked(logits: jax.Array, ids: jax.Array) -> jax.Array:
+    # A comparison instead of a gather: it fuses with the sums over V beside it, and V may be sharded.
+    hit = jax.lax.broadcasted_iota(ids.dtype, logits.shape, logits.ndim - 1) == ids[..., None]
+    return jnp.sum(jnp.where(hit, logits, jnp.zeros_like(logits)), axis=-1)
+
+
+def _or_nan(ok: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.where(ok, x, jnp.full_like(x, jnp.nan))
+
+
+def token_logprobs(
+    logits: jax.Array, tokens: jax.Array, *, temperature: jax.typing.ArrayLike = 1.0
+) -> jax.Array:
+    """Read off each token's log-probability given the tokens before it.
+
+    logprobs[:, t] = log softmax(logits[:, t - 1] / temperature)[tokens[:, t]], logprobs[:, 0] = 0.
+
+    Logits of -inf are fine (a forbidden token). A row of logits with NaN gives NaN there and no gradient.
+
+    Args:
+      logits: [B, T, V] of any floating type; computed in float32.
+      tokens: [B, T] integer ids in [0, V); an id outside gives NaN at its place.
+      temperature: [] above 0, the sampler's; carries no gradient.
+
+    Returns:
+      [B, T] float32, in nats; entry 0 is 0.
+
+    Raises:
+      ValueError: `temperature` is a number that is not above 0.
+      AssertionError: the shapes don't fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(token_logprobs(jnp.zeros((1, 3, 4)), jnp.array([[0, 1, 2]])))
+      [[ 0.        -1.3862944 -1.3862944]]
+    """
+    _check_temperature(temperature)
+    chex.assert_rank([logits, tokens], [3, 2])
+    chex.assert_equal_shape_prefix([logits, tokens], 2)
+    ids = _next_tokens(tokens)
+    z, usable = shifted_logits(_scaled(logits, temperature))
+    logprobs = _picked(z, ids) - jnp.log(jnp.sum(jnp.exp(z), axis=-1))
+    return token_frame(_or_nan(usable & (ids >= 0) & (ids < logits.shape[-1]), logprobs))
+
+
+def token_entropy(logits: jax.Array, *, temperature: jax.typing.ArrayLike = 1.0) -> jax.Array:
+    """Compute the entropy of the distribution that each token was drawn from.
+
+    entropy[:, t] = logsumexp(z) - sum_v softmax(z)_v z_v with z = logits[:, t - 1] / temperature.
+
+    Args:
+      logits: [B, T, V] of any floating type; -inf is fine (a forbidden token).
+      temperature: [] above 0, the sampler's; carries no gradient.
+
+    Returns:
+      [B, T] float32, in nats, not below 0; entry 0 is 0.
+
+    Raises:
+      ValueError: `temperature` is a number that is not above 0.
+      AssertionError: `logits` is not of rank 3.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(token_entropy(jnp.zeros((1, 2, 4))))
+      [[0.        1.3862944]]
+    """
+    _check_temperature(temperature)
+    chex.assert_rank(logits, 3)
+    z, usable = shifted_logits(_scaled(logits, temperature))
+    weights = jnp.exp(z)
+    total = jnp.sum(weights, axis=-1)
+    # exp(-inf) * -inf is NaN where its limit is 0, in the value and in the gradient.
+    finite_z = jnp.where(jnp.isneginf(z), jnp.zeros_like(z), z)
+    entropy = jnp.log(total) - jnp.sum(weights * finite_z, axis=-1) / total
+    return token_frame(_or_nan(usable, entropy))
+
+
+def _block_logits(hidden: jax.Array, block: jax.Array, temperature: jax.Array) -> jax.Array:
+    logits = jnp.einsum("btd,vd->btv", hidden, block, preferred_element_type=temperature.dtype)
+    return logits / temperature
+
+
+def _over_blocks(
+    step: Callable[[_State, jax.Array, int], _State], state: _State, total: int, size: int
+) -> _State:
+    """Run `step(state, start, size)` over blocks of `total` entries, a short last one after the loop."""
+    count, rest = divmod(total, size)
+
+    def body(carry: _State, start: jax.Array) -> tuple[_State, None]:
+        return step(carry, start, size), None
+
+    state, _ = jax.lax.scan(body, state, jnp.arange(count, dtype=jnp.int32) * size)
+    return state if rest == 0 else step(state, jnp.asarray(count * size, jnp.int32), rest)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _linear_logprobs(
+    hidden: jax.Array, unembedding: jax.Array, ids: jax.Array, temperature: jax.Array, chunk_size: int
+) -> jax.Array:
+    return _linear_forward(hidden, unembedding, ids, temperature, chunk_size)[0]
+
+
+def _linear_forward(
+    hidden: jax.Array, unembedding: jax.Array, ids: jax.Array, temperature: jax.Array, chunk_size: int
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    dtype, vocab_size = temperature.dtype, unembedding.shape[0]
+
+    def step(state: _Forward, start: jax.Array, size: int) -> _Forward:
+        top, total, picked = state
+        block = jax.lax.dynamic_slice_in_dim(unembedding, start, size)
+        logits = _block_logits(hidden, block, temperature)
+        new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
+        sums = jnp.sum(jnp.exp(logits - new_top[..., None]), axis=-1)
+        picked += _picked(logits, ids - start)
+        return new_top, total * jnp.exp(top - new_top) + sums, picked
+
+    nothing = jnp.zeros_like(ids, dtype=dtype)
+    first = (jnp.full_like(nothing, -jnp.inf), nothing, nothing)
+    top, total, picked = _over_blocks(step, first, vocab_size, chunk_size)
+    normalizer = top + jnp.log(total)
+    logprobs = _or_nan((ids >= 0) & (ids < vocab_size), picked - normalizer)
+    return logprobs, (hidden, unembedding, ids, temperature, normalizer)
+
+
+def _linear_backward(
+    chunk_size: int, saved: tuple[jax.Array, ...], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array, None, jax.Array]:
+    hidden, unembedding, ids, temperature, normalizer = saved
+    # A place without cotangent adds exactly nothing, whatever stands in its hidden state.
+    live = (cotangent != 0) & (ids >= 0) & (ids < unembedding.shape[0])
+    h = where_mask(jnp.broadcast_to(live[..., None], hidden.shape), hidden)
+    normalizer, weights = where_mask(live, normalizer), where_mask(live, cotangent) / temperature
+    dtype = normalizer.dtype
+
+    def step(state: _Backward, start: jax.Array, size: int) -> _Backward:
+        d_hidden, d_unembedding = state
+        block = jax.lax.dynamic_slice_in_dim(unembedding, start, size)
+        logits = _block_logits(h, block, temperature)
+        hit = jax.lax.broadcasted_iota(ids.dtype, logits.shape, 2) == (ids - start)[..., None]
+        d_logits = weights[..., None] * (hit.astype(dtype) - jnp.exp(logits - normalizer[..., None]))
+        d_logits = d_logits.astype(h.dtype)
+        d_hidden += jnp.einsum("btv,vd->btd", d_logits, block, preferred_element_type=dtype)
+        d_block = jnp.einsum("btv,btd->vd", d_logits, h, preferred_element_type=dtype)
+        d_block = d_block.astype(unembedding.dtype)
+        return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_unembedding, d_block, start, axis=0)
+
+    first = (jnp.zeros_like(hidden, dtype=dtype), jnp.zeros_like(unembedding))
+    d_hidden, d_unembedding = _over_blocks(step, first, unembedding.shape[0], chunk_size)
+    return d_hidden.astype(hidden.dtype), d_unembedding, None, jnp.zeros_like(temperature)
+
+
+_linear_logprobs.defvjp(_linear_forward, _linear_backward)
+
+
+def _varying_alike(*xs: jax.Array) -> tuple[jax.Array, ...]:
+    # Inside shard_map all inputs of the custom rule must vary over the same axes: its gradients then vary as
+    # its inputs do, and shard_map itself sums them for an input that was replicated. Adding a zero made from
+    # the others says so, and compiles to nothing.
+    zeros = [jnp.zeros_like(x, shape=(), dtype=jnp.int32) for x in xs]
+    zero = sum(zeros[1:], zeros[0])
+    return tuple(x + zero.astype(x.dtype) for x in xs)
+
+
+def linear_token_logprobs(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    tokens: jax.Array,
+    *,
+    temperature: jax.typing.ArrayLike = 1.0,
+    chunk_size: int = 1024,
+    mesh: Mesh | None = None,
+    batch_axes: tuple[str, ...] = ("data", "fsdp"),
+) -> jax.Array:
+    """Compute the tokens' log-probabilities from hidden states, never holding the logits of the whole batch.
+
+    The values and gradients of `token_logprobs(hidden @ unembedding.T, tokens, temperature=temperature)`. A
+    loop over the vocabulary holds the logits of `chunk_size` entries at one time; the backward pass computes
+    them again from the saved log-normaliser. Memory: a few times B * T * chunk_size floats, where the plain
+    way takes a few times B * T * V.
+
+    With parameters sharded over a mesh, pass `mesh`: the unembedding is gathered once before the loop and its
+    gradient reduced once after it, so the loop holds no communication.
+
+    Args:
+      hidden: [B, T, D], the model's last hidden states, float32 or bfloat16 (products accumulate in float32).
+      unembedding: [V, D]; the product is taken in the dtype of `hidden`.
+      tokens: [B, T] integer ids in [0, V); an id outside gives NaN at its place.
+      temperature: [] above 0, the sampler's; may be traced; carries no gradient.
+      chunk_size: entries of the vocabulary a step of the loop; any, V need not be a multiple of it.
+      mesh: devices to split the rows over, under `jit`; None inside the caller's own `shard_map` or `pmap`,
+        or on one device.
+      batch_axes: the axes of `mesh` that split B; their sizes' product divides B.
+
+    Returns:
+      [B, T] float32, in nats; entry 0 is 0. Gradients come back in the dtypes of `hidden` and `unembedding`.
+
+    Raises:
+      ValueError: `temperature` is a number not above 0, `chunk_size` is below 1, or `mesh` lacks one of
+        `batch_axes`.
+      AssertionError: the shapes don't fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> hidden, unembedding = jnp.ones((1, 3, 2)), jnp.zeros((4, 2))
+      >>> print(linear_token_logprobs(hidden, unembedding, jnp.array([[0, 1, 2]])))
+      [[ 0.        -1.3862944 -1.3862944]]
+    """
+    _check_temperature(temperature)
+    chex.assert_rank([hidden, unembedding, tokens], [3, 2, 2])
+    chex.assert_equal_shape_prefix([hidden, tokens], 2)
+    chex.assert_axis_dimension(unembedding, 1, hidden.shape[2])
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    scale = jnp.asarray(temperature).astype(as_float(hidden).dtype)
+    size = min(chunk_size, unembedding.shape[0])
+    unembedding = unembedding.astype(hidden.dtype)
+
+    def rows(h: jax.Array, w: jax.Array, ids: jax.Array, t: jax.Array) -> jax.Array:
+        return _linear_logprobs(*_varying_alike(h, w, ids, t), size)
+
+    if mesh is not None:
+        absent = [axis for axis in batch_axes if axis not in mesh.axis_names]
+        if absent:
+            raise ValueError(f"batch_axes {absent} are not axes of the mesh, which has {mesh.axis_names}")
+        split, whole = PartitionSpec(batch_axes), PartitionSpec()
+        rows = jax.shard_map(rows, mesh=mesh, in_specs=(split, whole, split, whole), out_specs=split)
+    return token_frame(rows(hidden, unembedding, _next_tokens(tokens), scale))

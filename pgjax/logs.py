@@ -1,0 +1,209 @@
+"""The files a run leaves behind: its config, its metrics (JSON Lines and TensorBoard), its samples."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+CONFIG, METRICS, SAMPLES = "config.json", "metrics.jsonl", "samples.jsonl"
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested fields to dotted names."""
+    fields: dict[str, Any] = {}
+    for name, value in config.items():
+        nested = isinstance(value, Mapping) and len(value) > 0
+        fields.update(_flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value})
+    return fields
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _changed_fields(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Collection[str]) -> list[str]:
+    before, after = _flat(old), _flat(new)
+    missing = "(not set)"
+    return [
+        f"{name}: {before.get(name, missing)!r} in the run, {after.get(name, missing)!r} now"
+        for name in sorted(before.keys() | after.keys())
+        if name.split(".")[0] not in may_change
+        and name not in may_change
+        and before.get(name, missing) != after.get(name, missing)
+    ]
+
+
+def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool, may_change: Collection[str] = ()) -> Path:
+    """Open a run folder: a fresh one for a new run, the old one to go on with a run.
+
+    Args:
+        folder: where the run writes all its files; made if it is not there.
+        config: the fields of the run's config; values that JSON does not know are written as `str(value)`.
+        resume: False starts a run, True goes on with the one that the folder holds.
+        may_change: names of fields that may differ on resume (a longer run, another way to show it).
+
+    Returns:
+        The folder, with `config.json` in it.
+
+    Raises:
+        ValueError: a new run in a folder that is not empty, a resume where there is no run, or a resume with
+            another config (every differing field is named with both values).
+
+    Example:
+        >>> import tempfile
+        >>> from pgjax.logs import open_run
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     run = open_run(folder, {"steps": 10}, resume=False)
+        ...     (run / "config.json").exists()
+        True
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"the output {folder} is a file, not a folder: choose another --output")
+    path = folder / CONFIG
+    if resume and not path.exists():
+        raise ValueError(f"there is no run to resume in {folder} (no {CONFIG}): leave out --resume to start one")
+    if not resume and folder.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"the output folder {folder} is not empty: add --resume to go on with the run in it, "
+            "or choose another --output"
+        )
+    new = json.loads(json.dumps(dict(config), default=str))
+    if resume:
+        lines = _changed_fields(json.loads(path.read_text(encoding="utf-8")), new, may_change)
+        if lines:
+            raise ValueError(f"the run in {folder} was started with another config: " + "; ".join(lines))
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(path, json.dumps(new, indent=2) + "\n")
+    return folder
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON Lines file; a last line cut short by a killed run is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not line.endswith("\n"):
+            break
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    return rows
+
+
+def _dump(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+class Writer:
+    """Append metrics and samples of a run to its files.
+
+    Metrics go to `metrics.jsonl` (one JSON object a line, on disk when `write` returns) and to TensorBoard
+    event files in the same folder. JSON has no NaN and no infinity: such a value is written as null.
+
+    Args:
+        folder: the run folder.
+        start_step: the first step that will be written; lines of this step and later ones, left by a run
+            that was killed after its last checkpoint, are dropped so that no step stands there twice.
+
+    Example:
+        >>> import tempfile
+        >>> from pgjax.logs import Writer, read_metrics
+        >>> with tempfile.TemporaryDirectory() as folder, Writer(folder) as writer:
+        ...     writer.write(0, {"objective/scores": 0.5})
+        ...     read_metrics(folder)
+        [{'step': 0, 'objective/scores': 0.5}]
+    """
+
+    def __init__(self, folder: str | Path, *, start_step: int = 0) -> None:
+        from tensorboardX import SummaryWriter
+
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS, SAMPLES):
+            rows = [row for row in _read_lines(self.folder / name) if row["step"] < start_step]
+            _replace(self.folder / name, "".join(_dump(row) for row in rows))
+        self._metrics = (self.folder / METRICS).open("a", encoding="utf-8")
+        self._samples = (self.folder / SAMPLES).open("a", encoding="utf-8")
+        purge = start_step if start_step > 0 else None
+        # the suffix keeps a run that is resumed within the second off the first event file
+        self._events = SummaryWriter(str(self.folder), purge_step=purge, filename_suffix=f".{start_step}")
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append the metrics of a step.
+
+        Args:
+            step: the training step.
+            metrics: scalars by name: Python, NumPy or JAX numbers.
+        """
+        numbers = {name: float(value) for name, value in metrics.items()}
+        row = {"step": int(step)} | {name: _finite(value) for name, value in numbers.items()}
+        self._metrics.write(_dump(row))
+        self._metrics.flush()
+        for name, value in numbers.items():
+            self._events.add_scalar(name, value, int(step))
+        self._events.flush()
+
+    def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append samples of a step to `samples.jsonl`, one a line.
+
+        Args:
+            step: the training step.
+            rows: a prompt, a completion, a score, and what else the caller has of each sample.
+        """
+        for row in rows:
+            plain = {k: _finite(v) if isinstance(v, float) else v for k, v in row.items()}
+            self._samples.write(_dump({"step": int(step)} | plain))
+        self._samples.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._metrics.close()
+        self._samples.close()
+        self._events.close()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, float]]:
+    """Read the metrics of a run, oldest first.
+
+    Args:
+        folder: the run folder.
+
+    Returns:
+        One dict a line, with its `step`; a value that was NaN or infinite comes back as NaN. Empty when
+        there are no metrics yet.
+
+    Raises:
+        ValueError: a line other than an unfinished last one is not JSON.
+
+    Example:
+        >>> from pgjax.logs import read_metrics
+        >>> read_metrics("a folder that is not there")
+        []
+    """
+    rows = _read_lines(Path(folder) / METRICS)
+    return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]

@@ -1,0 +1,141 @@
+"""The one host loop: steps, late metrics, checkpoints, and a way out that loses nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+
+from pgjax.checkpoint import Checkpoints
+
+Report = Callable[[int, dict[str, float], Any], None]
+
+
+class Interrupted(Exception):
+    """A run was asked to stop (Ctrl-C, SIGTERM), and its state is saved.
+
+    >>> Interrupted(7).step
+    7
+    """
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped after step {step}; its state is saved")
+        self.step = step
+
+
+def run(
+    state: Any,
+    *,
+    steps: int,
+    prepare: Callable[[Any, int], Any],
+    step: Callable[[Any, int, Any], tuple[Any, Mapping[str, Any], Any]],
+    report: Report,
+    checkpoints: Checkpoints,
+    save_every: int,
+    start: int = 0,
+) -> Any:
+    """Train from step `start` to `steps`, one step after the other.
+
+    Each round first calls `prepare(state, i)`, which puts work on the device that needs no answer; while the device does
+    that, the metrics of the step before are fetched and reported; then `step(state, i, work)` does the rest. So the
+    device never waits for a metric, and a metric that stops the run does so before the next update.
+
+    Any exception of `prepare`, `step` or `report` ends the run after the state of the last good step is saved. SIGINT
+    and SIGTERM let the step at hand finish, save and raise `Interrupted`; a second SIGINT stops at once.
+
+    Args:
+        state: a tree of arrays; `step` may donate the one that it is given, once nothing can fail any more.
+        steps: the number of steps of the whole run.
+        prepare: (state, i) -> work.
+        step: (state, i, work) -> (state, metrics, samples). Metrics are device scalars, lists of them (averaged),
+            numbers, or functions without arguments that are called when the step's work has ended (stopwatches).
+        report: (steps done, metrics, samples) -> None; raise in it to end the run, as for a loss that is not finite.
+        checkpoints: where states are saved, under the number of steps done.
+        save_every: steps between checkpoints; the last step is always saved.
+        start: steps that are done already.
+
+    Returns:
+        The state after the last step.
+
+    Raises:
+        Interrupted: after a signal, with the state saved.
+
+    >>> import tempfile, jax.numpy as jnp
+    >>> with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints:
+    ...     state = run(jnp.zeros(()), steps=3, prepare=lambda state, i: None, checkpoints=checkpoints, save_every=2,
+    ...                 step=lambda state, i, work: (state + 1, {"x": state}, None),
+    ...                 report=lambda done, metrics, samples: print(done, float(metrics["x"])))
+    ...     checkpoints.steps()
+    1 0.0
+    2 1.0
+    3 2.0
+    [2, 3]
+    """
+    pending: tuple[int, Mapping[str, Any], Any] | None = None
+    done = start
+    with stop_signals() as asked_to_stop:
+        for i in range(start, steps):
+            try:
+                work = prepare(state, i)
+                if pending is not None:
+                    report(*_fetched(*pending))
+                    pending, done = None, i
+                state, metrics, samples = step(state, i, work)
+                pending = i + 1, metrics, samples
+                if asked_to_stop() or (i + 1) % save_every == 0 or i + 1 == steps:
+                    report(*_fetched(*pending))
+                    pending, done = None, i + 1
+                    checkpoints.save(done, state, {"step": done})
+            except Exception:
+                _rescue(checkpoints, done, state)
+                raise
+            if asked_to_stop() and i + 1 < steps:
+                checkpoints.wait()
+                raise Interrupted(i + 1)
+    checkpoints.wait()
+    return state
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a question that the caller asks; a second SIGINT raises KeyboardInterrupt.
+
+    >>> with stop_signals() as asked_to_stop:
+    ...     asked_to_stop()
+    False
+    """
+    asked = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+        print("stopping: this step is finished and saved first (Ctrl-C again stops at once, without saving)", flush=True)
+
+    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _fetched(done: int, metrics: Mapping[str, Any], samples: Any) -> tuple[int, dict[str, float], Any]:
+    numbers = jax.device_get({name: value for name, value in metrics.items() if not callable(value)})
+    watches = {name: value() for name, value in metrics.items() if callable(value)}
+    return done, {name: float(np.mean(value)) for name, value in (numbers | watches).items()}, samples
+
+
+def _rescue(checkpoints: Checkpoints, done: int, state: Any) -> None:
+    """Save what can be saved; an update that failed halfway has given its buffers away already."""
+    alive = all(not leaf.is_deleted() for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array))
+    latest = checkpoints.latest()
+    if alive and (latest is None or latest < done):
+        checkpoints.save(done, state, {"step": done})
+    checkpoints.wait()

@@ -1,0 +1,1 @@
+"""The Flax causal LM, its weights in and out, and its heads."""

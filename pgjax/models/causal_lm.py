@@ -1,0 +1,205 @@
+"""A causal language model as a bundle of pure functions, in the manner of `optax.GradientTransformation`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pgjax.models.architecture import Architecture
+from pgjax.models.transformer import Block, KeyValue, Norm, attention, rotary_table
+
+Params = dict[str, Any]
+Cache = tuple[KeyValue, ...]  # one pair a layer: separate buffers, so that a decode step writes each in place
+
+
+class CausalLM(NamedTuple):
+    """The functions of one architecture; every one is pure and takes the parameters as its first argument."""
+
+    arch: Architecture
+    dtype: Any  # of activations and of the cache; parameters keep their own
+    init: Callable[..., Params]  # (key) -> params
+    apply: Callable[..., jax.Array]  # (params, tokens[B,T], attention_mask=None) -> logits[B,T,V] float32
+    hidden: Callable[..., jax.Array]  # (params, tokens[B,T], attention_mask=None) -> [B,T,D] after the last norm
+    unembedding: Callable[..., jax.Array]  # (params) -> [V,D]
+    init_cache: Callable[..., Cache]  # (batch, length) -> zeros
+    prefill: Callable[..., tuple[jax.Array, Cache]]  # (params, tokens[B,P], attention_mask, cache) -> last hidden[B,D], cache
+    decode: Callable[..., tuple[jax.Array, Cache]]  # (params, token[B], position[B], index, slots[B,S], cache) -> hidden[B,D], cache
+
+
+def per_layer(params: Params) -> Params:
+    """Split the stacked layers into a list with one tree a layer; parameters that are split already pass through.
+
+    A decode loop reads every layer's weights at every step: splitting them before the loop keeps the copies out of it.
+
+    >>> import jax.numpy as jnp
+    >>> split = per_layer({"layers": {"q": {"kernel": jnp.zeros((3, 2, 2))}}})
+    >>> len(split["layers"]), split["layers"][0]["q"]["kernel"].shape
+    (3, (2, 2))
+    """
+    layers = params["layers"]
+    if isinstance(layers, list):
+        return params
+    depth = jax.tree.leaves(layers)[0].shape[0]
+    return {**params, "layers": [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(depth)]}
+
+
+def decode_params(params: Params, dtype: Any) -> Params:
+    """Prepare parameters for a decode loop: split by layer, and everything but the norms' scales in `dtype`.
+
+    The layers would cast at every step what they can read once cast. Norms keep their scales, which they multiply in
+    float32, so that a decode step computes what a whole forward pass computes.
+
+    >>> import jax.numpy as jnp
+    >>> ready = decode_params({"layers": {"q": {"kernel": jnp.zeros((1, 2, 2))}}}, jnp.bfloat16)
+    >>> ready["layers"][0]["q"]["kernel"].dtype.name
+    'bfloat16'
+    """
+
+    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        return x if any("norm" in str(step) for step in path) else x.astype(dtype)
+
+    return per_layer(jax.tree_util.tree_map_with_path(cast, params))
+
+
+def positions_of(attention_mask: jax.Array) -> jax.Array:
+    """Count the real tokens before each token: [B, T] int32, so that padding on the left shifts nothing.
+
+    >>> import jax.numpy as jnp
+    >>> positions_of(jnp.array([[False, False, True, True]])).tolist()
+    [[0, 0, 0, 1]]
+    """
+    return jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=1) - 1, 0)
+
+
+def causal_lm(arch: Architecture, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, remat: bool = False) -> CausalLM:
+    """Build the pure functions of a decoder-only transformer.
+
+    Args:
+        arch: the network's shape and options.
+        dtype: of activations; bfloat16 on TPU and GPU, float32 where it must be exact.
+        param_dtype: of the parameters that `init` makes. Keep float32 for training: bfloat16 loses small updates.
+        remat: recompute each layer in the backward pass, for memory of one layer's activations instead of all.
+
+    Returns:
+        A `CausalLM`. Parameters are nested dicts; leaves under "layers" are stacked over depth.
+
+    >>> import jax
+    >>> from pgjax.models.architecture import Architecture, Rope
+    >>> arch = Architecture(family="llama", vocab_size=11, width=8, depth=2, heads=2, kv_heads=1, head_dim=4, mlp_width=16,
+    ...     max_positions=32, activation="silu", norm="rms", norm_eps=1e-5, rope=Rope(theta=10000.0), gated_mlp=True,
+    ...     qkv_bias=False, out_bias=False, mlp_bias=False, qk_norm=False, tied=True)
+    >>> lm = causal_lm(arch)
+    >>> params = lm.init(jax.random.key(0))
+    >>> lm.apply(params, jax.numpy.array([[1, 2, 3]])).shape
+    (1, 3, 11)
+    """
+    block = Block(arch, dtype=dtype, param_dtype=param_dtype)
+    final_norm = Norm(arch.norm, arch.norm_eps, dtype, param_dtype)
+
+    def init(key: jax.Array) -> Params:
+        token_key, position_key, layer_key, head_key = jax.random.split(key, 4)
+        normal = nn.initializers.normal(0.02)
+        x = jnp.zeros((1, 1, arch.width), dtype)
+        positions = jnp.zeros((1, 1), jnp.int32)
+
+        def init_layer(layer_key: jax.Array) -> Params:
+            return block.init(layer_key, x, _table(arch, positions), lambda q, k, v: (q, (k, v)))["params"]
+
+        params: Params = {
+            "embed": {"tokens": normal(token_key, (arch.vocab_size, arch.width), param_dtype)},
+            "layers": jax.vmap(init_layer)(jax.random.split(layer_key, arch.depth)),
+            "norm": final_norm.init(key, x)["params"],
+        }
+        if arch.rope is None:
+            params["embed"]["positions"] = normal(position_key, (arch.max_positions, arch.width), param_dtype)
+        if not arch.tied:
+            params["head"] = {"kernel": normal(head_key, (arch.vocab_size, arch.width), param_dtype)}
+        return params
+
+    def embed(params: Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        x = params["embed"]["tokens"][tokens].astype(dtype)
+        if arch.rope is None:
+            x = x + params["embed"]["positions"][positions].astype(dtype)
+        return x
+
+    def forward(params: Params, tokens: jax.Array, attention_mask: jax.Array | None) -> tuple[jax.Array, KeyValue]:
+        length = tokens.shape[1]
+        if attention_mask is None:
+            attention_mask = jnp.ones(tokens.shape, bool)
+        attention_mask = attention_mask.astype(bool)
+        positions = positions_of(attention_mask)
+        table = _table(arch, positions)
+        mask = jnp.tril(jnp.ones((1, length, length), bool)) & attention_mask[:, None, :]
+
+        def layer(x: jax.Array, layer_params: Params) -> tuple[jax.Array, KeyValue]:
+            def attend(query, key, value):
+                return attention(query, key, value, mask), (key, value)
+
+            return block.apply({"params": layer_params}, x, table, attend)
+
+        if remat:
+            layer = jax.checkpoint(layer, prevent_cse=False)
+        x, stacked = jax.lax.scan(layer, embed(params, tokens, positions), params["layers"])
+        return x, stacked
+
+    def hidden(params: Params, tokens: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
+        x, _ = forward(params, tokens, attention_mask)
+        return final_norm.apply({"params": params["norm"]}, x)
+
+    def unembedding(params: Params) -> jax.Array:
+        return params["embed"]["tokens"] if arch.tied else params["head"]["kernel"]
+
+    def apply(params: Params, tokens: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
+        return logits_of(hidden(params, tokens, attention_mask), unembedding(params))
+
+    def init_cache(batch: int, length: int) -> Cache:
+        shape = (batch, arch.kv_heads, length, arch.head_dim)
+        return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(arch.depth))
+
+    def prefill(params: Params, tokens: jax.Array, attention_mask: jax.Array | None, cache: Cache) -> tuple[jax.Array, Cache]:
+        x, (keys, values) = forward(params, tokens, attention_mask)
+        write = jax.lax.dynamic_update_slice_in_dim
+        cache = tuple(
+            (write(k, keys[i], 0, axis=2), write(v, values[i], 0, axis=2)) for i, (k, v) in enumerate(cache)
+        )
+        return final_norm.apply({"params": params["norm"]}, x[:, -1]), cache
+
+    def decode(
+        params: Params, token: jax.Array, position: jax.Array, index: jax.Array, slots: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        params = per_layer(params)
+        positions = position[:, None]
+        table = _table(arch, positions)
+        x = embed(params, token[:, None], positions)
+        write = jax.lax.dynamic_update_slice_in_dim
+        written = []
+        for layer_params, (keys, values) in zip(params["layers"], cache, strict=True):
+
+            def attend(query, key, value, keys=keys, values=values):
+                kv = write(keys, key, index, axis=2), write(values, value, index, axis=2)
+                return attention(query, *kv, slots[:, None, :]), kv
+
+            x, kv = block.apply({"params": layer_params}, x, table, attend)
+            written.append(kv)
+        return final_norm.apply({"params": params["norm"]}, x[:, 0]), tuple(written)
+
+    return CausalLM(arch, dtype, init, apply, hidden, unembedding, init_cache, prefill, decode)
+
+
+def logits_of(hidden: jax.Array, unembedding: jax.Array) -> jax.Array:
+    """Return hidden [..., D] @ unembedding[V, D].T in float32, multiplied in the dtype of `hidden`.
+
+    >>> import jax.numpy as jnp
+    >>> logits_of(jnp.ones((2, 3)), jnp.ones((5, 3))).shape
+    (2, 5)
+    """
+    contract = (((hidden.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(hidden, unembedding.astype(hidden.dtype), contract, preferred_element_type=jnp.float32)
+
+
+def _table(arch: Architecture, positions: jax.Array) -> KeyValue | None:
+    return None if arch.rope is None else rotary_table(arch.rope, arch.head_dim, positions)

@@ -1,0 +1,47 @@
+"""The value head: a linear map on the shared body's hidden states."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pgjax.logprobs import token_frame
+
+
+def init_value_head(width: int) -> dict[str, jax.Array]:
+    """Return the parameters of a value head that starts as V = 0 everywhere.
+
+    From zero the first advantages are the returns themselves, and the body gets no gradient from the value loss until
+    the head has learnt which way to look.
+
+    Args:
+        width: D of the hidden states.
+
+    Returns:
+        {"kernel": [D], "bias": []} float32 zeros.
+
+    >>> {name: x.shape for name, x in init_value_head(8).items()}
+    {'kernel': (8,), 'bias': ()}
+    """
+    return {"kernel": jnp.zeros(width, jnp.float32), "bias": jnp.zeros((), jnp.float32)}
+
+
+def token_values(head: dict[str, jax.Array], hidden: jax.Array) -> jax.Array:
+    """Estimate the return from each token on, before the token is seen.
+
+    V_t = kernel . hidden[:, t - 1] + bias: the state that chooses token t. V_0 = 0, as no state comes before it.
+
+    Args:
+        head: of `init_value_head`.
+        hidden: [B, T, D], one state a position.
+
+    Returns:
+        [B, T] float32, in the token frame.
+
+    >>> import jax.numpy as jnp
+    >>> head = {"kernel": jnp.array([1.0]), "bias": jnp.array(0.5)}
+    >>> token_values(head, jnp.array([[[1.0], [2.0], [3.0]]])).tolist()
+    [[0.0, 1.5, 2.5]]
+    """
+    values = jnp.sum(hidden.astype(jnp.float32) * head["kernel"][None, None, :], axis=-1) + head["bias"]
+    return token_frame(values)

