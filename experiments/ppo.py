@@ -208,13 +208,15 @@ def ppo_loss(params: Any, batch: Batch, *, lm: pg.CausalLM, config: Config) -> t
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "optimizer", "config"), donate_argnames=("state",))
-def update(state: train.TrainState, batch: Batch, rows: jax.Array, *, lm: pg.CausalLM, optimizer: Any, config: Config) -> tuple[train.TrainState, train.Metrics]:
-    """Take one optimizer step on the given rows of the batch."""
-    part = jax.tree.map(lambda x: x[rows], batch)
+def update(
+    state: train.TrainState, batch: Batch, order: jax.Array, number: jax.Array, *, lm: pg.CausalLM, optimizer: train.Optimizer, config: Config
+) -> tuple[train.TrainState, train.Metrics]:
+    """Take one optimizer step on minibatch `number` of `order` [minibatches, rows]."""
+    part = jax.tree.map(lambda x: x[order[number]], batch)
     loss_fn = functools.partial(ppo_loss, lm=lm, config=config)
     grad, metrics = train.accumulate(loss_fn, state.params, part, part.mask.sum(1), config.microbatches)
     state, step_metrics = train.apply_gradient(state, grad, metrics.pop("loss"), optimizer)
-    return state, metrics | {f"train/{name}": value for name, value in step_metrics.items()}
+    return state, metrics | step_metrics
 
 
 
@@ -238,7 +240,7 @@ def main(config: Config) -> dict[str, float]:
     peaks = perf.measured_peaks(lm.dtype)
 
     updates = config.steps * config.epochs * config.minibatches
-    optimizer, learning_rate = train.adamw(
+    optimizer = train.adamw(
         config.learning_rate, updates=updates, warmup=min(config.warmup_updates, updates), decay=config.decay,
         max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay,
     )  # fmt: skip
@@ -257,6 +259,7 @@ def main(config: Config) -> dict[str, float]:
     scorer = functools.partial(
         score, lm, temperature=jnp.float32(config.temperature), window=config.max_new_tokens + 1, parts=parts
     )
+    minibatch_numbers = jax.device_put(list(np.arange(config.minibatches, dtype=np.int32)))
     free_at = 0.0  # when the device was last seen without work
 
     def prepare(state: State, i: int) -> Any:
@@ -283,8 +286,9 @@ def main(config: Config) -> dict[str, float]:
         batch, kl_coef, metrics = experience(rollout, policy, frozen, jax.device_put(paid), kl_coef, config=config)
         taken: list[train.Metrics] = []
         for epoch in range(config.epochs):
-            for chosen in train.minibatches(fold_in(shuffle_key, epoch), config.batch_size, config.minibatches):
-                learner, of_update = update(learner, batch, chosen, lm=lm, optimizer=optimizer, config=config)
+            order = train.minibatches(fold_in(shuffle_key, epoch), config.batch_size, config.minibatches)
+            for number in minibatch_numbers:
+                learner, of_update = update(learner, batch, order, number, lm=lm, optimizer=optimizer, config=config)
                 taken.append(of_update)
             if config.max_approx_kl is not None and jax.device_get(taken[-1]["policy/approxkl_avg"]) > config.max_approx_kl:
                 break
@@ -313,7 +317,6 @@ def main(config: Config) -> dict[str, float]:
     with logs.Writer(folder, start_step=start + 1 if start else 0) as writer, Progress(config.steps, start=start) as progress:
 
         def report(done: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
-            metrics["lr"] = float(learning_rate(done * updates // config.steps - 1))
             metrics |= speed(lm, config, peaks, metrics)
             writer.write(done, metrics)
             progress.update(done, metrics)

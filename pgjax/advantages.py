@@ -158,9 +158,7 @@ def _groups(scores: jax.typing.ArrayLike, group_size: int) -> jax.Array:
     scores = as_float(scores)
     chex.assert_rank(scores, 1)
     if group_size < 2:
-        raise ValueError(
-            f"group_size must be at least 2, got {group_size}: one sample has none to compare with"
-        )
+        raise ValueError(f"group_size must be at least 2, got {group_size}: one sample has none to compare with")
     if scores.shape[0] % group_size:
         raise ValueError(f"{scores.shape[0]} scores do not divide into groups of group_size {group_size}")
     return scores.reshape(-1, group_size)

@@ -153,6 +153,8 @@ class Checkpoints:
             return False
         if latest is not None and latest > step:
             raise ValueError(f"{self.folder} holds step {latest} already, so step {step} cannot be saved in it")
+        if isinstance(state, jax.Array):
+            raise ValueError("state must be a tree of arrays, such as a dict, not one array")
         _leaves(state)
         extra = json.loads(json.dumps(dict(extra), allow_nan=False))
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra))

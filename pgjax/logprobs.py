@@ -16,9 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from pgjax.masking import as_float, where_mask
 
 _State = TypeVar("_State")
-_Forward = tuple[
-    jax.Array, jax.Array, jax.Array
-]  # largest logit, sum of exp, the tokens' logits: [B, T] each
+_Forward = tuple[jax.Array, jax.Array, jax.Array]  # largest logit, sum of exp, the tokens' logits: [B, T] each
 _Backward = tuple[jax.Array, jax.Array]  # gradients of hidden [B, T, D] and unembedding [V, D]
 
 
@@ -92,9 +90,7 @@ def _or_nan(ok: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(ok, x, jnp.full_like(x, jnp.nan))
 
 
-def token_logprobs(
-    logits: jax.Array, tokens: jax.Array, *, temperature: jax.typing.ArrayLike = 1.0
-) -> jax.Array:
+def token_logprobs(logits: jax.Array, tokens: jax.Array, *, temperature: jax.typing.ArrayLike = 1.0) -> jax.Array:
     """Read off each token's log-probability given the tokens before it.
 
     logprobs[:, t] = log softmax(logits[:, t - 1] / temperature)[tokens[:, t]], logprobs[:, 0] = 0.
@@ -164,9 +160,7 @@ def _block_logits(hidden: jax.Array, block: jax.Array, temperature: jax.Array) -
     return logits / temperature
 
 
-def _over_blocks(
-    step: Callable[[_State, jax.Array, int], _State], state: _State, total: int, size: int
-) -> _State:
+def _over_blocks(step: Callable[[_State, jax.Array, int], _State], state: _State, total: int, size: int) -> _State:
     """Run `step(state, start, size)` over blocks of `total` entries, a short last one after the loop."""
     count, rest = divmod(total, size)
 

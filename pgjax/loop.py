@@ -67,9 +67,9 @@ def run(
 
     >>> import tempfile, jax.numpy as jnp
     >>> with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints:
-    ...     state = run(jnp.zeros(()), steps=3, prepare=lambda state, i: None, checkpoints=checkpoints, save_every=2,
-    ...                 step=lambda state, i, work: (state + 1, {"x": state}, None),
-    ...                 report=lambda done, metrics, samples: print(done, float(metrics["x"])))
+    ...     state = run({"x": jnp.zeros(())}, steps=3, prepare=lambda state, i: None, checkpoints=checkpoints, save_every=2,
+    ...                 step=lambda state, i, work: ({"x": state["x"] + 1}, {"x": state["x"]}, None),
+    ...                 report=lambda done, metrics, samples: print(done, metrics["x"]))
     ...     checkpoints.steps()
     1 0.0
     2 1.0

@@ -135,9 +135,7 @@ def clipped_surrogate_loss(
     _number_at_least("clip_eps", clip_eps, 0.0)
     _number_at_least("clip_eps_high", clip_eps_high, 0.0)
     _number_at_least("dual_clip", dual_clip, 1.0, strict=True)
-    inside, (new, old, advantages) = _aligned(
-        mask, logprobs, stop_gradient(old_logprobs), stop_gradient(advantages)
-    )
+    inside, (new, old, advantages) = _aligned(mask, logprobs, stop_gradient(old_logprobs), stop_gradient(advantages))
     ratio = jnp.exp(new - old)
     low = 1.0 - jnp.asarray(clip_eps, ratio.dtype)
     high = 1.0 + jnp.asarray(clip_eps if clip_eps_high is None else clip_eps_high, ratio.dtype)
@@ -199,9 +197,7 @@ def value_loss(
     return masked_mean(0.5 * jnp.where(held_error > error, held_error, error), inside, axis_name=axis_name)
 
 
-def cross_entropy_loss(
-    logprobs: ArrayLike, mask: ArrayLike | None = None, *, axis_name: AxisName = None
-) -> jax.Array:
+def cross_entropy_loss(logprobs: ArrayLike, mask: ArrayLike | None = None, *, axis_name: AxisName = None) -> jax.Array:
     """Compute the mean negative log-likelihood, for supervised fine-tuning.
 
     L = -mean(logprobs) over the mask.

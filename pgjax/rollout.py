@@ -85,15 +85,13 @@ def sample(
         "top_p": _as_scalar(1.0 if top_p is None else top_p, np.float32),
         "min_p": _as_scalar(0.0 if min_p is None else min_p, np.float32),
     }
-    room = max(8, 1 << (len(eos_ids) - 1).bit_length() if eos_ids else 8)
+    room = max(8, 1 << (len(eos_ids) - 1).bit_length())
     eos = np.full(room, -1, np.int32)
     eos[: len(eos_ids)] = list(eos_ids)
-    prompts, prompt_mask = (
-        (jnp if isinstance(x, jax.Array) else np).pad(x, ((0, 0), (extra, 0))) for x in (prompts, prompt_mask)
-    )
+    prompts, prompt_mask = _with_columns(prompts, extra), _with_columns(prompt_mask, extra)
     host = jax.device_put((prompts, prompt_mask, options, eos, np.int32(pad_id)))  # in the open: no transfer is hidden
     rollout = _generate(lm, params, *host[:2], key, *host[2:], max_new_tokens=max_new_tokens)
-    return jax.tree.map(lambda x: x[:, extra:], rollout) if extra else rollout
+    return _without_columns(rollout, extra) if extra else rollout
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "max_new_tokens"))
@@ -140,6 +138,21 @@ def _generate(lm, params, prompts, prompt_mask, key, options, eos, pad_id, max_n
     rollout = write(rollout, step, token, logprob, alive)
     carry = step, token, alive & ~jnp.isin(token, eos), rollout, cache
     return jax.lax.while_loop(unfinished, advance, carry)[3]
+
+
+def _with_columns(x: jax.Array | np.ndarray, count: int) -> jax.Array | np.ndarray:
+    return _pad_left(x, count) if isinstance(x, jax.Array) else np.pad(x, ((0, 0), (count, 0)))
+
+
+# Outside jit, a pad or a slice would send its numbers to the device in the dark.
+@functools.partial(jax.jit, static_argnames="count")
+def _pad_left(x: jax.Array, count: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (count, 0)))
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _without_columns(rollout: Rollout, count: int) -> Rollout:
+    return jax.tree.map(lambda x: x[:, count:], rollout)
 
 
 def _as_array(x: jax.typing.ArrayLike, dtype: type[np.generic]) -> jax.Array | np.ndarray:

@@ -60,6 +60,7 @@ def _truncate(z: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array
     keep = at_or_above_threshold(z, lambda keep: keep.sum(1) >= top_k)
     z = jax.nn.log_softmax(jnp.where(keep, z, -jnp.inf))
     keep = at_or_above_threshold(z, lambda keep: jnp.where(keep, jnp.exp(z), 0.0).sum(1) >= top_p)
+    keep |= top_p >= 1  # a rounded sum reaches 1 before the unlikely tokens are in it
     keep &= z >= z.max(1, keepdims=True) + jnp.log(min_p)
     return jax.nn.log_softmax(jnp.where(keep, z, -jnp.inf))
 
@@ -82,6 +83,7 @@ def at_or_above_threshold(x: jax.Array, enough: Callable[[jax.Array], jax.Array]
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     sign = jnp.uint32(0x80000000)
+    bits = jnp.where(bits == sign, jnp.uint32(0), bits)  # -0.0 ties with 0.0
     ordered = jnp.where(bits >= sign, ~bits, bits | sign)  # grows with x
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

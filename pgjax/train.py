@@ -14,6 +14,14 @@ Metrics = dict[str, jax.Array]
 LossFn = Callable[[Any, Any], tuple[jax.Array, Metrics]]  # (params, batch) -> scalar, metrics; means over batch
 
 
+class Optimizer(NamedTuple):
+    """A gradient transformation and the learning rate that it goes by."""
+
+    init: optax.TransformInitFn
+    update: optax.TransformUpdateFn
+    learning_rate: optax.Schedule  # update number, from 0, -> rate
+
+
 class TrainState(NamedTuple):
     """What an update changes."""
 
@@ -31,7 +39,7 @@ def adamw(
     decay: bool = False,
     max_grad_norm: float | None = 1.0,
     weight_decay: float = 0.0,
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
+) -> Optimizer:
     """Build AdamW (Loshchilov & Hutter 2019) with linear warm-up, clipping by global norm and, if asked, linear decay.
 
     Args:
@@ -43,13 +51,13 @@ def adamw(
         weight_decay: decoupled; on tensors of rank 2 and above.
 
     Returns:
-        The transformation, and the schedule, update -> rate, for logging.
+        The optimizer.
 
     Raises:
         ValueError: a number out of range.
 
-    >>> optimizer, rate = adamw(1e-3, updates=10, warmup=2)
-    >>> [round(float(rate(i)), 4) for i in range(3)]
+    >>> optimizer = adamw(1e-3, updates=10, warmup=2)
+    >>> [round(float(optimizer.learning_rate(i)), 4) for i in range(3)]
     [0.0005, 0.001, 0.001]
     """
     if not (learning_rate >= 0 and math.isfinite(learning_rate)):
@@ -70,14 +78,13 @@ def adamw(
         return jax.tree.map(lambda x: x.ndim > 1, params)
 
     clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
-    return optax.chain(clip, optax.adamw(schedule, weight_decay=weight_decay, mask=matrices)), schedule
+    return Optimizer(*optax.chain(clip, optax.adamw(schedule, weight_decay=weight_decay, mask=matrices)), schedule)
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(params: Any, optimizer: Optimizer) -> TrainState:
     """Wrap parameters with a fresh optimizer state.
 
-    >>> import optax
-    >>> state = init_state({"w": jnp.ones(3)}, optax.sgd(0.1))
+    >>> state = init_state({"w": jnp.ones(3)}, adamw(0.1, updates=1))
     >>> int(state.updates), bool(state.healthy)
     (0, True)
     """
@@ -123,31 +130,33 @@ def accumulate(loss_fn: LossFn, params: Any, batch: Any, weight: jax.Array, micr
     return jax.lax.scan(lambda total, xs: (jax.tree.map(jnp.add, total, part(*xs)), None), zeros, split)[0]
 
 
-def apply_gradient(state: TrainState, grad: Any, loss: jax.Array, optimizer: optax.GradientTransformation) -> tuple[TrainState, Metrics]:
+def apply_gradient(state: TrainState, grad: Any, loss: jax.Array, optimizer: Optimizer) -> tuple[TrainState, Metrics]:
     """Take an optimizer step, unless the loss or the gradient is not finite, now or earlier.
 
     Args:
         state: before the step.
         grad: like `state.params`.
         loss: [] checked for being finite.
-        optimizer: the transformation that made `state.opt_state`.
+        optimizer: the one that made `state.opt_state`.
 
     Returns:
         The state after the step (the same parameters, with healthy=False, when something was not finite), and
-        {"grad_norm", "healthy"}.
+        {"train/grad_norm", "train/healthy", "lr"}.
 
-    >>> import optax
-    >>> state = init_state(jnp.float32(1.0), optax.sgd(0.1))
-    >>> state, metrics = apply_gradient(state, jnp.float32(jnp.nan), jnp.float32(0.0), optax.sgd(0.1))
+    >>> optimizer = adamw(0.1, updates=1)
+    >>> state = init_state(jnp.float32(1.0), optimizer)
+    >>> state, metrics = apply_gradient(state, jnp.float32(jnp.nan), jnp.float32(0.0), optimizer)
     >>> float(state.params), bool(state.healthy)
     (1.0, False)
     """
     norm = optax.global_norm(grad)
     healthy = state.healthy & jnp.isfinite(norm) & jnp.isfinite(loss)
-    updates, opt_state = optimizer.update(grad, state.opt_state, state.params)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a Python float to the power of its int32 count
+        updates, opt_state = optimizer.update(grad, state.opt_state, state.params)
     taken = (optax.apply_updates(state.params, updates), opt_state, state.updates + 1)
     kept = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), taken, tuple(state[:3]))
-    return TrainState(*kept, healthy), {"grad_norm": norm, "healthy": healthy}
+    rate = jnp.asarray(optimizer.learning_rate(state.updates), jnp.float32)
+    return TrainState(*kept, healthy), {"train/grad_norm": norm, "train/healthy": healthy, "lr": rate}
 
 
 def minibatches(key: jax.Array, rows: int, count: int) -> jax.Array:

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 
 from pgjax.advantages import (
     group_advantages,
@@ -14,6 +13,7 @@ from pgjax.advantages import (
     monte_carlo_returns,
     place_scores,
 )
+from tests import reference
 
 RNG = np.random.default_rng(0)
 # An EOS before the end, a row cut at the length limit, a hole (a tool's tokens), one token, none.
@@ -87,12 +87,12 @@ def test_nothing_is_bootstrapped_from_past_the_end(garbage):
     def total(values):
         return jnp.sum(jnp.square(monte_carlo_advantages(dirty[0], values, MASK)))
 
-    gradient = np.asarray(jax.grad(total)(jnp.asarray(dirty[1])))
+    gradient = np.asarray(jax.jit(jax.grad(total))(dirty[1]))
     assert np.isfinite(gradient).all() and (gradient[~MASK] == 0).all()
 
 
 def test_returns_have_no_gradient_to_places_outside():
-    gradient = jax.grad(lambda r: monte_carlo_returns(r, MASK, discount=0.5)[1, 2])(jnp.asarray(KL))
+    gradient = jax.jit(jax.grad(lambda r: monte_carlo_returns(r, MASK, discount=0.5)[1, 2]))(KL)
     np.testing.assert_allclose(gradient[1], [0, 0, 1, 0.5, 0.25, 0.125])
     np.testing.assert_array_equal(gradient.at[1].set(0.0), 0)
 
@@ -109,7 +109,7 @@ def test_leave_one_out_equals_a_loop():
 
 
 def test_a_sample_is_not_in_its_own_baseline():
-    jacobian = jax.jacobian(lambda s: leave_one_out_baseline(s, group_size=3))(jnp.arange(6.0))
+    jacobian = jax.jit(jax.jacobian(lambda s: leave_one_out_baseline(s, group_size=3)))(jnp.arange(6.0))
     np.testing.assert_array_equal(np.diag(jacobian), 0)
     np.testing.assert_allclose(jacobian.sum(1), 1, rtol=1e-6)
     np.testing.assert_array_equal(jacobian[:3, 3:], 0)
@@ -131,7 +131,7 @@ def test_group_advantages_against_numpy():
 def test_a_group_of_equal_scores_gets_exactly_zero(normalize, value):
     advantages = group_advantages(jnp.full(3, value), group_size=3, normalize=normalize)
     np.testing.assert_array_equal(advantages, 0)
-    gradient = jax.grad(lambda s: jnp.sum(group_advantages(s, group_size=3)))(jnp.full(3, value))
+    gradient = jax.jit(jax.grad(lambda s: jnp.sum(group_advantages(s, group_size=3))))(jnp.full(3, value))
     assert jnp.all(jnp.isfinite(gradient))
 
 

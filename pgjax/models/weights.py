@@ -157,7 +157,7 @@ def safetensors_of(folder: Path) -> Tensors:
     """Open the weights of a folder in Hugging Face layout: model.safetensors, or the shards of its index.
 
     Raises:
-        ValueError: when there is no such file, or a shard is missing, unreadable or lacks a tensor that the index names.
+        ValueError: when there is no such file, or a shard is missing, unreadable or lacks a tensor of the index.
     """
     index = folder / "model.safetensors.index.json"
     owner: dict[str, str]  # of every tensor, the file

@@ -1,0 +1,202 @@
+"""The pure core under jit, vmap, scan, shard_map and pmap: the numbers of one device, uneven masks included."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import pgjax.advantages as adv
+import pgjax.kl as kl
+import pgjax.logprobs as lp
+import pgjax.losses as losses
+import pgjax.masking as masking
+
+ROWS, LENGTH, VOCAB, WIDTH = 8, 5, 6, 3
+RNG = np.random.default_rng(0)
+THETA = jnp.asarray(RNG.standard_normal((VOCAB, WIDTH)), jnp.float32)
+BATCH = {
+    "hidden": jnp.asarray(RNG.standard_normal((ROWS, LENGTH, WIDTH)), jnp.float32),
+    "tokens": jnp.asarray(RNG.integers(0, VOCAB, (ROWS, LENGTH)), jnp.int32),
+    "scores": jnp.asarray(RNG.standard_normal(ROWS), jnp.float32),
+    "old": jnp.asarray(RNG.standard_normal((ROWS, LENGTH)) - 2, jnp.float32),
+    # As uneven as it gets: two of the four devices hold almost everything, one holds nothing.
+    "mask": jnp.asarray(np.arange(LENGTH)[None] < np.array([5, 5, 0, 0, 1, 0, 4, 2])[:, None]),
+}
+REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum")
+
+
+def by_row(theta, batch):
+    """All that is computed row by row, [rows, ...] each."""
+    mask, old = batch["mask"], batch["old"]
+    logits = jnp.einsum("btd,vd->btv", batch["hidden"], theta)
+    logprobs = lp.token_logprobs(logits, batch["tokens"], temperature=0.7)
+    rewards = adv.kl_shaped_rewards(batch["scores"], kl.kl_k1(logprobs, old), mask, kl_coef=0.1)
+    return {
+        "token_logprobs": logprobs,
+        "token_entropy": lp.token_entropy(logits),
+        "linear": lp.linear_token_logprobs(batch["hidden"], theta, batch["tokens"], chunk_size=4),
+        "k2": kl.kl_k2(logprobs, old),
+        "k3": kl.kl_k3(logprobs, old),
+        "categorical_kl": kl.categorical_kl(logits, logits * 0.5),
+        "place_scores": adv.place_scores(batch["scores"], mask),
+        "rewards": rewards,
+        "returns": adv.monte_carlo_returns(rewards, mask, discount=0.9),
+        "advantages": adv.monte_carlo_advantages(rewards, old, mask),
+        "baseline": adv.leave_one_out_baseline(batch["scores"], group_size=2),
+        "group": adv.group_advantages(batch["scores"], group_size=2),
+    }
+
+
+def whitened(batch, axis_name=None):
+    return masking.masked_whiten(batch["old"], batch["mask"], axis_name=axis_name)
+
+
+def over_all(theta, batch, axis_name=None):
+    """All that is reduced over the batch, [] each."""
+    mask, old = batch["mask"], batch["old"]
+    logprobs = lp.linear_token_logprobs(batch["hidden"], theta, batch["tokens"], chunk_size=4)
+    advantages = whitened(batch, axis_name)
+    found = {
+        "mean": masking.masked_mean(logprobs, mask, axis_name=axis_name),
+        "plain_mean": masking.masked_mean(logprobs, axis_name=axis_name),
+        "value": losses.value_loss(logprobs, old, mask, axis_name=axis_name),
+        "clipped_value": losses.value_loss(
+            logprobs, advantages, mask, old_values=old, clip_eps=0.5, axis_name=axis_name
+        ),
+        "cross_entropy": losses.cross_entropy_loss(logprobs, mask, axis_name=axis_name),
+        "entry": losses.policy_gradient_loss(logprobs[:, 1], batch["scores"], mask[:, 1], axis_name=axis_name),
+    }
+    for name in REDUCTIONS:
+        options = {"reduce": name, "axis_name": axis_name}
+        found[f"policy_{name}"] = losses.policy_gradient_loss(logprobs, advantages, mask, **options)
+        found[f"clipped_{name}"] = losses.clipped_surrogate_loss(logprobs, old, advantages, mask, **options)
+    return found | losses.surrogate_diagnostics(logprobs, old, mask, axis_name=axis_name)
+
+
+def objective(theta, batch, axis_name=None):
+    """One number that weighs all losses differently."""
+    found = over_all(theta, batch, axis_name)
+    return sum((i + 1.0) * x for i, (_, x) in enumerate(sorted(found.items())))
+
+
+BY_ROW, WHITENED = jax.jit(by_row)(THETA, BATCH), jax.jit(whitened)(BATCH)
+OVER_ALL, GRADIENT = jax.jit(over_all)(THETA, BATCH), jax.jit(jax.grad(objective))(THETA, BATCH)
+MESHES = {
+    "one axis": ((4,), ("data",), "data"),
+    "two axes": ((2, 2), ("data", "fsdp"), ("data", "fsdp")),
+}
+
+
+def same(found, expected):
+    chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=2e-6)
+
+
+def shard_map(function, layout, in_specs, out_specs, **options):
+    sizes, names, axes = MESHES[layout]
+    mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
+    specs = {"rows": P(axes), "whole": P()}
+    mapped = jax.shard_map(
+        functools.partial(function, **options),
+        mesh=mesh,
+        in_specs=tuple(specs[s] for s in in_specs),
+        out_specs=jax.tree.map(specs.get, out_specs),
+    )
+    return jax.jit(mapped)
+
+
+def split(batch, parts=4):
+    return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+
+
+def joined(tree):
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+
+def test_vmap_equals_one_at_a_time():
+    parts = split(BATCH)
+    same(joined(jax.jit(jax.vmap(by_row, (None, 0)))(THETA, parts)), BY_ROW)
+    one = jax.jit(over_all)
+    each = [one(THETA, jax.tree.map(lambda x, i=i: x[i], parts)) for i in range(4)]
+    same(jax.jit(jax.vmap(over_all, (None, 0)))(THETA, parts), jax.tree.map(lambda *x: jnp.stack(x), *each))
+
+
+def test_vmap_with_an_axis_name_is_the_global_batch():
+    mapped = jax.jit(jax.vmap(functools.partial(over_all, axis_name="i"), (None, 0), axis_name="i"))
+    same(mapped(THETA, split(BATCH)), jax.tree.map(lambda x: jnp.full(4, x), OVER_ALL))
+
+
+def test_scan_equals_one_at_a_time():
+    def scanned(batch):
+        return jax.lax.scan(lambda theta, part: (theta, by_row(theta, part)), THETA, batch)[1]
+
+    same(joined(jax.jit(scanned)(split(BATCH))), BY_ROW)
+
+
+@pytest.mark.parametrize("layout", MESHES)
+def test_shard_map_equals_one_device(layout):
+    axes = MESHES[layout][2]
+    if layout == "two axes":
+        same(shard_map(by_row, layout, ("whole", "rows"), "rows")(THETA, BATCH), BY_ROW)
+    same(shard_map(whitened, layout, ("rows",), "rows", axis_name=axes)(BATCH), WHITENED)
+    reduced = shard_map(over_all, layout, ("whole", "rows"), "whole", axis_name=axes)
+    same(reduced(THETA, BATCH), OVER_ALL)
+
+
+@pytest.mark.parametrize("layout", MESHES)
+def test_shard_map_gradient_is_that_of_the_global_loss(layout):
+    axes = MESHES[layout][2]
+    outside = shard_map(objective, layout, ("whole", "rows"), "whole", axis_name=axes)
+    same(jax.grad(outside)(THETA, BATCH), GRADIENT)
+    # Inside, shard_map itself sums the gradient of what is replicated.
+    inside = shard_map(jax.grad(functools.partial(objective, axis_name=axes)), layout, ("whole", "rows"), "whole")
+    same(inside(THETA, BATCH), GRADIENT)
+
+
+def test_pmap_equals_one_device():
+    parts = split(BATCH)
+    same(joined(jax.pmap(by_row, in_axes=(None, 0))(THETA, parts)), BY_ROW)
+    reduced = jax.pmap(functools.partial(over_all, axis_name="i"), axis_name="i", in_axes=(None, 0))
+    same(reduced(THETA, parts), jax.tree.map(lambda x: jnp.full(4, x), OVER_ALL))
+    same(joined(jax.pmap(functools.partial(whitened, axis_name="i"), axis_name="i")(parts)), WHITENED)
+
+
+def test_pmap_gradients_are_averaged_not_summed():
+    # Every device differentiates the sum of all devices' copies of the loss: the mean undoes the factor.
+    def step(theta, batch):
+        return jax.lax.pmean(jax.grad(objective)(theta, batch, "i"), "i")
+
+    found = jax.pmap(step, axis_name="i", in_axes=(None, 0))(THETA, split(BATCH))
+    same(found, jnp.broadcast_to(GRADIENT, found.shape))
+
+
+def test_a_mean_of_device_means_would_be_another_number():
+    parts = split(BATCH)
+    means = jax.vmap(lambda x, m: masking.masked_mean(x, m))(parts["old"], parts["mask"])
+    assert abs(float(means.mean()) - float(masking.masked_mean(BATCH["old"], BATCH["mask"]))) > 0.05
+
+
+def test_the_remaining_scalars_transform():
+    def scalars(x):
+        coef = kl.adaptive_kl_coef(0.1, x[0], target=6.0, horizon=100, batch_size=8)
+        return coef, losses.preference_loss(x, x[::-1], margin=0.1, center_coef=0.01)
+
+    rows = BATCH["old"]
+    each = jax.tree.map(lambda *x: jnp.stack(x), *[scalars(row) for row in rows])
+    same(jax.jit(jax.vmap(scalars))(rows), each)
+    same(jax.lax.map(scalars, rows), each)
+    same(shard_map(lambda x: jax.lax.map(scalars, x), "one axis", ("rows",), "rows")(rows), each)
+    same(joined(jax.pmap(lambda x: jax.lax.map(scalars, x))(split(rows))), each)
+
+
+def test_float64_stays_float64_inside_and_scalars_stay_float32():
+    with jax.enable_x64(True):
+        wide = {k: v.astype(jnp.float64) if v.dtype == jnp.float32 else v for k, v in BATCH.items()}
+        wide |= {"tokens": BATCH["tokens"].astype(jnp.int64), "old": BATCH["old"]}  # one of them float32
+        rows, scalars = jax.eval_shape(lambda *args: (by_row(*args), over_all(*args)), THETA.astype(jnp.float64), wide)
+        assert {name: x.dtype.name for name, x in rows.items() if x.dtype != jnp.float64} == {}
+        assert {name: x.dtype.name for name, x in scalars.items() if x.dtype != jnp.float32} == {}

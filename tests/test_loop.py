@@ -1,0 +1,118 @@
+"""The host loop: late metrics, checkpoints, and ways out that lose nothing."""
+
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pgjax import loop
+from pgjax.checkpoint import Checkpoints
+
+
+def run(folder, *, steps=5, start=0, save_every=2, on_step=lambda i: None, on_report=lambda done: None, log=None):
+    log = [] if log is None else log
+
+    def prepare(state, i):
+        log.append(f"prepare {i}")
+
+    def step(state, i, work):
+        on_step(i)
+        log.append(f"step {i}")
+        x = state["x"]
+        return {"x": x + 1}, {"x": x, "many": [x, x + 2]}, [i]
+
+    def report(done, metrics, samples):
+        log.append(f"report {done}")
+        assert metrics == {"x": done - 1.0, "many": float(done)} and samples == [done - 1]
+        on_report(done)
+
+    with Checkpoints(folder) as checkpoints:
+        state = {"x": jnp.float32(start)}
+        state = loop.run(
+            state, steps=steps, start=start, prepare=prepare, step=step, report=report, checkpoints=checkpoints, save_every=save_every
+        )
+        return float(state["x"])
+
+
+def saved(folder):
+    with Checkpoints(folder) as checkpoints:
+        state, extra = checkpoints.restore({"x": jnp.float32(0)})
+        return float(state["x"]), extra["step"]
+
+
+def test_metrics_come_one_step_late_and_before_the_next_update(tmp_path):
+    log: list[str] = []
+    run(tmp_path, steps=3, save_every=100, log=log)
+    assert log == ["prepare 0", "step 0", "prepare 1", "report 1", "step 1", "prepare 2", "report 2", "step 2", "report 3"]
+    assert saved(tmp_path) == (3.0, 3)
+
+
+def test_a_step_that_fails_saves_the_state_before_it(tmp_path):
+    def fail(i):
+        if i == 3:
+            raise RuntimeError("the reward is down")
+
+    with pytest.raises(RuntimeError, match="the reward is down"):
+        run(tmp_path, save_every=100, on_step=fail)
+    assert saved(tmp_path) == (3.0, 3)
+
+
+def test_a_report_that_fails_stops_before_the_next_update(tmp_path):
+    log: list[str] = []
+
+    def fail(done):
+        if done == 2:
+            raise FloatingPointError("not finite")
+
+    with pytest.raises(FloatingPointError):
+        run(tmp_path, save_every=100, on_report=fail, log=log)
+    assert log[-2:] == ["prepare 2", "report 2"]
+    assert saved(tmp_path)[1] == 1, "step 2 went wrong, so one good step is done"
+
+
+def test_an_update_that_gave_its_buffers_away_does_not_hide_its_error(tmp_path):
+    taken = jax.jit(lambda tree: tree["x"] + 1, donate_argnums=0)
+    with Checkpoints(tmp_path) as checkpoints:
+        state = {"x": jnp.zeros(4)}
+
+        def step(state, i, work):
+            taken(state)
+            raise MemoryError("out of memory in the update")
+
+        with pytest.raises(MemoryError):
+            loop.run(
+                state, steps=2, prepare=lambda s, i: None, step=step, report=print, checkpoints=checkpoints, save_every=1
+            )
+        assert checkpoints.latest() is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_says_so(tmp_path, number, capsys):
+    def interrupt(i):
+        if i == 1:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(loop.Interrupted, match="stopped after step 2") as stopped:
+        run(tmp_path, save_every=100, on_step=interrupt)
+    assert stopped.value.step == 2 and saved(tmp_path) == (2.0, 2)
+    assert "saved first" in capsys.readouterr().out
+    assert signal.getsignal(number) is before
+    assert run(tmp_path, start=2) == 5.0
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    with pytest.raises(KeyboardInterrupt), loop.stop_signals() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked()
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_in_the_last_step_is_a_finished_run(tmp_path):
+    def interrupt(i):
+        if i == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert run(tmp_path, on_step=interrupt) == 5.0

@@ -1,0 +1,325 @@
+"""The PPO script, whole, on a tiny model: what it learns, what it writes, what it refuses, and how it goes on."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.tiny_model import save_tiny_model
+
+import pgjax as pg
+from experiments import ppo
+from pgjax import logs, loop, rollout, train
+from pgjax.checkpoint import Checkpoints
+from pgjax.rewards import RewardError
+
+METRICS = """objective/kl objective/entropy objective/non_score_reward objective/rlhf_reward objective/scores policy/approxkl_avg
+    policy/clipfrac_avg policy/entropy_avg loss/policy_avg loss/value_avg val/clipfrac_avg val/ratio val/ratio_var val/num_eos_tokens
+    completions/mean_length completions/clipped_ratio lr episode timing/rollout timing/reward timing/score timing/update
+    perf/tokens_per_second perf/mfu perf/decode_mbu""".split()
+
+
+def vowels(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[str]) -> list[float]:
+    """A black box: the share of letters up to m among the completion's."""
+    return [sum(c < "m" for c in text) / max(len(text), 1) for text in completions]
+
+
+class Box:
+    """A black box whose behaviour a test sets; calls are counted from 0, the evaluation's first."""
+
+    def __init__(self):
+        self.calls = 0
+        self.completions: list[list[str]] = []
+        self.act = lambda call, scores: scores
+
+    def __call__(self, prompts, completions, **columns):
+        call, self.calls = self.calls, self.calls + 1
+        self.completions.append(list(completions))
+        return self.act(call, vowels(prompts, completions))
+
+
+BOX = Box()
+
+
+def boxed(prompts, completions, **columns):
+    return BOX(prompts, completions, **columns)
+
+
+@pytest.fixture(autouse=True)
+def fresh_box():
+    BOX.__init__()
+    return BOX
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def config(model, tmp_path) -> ppo.Config:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"say {word}"}) + "\n" for word in ("a", "bcd", "ef", "ghij")))
+    return ppo.Config(
+        model=str(model), prompts=str(prompts), held_out=str(prompts), rewards=(f"{__name__}:boxed",), output=tmp_path / "run",
+        steps=3, batch_size=8, max_new_tokens=6, minibatches=2, microbatches=2, learning_rate=1e-3, warmup_updates=0,
+        eval_samples=2, samples_every=1, save_every=100,
+    )  # fmt: skip
+
+
+def change(config: ppo.Config, **fields) -> ppo.Config:
+    return dataclasses.replace(config, **fields)
+
+
+def final_state(config: ppo.Config, folder: Path | None = None):
+    """Restore a run's last checkpoint."""
+    lm, params, _ = pg.load(config.model)
+    optimizer = train.adamw(1.0, updates=1)
+    state = ppo.State(
+        train.init_state({"lm": params, "value": pg.init_value_head(lm.arch.width)}, optimizer), jnp.float32(0)
+    )
+    with Checkpoints((folder or config.output) / "checkpoints") as checkpoints:
+        state, extra = checkpoints.restore(state)
+        return jax.tree.map(np.asarray, state), extra["step"]
+
+
+def test_it_learns_and_leaves_the_files_that_a_user_expects(config, model):
+    config = change(config, steps=30, batch_size=32, learning_rate=1e-2, kl_coef=0.0, eval_samples=16, samples_every=10)
+    figures = ppo.main(config)
+    assert figures["eval/rise_in_stderr"] > 4
+    rows = logs.read_metrics(config.output)
+    trained = [row for row in rows if "objective/scores" in row]
+    assert [row["step"] for row in trained] == list(range(1, 31))
+    assert all(math.isfinite(row[name]) for row in trained for name in METRICS)
+    assert json.loads((config.output / "config.json").read_text())["learning_rate"] == 1e-2
+    assert (config.output / "curves.png").stat().st_size > 1000
+    assert list(config.output.glob("events*")), "TensorBoard's event file"
+    samples = [json.loads(line) for line in (config.output / "samples.jsonl").read_text().splitlines()]
+    assert {"prompt", "completion", "score", "step"} <= samples[0].keys()
+    state, step = final_state(config)
+    lm, params, _ = pg.load(config.output / "policy")
+    assert step == 30
+    jax.tree.map(np.testing.assert_array_equal, params, state.learner.params["lm"])
+    assert not np.array_equal(params["embed"]["tokens"], pg.load(model)[1]["embed"]["tokens"])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_nothing_moves_at_rate_zero(config, temperature):
+    """Ratio 1 and KL 0 in every minibatch of every step: one temperature, no dropout, a frozen reference, one frame."""
+    ppo.main(change(config, learning_rate=0.0, epochs=2, temperature=temperature))
+    for row in logs.read_metrics(config.output):
+        if "val/ratio" in row:
+            assert abs(row["objective/kl"]) < 1e-5
+            assert abs(row["val/ratio"] - 1) < 1e-5 and row["val/ratio_var"] < 1e-10
+            assert row["policy/clipfrac_avg"] == 0
+            assert row["val/sampler_gap"] < 1e-5
+
+
+def test_the_key_moves_on_every_step_and_repeats_with_the_seed(config, fresh_box):
+    one_prompt = Path(config.prompts)
+    one_prompt.write_text('{"prompt": "say a"}\n')
+    ppo.main(change(config, learning_rate=0.0))
+    first = fresh_box.completions
+    assert first[1] != first[2] and len(set(first[1])) > 1
+    fresh_box.__init__()
+    ppo.main(change(config, learning_rate=0.0, output=config.output.with_name("again")))
+    assert fresh_box.completions == first
+    fresh_box.__init__()
+    ppo.main(change(config, learning_rate=0.0, seed=1, output=config.output.with_name("other")))
+    assert fresh_box.completions[1] != first[1]
+
+
+def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_does(config, fresh_box):
+    config = change(config, steps=4, kl_target=1.0)
+    ppo.main(change(config, output=config.output.with_name("straight")))
+
+    def interrupt(call, scores):
+        if call == 2:  # the evaluation, step 1, step 2
+            os.kill(os.getpid(), signal.SIGINT)
+        return scores
+
+    fresh_box.__init__()
+    fresh_box.act = interrupt
+    with pytest.raises(loop.Interrupted, match="stopped after step 2"):
+        ppo.main(config)
+    assert final_state(config)[1] == 2
+    ppo.main(change(config, resume=True))
+    straight, resumed = final_state(config, config.output.with_name("straight")), final_state(config)
+    jax.tree.map(np.testing.assert_array_equal, straight, resumed)
+    steps = [row["step"] for row in logs.read_metrics(config.output) if "objective/scores" in row]
+    assert steps == [1, 2, 3, 4]
+
+
+def failing(value):
+    def act(call, scores):
+        if call == 3:  # the evaluation, step 1, step 2, step 3
+            return value(scores)
+        return scores
+
+    return act
+
+
+def raise_error(scores):
+    raise RuntimeError("the judge is out")
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (raise_error, "the judge is out"),
+        (lambda scores: scores[:-1], "7"),
+        (lambda scores: [*scores[:-1], "good"], "good"),
+        (lambda scores: [*scores[:-1], math.nan], "nan"),
+        (lambda scores: [*scores[:-1], math.inf], "inf"),
+    ],
+    ids=["raises", "too few", "a word", "nan", "inf"],
+)
+def test_a_bad_reward_stops_the_run_and_saves_the_last_good_step(config, fresh_box, value, message):
+    fresh_box.act = failing(value)
+    with pytest.raises(RewardError, match=message) as stopped:
+        ppo.main(config)
+    assert stopped.value.prompt.startswith("say ") and stopped.value.completion in fresh_box.completions[3]
+    assert final_state(config)[1] == 2
+    fresh_box.__init__()
+    ppo.main(change(config, resume=True))
+    assert final_state(config)[1] == 3
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_finite_parameters(config):
+    with pytest.raises(FloatingPointError, match="not finite in step"):
+        ppo.main(change(config, learning_rate=1e30, steps=6))
+    state, _ = final_state(config)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.learner.params))
+
+
+def test_from_the_second_step_on_nothing_compiles_and_no_transfer_is_hidden(config, fresh_box):
+    compiled: list[str] = []
+
+    def guard(call, scores):
+        if call == 2:  # in step 2: everything has been compiled, the report of step 1 included
+            jax.config.update("jax_transfer_guard", "disallow")
+            jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+        return scores
+
+    fresh_box.act = guard
+    before = rollout._generate._cache_size()
+    try:
+        ppo.main(change(config, steps=4, epochs=2, kl_target=1.0))
+        assert rollout._generate._cache_size() - before == 1, "sampler: training and evaluation share one program"
+    finally:
+        jax.config.update("jax_transfer_guard", "allow")
+        jax.monitoring.clear_event_listeners()
+    assert not [name for name in compiled if "backend_compile" in name]
+
+
+def test_early_stop_leaves_out_the_later_epochs(config):
+    ppo.main(change(config, epochs=4, max_approx_kl=1e-9))
+    rows = [row for row in logs.read_metrics(config.output) if "train/updates" in row]
+    assert {row["train/updates"] for row in rows} == {2}
+
+
+def test_the_truncation_penalty_reaches_the_reward_but_not_the_reported_score(config):
+    ppo.main(change(config, truncation_penalty=5.0, steps=1))
+    row = next(row for row in logs.read_metrics(config.output) if "objective/scores" in row)
+    assert 0 <= row["objective/scores"] <= 1
+    assert row["objective/rlhf_reward"] == pytest.approx(row["objective/scores"] - 5 * row["completions/clipped_ratio"], abs=1e-4)
+
+
+def test_the_adaptive_coefficient_moves_against_the_kl(config):
+    ppo.main(change(config, kl_target=1e-6, kl_coef=0.1, kl_horizon=80.0, learning_rate=1e-2, steps=4))
+    coefs = [row["objective/kl_coef"] for row in logs.read_metrics(config.output) if "objective/kl_coef" in row]
+    np.testing.assert_allclose(coefs[:3], [0.1, 0.1 * (1 - 0.2 * 8 / 80), 0.1 * (1 - 0.2 * 8 / 80) * (1 + 0.2 * 8 / 80)], rtol=1e-4)
+
+
+def small_batch(lm, rows=4, prompt=3, new=5):
+    tokens = jax.random.randint(jax.random.key(1), (rows, prompt + new), 0, lm.arch.vocab_size)
+    lengths = jnp.array([5, 1, 3, 4])[:rows]
+    mask = jnp.concatenate([jnp.zeros((rows, 1), bool), jnp.arange(new)[None, :] < lengths[:, None]], axis=1)
+    attention_mask = jnp.concatenate([jnp.ones((rows, prompt - 1), bool), mask.at[:, 0].set(True)], axis=1)
+    keys = jax.random.split(jax.random.key(2), 4)
+    noise = [jax.random.normal(key, mask.shape) for key in keys]
+    return ppo.Batch(tokens, attention_mask, mask, -3 + 0.1 * noise[0], *noise[1:])
+
+
+def test_uneven_microbatches_do_not_change_the_ppo_gradient(model, config):
+    lm, params, _ = pg.load(model)
+    params = {"lm": params, "value": pg.init_value_head(lm.arch.width)}
+    batch = small_batch(lm)
+    loss_fn = lambda params, batch: ppo.ppo_loss(params, batch, lm=lm, config=config)  # noqa: E731
+    whole, _ = train.accumulate(loss_fn, params, batch, batch.mask.sum(1), 1)
+    parts, _ = train.accumulate(loss_fn, params, batch, batch.mask.sum(1), 4)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-6), whole, parts)
+
+
+def test_what_stands_outside_the_mask_changes_no_gradient(model, config):
+    lm, params, _ = pg.load(model)
+    params = {"lm": params, "value": pg.init_value_head(lm.arch.width)}
+    batch = small_batch(lm)
+    spoil = lambda x: jnp.where(batch.mask, x, jnp.nan)  # noqa: E731
+    spoilt = batch._replace(**{name: spoil(vars(batch)[name] if False else getattr(batch, name)) for name in batch._fields[3:]})
+    config = change(config, value_clip_eps=0.2)
+    gradient = lambda batch: jax.grad(lambda p: ppo.ppo_loss(p, batch, lm=lm, config=config)[0])(params)  # noqa: E731
+    jax.tree.map(np.testing.assert_array_equal, gradient(batch), gradient(spoilt))
+
+
+def test_the_policy_loss_does_not_touch_the_value_head(model, config):
+    lm, params, _ = pg.load(model)
+    params = {"lm": params, "value": pg.init_value_head(lm.arch.width)}
+    config = change(config, value_coef=0.0)
+    grad = jax.grad(lambda p: ppo.ppo_loss(p, small_batch(lm), lm=lm, config=config)[0])(params)
+    assert all(not np.any(x) for x in jax.tree.leaves(grad["value"])) and np.any(grad["lm"]["embed"]["tokens"])
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"batch_size": 6}, "batch_size=6 does not divide into minibatches=2 times microbatches=2: make it a multiple of 4"),
+        ({"temperature": 0.0}, "temperature must be above 0.*got 0.0"),
+        ({"temperature": math.nan}, "temperature.*nan"),
+        ({"clip_eps": -0.1}, "clip_eps must be between 0 and 1, got -0.1"),
+        ({"kl_coef": -1.0}, "kl_coef must be finite and not below 0, got -1.0"),
+        ({"entropy_coef": math.inf}, "entropy_coef.*inf"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"discount": 1.5}, "discount must be above 0 and at most 1, got 1.5"),
+        ({"reward_weights": (1.0, 2.0)}, "rewards and reward_weights"),
+        ({"rewards": ("no_such_module:f",)}, "no_such_module"),
+        ({"model": "no/such/model"}, "no/such/model"),
+        ({"prompts": "nothing.jsonl"}, "nothing.jsonl"),
+        ({"prompts": "experiments.haiku:nothing"}, "nothing"),
+        ({"max_new_tokens": 63}, "max_new_tokens|tokens"),
+        ({"max_new_tokens": 64}, "64 positions"),
+    ],
+)
+def test_bad_input_gets_one_error_that_names_it(config, fields, message):
+    with pytest.raises(ValueError, match=message):
+        ppo.main(change(config, **fields))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [('{"prompt": "a"}\n{"prompt": \n', "2"), ("\n", "no rows|no prompts|empty"), ('{"text": "a"}\n', "prompt")],
+    ids=["malformed line", "no rows", "no prompt column"],
+)
+def test_a_bad_prompt_file_is_named_with_its_line(config, text, message):
+    Path(config.prompts).write_text(text)
+    with pytest.raises(ValueError, match=message) as refused:
+        ppo.main(config)
+    assert "prompts.jsonl" in str(refused.value)
+    assert not config.output.exists(), "nothing is written before the input is known to be good"
+
+
+def test_another_run_is_never_overwritten(config):
+    ppo.main(change(config, steps=1))
+    before = {path: path.read_bytes() for path in config.output.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="--resume"):
+        ppo.main(config)
+    with pytest.raises(ValueError, match="learning_rate"):
+        ppo.main(change(config, resume=True, learning_rate=0.5))
+    assert before == {path: path.read_bytes() for path in config.output.rglob("*") if path.is_file()}

@@ -1,0 +1,48 @@
+"""A tiny Llama with a byte-level tokenizer, saved in Hugging Face layout: what the script tests train."""
+
+from pathlib import Path
+
+import jax
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import pgjax as pg
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+)
+
+
+def save_tiny_model(folder: Path, *, max_positions: int = 64) -> Path:
+    """Write the model; pad equals eos, as in many real ones."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate(["<|end|>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    fast.chat_template = TEMPLATE
+    arch = pg.Architecture(
+        family="llama",
+        vocab_size=len(vocab),
+        width=16,
+        depth=2,
+        heads=2,
+        kv_heads=1,
+        head_dim=8,
+        mlp_width=32,
+        max_positions=max_positions,
+        activation="silu",
+        norm="rms",
+        norm_eps=1e-5,
+        rope=pg.Rope(theta=10000.0),
+        gated_mlp=True,
+        qkv_bias=False,
+        out_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        tied=True,
+    )
+    lm = pg.causal_lm(arch)
+    pg.save_pretrained(folder, lm, lm.init(jax.random.key(0)), fast)
+    return folder
