@@ -93,14 +93,19 @@ def make_batch(config: Config, lm: pg.CausalLM, params: Any) -> ppo.Batch:
 def contenders(config: Config, lm: pg.CausalLM, params: Any, batch: ppo.Batch, dtype: str, peer: bool) -> dict[str, Callable[[], Any]]:
     """Give, for each contender, a call that computes the loss and its gradient."""
     ours = pg.causal_lm(lm.arch, dtype=jnp.dtype(dtype))
-    of = ppo.Config(max_new_tokens=config.new_tokens)
-    step = jax.jit(jax.value_and_grad(lambda params, batch: ppo.ppo_loss(params, batch, lm=ours, config=of)[0]))
+    defaults = ppo.Config()
+    options = {"clip_eps": defaults.clip_eps, "value_coef": defaults.value_coef}
+
+    def loss(params: Any, batch: ppo.Batch) -> jax.Array:
+        off = {"value_clip_eps": None, "entropy_coef": 0.0}
+        return ppo.ppo_loss(params, batch, lm=ours, temperature=1.0, **options, **off)[0]
+
+    step = jax.jit(jax.value_and_grad(loss))
     both = {"lm": params, "value": pg.init_value_head(lm.arch.width)}
     runs: dict[str, Callable[[], Any]] = {"pgjax": lambda: step(both, batch)}
     if peer:
         from benchmarks.peer import learner, torch_model
 
-        options = {"clip_eps": of.clip_eps, "value_coef": of.value_coef}
         mixed = dtype != "float32"
         name = "torch autocast" if mixed else "torch"
         runs[name] = learner(torch_model(lm, params, "float32"), batch, autocast=mixed, **options)

@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 
 import pgjax as pg
-from experiments.task import check_columns, load_rows, make_task
+from experiments.task import check_columns, fold_in, load_rows, make_task
 from pgjax import data, logs, loop, perf, rewards, train
 from pgjax.checkpoint import Checkpoints
 from pgjax.curves import plot_curves
@@ -37,7 +37,7 @@ class Config:
     """One run. Every number that decides it stands here."""
 
     model: str = "SmolLM2-135M-Instruct"  # folder, .gguf file, hub id, or a model that an installed package ships
-    prompts: str = "experiments.haiku:train_rows"  # a .jsonl, .csv, .parquet or .txt file, or module:function giving rows
+    prompts: str = "experiments.haiku:train_rows"  # .jsonl, .csv, .parquet or .txt file, or module:function giving rows
     held_out: str = "experiments.haiku:held_out_rows"  # likewise, for the evaluation before and after
     chat: bool = True  # put prompts through the tokenizer's chat template
     rewards: tuple[str, ...] = ("experiments.haiku:haiku_reward",)  # black boxes, module:function
@@ -46,16 +46,18 @@ class Config:
     resume: bool = False  # go on with the run in `output`
     seed: int = 0  # of prompt order, sampling and minibatches
 
-    steps: int = 40  # iterations of rollout and update
+    steps: int = 16  # iterations of rollout and update
     batch_size: int = 32  # completions an iteration
     max_new_tokens: int = 32  # the longest completion, in tokens
     temperature: float = 1.0  # of the policy: in sampling and in every log-probability
+    top_k: int | None = None  # sample from this many likeliest tokens; None: from all, as on-policy learning asks
+    top_p: float = 1.0  # sample from the likeliest tokens up to this probability; 1: from all, likewise
     truncation_penalty: float = 0.0  # taken off the score of a completion that did not end by itself
 
     epochs: int = 1  # passes over an iteration's completions
     minibatches: int = 2  # updates an epoch
     microbatches: int = 2  # parts of a minibatch, for memory; the gradient is the same
-    learning_rate: float = 2e-5  # peak, of AdamW
+    learning_rate: float = 4e-5  # peak, of AdamW
     warmup_updates: int = 4  # updates of linear warm-up
     decay: bool = False  # fall linearly to 0 over the run
     weight_decay: float = 0.0  # decoupled, on matrices
@@ -65,14 +67,14 @@ class Config:
     value_coef: float = 0.5  # weight of the value loss
     entropy_coef: float = 0.0  # weight of the entropy bonus
     discount: float = 1.0  # of rewards a token later
-    kl_coef: float = 0.02  # of the penalty on the log-ratio to the reference, in the reward of each token
+    kl_coef: float = 0.01  # of the penalty on the log-ratio to the reference, in the reward of each token
     kl_target: float | None = None  # nats a sequence; adapts kl_coef towards it (Ziegler et al. 2019)
     kl_horizon: float = 10_000.0  # completions; how slowly kl_coef adapts
     max_approx_kl: float | None = None  # stop an iteration's epochs when the policy has moved further, nats a token
 
     eval_samples: int = 8  # completions of each held-out prompt, before and after
-    samples_every: int = 10  # iterations between tables of samples
-    save_every: int = 20  # iterations between checkpoints
+    samples_every: int = 8  # iterations between tables of samples
+    save_every: int = 8  # iterations between checkpoints
 
 
 PRESETS = {
@@ -119,7 +121,16 @@ class Scored(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "window", "parts"))
-def score(lm: pg.CausalLM, params: Any, tokens: jax.Array, attention_mask: jax.Array, temperature: jax.Array, *, window: int, parts: int) -> Scored:
+def score(
+    lm: pg.CausalLM,
+    params: Any,
+    tokens: jax.Array,
+    attention_mask: jax.Array,
+    temperature: jax.Array,
+    *,
+    window: int,
+    parts: int,
+) -> Scored:
     """Teacher-force a batch, in `parts` parts so that logits of one part exist at a time; for policy and reference alike."""
 
     def part(xs: tuple[jax.Array, jax.Array]) -> Scored:
@@ -136,65 +147,73 @@ def score(lm: pg.CausalLM, params: Any, tokens: jax.Array, attention_mask: jax.A
     return jax.tree.map(lambda x: x.reshape(-1, window), jax.lax.map(part, split))
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
+@functools.partial(jax.jit, static_argnames=("discount", "kl_target", "kl_horizon"))
 def experience(
-    rollout: pg.Rollout, policy: Scored, reference: Scored, scores: jax.Array, kl_coef: jax.Array, *, config: Config
-) -> tuple[Batch, jax.Array, train.Metrics]:
+    rollout: pg.Rollout, policy: Scored, reference: Scored, scores: jax.Array, kl_coef: jax.Array,
+    *, discount: float, kl_target: float | None, kl_horizon: float,
+) -> tuple[Batch, jax.Array, train.Metrics]:  # fmt: skip
     """Turn scores into advantages: KL-shaped rewards, Monte Carlo returns, returns - values whitened over all tokens."""
     mask = rollout.mask[:, -policy.values.shape[1] :]
     kl = pg.kl_k1(policy.logprobs, reference.logprobs)
     rewards = pg.kl_shaped_rewards(scores, kl, mask, kl_coef=kl_coef)
-    returns = pg.monte_carlo_returns(rewards, mask, discount=config.discount)
+    returns = pg.monte_carlo_returns(rewards, mask, discount=discount)
     advantages = pg.masked_whiten(returns - policy.values, mask)
     batch = Batch(rollout.tokens, rollout.attention_mask, mask, policy.logprobs, policy.values, returns, advantages)
 
     def a_sequence(x: jax.Array) -> jax.Array:  # summed over its tokens, averaged over sequences
         return jnp.where(mask, x, 0.0).sum(1).mean()
 
+    def variance(x: jax.Array) -> jax.Array:
+        return pg.masked_mean(jnp.square(x - pg.masked_mean(x, mask)), mask)
+
     sequence_kl = a_sequence(kl)
     new_kl_coef = kl_coef
-    if config.kl_target is not None:
+    if kl_target is not None:
         new_kl_coef = pg.adaptive_kl_coef(
-            kl_coef, sequence_kl, target=config.kl_target, horizon=config.kl_horizon, batch_size=config.batch_size
+            kl_coef, sequence_kl, target=kl_target, horizon=kl_horizon, batch_size=len(scores)
         )
     sampled = rollout.logprobs[:, -mask.shape[1] :]
-    return batch, new_kl_coef, {
-        "objective/scores": scores.mean(),
-        "objective/kl": sequence_kl,
-        "objective/entropy": a_sequence(policy.entropy),
-        "objective/non_score_reward": -kl_coef * sequence_kl,
-        "objective/rlhf_reward": scores.mean() - kl_coef * sequence_kl,
-        "objective/kl_coef": kl_coef,
-        "policy/entropy_avg": pg.masked_mean(policy.entropy, mask),
-        "val/explained_variance": 1 - _variance(returns - policy.values, mask) / (_variance(returns, mask) + 1e-8),
-        "val/sampler_gap": pg.masked_mean(jnp.abs(sampled - policy.logprobs), mask),  # sampler against learner, nats
-        "completions/mean_length": a_sequence(jnp.ones_like(kl)),
-        "completions/max_length": mask.sum(1).max(),
-    }
+    return (
+        batch,
+        new_kl_coef,
+        {
+            "objective/kl": sequence_kl,
+            "objective/kl_coef": kl_coef,
+            "objective/entropy": a_sequence(policy.entropy),
+            "objective/non_score_reward": -kl_coef * sequence_kl,
+            "objective/rlhf_reward": scores.mean() - kl_coef * sequence_kl,
+            "policy/entropy_avg": pg.masked_mean(policy.entropy, mask),
+            "val/explained_variance": 1 - variance(returns - policy.values) / (variance(returns) + 1e-8),
+            "val/sampler_gap": pg.masked_mean(
+                jnp.abs(sampled - policy.logprobs), mask
+            ),  # sampler against learner, nats
+            "completions/mean_length": a_sequence(jnp.ones_like(kl)),
+            "completions/max_length": mask.sum(1).max(),
+        },
+    )
 
 
-def _variance(x: jax.Array, mask: jax.Array) -> jax.Array:
-    return pg.masked_mean(jnp.square(x - pg.masked_mean(x, mask)), mask)
-
-
-def ppo_loss(params: Any, batch: Batch, *, lm: pg.CausalLM, config: Config) -> tuple[jax.Array, train.Metrics]:
+def ppo_loss(
+    params: Any, batch: Batch, *, lm: pg.CausalLM, temperature: float, clip_eps: float, value_clip_eps: float | None,
+    value_coef: float, entropy_coef: float,
+) -> tuple[jax.Array, train.Metrics]:  # fmt: skip
     """Clipped surrogate + value_coef * value loss - entropy_coef * entropy, each a mean over sampled tokens."""
     window = batch.mask.shape[1]
     hidden = lm.hidden(params["lm"], batch.tokens, batch.attention_mask)[:, -window:]
     unembedding, tokens = lm.unembedding(params["lm"]), batch.tokens[:, -window:]
-    logprobs = pg.linear_token_logprobs(hidden, unembedding, tokens, temperature=config.temperature)
+    logprobs = pg.linear_token_logprobs(hidden, unembedding, tokens, temperature=temperature)
     values = pg.token_values(params["value"], hidden)
 
-    policy = pg.clipped_surrogate_loss(logprobs, batch.old_logprobs, batch.advantages, batch.mask, clip_eps=config.clip_eps)
-    clipping = {} if config.value_clip_eps is None else {"old_values": batch.old_values, "clip_eps": config.value_clip_eps}
-    value = pg.value_loss(values, batch.returns, batch.mask, **clipping)
-    loss = policy + config.value_coef * value
-    if config.entropy_coef != 0:
-        entropy = pg.token_entropy(logits_of(hidden, unembedding), temperature=config.temperature)
-        loss = loss - config.entropy_coef * pg.masked_mean(entropy, batch.mask)
+    policy = pg.clipped_surrogate_loss(logprobs, batch.old_logprobs, batch.advantages, batch.mask, clip_eps=clip_eps)
+    old_values = None if value_clip_eps is None else batch.old_values
+    value = pg.value_loss(values, batch.returns, batch.mask, old_values=old_values, clip_eps=value_clip_eps)
+    loss = policy + value_coef * value
+    if entropy_coef != 0:
+        entropy = pg.token_entropy(logits_of(hidden, unembedding), temperature=temperature)
+        loss = loss - entropy_coef * pg.masked_mean(entropy, batch.mask)
 
-    moved = pg.surrogate_diagnostics(logprobs, batch.old_logprobs, batch.mask, clip_eps=config.clip_eps)
-    value_moved = jnp.abs(values - batch.old_values) > (math.inf if config.value_clip_eps is None else config.value_clip_eps)
+    moved = pg.surrogate_diagnostics(logprobs, batch.old_logprobs, batch.mask, clip_eps=clip_eps)
+    value_moved = jnp.abs(values - batch.old_values) > (math.inf if value_clip_eps is None else value_clip_eps)
     ratio = jnp.exp(jnp.where(batch.mask, logprobs - batch.old_logprobs, 0.0))
     return loss, {
         "loss/policy_avg": policy,
@@ -207,17 +226,20 @@ def ppo_loss(params: Any, batch: Batch, *, lm: pg.CausalLM, config: Config) -> t
     }
 
 
-@functools.partial(jax.jit, static_argnames=("lm", "optimizer", "config"), donate_argnames=("state",))
+STATIC = ("lm", "optimizer", "microbatches", "temperature", "clip_eps", "value_clip_eps", "value_coef", "entropy_coef")
+
+
+@functools.partial(jax.jit, static_argnames=STATIC, donate_argnames=("state",))
 def update(
-    state: train.TrainState, batch: Batch, order: jax.Array, number: jax.Array, *, lm: pg.CausalLM, optimizer: train.Optimizer, config: Config
-) -> tuple[train.TrainState, train.Metrics]:
-    """Take one optimizer step on minibatch `number` of `order` [minibatches, rows]."""
+    state: train.TrainState, batch: Batch, order: jax.Array, number: jax.Array,
+    *, optimizer: train.Optimizer, microbatches: int, **options: Any,
+) -> tuple[train.TrainState, train.Metrics]:  # fmt: skip
+    """Take one optimizer step on minibatch `number` of `order` [minibatches, rows]; the options are those of `ppo_loss`."""
     part = jax.tree.map(lambda x: x[order[number]], batch)
-    loss_fn = functools.partial(ppo_loss, lm=lm, config=config)
-    grad, metrics = train.accumulate(loss_fn, state.params, part, part.mask.sum(1), config.microbatches)
+    loss_fn = functools.partial(ppo_loss, **options)
+    grad, metrics = train.accumulate(loss_fn, state.params, part, part.mask.sum(1), microbatches)
     state, step_metrics = train.apply_gradient(state, grad, metrics.pop("loss"), optimizer)
     return state, metrics | step_metrics
-
 
 
 def main(config: Config) -> dict[str, float]:
@@ -227,14 +249,12 @@ def main(config: Config) -> dict[str, float]:
     row_sets = [load_rows(config.prompts), load_rows(config.held_out)]
     for rows in row_sets:
         check_columns(rows, judges)
-    plain = {name: str(x) if isinstance(x, Path) else x for name, x in dataclasses.asdict(config).items()}
-    folder = logs.open_run(config.output, plain, resume=config.resume, may_change=MAY_CHANGE)
-
     lm, params, tokenizer = pg.load(config.model)
     task = make_task(
-        lm, tokenizer, judges, config.reward_weights, row_sets,
-        chat=config.chat, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+        lm, tokenizer, judges, config.reward_weights, row_sets, chat=config.chat, max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
     )  # fmt: skip
+    folder = logs.open_run(config.output, dataclasses.asdict(config), resume=config.resume, may_change=MAY_CHANGE)
     train_rows, held_out = task.rows
     deal = data.batches(train_rows, config.batch_size, seed=config.seed)
     peaks = perf.measured_peaks(lm.dtype)
@@ -252,6 +272,7 @@ def main(config: Config) -> dict[str, float]:
     if config.resume and checkpoints.latest() is not None:
         state, extra = checkpoints.restore(state)
         state, start = state._replace(learner=state.learner._replace(healthy=jnp.ones((), bool))), extra["step"]
+        print(f"going on after step {start}")
     del policy
 
     key = jax.random.key(config.seed)
@@ -259,6 +280,11 @@ def main(config: Config) -> dict[str, float]:
     scorer = functools.partial(
         score, lm, temperature=jnp.float32(config.temperature), window=config.max_new_tokens + 1, parts=parts
     )
+    take_update = functools.partial(
+        update, lm=lm, optimizer=optimizer, microbatches=config.microbatches, temperature=config.temperature,
+        clip_eps=config.clip_eps, value_clip_eps=config.value_clip_eps, value_coef=config.value_coef,
+        entropy_coef=config.entropy_coef,
+    )  # fmt: skip
     minibatch_numbers = jax.device_put(list(np.arange(config.minibatches, dtype=np.int32)))
     free_at = 0.0  # when the device was last seen without work
 
@@ -283,14 +309,20 @@ def main(config: Config) -> dict[str, float]:
         scored = time.perf_counter()
 
         paid = judged.scores - np.float32(config.truncation_penalty) * ~judged.ended
-        batch, kl_coef, metrics = experience(rollout, policy, frozen, jax.device_put(paid), kl_coef, config=config)
+        batch, kl_coef, metrics = experience(
+            rollout, policy, frozen, jax.device_put(paid), kl_coef,
+            discount=config.discount, kl_target=config.kl_target, kl_horizon=config.kl_horizon,
+        )  # fmt: skip
         taken: list[train.Metrics] = []
         for epoch in range(config.epochs):
             order = train.minibatches(fold_in(shuffle_key, epoch), config.batch_size, config.minibatches)
             for number in minibatch_numbers:
-                learner, of_update = update(learner, batch, order, number, lm=lm, optimizer=optimizer, config=config)
+                learner, of_update = take_update(learner, batch, order, number)
                 taken.append(of_update)
-            if config.max_approx_kl is not None and jax.device_get(taken[-1]["policy/approxkl_avg"]) > config.max_approx_kl:
+            if (
+                config.max_approx_kl is not None
+                and jax.device_get(taken[-1]["policy/approxkl_avg"]) > config.max_approx_kl
+            ):
                 break
 
         def update_seconds() -> float:
@@ -299,6 +331,7 @@ def main(config: Config) -> dict[str, float]:
             return free_at - scored
 
         numbers = {
+            "objective/scores": judged.scores.mean(),
             "objective/scores_std": judged.scores.std(),
             **{f"rewards/{name}": part.mean() for name, part in judged.parts.items()},
             "val/num_eos_tokens": judged.ended.sum(),
@@ -314,7 +347,10 @@ def main(config: Config) -> dict[str, float]:
         of_updates = {name: [metrics[name] for metrics in taken] for name in taken[0]}
         return State(learner, kl_coef), {**metrics, **of_updates, **numbers}, judged.samples(rows, 8)
 
-    with logs.Writer(folder, start_step=start + 1 if start else 0) as writer, Progress(config.steps, start=start) as progress:
+    with (
+        logs.Writer(folder, start_step=start + 1 if start else 0) as writer,
+        Progress(config.steps, start=start) as progress,
+    ):
 
         def report(done: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
             metrics |= speed(lm, config, peaks, metrics)
@@ -322,34 +358,36 @@ def main(config: Config) -> dict[str, float]:
             progress.update(done, metrics)
             if not metrics["train/healthy"]:
                 raise FloatingPointError(
-                    f"loss or gradient is not finite in step {done} (gradient norm {metrics['train/grad_norm']}): the parameters are "
-                    "those before it; lower --learning-rate or --max-grad-norm, then --resume"
+                    f"loss or gradient is not finite in step {done} (gradient norm {metrics['train/grad_norm']}): "
+                    "the parameters are those before it; start anew with a lower --learning-rate or --max-grad-norm"
                 )
             if done % config.samples_every == 0 or done == 1:
                 writer.write_samples(done, samples)
                 progress.samples(done, samples[:3])
 
         def evaluate(params: Any, step: int) -> None:
-            figures = task.evaluate(params["lm"], held_out, config.eval_samples, config.batch_size, fold_in(key, 2**32 - 1))
+            progress.print(f"sampling {len(held_out)} held-out prompts, {config.eval_samples} times each")
+            figures = task.evaluate(
+                params["lm"], held_out, config.eval_samples, config.batch_size, fold_in(key, 2**32 - 1)
+            )
             writer.write(step, {f"eval/{name}": value for name, value in figures.items()})
-            progress.print(f"held-out score after {step} steps: {figures['scores']:.3f} +- {figures['scores_stderr']:.3f}")
+            progress.print(
+                f"held-out score after {step} steps: {figures['scores']:.3f} +- {figures['scores_stderr']:.3f}"
+            )
 
-        if start == 0:
-            evaluate(state.learner.params, 0)
-        state = loop.run(
-            state, steps=config.steps, start=start, prepare=prepare, step=step, report=report,
-            checkpoints=checkpoints, save_every=config.save_every,
-        )  # fmt: skip
-        evaluate(state.learner.params, config.steps)
+        try:
+            if start == 0:
+                evaluate(state.learner.params, 0)
+            state = loop.run(
+                state, steps=config.steps, start=start, prepare=prepare, step=step, report=report,
+                checkpoints=checkpoints, save_every=config.save_every,
+            )  # fmt: skip
+            evaluate(state.learner.params, config.steps)
+        finally:
+            plot_curves(folder)
 
     pg.save_pretrained(folder / "policy", lm, state.learner.params["lm"], tokenizer)
-    plot_curves(folder)
     return summary(folder)
-
-
-def fold_in(key: jax.Array, number: int) -> jax.Array:
-    """Derive a key from a number of the host, sent to the device in the open."""
-    return jax.random.fold_in(key, jax.device_put(np.uint32(number)))
 
 
 def speed(lm: pg.CausalLM, config: Config, peaks: perf.Peaks, metrics: dict[str, float]) -> dict[str, float]:
@@ -364,7 +402,9 @@ def speed(lm: pg.CausalLM, config: Config, peaks: perf.Peaks, metrics: dict[str,
     return {
         "perf/tokens_per_second": config.batch_size * completion / seconds,
         "perf/mfu": perf.mfu(flops, metrics["timing/update"], peaks.matmul_flops),
-        "perf/decode_mbu": perf.mbu(a_step * metrics["completions/max_length"], metrics["timing/rollout"], peaks.read_bytes),
+        "perf/decode_mbu": perf.mbu(
+            a_step * metrics["completions/max_length"], metrics["timing/rollout"], peaks.read_bytes
+        ),
     }
 
 
@@ -375,7 +415,12 @@ def summary(folder: Path) -> dict[str, float]:
     error = math.hypot(before["eval/scores_stderr"], after["eval/scores_stderr"])
     last = [row for row in rows if "objective/scores" in row][-1]
     rise = after["eval/scores"] - before["eval/scores"]
-    return {"eval/before": before["eval/scores"], "eval/after": after["eval/scores"], "eval/rise_in_stderr": rise / error, **last}
+    return {
+        "eval/before": before["eval/scores"],
+        "eval/after": after["eval/scores"],
+        "eval/rise_in_stderr": rise / error,
+        **last,
+    }
 
 
 def check(config: Config) -> None:
@@ -385,7 +430,17 @@ def check(config: Config) -> None:
         if not ok:
             raise ValueError(message)
 
-    positive = ("steps", "batch_size", "max_new_tokens", "epochs", "minibatches", "microbatches", "eval_samples", "samples_every", "save_every")
+    positive = (
+        "steps",
+        "batch_size",
+        "max_new_tokens",
+        "epochs",
+        "minibatches",
+        "microbatches",
+        "eval_samples",
+        "samples_every",
+        "save_every",
+    )
     for name in positive:
         require(getattr(config, name) >= 1, f"{name} must be at least 1, got {getattr(config, name)}")
     parts = config.minibatches * config.microbatches
@@ -394,11 +449,26 @@ def check(config: Config) -> None:
         f"batch_size={config.batch_size} does not divide into minibatches={config.minibatches} times "
         f"microbatches={config.microbatches}: make it a multiple of {parts}",
     )
-    require(0 < config.temperature < math.inf, f"temperature must be above 0 (a greedy policy has no gradient), got {config.temperature}")
+    require(
+        0 < config.temperature < math.inf,
+        f"temperature must be above 0 (a greedy policy has no gradient), got {config.temperature}",
+    )
+    require(config.top_k is None or config.top_k >= 1, f"top_k must be at least 1, or None, got {config.top_k}")
+    require(0 < config.top_p <= 1, f"top_p must be above 0 and at most 1, got {config.top_p}")
     require(0 < config.clip_eps < 1, f"clip_eps must be between 0 and 1, got {config.clip_eps}")
     require(0 < config.discount <= 1, f"discount must be above 0 and at most 1, got {config.discount}")
-    for name in ("kl_coef", "value_coef", "entropy_coef", "truncation_penalty", "weight_decay", "learning_rate", "warmup_updates"):
-        require(0 <= getattr(config, name) < math.inf, f"{name} must be finite and not below 0, got {getattr(config, name)}")
+    for name in (
+        "kl_coef",
+        "value_coef",
+        "entropy_coef",
+        "truncation_penalty",
+        "weight_decay",
+        "learning_rate",
+        "warmup_updates",
+    ):
+        require(
+            0 <= getattr(config, name) < math.inf, f"{name} must be finite and not below 0, got {getattr(config, name)}"
+        )
     for name in ("value_clip_eps", "kl_target", "max_approx_kl", "kl_horizon", "max_grad_norm"):
         value = getattr(config, name)
         require(value is None or 0 < value < math.inf, f"{name} must be above 0, got {value}")
@@ -421,4 +491,5 @@ if __name__ == "__main__":
         if isinstance(error, rewards.RewardError):
             raise
         sys.exit(f"error: {error}")
-    print(f"held-out score {figures['eval/before']:.3f} -> {figures['eval/after']:.3f}, a rise of {figures['eval/rise_in_stderr']:.1f} standard errors")
+    before, after, rise = (figures[f"eval/{name}"] for name in ("before", "after", "rise_in_stderr"))
+    print(f"held-out score {before:.3f} -> {after:.3f}, a rise of {rise:.1f} standard errors")

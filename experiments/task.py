@@ -12,7 +12,7 @@ import numpy as np
 
 import pgjax as pg
 from pgjax import data, rewards
-from pgjax.models.load import stop_ids
+from pgjax.models.tokenizer import stop_ids
 
 Row = dict[str, Any]  # a prompt with its further columns; "ids" once it is encoded
 
@@ -42,6 +42,8 @@ class Task(NamedTuple):
     longest: int  # tokens of the longest prompt of all
     max_new_tokens: int
     temperature: float
+    top_k: int | None
+    top_p: float
     eos_ids: tuple[int, ...]
 
     def generate(self, params: Any, rows: Sequence[Row], key: jax.Array) -> pg.Rollout:
@@ -51,7 +53,7 @@ class Task(NamedTuple):
         prompts, prompt_mask = data.left_pad(ids, self.tokenizer.pad_token_id, length=length)
         return pg.sample(
             self.lm, params, prompts, prompt_mask, key,
-            max_new_tokens=self.max_new_tokens, temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
             eos_ids=self.eos_ids, pad_id=self.tokenizer.pad_token_id,
         )  # fmt: skip
 
@@ -65,14 +67,16 @@ class Task(NamedTuple):
         last = tokens[np.arange(len(tokens)), tokens.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)]
         return Judged(completions, scores, parts, np.isin(last, self.eos_ids))
 
-    def evaluate(self, params: Any, rows: Sequence[Row], samples: int, batch_size: int, key: jax.Array) -> dict[str, float]:
+    def evaluate(
+        self, params: Any, rows: Sequence[Row], samples: int, batch_size: int, key: jax.Array
+    ) -> dict[str, float]:
         """Score `samples` completions of each row: their mean and its standard error, over rows * samples completions."""
         repeated = [row for row in rows for _ in range(samples)]
         scores: list[float] = []
         for begin in range(0, len(repeated), batch_size):
             wanted = repeated[begin : begin + batch_size]
             filled = (wanted * batch_size)[:batch_size]  # one shape, one program: a short last batch is filled up
-            rollout = self.generate(params, filled, jax.random.fold_in(key, begin))
+            rollout = self.generate(params, filled, fold_in(key, begin))
             scores += self.judge(filled, rollout).scores[: len(wanted)].tolist()
         error = np.std(scores, ddof=1) / np.sqrt(len(scores)) if len(scores) > 1 else 0.0
         return {"scores": float(np.mean(scores)), "scores_stderr": float(error)}
@@ -88,19 +92,30 @@ def make_task(
     chat: bool,
     max_new_tokens: int,
     temperature: float,
+    top_k: int | None = None,
+    top_p: float = 1.0,
 ) -> Task:
     """Encode the prompts of every row set, refusing any that the model's positions cannot hold."""
     if tokenizer is None:
         raise ValueError("the model's source holds no tokenizer, and prompts are text: add its tokenizer files")
     limit = lm.arch.max_positions - max_new_tokens
     if limit < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in {lm.arch.max_positions} positions")
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} leaves no room for a prompt in {lm.arch.max_positions} positions"
+        )
     encoded = []
     for rows in row_sets:
         ids = data.encode_prompts([row["prompt"] for row in rows], tokenizer, chat=chat, max_length=limit)
         encoded.append([{**row, "ids": x} for row, x in zip(rows, ids, strict=True)])
     longest = max(len(row["ids"]) for rows in encoded for row in rows)
-    return Task(lm, tokenizer, judges, weights, encoded, longest, max_new_tokens, temperature, stop_ids(tokenizer))
+    return Task(
+        lm, tokenizer, judges, weights, encoded, longest, max_new_tokens, temperature, top_k, top_p, stop_ids(tokenizer)
+    )
+
+
+def fold_in(key: jax.Array, number: int) -> jax.Array:
+    """Derive a key from a number of the host, sent to the device in the open."""
+    return jax.random.fold_in(key, jax.device_put(np.uint32(number)))
 
 
 def load_rows(source: str) -> list[Row]:

@@ -116,7 +116,9 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked = True
-        print("stopping: this step is finished and saved first (Ctrl-C again stops at once, without saving)", flush=True)
+        print(
+            "stopping: this step is finished and saved first (Ctrl-C again stops at once, without saving)", flush=True
+        )
 
     old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

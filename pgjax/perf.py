@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 if TYPE_CHECKING:
@@ -298,6 +300,11 @@ def measured_peaks(
     on_cpu = device.platform == "cpu"
     size = (2048 if on_cpu else 8192) if matmul_size is None else matmul_size
     buffer = (1 << 28 if on_cpu else 1 << 31) if buffer_bytes is None else buffer_bytes
+    return _peaks(jnp.dtype(dtype), device, size, buffer)
+
+
+@functools.lru_cache(maxsize=64)  # a machine's peaks do not change while a process runs
+def _peaks(dtype: np.dtype, device: jax.Device, size: int, buffer: int) -> Peaks:
     matmul = _matmul_seconds(size, dtype, device)
     columns = 8192
     x = jax.device_put(jnp.ones((max(1, buffer // (4 * columns)), columns), jnp.float32), device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ class TrainState(NamedTuple):
     healthy: jax.Array  # [] bool, False from the first non-finite loss or gradient on: nothing changes any more
 
 
+@functools.lru_cache(maxsize=64)  # equal arguments give the same functions, and so the same compiled programs
 def adamw(
     learning_rate: float,
     *,

@@ -9,6 +9,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax  # noqa: E402  the flags above must come first
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct as the installed package ships it, in float32, read once: (lm, params, tokenizer)."""
+    from pgjax.models.load import load
+
+    return load("SmolLM2-135M-Instruct", dtype=jax.numpy.float32)

@@ -31,7 +31,14 @@ def run(folder, *, steps=5, start=0, save_every=2, on_step=lambda i: None, on_re
     with Checkpoints(folder) as checkpoints:
         state = {"x": jnp.float32(start)}
         state = loop.run(
-            state, steps=steps, start=start, prepare=prepare, step=step, report=report, checkpoints=checkpoints, save_every=save_every
+            state,
+            steps=steps,
+            start=start,
+            prepare=prepare,
+            step=step,
+            report=report,
+            checkpoints=checkpoints,
+            save_every=save_every,
         )
         return float(state["x"])
 
@@ -45,7 +52,17 @@ def saved(folder):
 def test_metrics_come_one_step_late_and_before_the_next_update(tmp_path):
     log: list[str] = []
     run(tmp_path, steps=3, save_every=100, log=log)
-    assert log == ["prepare 0", "step 0", "prepare 1", "report 1", "step 1", "prepare 2", "report 2", "step 2", "report 3"]
+    assert log == [
+        "prepare 0",
+        "step 0",
+        "prepare 1",
+        "report 1",
+        "step 1",
+        "prepare 2",
+        "report 2",
+        "step 2",
+        "report 3",
+    ]
     assert saved(tmp_path) == (3.0, 3)
 
 
@@ -83,7 +100,13 @@ def test_an_update_that_gave_its_buffers_away_does_not_hide_its_error(tmp_path):
 
         with pytest.raises(MemoryError):
             loop.run(
-                state, steps=2, prepare=lambda s, i: None, step=step, report=print, checkpoints=checkpoints, save_every=1
+                state,
+                steps=2,
+                prepare=lambda s, i: None,
+                step=step,
+                report=print,
+                checkpoints=checkpoints,
+                save_every=1,
             )
         assert checkpoints.latest() is None
 

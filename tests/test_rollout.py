@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy.stats import chi2
-from tiny import FAMILIES, close, left_padded, tiny_apply, tiny_lm, tiny_params
 
 from pgjax.logprobs import token_logprobs
 from pgjax.rollout import Rollout, sample
 from pgjax.sampling import filter_logits
+from tests.tiny import FAMILIES, close, left_padded, tiny_apply, tiny_lm, tiny_params
 
 LENGTHS = (7, 4, 1, 5)
 WIDTH, NEW = 7, 9

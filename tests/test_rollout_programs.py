@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import left_padded, tiny_apply, tiny_lm, tiny_params
 
 from pgjax.logprobs import token_logprobs
 from pgjax.rollout import sample
+from tests.tiny import left_padded, tiny_apply, tiny_lm, tiny_params
 
 PROMPTS, PROMPT_MASK = left_padded((7, 4, 1, 5), 7)
 NEW, KEY = 9, jax.random.key(11)

@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny import close, left_padded, tiny_lm, tiny_params
 
 from pgjax.advantages import monte_carlo_returns
 from pgjax.logprobs import token_logprobs
 from pgjax.losses import clipped_surrogate_loss, policy_gradient_loss, value_loss
 from pgjax.models.heads import init_value_head, token_values
+from tests.tiny import close, left_padded, tiny_lm, tiny_params
 
 TOKENS, MASK = left_padded((6, 4, 3), 6)
 SAMPLED = MASK & (np.arange(6) >= 4)

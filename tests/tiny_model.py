@@ -8,9 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 import pgjax as pg
 
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
-)
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
 
 
 def save_tiny_model(folder: Path, *, max_positions: int = 64) -> Path:

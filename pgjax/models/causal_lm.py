@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -48,24 +49,35 @@ def per_layer(params: Params) -> Params:
 
 
 def decode_params(params: Params, dtype: Any) -> Params:
-    """Prepare parameters for a decode loop: split by layer, fused, and everything but the norms' scales in `dtype`.
+    """Prepare parameters for a decode loop: split by layer, and everything but the norms' scales in `dtype`.
 
     The layers would cast at every step what they can read once cast. Norms keep their scales, which they multiply in
-    float32, so that a decode step computes what a whole forward pass computes. Prepared parameters pass through.
+    float32, so that a decode step computes what a whole forward pass computes. Below float32 the cast copies anyway, and
+    then lays the kernels out as a decode step reads them fastest (`transformer.fuse`). Prepared ones pass through.
 
     >>> import jax.numpy as jnp
-    >>> ready = decode_params({"layers": {"o": {"kernel": jnp.zeros((1, 2, 3))}}}, jnp.bfloat16)
-    >>> ready["layers"][0]["o"]["kernel"].dtype.name, ready["layers"][0]["o"]["kernel"].shape
-    ('bfloat16', (3, 2))
+    >>> stacked = {"layers": {name: {"kernel": jnp.zeros((1, 2, 3))} for name in ("q", "k", "v", "o", "up", "down")}}
+    >>> ready = decode_params(stacked, jnp.bfloat16)["layers"][0]["q_k_v"]["kernel"]
+    >>> ready.dtype.name, ready.shape
+    ('bfloat16', (9, 2))
     """
-    if isinstance(params["layers"], list):
-        return params
 
     def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         return x if any("norm" in str(step) for step in path) else x.astype(dtype)
 
+    if isinstance(params["layers"], list):
+        return params
     split = per_layer(jax.tree_util.tree_map_with_path(cast, params))
-    return {**split, "layers": [fuse(layer) for layer in split["layers"]]}
+    return {**split, "layers": [fuse(layer) for layer in split["layers"]]} if fuses(dtype) else split
+
+
+def fuses(dtype: Any) -> bool:
+    """Say whether a decode step in `dtype` runs on fused parameters: measured to pay below float32 only.
+
+    >>> fuses(jnp.float32), fuses(jnp.bfloat16)
+    (False, True)
+    """
+    return jnp.dtype(dtype).itemsize < 4
 
 
 def positions_of(attention_mask: jax.Array) -> jax.Array:
@@ -78,6 +90,7 @@ def positions_of(attention_mask: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=1) - 1, 0)
 
 
+@functools.lru_cache(maxsize=64)  # one architecture, one set of functions, so that compiled programs are shared
 def causal_lm(arch: Architecture, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, remat: bool = False) -> CausalLM:
     """Build the pure functions of a decoder-only transformer.
 
@@ -101,7 +114,7 @@ def causal_lm(arch: Architecture, *, dtype: Any = jnp.float32, param_dtype: Any 
     (1, 3, 11)
     """
     block = Block(arch, dtype=dtype, param_dtype=param_dtype)
-    fused_block = block.clone(fused=True)
+    decode_block = block.clone(fused=fuses(dtype))
     final_norm = Norm(arch.norm, arch.norm_eps, dtype, param_dtype)
 
     def init(key: jax.Array) -> Params:
@@ -187,7 +200,7 @@ def causal_lm(arch: Architecture, *, dtype: Any = jnp.float32, param_dtype: Any 
                 kv = write(keys, key, index, axis=2), write(values, value, index, axis=2)
                 return attention(query, *kv, slots[:, None, :]), kv
 
-            x, kv = fused_block.apply({"params": layer_params}, x, table, attend)
+            x, kv = decode_block.apply({"params": layer_params}, x, table, attend)
             written.append(kv)
         return final_norm.apply({"params": params["norm"]}, x[:, 0]), tuple(written)
 
