@@ -28,7 +28,7 @@ import numpy as np
 import tyro
 
 import pgjax as pg
-from benchmarks.timing import Row, Timing, add_ratios, figures, machine, missing_peer, save, show, with_peaks
+from benchmarks.timing import Row, Timing, add_ratios, figures, machine, missing_peer, plain, save, show, with_peaks
 from experiments import ppo
 from pgjax import perf
 
@@ -44,6 +44,7 @@ class Config:
     new_tokens: int = 64  # of them sampled: the window of the log-probabilities
     repeats: int = 5  # timed rounds
     peer: bool = True  # alternate with torch where it is installed
+    peer_threads: int | None = None  # of torch; None is its own choice. Its threads wait for each other: 1 is faster on a busy machine
     seed: int = 0  # of the batch
     json: Path | None = None  # write the report here too
 
@@ -55,7 +56,7 @@ def main(config: Config) -> Row:
     lm, params, _ = pg.load(config.model)
     absent = missing_peer() if config.peer else "peer left out: --no-peer"
     batch = make_batch(config, lm, params)
-    report: Row = {"machine": machine(), "config": _plain(config), "peer": absent, "peaks": {}, "rows": []}
+    report: Row = {"machine": machine(), "config": plain(config), "peer": absent, "peaks": {}, "rows": []}
     for dtype in config.dtypes:
         runs = contenders(config, lm, params, batch, dtype, absent is None)
         peaks, times = with_peaks(dtype, runs, config.repeats)
@@ -108,9 +109,9 @@ def contenders(config: Config, lm: pg.CausalLM, params: Any, batch: ppo.Batch, d
 
         mixed = dtype != "float32"
         name = "torch autocast" if mixed else "torch"
-        runs[name] = learner(torch_model(lm, params, "float32"), batch, autocast=mixed, **options)
+        runs[name] = learner(torch_model(lm, params, "float32", config.peer_threads), batch, autocast=mixed, **options)
         if mixed:
-            runs[f"torch {dtype} weights"] = learner(torch_model(lm, params, dtype), batch, autocast=False, **options)
+            runs[f"torch {dtype} weights"] = learner(torch_model(lm, params, dtype, config.peer_threads), batch, autocast=False, **options)
     return runs
 
 
@@ -135,10 +136,6 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "MFU": lambda row: f"{row['mfu']:.0%}",
     "loss": lambda row: f"{row['loss']:.5f}",
 }
-
-
-def _plain(config: Config) -> Row:
-    return {name: str(x) if isinstance(x, Path) else x for name, x in dataclasses.asdict(config).items()}
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ import transformers
 import pgjax as pg
 
 
-def torch_model(lm: pg.CausalLM, params: Any, dtype: str) -> Any:
-    """Build the torch model from our arrays, through a folder in Hugging Face layout."""
+def torch_model(lm: pg.CausalLM, params: Any, dtype: str, threads: int | None) -> Any:
+    """Build the torch model from our arrays, through a folder in Hugging Face layout; `threads` None is torch's choice."""
+    if threads is not None:
+        torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         pg.save_pretrained(Path(folder) / "model", lm, params, None)
         return transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=getattr(torch, dtype))
@@ -76,6 +78,6 @@ def learner(model: Any, batch: Any, *, clip_eps: float, value_coef: float, autoc
         surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages)
         loss = -mean(surrogate) + value_coef * mean(0.5 * (values - returns) ** 2)
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     return run

@@ -29,7 +29,7 @@ import numpy as np
 import tyro
 
 import pgjax as pg
-from benchmarks.timing import Row, Timing, add_ratios, figures, machine, missing_peer, save, show, with_peaks
+from benchmarks.timing import Row, Timing, add_ratios, figures, machine, missing_peer, plain, save, show, with_peaks
 from pgjax import perf
 
 
@@ -44,6 +44,7 @@ class Config:
     new_tokens: int = 64  # sampled for each prompt; none ends early
     repeats: int = 5  # timed rounds
     peer: bool = True  # alternate with torch where it is installed
+    peer_threads: int | None = None  # of torch; None is its own choice. Its threads wait for each other: 1 is faster on a busy machine
     seed: int = 0  # of the prompts
     json: Path | None = None  # write the report here too
 
@@ -53,7 +54,7 @@ def main(config: Config) -> Row:
     lm, params, _ = pg.load(config.model)
     absent = missing_peer() if config.peer else "peer left out: --no-peer"
     prompts = np.random.default_rng(config.seed).integers(1, lm.arch.vocab_size, (config.batch_size, config.prompt_length))
-    report: Row = {"machine": machine(), "config": _plain(config), "peer": absent, "peaks": {}, "rows": []}
+    report: Row = {"machine": machine(), "config": plain(config), "peer": absent, "peaks": {}, "rows": []}
     for dtype in config.dtypes:
         runs: dict[str, Callable[[], object]] = {}
         for who, generate in contenders(config, lm, params, prompts, dtype, absent is None).items():
@@ -84,7 +85,7 @@ def contenders(config: Config, lm: pg.CausalLM, params: Any, prompts: np.ndarray
         return {"pgjax": generate}
     from benchmarks.peer import generator, torch_model
 
-    return {"pgjax": generate, "torch generate": generator(torch_model(lm, params, dtype), prompts)}
+    return {"pgjax": generate, "torch generate": generator(torch_model(lm, params, dtype, config.peer_threads), prompts)}
 
 
 def measure(config: Config, arch: pg.Architecture, dtype: str, peaks: perf.Peaks, first: Timing, whole: Timing) -> Row:
@@ -115,10 +116,6 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "decode MBU": lambda row: f"{row['decode_mbu']:.0%}",
     "decode MFU": lambda row: f"{row['decode_mfu']:.0%}",
 }
-
-
-def _plain(config: Config) -> Row:
-    return {name: str(x) if isinstance(x, Path) else x for name, x in dataclasses.asdict(config).items()}
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class Config:
     epochs: int = 1  # passes over an iteration's completions
     minibatches: int = 2  # updates an epoch
     microbatches: int = 2  # parts of a minibatch, for memory; the gradient is the same
-    learning_rate: float = 4e-5  # peak, of AdamW
+    learning_rate: float = 3e-5  # peak, of AdamW
     warmup_updates: int = 4  # updates of linear warm-up
     decay: bool = False  # fall linearly to 0 over the run
     weight_decay: float = 0.0  # decoupled, on matrices
@@ -67,7 +67,7 @@ class Config:
     value_coef: float = 0.5  # weight of the value loss
     entropy_coef: float = 0.0  # weight of the entropy bonus
     discount: float = 1.0  # of rewards a token later
-    kl_coef: float = 0.01  # of the penalty on the log-ratio to the reference, in the reward of each token
+    kl_coef: float = 0.005  # of the penalty on the log-ratio to the reference, in the reward of each token
     kl_target: float | None = None  # nats a sequence; adapts kl_coef towards it (Ziegler et al. 2019)
     kl_horizon: float = 10_000.0  # completions; how slowly kl_coef adapts
     max_approx_kl: float | None = None  # stop an iteration's epochs when the policy has moved further, nats a token
@@ -85,7 +85,9 @@ PRESETS = {
         chat=False,
         rewards=("experiments.sentiment:sentiment_reward",),
         output=Path("runs/sentiment"),
+        batch_size=64,
         max_new_tokens=20,
+        kl_coef=0.02,
     ),
 }
 

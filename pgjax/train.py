@@ -80,7 +80,8 @@ def adamw(
         return jax.tree.map(lambda x: x.ndim > 1, params)
 
     clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
-    return Optimizer(*optax.chain(clip, optax.adamw(schedule, weight_decay=weight_decay, mask=matrices)), schedule)
+    chain = optax.chain(clip, optax.adamw(schedule, weight_decay=weight_decay, mask=matrices))
+    return Optimizer(chain.init, chain.update, schedule)
 
 
 def init_state(params: Any, optimizer: Optimizer) -> TrainState:
@@ -155,10 +156,11 @@ def apply_gradient(state: TrainState, grad: Any, loss: jax.Array, optimizer: Opt
     healthy = state.healthy & jnp.isfinite(norm) & jnp.isfinite(loss)
     with jax.numpy_dtype_promotion("standard"):  # optax raises a Python float to the power of its int32 count
         updates, opt_state = optimizer.update(grad, state.opt_state, state.params)
-    taken = (optax.apply_updates(state.params, updates), opt_state, state.updates + 1)
-    kept = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), taken, tuple(state[:3]))
+    params = optax.apply_updates(state.params, updates)
+    stepped = TrainState(params, opt_state, state.updates + 1, healthy)
+    kept = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), stepped, state._replace(healthy=healthy))
     rate = jnp.asarray(optimizer.learning_rate(state.updates), jnp.float32)
-    return TrainState(*kept, healthy), {"train/grad_norm": norm, "train/healthy": healthy, "lr": rate}
+    return kept, {"train/grad_norm": norm, "train/healthy": healthy, "lr": rate}
 
 
 def minibatches(key: jax.Array, rows: int, count: int) -> jax.Array:

@@ -40,11 +40,6 @@ def test_a_row_alone_without_padding_equals_torch(model):
     assert_close(lm.apply(params, jnp.asarray(golden["tokens"][1:2, real]))[0], golden[model][1, real])
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    return load("SmolLM2-135M-Instruct", dtype=jnp.float32)
-
-
 def test_smollm2_logits_equal_those_of_torch(smollm2):
     golden = np.load(GOLDENS / "smollm2_logits.npz")
     lm, params, _ = smollm2

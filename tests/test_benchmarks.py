@@ -1,0 +1,89 @@
+"""The benchmarks run from start to end on a tiny model, and their figures follow from their times."""
+
+import json
+
+import jax
+import pytest
+
+import pgjax as pg
+from benchmarks import learner, rollout, timing
+from pgjax import perf
+
+ARCH = pg.Architecture(
+    family="llama", vocab_size=64, width=16, depth=2, heads=2, kv_heads=1, head_dim=8, mlp_width=32, max_positions=64,
+    activation="silu", norm="rms", norm_eps=1e-5, rope=pg.Rope(theta=10000.0), gated_mlp=True, qkv_bias=False,
+    out_bias=False, mlp_bias=False, qk_norm=False, tied=True,
+)  # fmt: skip
+PEAKS = perf.Peaks(matmul_flops=1e12, copy_bytes=1e10, read_bytes=1e10)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    lm = pg.causal_lm(ARCH)
+    pg.save_pretrained(folder, lm, lm.init(jax.random.key(0)), None)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def quick_peaks(monkeypatch):
+    monkeypatch.setattr(timing.perf, "measured_peaks", lambda dtype: PEAKS)
+    monkeypatch.setattr(timing, "_wide_product", lambda dtype: PEAKS)
+
+
+def test_contenders_run_in_turn_after_a_warm_up_each():
+    order = []
+    timing.alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
+    assert "".join(order) == "ab" "abab"
+    with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
+        timing.alternate({"a": lambda: None}, 0)
+
+
+def test_rollout_reports_every_dtype_and_writes_what_it_returns(model, tmp_path, capsys):
+    sizes = {"batch_size": 2, "prompt_length": 4, "new_tokens": 5, "repeats": 1}
+    config = rollout.Config(model=model, peer=False, json=tmp_path / "new" / "report.json", **sizes)
+    report = rollout.main(config)
+    assert [(row["who"], row["dtype"]) for row in report["rows"]] == [("pgjax", "float32"), ("pgjax", "bfloat16")]
+    assert all(row["tokens_per_second"] > 0 and row["decode_mbu"] > 0 for row in report["rows"])
+    assert json.loads((tmp_path / "new" / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert "--no-peer" in capsys.readouterr().out
+
+
+def test_a_peer_that_is_not_installed_is_named(model, monkeypatch, capsys):
+    monkeypatch.setattr(timing.importlib.util, "find_spec", lambda name: None if name == "torch" else object())
+    report = rollout.main(
+        rollout.Config(model=model, dtypes=("float32",), batch_size=1, prompt_length=2, new_tokens=2, repeats=1)
+    )
+    assert "torch not installed" in report["peer"] and [row["who"] for row in report["rows"]] == ["pgjax"]
+    assert "torch not installed" in capsys.readouterr().out
+
+
+def test_learner_gives_the_same_loss_in_both_dtypes(model):
+    report = learner.main(learner.Config(model=model, peer=False, batch_size=2, length=12, new_tokens=6, repeats=1))
+    exact, half = (row["loss"] for row in report["rows"])
+    assert half == pytest.approx(exact, abs=0.02) and exact != 0
+
+
+def test_learner_in_torch_does_the_same_work(model):
+    pytest.importorskip("torch")
+    report = learner.main(
+        learner.Config(model=model, dtypes=("float32",), batch_size=2, length=12, new_tokens=6, repeats=1)
+    )
+    ours, theirs = report["rows"]
+    assert theirs["who"] == "torch" and theirs["loss"] == pytest.approx(ours["loss"], abs=1e-5)
+    assert set(ours["times_as_fast_as"]) == {"torch"}
+
+
+def test_decode_is_what_lies_between_the_two_programs():
+    config = rollout.Config(batch_size=4, new_tokens=11)
+    first, whole = timing.Timing([1.0, 1.0, 9.0], [1.0] * 3), timing.Timing([6.0, 6.0, 6.0], [3.0] * 3)
+    row = rollout.measure(config, ARCH, "bfloat16", PEAKS, first, whole)
+    assert row["decode_step_seconds"] == pytest.approx(0.5) and row["decode_step_cpu_seconds"] == pytest.approx(0.2)
+    assert row["tokens_per_second"] == pytest.approx(44 / 6)
+    read = perf.decode_bytes(ARCH, batch=4, context=16 + 5.5, weight_bytes=2, cache_bytes=2)
+    assert row["decode_mbu"] == pytest.approx(read / 0.5 / 1e10)
+
+
+def test_a_window_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="new_tokens=8 must be between 0 and length=8"):
+        learner.main(learner.Config(length=8, new_tokens=8))
