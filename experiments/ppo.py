@@ -40,14 +40,14 @@ class Config:
     prompts: str = "experiments.haiku:train_rows"  # .jsonl, .csv, .parquet or .txt file, or module:function giving rows
     held_out: str = "experiments.haiku:held_out_rows"  # likewise, for the evaluation before and after
     chat: bool = True  # put prompts through the tokenizer's chat template
-    rewards: tuple[str, ...] = ("experiments.haiku:haiku_reward",)  # black boxes, module:function
-    reward_weights: tuple[float, ...] = (1.0,)  # one for each reward
+    rewards: tuple[str, ...] = ("experiments.haiku:haiku_reward",)  # the black boxes, each as module:function
+    reward_weights: tuple[float, ...] = ()  # one for each reward; none given: 1 each
     output: Path = Path("runs/haiku")  # the run folder: config, metrics, samples, curves, checkpoints, policy
     resume: bool = False  # go on with the run in `output`
     seed: int = 0  # of prompt order, sampling and minibatches
 
     steps: int = 16  # iterations of rollout and update
-    batch_size: int = 32  # completions an iteration
+    batch_size: int = 32  # completions sampled in an iteration
     max_new_tokens: int = 32  # the longest completion, in tokens
     temperature: float = 1.0  # of the policy: in sampling and in every log-probability
     top_k: int | None = None  # sample from this many likeliest tokens; None: from all, as on-policy learning asks
@@ -55,18 +55,18 @@ class Config:
     truncation_penalty: float = 0.0  # taken off the score of a completion that did not end by itself
 
     epochs: int = 1  # passes over an iteration's completions
-    minibatches: int = 2  # updates an epoch
+    minibatches: int = 2  # optimizer updates in an epoch
     microbatches: int = 2  # parts of a minibatch, for memory; the gradient is the same
-    learning_rate: float = 3e-5  # peak, of AdamW
-    warmup_updates: int = 4  # updates of linear warm-up
+    learning_rate: float = 3e-5  # of AdamW, reached after the warm-up
+    warmup_updates: int = 4  # updates over which the rate rises linearly
     decay: bool = False  # fall linearly to 0 over the run
-    weight_decay: float = 0.0  # decoupled, on matrices
+    weight_decay: float = 0.0  # of AdamW, decoupled, on matrices only
     max_grad_norm: float = 1.0  # clip the gradient to this global norm
     clip_eps: float = 0.2  # PPO's range of the ratio, 1 - eps to 1 + eps
     value_clip_eps: float | None = None  # range of the value around its old one; None does not clip
-    value_coef: float = 0.5  # weight of the value loss
-    entropy_coef: float = 0.0  # weight of the entropy bonus
-    discount: float = 1.0  # of rewards a token later
+    value_coef: float = 0.5  # weight of the value loss beside the policy loss
+    entropy_coef: float = 0.0  # weight of the entropy bonus; 0 is none
+    discount: float = 1.0  # of rewards that come a token later
     kl_coef: float = 0.005  # of the penalty on the log-ratio to the reference, in the reward of each token
     kl_target: float | None = None  # nats a sequence; adapts kl_coef towards it (Ziegler et al. 2019)
     kl_horizon: float = 10_000.0  # completions; how slowly kl_coef adapts
@@ -253,7 +253,7 @@ def main(config: Config) -> dict[str, float]:
         check_columns(rows, judges)
     lm, params, tokenizer = pg.load(config.model)
     task = make_task(
-        lm, tokenizer, judges, config.reward_weights, row_sets, chat=config.chat, max_new_tokens=config.max_new_tokens,
+        lm, tokenizer, judges, config.reward_weights or None, row_sets, chat=config.chat, max_new_tokens=config.max_new_tokens,
         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
     )  # fmt: skip
     folder = logs.open_run(config.output, dataclasses.asdict(config), resume=config.resume, may_change=MAY_CHANGE)
@@ -476,9 +476,10 @@ def check(config: Config) -> None:
         require(value is None or 0 < value < math.inf, f"{name} must be above 0, got {value}")
     require(0 <= config.seed < 2**32, f"seed must be from 0 to 2^32 - 1, got {config.seed}")
     weights = config.reward_weights
+    require(len(config.rewards) >= 1, "rewards is empty: name at least one module:function")
     require(
-        len(weights) == len(config.rewards) >= 1 and all(math.isfinite(w) for w in weights),
-        f"rewards and reward_weights must go in pairs of a function and a finite number, got {config.rewards} and {weights}",
+        len(weights) in (0, len(config.rewards)) and all(math.isfinite(weight) for weight in weights),
+        f"reward_weights must be a finite number for each of {config.rewards}, or left out, got {weights}",
     )
 
 

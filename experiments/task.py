@@ -37,7 +37,7 @@ class Task(NamedTuple):
     lm: pg.CausalLM
     tokenizer: Any
     judges: Sequence[rewards.Reward]
-    weights: Sequence[float]
+    weights: Sequence[float] | None  # None: 1 each
     rows: list[list[Row]]  # the row sets, encoded
     longest: int  # tokens of the longest prompt of all
     max_new_tokens: int
@@ -86,7 +86,7 @@ def make_task(
     lm: pg.CausalLM,
     tokenizer: Any,
     judges: Sequence[rewards.Reward],
-    weights: Sequence[float],
+    weights: Sequence[float] | None,
     row_sets: Sequence[Sequence[Row]],
     *,
     chat: bool,

@@ -34,7 +34,7 @@ def quick_peaks(monkeypatch):
 def test_contenders_run_in_turn_after_a_warm_up_each():
     order = []
     timing.alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
-    assert "".join(order) == "ab" "abab"
+    assert "".join(order) == "ababab"
     with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
         timing.alternate({"a": lambda: None}, 0)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -14,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tyro
 
 import pgjax as pg
 from experiments import ppo
@@ -314,7 +314,7 @@ def test_the_policy_loss_does_not_touch_the_value_head(model):
         ({"entropy_coef": math.inf}, "entropy_coef.*inf"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"discount": 1.5}, "discount must be above 0 and at most 1, got 1.5"),
-        ({"reward_weights": (1.0, 2.0)}, "rewards and reward_weights"),
+        ({"reward_weights": (1.0, 2.0)}, "reward_weights must be a finite number for each"),
         ({"rewards": ("no_such_module:f",)}, "no_such_module"),
         ({"model": "no/such/model"}, "no/such/model"),
         ({"prompts": "nothing.jsonl"}, "nothing.jsonl"),
@@ -351,11 +351,9 @@ def test_another_run_is_never_overwritten(config):
     assert before == {path: path.read_bytes() for path in config.output.rglob("*") if path.is_file()}
 
 
-def test_help_explains_every_field(capsys):
-    with pytest.raises(SystemExit):
-        tyro.cli(ppo.Config, args=["--help"])
-    entries = capsys.readouterr().out.split("│ --")[1:]
-    assert len(entries) == len(dataclasses.fields(ppo.Config))
-    for entry in entries:
-        told = entry.split("(default:")[0].replace("│", " ").split()
-        assert len(told) > 4, entry
+def test_every_field_is_explained_where_it_stands():
+    """tyro shows the comment behind a field as its help; a comment on another line is lost."""
+    lines = inspect.getsource(ppo.Config).splitlines()
+    for field in dataclasses.fields(ppo.Config):
+        line = next(line for line in lines if line.strip().startswith(f"{field.name}:"))
+        assert len(line.partition("# ")[2].split()) >= 3, line
