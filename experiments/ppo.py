@@ -257,8 +257,8 @@ def main(config: Config) -> dict[str, float]:
         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
     )  # fmt: skip
     folder = logs.open_run(config.output, dataclasses.asdict(config), resume=config.resume, may_change=MAY_CHANGE)
-    train_rows, held_out = task.rows
-    deal = data.batches(train_rows, config.batch_size, seed=config.seed)
+    train_prompts, held_out = task.prompt_sets
+    deal = data.batches(train_prompts, config.batch_size, seed=config.seed)
     peaks = perf.measured_peaks(lm.dtype)
 
     updates = config.steps * config.epochs * config.minibatches
@@ -293,19 +293,19 @@ def main(config: Config) -> dict[str, float]:
     def prepare(state: State, i: int) -> Any:
         """Queue the rollout; nothing is waited for."""
         sample_key, shuffle_key = jax.random.split(fold_in(key, i))
-        rows = deal[i]
-        return rows, shuffle_key, time.perf_counter(), task.generate(state.learner.params["lm"], rows, sample_key)
+        prompts = deal[i]
+        return prompts, shuffle_key, time.perf_counter(), task.generate(state.learner.params["lm"], prompts, sample_key)
 
     def step(state: State, i: int, work: Any) -> tuple[State, dict[str, Any], list[dict[str, Any]]]:
         """Score on the device, judge on the host meanwhile, then update."""
         nonlocal free_at
-        rows, shuffle_key, queued_at, rollout = work
+        prompts, shuffle_key, queued_at, rollout = work
         learner, kl_coef = state
         jax.block_until_ready(rollout)
         rolled_out = time.perf_counter()
         policy = scorer(learner.params, rollout.tokens, rollout.attention_mask)
         frozen = scorer(reference, rollout.tokens, rollout.attention_mask)
-        judged = task.judge(rows, rollout)
+        judged = task.judge(prompts, rollout)
         rewarded = time.perf_counter()
         jax.block_until_ready((policy, frozen))
         scored = time.perf_counter()
@@ -347,7 +347,7 @@ def main(config: Config) -> dict[str, float]:
             "timing/update": update_seconds,
         }
         of_updates = {name: [metrics[name] for metrics in taken] for name in taken[0]}
-        return State(learner, kl_coef), {**metrics, **of_updates, **numbers}, judged.samples(rows, 8)
+        return State(learner, kl_coef), {**metrics, **of_updates, **numbers}, judged.samples(prompts, 8)
 
     with (
         logs.Writer(folder, start_step=start + 1 if start else 0) as writer,

@@ -14,7 +14,14 @@ import pgjax as pg
 from pgjax import data, rewards
 from pgjax.models.tokenizer import stop_ids
 
-Row = dict[str, Any]  # a prompt with its further columns; "ids" once it is encoded
+Row = dict[str, Any]  # a prompt with its further columns
+
+
+class Encoded(NamedTuple):
+    """A row and the token ids of its prompt."""
+
+    row: Row
+    ids: list[int]
 
 
 class Judged(NamedTuple):
@@ -25,10 +32,10 @@ class Judged(NamedTuple):
     parts: dict[str, np.ndarray]  # each reward's own, [B]
     ended: np.ndarray  # [B] True where the completion ended by itself
 
-    def samples(self, rows: Sequence[Row], count: int) -> list[Row]:
+    def samples(self, prompts: Sequence[Encoded], count: int) -> list[Row]:
         """Pair the first few prompts with what became of them."""
-        triples = zip(rows, self.completions, self.scores.tolist(), strict=True)
-        return [{"prompt": row["prompt"], "completion": text, "score": score} for row, text, score in triples][:count]
+        triples = zip(prompts, self.completions, self.scores.tolist(), strict=True)
+        return [{"prompt": x.row["prompt"], "completion": text, "score": score} for x, text, score in triples][:count]
 
 
 class Task(NamedTuple):
@@ -38,7 +45,7 @@ class Task(NamedTuple):
     tokenizer: Any
     judges: Sequence[rewards.Reward]
     weights: Sequence[float] | None  # None: 1 each
-    rows: list[list[Row]]  # the row sets, encoded
+    prompt_sets: list[list[Encoded]]  # of each row set
     longest: int  # tokens of the longest prompt of all
     max_new_tokens: int
     temperature: float
@@ -46,32 +53,32 @@ class Task(NamedTuple):
     top_p: float
     eos_ids: tuple[int, ...]
 
-    def generate(self, params: Any, rows: Sequence[Row], key: jax.Array) -> pg.Rollout:
-        """Sample a completion for each row; returns while the device is still at it."""
-        ids = [row["ids"] for row in rows]
+    def generate(self, params: Any, prompts: Sequence[Encoded], key: jax.Array) -> pg.Rollout:
+        """Sample a completion for each prompt; returns while the device is still at it."""
+        ids = [prompt.ids for prompt in prompts]
         length = min(data.bucket_length(max(len(x) for x in ids)), self.longest)
-        prompts, prompt_mask = data.left_pad(ids, self.tokenizer.pad_token_id, length=length)
+        tokens, mask = data.left_pad(ids, self.tokenizer.pad_token_id, length=length)
         return pg.sample(
-            self.lm, params, prompts, prompt_mask, key,
+            self.lm, params, tokens, mask, key,
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
             eos_ids=self.eos_ids, pad_id=self.tokenizer.pad_token_id,
         )  # fmt: skip
 
-    def judge(self, rows: Sequence[Row], rollout: pg.Rollout) -> Judged:
+    def judge(self, prompts: Sequence[Encoded], rollout: pg.Rollout) -> Judged:
         """Decode the completions and put them before the black box."""
         tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
         completions = data.completion_texts(tokens, mask, self.tokenizer)
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "ids")}
-        prompts = [row["prompt"] for row in rows]
-        scores, parts = rewards.score(self.judges, self.weights, prompts, completions, columns)
+        columns = {name: [x.row[name] for x in prompts] for name in prompts[0].row}
+        texts = columns.pop("prompt")
+        scores, parts = rewards.score(self.judges, self.weights, texts, completions, columns)
         last = tokens[np.arange(len(tokens)), tokens.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)]
         return Judged(completions, scores, parts, np.isin(last, self.eos_ids))
 
     def evaluate(
-        self, params: Any, rows: Sequence[Row], samples: int, batch_size: int, key: jax.Array
+        self, params: Any, prompts: Sequence[Encoded], samples: int, batch_size: int, key: jax.Array
     ) -> dict[str, float]:
-        """Score `samples` completions of each row: their mean and its standard error, over rows * samples completions."""
-        repeated = [row for row in rows for _ in range(samples)]
+        """Score `samples` completions of each prompt: their mean and its standard error, over all completions."""
+        repeated = [prompt for prompt in prompts for _ in range(samples)]
         scores: list[float] = []
         for begin in range(0, len(repeated), batch_size):
             wanted = repeated[begin : begin + batch_size]
@@ -106,8 +113,8 @@ def make_task(
     encoded = []
     for rows in row_sets:
         ids = data.encode_prompts([row["prompt"] for row in rows], tokenizer, chat=chat, max_length=limit)
-        encoded.append([{**row, "ids": x} for row, x in zip(rows, ids, strict=True)])
-    longest = max(len(row["ids"]) for rows in encoded for row in rows)
+        encoded.append([Encoded(*pair) for pair in zip(rows, ids, strict=True)])
+    longest = max(len(prompt.ids) for prompts in encoded for prompt in prompts)
     return Task(
         lm, tokenizer, judges, weights, encoded, longest, max_new_tokens, temperature, top_k, top_p, stop_ids(tokenizer)
     )
