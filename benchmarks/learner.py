@@ -3,7 +3,7 @@
     python -m benchmarks.learner
     python -m benchmarks.learner --json benchmarks/results/learner.json
 
-One run is the forward and backward pass of `experiments.ppo.ppo_loss` (clipped surrogate + value loss, the value head on
+One run is the forward and backward pass of `pgjax.ppo.ppo_loss` (clipped surrogate + value loss, the value head on
 the shared body) over a batch, without the optimizer:
 
     tokens/s = batch_size * length / seconds
@@ -29,8 +29,8 @@ import tyro
 
 import pgjax as pg
 from benchmarks.timing import Row, Timing, add_ratios, figures, machine, missing_peer, plain, save, show, with_peaks
-from experiments import ppo
-from pgjax import perf
+from experiments.ppo import Config as PPO
+from pgjax import perf, ppo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Config:
     new_tokens: int = 64  # of them sampled: the window of the log-probabilities
     repeats: int = 5  # timed rounds
     peer: bool = True  # alternate with torch where it is installed
-    peer_threads: int | None = None  # of torch; None is its own choice. Its threads wait for each other: 1 is faster on a busy machine
+    peer_threads: int | None = None  # of torch, None for its own choice; 1 may be faster on a busy machine
     seed: int = 0  # of the batch
     json: Path | None = None  # write the report here too
 
@@ -91,15 +91,18 @@ def make_batch(config: Config, lm: pg.CausalLM, params: Any) -> ppo.Batch:
     )
 
 
-def contenders(config: Config, lm: pg.CausalLM, params: Any, batch: ppo.Batch, dtype: str, peer: bool) -> dict[str, Callable[[], Any]]:
+def contenders(
+    config: Config, lm: pg.CausalLM, params: Any, batch: ppo.Batch, dtype: str, peer: bool
+) -> dict[str, Callable[[], Any]]:
     """Give, for each contender, a call that computes the loss and its gradient."""
     ours = pg.causal_lm(lm.arch, dtype=jnp.dtype(dtype))
-    defaults = ppo.Config()
+    defaults = PPO()
     options = {"clip_eps": defaults.clip_eps, "value_coef": defaults.value_coef}
 
     def loss(params: Any, batch: ppo.Batch) -> jax.Array:
-        off = {"value_clip_eps": None, "entropy_coef": 0.0}
-        return ppo.ppo_loss(params, batch, lm=ours, temperature=1.0, **options, **off)[0]
+        return ppo.ppo_loss(params, batch, lm=ours, temperature=1.0, value_clip_eps=None, entropy_coef=0.0, **options)[
+            0
+        ]
 
     step = jax.jit(jax.value_and_grad(loss))
     both = {"lm": params, "value": pg.init_value_head(lm.arch.width)}
@@ -111,7 +114,9 @@ def contenders(config: Config, lm: pg.CausalLM, params: Any, batch: ppo.Batch, d
         name = "torch autocast" if mixed else "torch"
         runs[name] = learner(torch_model(lm, params, "float32", config.peer_threads), batch, autocast=mixed, **options)
         if mixed:
-            runs[f"torch {dtype} weights"] = learner(torch_model(lm, params, dtype, config.peer_threads), batch, autocast=False, **options)
+            runs[f"torch {dtype} weights"] = learner(
+                torch_model(lm, params, dtype, config.peer_threads), batch, autocast=False, **options
+            )
     return runs
 
 
@@ -124,14 +129,18 @@ def loss_of(run: Callable[[], Any]) -> float:
 def measure(config: Config, arch: pg.Architecture, peaks: perf.Peaks, timing: Timing) -> Row:
     """Turn times into the figures of the table."""
     tokens = config.batch_size * config.length
-    flops = perf.training_flops(arch, tokens=tokens, context=config.length / 2, head_tokens=config.batch_size * config.new_tokens)
+    flops = perf.training_flops(
+        arch, tokens=tokens, context=config.length / 2, head_tokens=config.batch_size * config.new_tokens
+    )
     row = figures(timing, tokens)
     return {**row, "flops": flops, "mfu": perf.mfu(flops, row["seconds"], peaks.matmul_flops)}
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}",
-    "seconds (spread)": lambda row: f"{row['seconds']:.3f} ({row['fastest_seconds']:.3f} to {row['slowest_seconds']:.3f})",
+    "seconds (spread)": lambda row: (
+        f"{row['seconds']:.3f} ({row['fastest_seconds']:.3f} to {row['slowest_seconds']:.3f})"
+    ),
     "CPU s": lambda row: f"{row['cpu_seconds']:.2f}",
     "MFU": lambda row: f"{row['mfu']:.0%}",
     "loss": lambda row: f"{row['loss']:.5f}",

@@ -44,7 +44,7 @@ class Config:
     new_tokens: int = 64  # sampled for each prompt; none ends early
     repeats: int = 5  # timed rounds
     peer: bool = True  # alternate with torch where it is installed
-    peer_threads: int | None = None  # of torch; None is its own choice. Its threads wait for each other: 1 is faster on a busy machine
+    peer_threads: int | None = None  # of torch, None for its own choice; 1 may be faster on a busy machine
     seed: int = 0  # of the prompts
     json: Path | None = None  # write the report here too
 
@@ -53,17 +53,26 @@ def main(config: Config) -> Row:
     """Run the benchmark; return and print the report."""
     lm, params, _ = pg.load(config.model)
     absent = missing_peer() if config.peer else "peer left out: --no-peer"
-    prompts = np.random.default_rng(config.seed).integers(1, lm.arch.vocab_size, (config.batch_size, config.prompt_length))
+    prompts = np.random.default_rng(config.seed).integers(
+        1, lm.arch.vocab_size, (config.batch_size, config.prompt_length)
+    )
     report: Row = {"machine": machine(), "config": plain(config), "peer": absent, "peaks": {}, "rows": []}
     for dtype in config.dtypes:
         runs: dict[str, Callable[[], object]] = {}
         for who, generate in contenders(config, lm, params, prompts, dtype, absent is None).items():
-            runs |= {f"{who} first": functools.partial(generate, 1), f"{who} all": functools.partial(generate, config.new_tokens)}
+            runs |= {
+                f"{who} first": functools.partial(generate, 1),
+                f"{who} all": functools.partial(generate, config.new_tokens),
+            }
         peaks, times = with_peaks(dtype, runs, config.repeats)
         report["peaks"][dtype] = peaks._asdict()
         whose = dict.fromkeys(name.rsplit(" ", 1)[0] for name in runs)
         report["rows"] += [
-            {"who": who, "dtype": dtype, **measure(config, lm.arch, dtype, peaks, times[f"{who} first"], times[f"{who} all"])}
+            {
+                "who": who,
+                "dtype": dtype,
+                **measure(config, lm.arch, dtype, peaks, times[f"{who} first"], times[f"{who} all"]),
+            }
             for who in whose
         ]
     add_ratios(report["rows"])
@@ -72,7 +81,9 @@ def main(config: Config) -> Row:
     return report
 
 
-def contenders(config: Config, lm: pg.CausalLM, params: Any, prompts: np.ndarray, dtype: str, peer: bool) -> dict[str, Callable[[int], object]]:
+def contenders(
+    config: Config, lm: pg.CausalLM, params: Any, prompts: np.ndarray, dtype: str, peer: bool
+) -> dict[str, Callable[[int], object]]:
     """Give, for each contender, a call that samples so many tokens a prompt."""
     ours = pg.causal_lm(lm.arch, dtype=jnp.dtype(dtype))
     mask = np.ones(prompts.shape, bool)
@@ -85,7 +96,10 @@ def contenders(config: Config, lm: pg.CausalLM, params: Any, prompts: np.ndarray
         return {"pgjax": generate}
     from benchmarks.peer import generator, torch_model
 
-    return {"pgjax": generate, "torch generate": generator(torch_model(lm, params, dtype, config.peer_threads), prompts)}
+    return {
+        "pgjax": generate,
+        "torch generate": generator(torch_model(lm, params, dtype, config.peer_threads), prompts),
+    }
 
 
 def measure(config: Config, arch: pg.Architecture, dtype: str, peaks: perf.Peaks, first: Timing, whole: Timing) -> Row:
@@ -109,7 +123,9 @@ def measure(config: Config, arch: pg.Architecture, dtype: str, peaks: perf.Peaks
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}",
-    "seconds (spread)": lambda row: f"{row['seconds']:.3f} ({row['fastest_seconds']:.3f} to {row['slowest_seconds']:.3f})",
+    "seconds (spread)": lambda row: (
+        f"{row['seconds']:.3f} ({row['fastest_seconds']:.3f} to {row['slowest_seconds']:.3f})"
+    ),
     "CPU s": lambda row: f"{row['cpu_seconds']:.2f}",
     "prefill ms": lambda row: f"{1e3 * row['prefill_seconds']:.0f}",
     "decode ms a step": lambda row: f"{1e3 * row['decode_step_seconds']:.1f}",

@@ -37,7 +37,9 @@ class Timing(NamedTuple):
     cpu: list[float]
 
 
-def alternate(runs: Mapping[str, Callable[[], object]], repeats: int, *, clock: Callable[[], float] = time.perf_counter) -> dict[str, Timing]:
+def alternate(
+    runs: Mapping[str, Callable[[], object]], repeats: int, *, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Timing]:
     """Run the contenders in turn, one warm-up each and then `repeats` rounds, so that all meet the same disturbances.
 
     Args:
@@ -119,7 +121,9 @@ def best_peaks(measured: Iterable[perf.Peaks]) -> perf.Peaks:
     return perf.Peaks(*(max(column) for column in zip(*measured, strict=True)))
 
 
-def with_peaks(dtype: DTypeLike, runs: Mapping[str, Callable[[], object]], repeats: int) -> tuple[perf.Peaks, dict[str, Timing]]:
+def with_peaks(
+    dtype: DTypeLike, runs: Mapping[str, Callable[[], object]], repeats: int
+) -> tuple[perf.Peaks, dict[str, Timing]]:
     """Time alternating runs, and measure the machine's peaks right before and right after them."""
     before = best_peaks([perf.measured_peaks(dtype), _wide_product(dtype)])
     times = alternate(runs, repeats)
@@ -158,7 +162,11 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if not info.is_file():
         return platform.processor()
-    found = {line.split(":", 1)[0].strip(): line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if ":" in line}
+    found = {
+        line.split(":", 1)[0].strip(): line.split(":", 1)[1].strip()
+        for line in info.read_text().splitlines()
+        if ":" in line
+    }
     wanted = ("model name", "cpu family", "model")
     return ", ".join(f"{key} {found[key]}" for key in wanted if key in found)
 

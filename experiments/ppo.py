@@ -25,10 +25,9 @@ import tyro
 
 import pgjax as pg
 from experiments.task import check_columns, fold_in, load_rows, make_task
-from pgjax import data, logs, loop, perf, rewards, train
+from pgjax import data, logs, loop, perf, ppo, rewards, train
 from pgjax.checkpoint import Checkpoints
 from pgjax.curves import plot_curves
-from pgjax.models.causal_lm import logits_of
 from pgjax.progress import Progress
 
 
@@ -92,7 +91,7 @@ PRESETS = {
 }
 
 
-MAY_CHANGE = {"resume", "steps", "eval_samples", "samples_every", "save_every"}  # when a run goes on
+MAY_CHANGE = {"output", "resume", "steps", "eval_samples", "samples_every", "save_every"}  # when a run goes on
 
 
 class State(NamedTuple):
@@ -100,148 +99,6 @@ class State(NamedTuple):
 
     learner: train.TrainState  # {"lm", "value"} and AdamW's moments
     kl_coef: jax.Array
-
-
-class Batch(NamedTuple):
-    """An iteration's experience. W = max_new_tokens + 1: the window from the last prompt token on, in the token frame."""
-
-    tokens: jax.Array  # [B, T] int32
-    attention_mask: jax.Array  # [B, T]
-    mask: jax.Array  # [B, W], True on sampled tokens; so are all that follow
-    old_logprobs: jax.Array
-    old_values: jax.Array
-    returns: jax.Array
-    advantages: jax.Array
-
-
-class Scored(NamedTuple):
-    """What one model says of a batch, each [B, W]."""
-
-    logprobs: jax.Array
-    values: jax.Array
-    entropy: jax.Array
-
-
-@functools.partial(jax.jit, static_argnames=("lm", "window", "parts"))
-def score(
-    lm: pg.CausalLM,
-    params: Any,
-    tokens: jax.Array,
-    attention_mask: jax.Array,
-    temperature: jax.Array,
-    *,
-    window: int,
-    parts: int,
-) -> Scored:
-    """Teacher-force a batch, in `parts` parts so that logits of one part exist at a time; for policy and reference alike."""
-
-    def part(xs: tuple[jax.Array, jax.Array]) -> Scored:
-        tokens, attention_mask = xs
-        hidden = lm.hidden(params["lm"], tokens, attention_mask)[:, -window:]
-        logits = logits_of(hidden, lm.unembedding(params["lm"]))
-        return Scored(
-            pg.token_logprobs(logits, tokens[:, -window:], temperature=temperature),
-            pg.token_values(params["value"], hidden),
-            pg.token_entropy(logits, temperature=temperature),
-        )
-
-    split = jax.tree.map(lambda x: x.reshape(parts, -1, x.shape[1]), (tokens, attention_mask))
-    return jax.tree.map(lambda x: x.reshape(-1, window), jax.lax.map(part, split))
-
-
-@functools.partial(jax.jit, static_argnames=("discount", "kl_target", "kl_horizon"))
-def experience(
-    rollout: pg.Rollout, policy: Scored, reference: Scored, scores: jax.Array, kl_coef: jax.Array,
-    *, discount: float, kl_target: float | None, kl_horizon: float,
-) -> tuple[Batch, jax.Array, train.Metrics]:  # fmt: skip
-    """Turn scores into advantages: KL-shaped rewards, Monte Carlo returns, returns - values whitened over all tokens."""
-    mask = rollout.mask[:, -policy.values.shape[1] :]
-    kl = pg.kl_k1(policy.logprobs, reference.logprobs)
-    rewards = pg.kl_shaped_rewards(scores, kl, mask, kl_coef=kl_coef)
-    returns = pg.monte_carlo_returns(rewards, mask, discount=discount)
-    advantages = pg.masked_whiten(returns - policy.values, mask)
-    batch = Batch(rollout.tokens, rollout.attention_mask, mask, policy.logprobs, policy.values, returns, advantages)
-
-    def a_sequence(x: jax.Array) -> jax.Array:  # summed over its tokens, averaged over sequences
-        return jnp.where(mask, x, 0.0).sum(1).mean()
-
-    def variance(x: jax.Array) -> jax.Array:
-        return pg.masked_mean(jnp.square(x - pg.masked_mean(x, mask)), mask)
-
-    sequence_kl = a_sequence(kl)
-    new_kl_coef = kl_coef
-    if kl_target is not None:
-        new_kl_coef = pg.adaptive_kl_coef(
-            kl_coef, sequence_kl, target=kl_target, horizon=kl_horizon, batch_size=len(scores)
-        )
-    sampled = rollout.logprobs[:, -mask.shape[1] :]
-    return (
-        batch,
-        new_kl_coef,
-        {
-            "objective/kl": sequence_kl,
-            "objective/kl_coef": kl_coef,
-            "objective/entropy": a_sequence(policy.entropy),
-            "objective/non_score_reward": -kl_coef * sequence_kl,
-            "objective/rlhf_reward": scores.mean() - kl_coef * sequence_kl,
-            "policy/entropy_avg": pg.masked_mean(policy.entropy, mask),
-            "val/explained_variance": 1 - variance(returns - policy.values) / (variance(returns) + 1e-8),
-            "val/sampler_gap": pg.masked_mean(
-                jnp.abs(sampled - policy.logprobs), mask
-            ),  # sampler against learner, nats
-            "completions/mean_length": a_sequence(jnp.ones_like(kl)),
-            "completions/max_length": mask.sum(1).max(),
-        },
-    )
-
-
-def ppo_loss(
-    params: Any, batch: Batch, *, lm: pg.CausalLM, temperature: float, clip_eps: float, value_clip_eps: float | None,
-    value_coef: float, entropy_coef: float,
-) -> tuple[jax.Array, train.Metrics]:  # fmt: skip
-    """Clipped surrogate + value_coef * value loss - entropy_coef * entropy, each a mean over sampled tokens."""
-    window = batch.mask.shape[1]
-    hidden = lm.hidden(params["lm"], batch.tokens, batch.attention_mask)[:, -window:]
-    unembedding, tokens = lm.unembedding(params["lm"]), batch.tokens[:, -window:]
-    logprobs = pg.linear_token_logprobs(hidden, unembedding, tokens, temperature=temperature)
-    values = pg.token_values(params["value"], hidden)
-
-    policy = pg.clipped_surrogate_loss(logprobs, batch.old_logprobs, batch.advantages, batch.mask, clip_eps=clip_eps)
-    old_values = None if value_clip_eps is None else batch.old_values
-    value = pg.value_loss(values, batch.returns, batch.mask, old_values=old_values, clip_eps=value_clip_eps)
-    loss = policy + value_coef * value
-    if entropy_coef != 0:
-        entropy = pg.token_entropy(logits_of(hidden, unembedding), temperature=temperature)
-        loss = loss - entropy_coef * pg.masked_mean(entropy, batch.mask)
-
-    moved = pg.surrogate_diagnostics(logprobs, batch.old_logprobs, batch.mask, clip_eps=clip_eps)
-    value_moved = jnp.abs(values - batch.old_values) > (math.inf if value_clip_eps is None else value_clip_eps)
-    ratio = jnp.exp(jnp.where(batch.mask, logprobs - batch.old_logprobs, 0.0))
-    return loss, {
-        "loss/policy_avg": policy,
-        "loss/value_avg": value,
-        "policy/approxkl_avg": moved["approx_kl"],
-        "policy/clipfrac_avg": moved["clip_fraction"],
-        "val/clipfrac_avg": pg.masked_mean(value_moved.astype(jnp.float32), batch.mask),
-        "val/ratio": moved["ratio_mean"],
-        "val/ratio_var": pg.masked_mean(jnp.square(ratio - 1), batch.mask),  # around 1
-    }
-
-
-STATIC = ("lm", "optimizer", "microbatches", "temperature", "clip_eps", "value_clip_eps", "value_coef", "entropy_coef")
-
-
-@functools.partial(jax.jit, static_argnames=STATIC, donate_argnames=("state",))
-def update(
-    state: train.TrainState, batch: Batch, order: jax.Array, number: jax.Array,
-    *, optimizer: train.Optimizer, microbatches: int, **options: Any,
-) -> tuple[train.TrainState, train.Metrics]:  # fmt: skip
-    """Take one optimizer step on minibatch `number` of `order` [minibatches, rows]; the options are those of `ppo_loss`."""
-    part = jax.tree.map(lambda x: x[order[number]], batch)
-    loss_fn = functools.partial(ppo_loss, **options)
-    grad, metrics = train.accumulate(loss_fn, state.params, part, part.mask.sum(1), microbatches)
-    state, step_metrics = train.apply_gradient(state, grad, metrics.pop("loss"), optimizer)
-    return state, metrics | step_metrics
 
 
 def main(config: Config) -> dict[str, float]:
@@ -275,15 +132,17 @@ def main(config: Config) -> dict[str, float]:
         state, extra = checkpoints.restore(state)
         state, start = state._replace(learner=state.learner._replace(healthy=jnp.ones((), bool))), extra["step"]
         print(f"going on after step {start}")
+        if start > config.steps:
+            raise ValueError(f"steps={config.steps} lies below the {start} steps that {folder} has done already")
     del policy
 
     key = jax.random.key(config.seed)
     parts = config.minibatches * config.microbatches
     scorer = functools.partial(
-        score, lm, temperature=jnp.float32(config.temperature), window=config.max_new_tokens + 1, parts=parts
+        ppo.score, lm, temperature=jnp.float32(config.temperature), window=config.max_new_tokens + 1, parts=parts
     )
     take_update = functools.partial(
-        update, lm=lm, optimizer=optimizer, microbatches=config.microbatches, temperature=config.temperature,
+        ppo.update, lm=lm, optimizer=optimizer, microbatches=config.microbatches, temperature=config.temperature,
         clip_eps=config.clip_eps, value_clip_eps=config.value_clip_eps, value_coef=config.value_coef,
         entropy_coef=config.entropy_coef,
     )  # fmt: skip
@@ -311,7 +170,7 @@ def main(config: Config) -> dict[str, float]:
         scored = time.perf_counter()
 
         paid = judged.scores - np.float32(config.truncation_penalty) * ~judged.ended
-        batch, kl_coef, metrics = experience(
+        batch, kl_coef, metrics = ppo.experience(
             rollout, policy, frozen, jax.device_put(paid), kl_coef,
             discount=config.discount, kl_target=config.kl_target, kl_horizon=config.kl_horizon,
         )  # fmt: skip
@@ -347,22 +206,25 @@ def main(config: Config) -> dict[str, float]:
             "timing/update": update_seconds,
         }
         of_updates = {name: [metrics[name] for metrics in taken] for name in taken[0]}
-        return State(learner, kl_coef), {**metrics, **of_updates, **numbers}, judged.samples(prompts, 8)
+        health = {"train/healthy": taken[-1]["train/healthy"]}  # once False, it stays so
+        return State(learner, kl_coef), {**metrics, **of_updates, **health, **numbers}, judged.samples(prompts, 8)
 
     with (
         logs.Writer(folder, start_step=start + 1 if start else 0) as writer,
         Progress(config.steps, start=start) as progress,
     ):
 
+        def check_health(done: int, metrics: dict[str, float]) -> None:
+            if not metrics["train/healthy"]:
+                raise FloatingPointError(
+                    f"loss or gradient is not finite in step {done} (gradient norm {metrics['train/grad_norm']}): its bad "
+                    "update was left out and the state before it is saved; start anew with a lower --learning-rate"
+                )
+
         def report(done: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
             metrics |= speed(lm, config, peaks, metrics)
             writer.write(done, metrics)
             progress.update(done, metrics)
-            if not metrics["train/healthy"]:
-                raise FloatingPointError(
-                    f"loss or gradient is not finite in step {done} (gradient norm {metrics['train/grad_norm']}): "
-                    "the parameters are those before it; start anew with a lower --learning-rate or --max-grad-norm"
-                )
             if done % config.samples_every == 0 or done == 1:
                 writer.write_samples(done, samples)
                 progress.samples(done, samples[:3])
@@ -381,12 +243,14 @@ def main(config: Config) -> dict[str, float]:
             if start == 0:
                 evaluate(state.learner.params, 0)
             state = loop.run(
-                state, steps=config.steps, start=start, prepare=prepare, step=step, report=report,
+                state, steps=config.steps, start=start, prepare=prepare, step=step, check=check_health, report=report,
                 checkpoints=checkpoints, save_every=config.save_every,
             )  # fmt: skip
-            evaluate(state.learner.params, config.steps)
+            if not any(row["step"] == config.steps and "eval/scores" in row for row in logs.read_metrics(folder)):
+                evaluate(state.learner.params, config.steps)
         finally:
             plot_curves(folder)
+            checkpoints.close()
 
     pg.save_pretrained(folder / "policy", lm, state.learner.params["lm"], tokenizer)
     return summary(folder)
@@ -420,7 +284,7 @@ def summary(folder: Path) -> dict[str, float]:
     return {
         "eval/before": before["eval/scores"],
         "eval/after": after["eval/scores"],
-        "eval/rise_in_stderr": rise / error,
+        "eval/rise_in_stderr": rise / error if error > 0 else math.copysign(math.inf, rise) if rise else 0.0,
         **last,
     }
 
@@ -471,6 +335,9 @@ def check(config: Config) -> None:
         require(
             0 <= getattr(config, name) < math.inf, f"{name} must be finite and not below 0, got {getattr(config, name)}"
         )
+    require(
+        config.kl_target is None or config.kl_coef > 0, "kl_target adapts kl_coef by factors: it must start above 0"
+    )
     for name in ("value_clip_eps", "kl_target", "max_approx_kl", "kl_horizon", "max_grad_norm"):
         value = getattr(config, name)
         require(value is None or 0 < value < math.inf, f"{name} must be above 0, got {value}")
@@ -490,9 +357,11 @@ if __name__ == "__main__":
         figures = main(tyro.cli(Config, default=PRESETS[preset], args=arguments, description=__doc__))
     except loop.Interrupted as stopped:
         sys.exit(f"{stopped}: the same command with --resume goes on")
-    except ValueError as error:
-        if isinstance(error, rewards.RewardError):
-            raise
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command with --resume goes on from the last checkpoint")
+    except rewards.RewardError:
+        raise  # with the traceback of the reward's own code
+    except (ValueError, ImportError, FileExistsError) as error:
         sys.exit(f"error: {error}")
     before, after, rise = (figures[f"eval/{name}"] for name in ("before", "after", "rise_in_stderr"))
     print(f"held-out score {before:.3f} -> {after:.3f}, a rise of {rise:.1f} standard errors")

@@ -13,6 +13,7 @@ import numpy as np
 import pgjax as pg
 from pgjax import data, rewards
 from pgjax.models.tokenizer import stop_ids
+from pgjax.prompts import check_rows
 
 Row = dict[str, Any]  # a prompt with its further columns
 
@@ -52,16 +53,18 @@ class Task(NamedTuple):
     top_k: int | None
     top_p: float
     eos_ids: tuple[int, ...]
+    pad_id: int  # never looked at: masks say what is padding
 
     def generate(self, params: Any, prompts: Sequence[Encoded], key: jax.Array) -> pg.Rollout:
-        """Sample a completion for each prompt; returns while the device is still at it."""
-        ids = [prompt.ids for prompt in prompts]
-        length = min(data.bucket_length(max(len(x) for x in ids)), self.longest)
-        tokens, mask = data.left_pad(ids, self.tokenizer.pad_token_id, length=length)
+        """Sample a completion for each prompt; returns while the device is still at it.
+
+        All prompts are padded to the longest of all: one shape, so that nothing compiles once training is under way.
+        """
+        tokens, mask = data.left_pad([prompt.ids for prompt in prompts], self.pad_id, length=self.longest)
         return pg.sample(
             self.lm, params, tokens, mask, key,
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
-            eos_ids=self.eos_ids, pad_id=self.tokenizer.pad_token_id,
+            eos_ids=self.eos_ids, pad_id=self.pad_id,
         )  # fmt: skip
 
     def judge(self, prompts: Sequence[Encoded], rollout: pg.Rollout) -> Judged:
@@ -77,7 +80,7 @@ class Task(NamedTuple):
     def evaluate(
         self, params: Any, prompts: Sequence[Encoded], samples: int, batch_size: int, key: jax.Array
     ) -> dict[str, float]:
-        """Score `samples` completions of each prompt: their mean and its standard error, over all completions."""
+        """Score `samples` completions of each prompt: their mean and its standard error, completions taken as independent."""
         repeated = [prompt for prompt in prompts for _ in range(samples)]
         scores: list[float] = []
         for begin in range(0, len(repeated), batch_size):
@@ -85,7 +88,7 @@ class Task(NamedTuple):
             filled = (wanted * batch_size)[:batch_size]  # one shape, one program: a short last batch is filled up
             rollout = self.generate(params, filled, fold_in(key, begin))
             scores += self.judge(filled, rollout).scores[: len(wanted)].tolist()
-        error = np.std(scores, ddof=1) / np.sqrt(len(scores)) if len(scores) > 1 else 0.0
+        error = np.std(scores, ddof=1) / np.sqrt(len(scores)) if len(scores) > 1 else np.nan
         return {"scores": float(np.mean(scores)), "scores_stderr": float(error)}
 
 
@@ -115,8 +118,10 @@ def make_task(
         ids = data.encode_prompts([row["prompt"] for row in rows], tokenizer, chat=chat, max_length=limit)
         encoded.append([Encoded(*pair) for pair in zip(rows, ids, strict=True)])
     longest = max(len(prompt.ids) for prompts in encoded for prompt in prompts)
+    pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    eos_ids = stop_ids(tokenizer)
     return Task(
-        lm, tokenizer, judges, weights, encoded, longest, max_new_tokens, temperature, top_k, top_p, stop_ids(tokenizer)
+        lm, tokenizer, judges, weights, encoded, longest, max_new_tokens, temperature, top_k, top_p, eos_ids, pad_id
     )
 
 
@@ -127,6 +132,7 @@ def fold_in(key: jax.Array, number: int) -> jax.Array:
 
 def load_rows(source: str) -> list[Row]:
     """Read rows from a prompt file, or from a function given as module:function."""
+    source = str(source)
     module, colon, name = source.partition(":")
     if not colon or Path(source).exists():
         return data.read_rows(source)
@@ -134,7 +140,10 @@ def load_rows(source: str) -> list[Row]:
         function: Callable[[], list[Row]] = vars(importlib.import_module(module))[name]
     except (ImportError, KeyError) as error:
         raise ValueError(f"{source!r} is neither a prompt file nor a module:function ({error})") from error
-    return function()
+    rows = list(function())
+    if not rows:
+        raise ValueError(f"{source} gives no rows")
+    return check_rows([(f"{source}, row {i}", row) for i, row in enumerate(rows)])
 
 
 def check_columns(rows: Sequence[Row], judges: Sequence[rewards.Reward]) -> None:

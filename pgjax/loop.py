@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
@@ -34,6 +35,7 @@ def run(
     steps: int,
     prepare: Callable[[Any, int], Any],
     step: Callable[[Any, int, Any], tuple[Any, Mapping[str, Any], Any]],
+    check: Callable[[int, dict[str, float]], None],
     report: Report,
     checkpoints: Checkpoints,
     save_every: int,
@@ -42,11 +44,12 @@ def run(
     """Train from step `start` to `steps`, one step after the other.
 
     Each round first calls `prepare(state, i)`, which puts work on the device that needs no answer; while the device does
-    that, the metrics of the step before are fetched and reported; then `step(state, i, work)` does the rest. So the
-    device never waits for a metric, and a metric that stops the run does so before the next update.
+    that, the metrics of the step before are fetched, checked and reported; then `step(state, i, work)` does the rest. So
+    the device never waits for a metric, and a metric that stops the run does so before the next update.
 
-    Any exception of `prepare`, `step` or `report` ends the run after the state of the last good step is saved. SIGINT
-    and SIGTERM let the step at hand finish, save and raise `Interrupted`; a second SIGINT stops at once.
+    Any exception of `prepare`, `step`, `check` or `report` ends the run after the state is saved, under the number of
+    steps that passed `check`. SIGINT and SIGTERM let the step at hand finish, save and raise `Interrupted`; a second
+    SIGINT stops at once.
 
     Args:
         state: a tree of arrays; `step` may donate the one that it is given, once nothing can fail any more.
@@ -54,7 +57,8 @@ def run(
         prepare: (state, i) -> work.
         step: (state, i, work) -> (state, metrics, samples). Metrics are device scalars, lists of them (averaged),
             numbers, or functions without arguments that are called when the step's work has ended (stopwatches).
-        report: (steps done, metrics, samples) -> None; raise in it to end the run, as for a loss that is not finite.
+        check: (steps done, metrics) -> None; raises where the step must not count, as for a loss that is not finite.
+        report: (steps done, metrics, samples) -> None; shows and writes what was measured.
         checkpoints: where states are saved, under the number of steps done.
         save_every: steps between checkpoints; the last step is always saved.
         start: steps that are done already.
@@ -69,6 +73,7 @@ def run(
     >>> with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints:
     ...     state = run({"x": jnp.zeros(())}, steps=3, prepare=lambda state, i: None, checkpoints=checkpoints, save_every=2,
     ...                 step=lambda state, i, work: ({"x": state["x"] + 1}, {"x": state["x"]}, None),
+    ...                 check=lambda done, metrics: None,
     ...                 report=lambda done, metrics, samples: print(done, metrics["x"]))
     ...     checkpoints.steps()
     1 0.0
@@ -78,23 +83,30 @@ def run(
     """
     pending: tuple[int, Mapping[str, Any], Any] | None = None
     done = start
+
+    def settle() -> None:
+        nonlocal pending, done
+        if pending is not None:
+            number, metrics, samples = _fetched(*pending)
+            check(number, metrics)
+            pending, done = None, number
+            report(number, metrics, samples)
+
     with stop_signals() as asked_to_stop:
         for i in range(start, steps):
             try:
                 work = prepare(state, i)
-                if pending is not None:
-                    report(*_fetched(*pending))
-                    pending, done = None, i
+                settle()
                 state, metrics, samples = step(state, i, work)
                 pending = i + 1, metrics, samples
-                if asked_to_stop() or (i + 1) % save_every == 0 or i + 1 == steps:
-                    report(*_fetched(*pending))
-                    pending, done = None, i + 1
+                stopping = asked_to_stop()
+                if stopping or (i + 1) % save_every == 0 or i + 1 == steps:
+                    settle()
                     checkpoints.save(done, state, {"step": done})
             except Exception:
                 _rescue(checkpoints, done, state)
                 raise
-            if asked_to_stop() and i + 1 < steps:
+            if stopping:
                 checkpoints.wait()
                 raise Interrupted(i + 1)
     checkpoints.wait()
@@ -110,6 +122,9 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     False
     """
     asked = False
+    if threading.current_thread() is not threading.main_thread():  # where Python takes no handlers
+        yield lambda: False
+        return
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal asked

@@ -137,8 +137,9 @@ def clipped_surrogate_loss(
     _number_at_least("dual_clip", dual_clip, 1.0, strict=True)
     inside, (new, old, advantages) = _aligned(mask, logprobs, stop_gradient(old_logprobs), stop_gradient(advantages))
     ratio = jnp.exp(new - old)
-    low = 1.0 - jnp.asarray(clip_eps, ratio.dtype)
-    high = 1.0 + jnp.asarray(clip_eps if clip_eps_high is None else clip_eps_high, ratio.dtype)
+    below, above = clip_eps, clip_eps if clip_eps_high is None else clip_eps_high
+    low = jax.lax.stop_gradient(1.0 - jnp.asarray(below, ratio.dtype))
+    high = jax.lax.stop_gradient(1.0 + jnp.asarray(above, ratio.dtype))
     # Comparisons, not min and clip: at a tie those share the gradient out in ways of their own.
     ratio = jnp.where((advantages > 0) & (ratio > high), high, ratio)
     ratio = jnp.where((advantages < 0) & (ratio < low), low, ratio)
@@ -191,7 +192,7 @@ def value_loss(
         inside, (new, target) = _aligned(mask, values, stop_gradient(returns))
         return masked_mean(0.5 * jnp.square(new - target), inside, axis_name=axis_name)
     inside, (new, target, old) = _aligned(mask, values, stop_gradient(returns), stop_gradient(old_values))
-    bound = jnp.asarray(clip_eps, new.dtype)
+    bound = jax.lax.stop_gradient(jnp.asarray(clip_eps, new.dtype))
     held = old + jnp.clip(new - old, -bound, bound)
     error, held_error = jnp.square(new - target), jnp.square(held - target)
     return masked_mean(0.5 * jnp.where(held_error > error, held_error, error), inside, axis_name=axis_name)

@@ -43,10 +43,30 @@ def read_rows(path: str | Path) -> list[Row]:
     numbered = readers[path.suffix.lower()](path)
     if not numbered:
         raise ValueError(f"{path}: the file holds no rows")
-    columns = list(numbered[0][1])
-    for place, row in numbered:
-        _check_row(f"{path}, {place}", row, columns)
-    return [row for _, row in numbered]
+    return check_rows([(f"{path}, {place}", row) for place, row in numbered])
+
+
+def check_rows(placed: Sequence[tuple[str, Row]]) -> list[Row]:
+    """Check that rows have a prompt that can be one, and the same columns.
+
+    Args:
+      placed: each row behind the words that say where it stands; at least one.
+
+    Returns:
+      The rows alone.
+
+    Raises:
+      ValueError: naming the place.
+
+    Example:
+      >>> check_rows([("row 0", {"prompt": "Write"})])
+      [{'prompt': 'Write'}]
+    """
+    for place, row in placed:
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{place}: {row!r} is not a row, a dict with a 'prompt'")
+        _check_row(place, row, list(placed[0][1]))
+    return [row for _, row in placed]
 
 
 def _check_row(place: str, row: Row, columns: Sequence[str]) -> None:
@@ -62,6 +82,8 @@ def _check_row(place: str, row: Row, columns: Sequence[str]) -> None:
         _check_messages(place, prompt)
     elif not isinstance(prompt, str):
         raise ValueError(f"{place}: the prompt is {prompt!r}, not a text or a list of messages")
+    elif any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise ValueError(f"{place}: the prompt {prompt!r} holds half a surrogate pair, which is no text")
     elif not prompt:
         raise ValueError(f"{place}: the prompt is empty")
 

@@ -269,14 +269,14 @@ def _is_sequence(values: Any) -> bool:
 
 
 def _number(value: Any) -> float | str:
-    """Convert one returned value to a float, or say what is wrong with it. A truth value is taken for a bug."""
+    """Convert one returned value to a float, or say what is wrong with it."""
     not_a_number = "return a number"
-    if isinstance(value, (bool, str, bytes)):
+    if isinstance(value, (str, bytes)):
         return not_a_number
     try:
         if not isinstance(value, numbers.Real):
             value = np.asarray(value)  # NumPy, JAX and torch scalars; the kind V is that of bfloat16
-            if value.shape != () or value.dtype.kind not in "iufV":
+            if value.shape != () or value.dtype.kind not in "biufV":
                 return not_a_number
         number = float(value)
     except OverflowError:

@@ -174,14 +174,32 @@ def _check_prompts(lm: CausalLM, prompts: jax.Array | np.ndarray, mask: jax.Arra
             f"prompts of {prompts.shape[1]} tokens with max_new_tokens={new} need {length} positions, but the model has "
             f"{limit}: shorten the prompts or the completions"
         )
-    if isinstance(mask, np.ndarray) and not (mask[:, -1].all() and (mask[:, 1:] >= mask[:, :-1]).all()):
-        row = int(np.argmin(mask[:, -1] & (mask[:, 1:] >= mask[:, :-1]).all(1)))
-        raise ValueError(f"row {row} of prompt_mask is not padding on the left and then tokens: pad with data.left_pad")
+    known_mask, known = _known(mask), _known(prompts)
+    if known_mask is not None:
+        real_last = known_mask[:, -1] & (known_mask[:, 1:] >= known_mask[:, :-1]).all(1)
+        if not real_last.all():
+            row = int(np.argmin(real_last))
+            raise ValueError(
+                f"row {row} of prompt_mask is not padding on the left and then tokens: pad with data.left_pad"
+            )
+        if known is not None and (odd := known_mask & ((known < 0) | (known >= lm.arch.vocab_size))).any():
+            row, column = np.argwhere(odd)[0]
+            raise ValueError(
+                f"row {row} of prompts holds the id {known[row, column]}, outside the vocabulary of {lm.arch.vocab_size}"
+            )
+
+
+def _known(x: Any) -> np.ndarray | None:
+    """Bring a value to the host, in the open; None for one that is not known yet, or not here."""
+    if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+        return None
+    return np.asarray(jax.device_get(x))
 
 
 def _check_options(vocab: int, temperature: Any, top_k: Any, top_p: Any, min_p: Any, eos_ids: Sequence[int]) -> None:
     def check(name: str, value: Any, ok: Callable[[float], bool], meant: str) -> None:
-        if isinstance(value, int | float | np.generic) and not ok(float(value)):
+        known = None if value is None else _known(value)
+        if known is not None and not ok(float(known)):
             raise ValueError(f"{name} must be {meant}, got {value}")
 
     check("temperature", temperature, lambda x: 0 <= x < float("inf"), "a finite number not below 0 (0 is greedy)")

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CORE = {"masking", "logprobs", "kl", "advantages", "losses"}
 EDGE = {"sharding", "checkpoint", "logs", "curves", "progress"}
-MIDDLE = {"train", "rollout", "sampling", "rewards", "data", "prompts", "perf"}
+MIDDLE = {"ppo", "train", "rollout", "sampling", "rewards", "data", "prompts", "perf"}
 # A room may import from its own floor and from those below it.
 FLOORS = dict.fromkeys(CORE, 0) | dict.fromkeys(EDGE, 1) | {"models": 2} | dict.fromkeys(MIDDLE, 3) | {"loop": 4, "": 5}
 STANDARD = {"collections", "dataclasses", "functools", "math", "typing"}

@@ -1,5 +1,6 @@
 """The host loop: late metrics, checkpoints, and ways out that lose nothing."""
 
+import concurrent.futures
 import os
 import signal
 
@@ -11,7 +12,17 @@ from pgjax import loop
 from pgjax.checkpoint import Checkpoints
 
 
-def run(folder, *, steps=5, start=0, save_every=2, on_step=lambda i: None, on_report=lambda done: None, log=None):
+def run(
+    folder,
+    *,
+    steps=5,
+    start=0,
+    save_every=2,
+    on_step=lambda i: None,
+    on_report=lambda done: None,
+    on_check=lambda done: None,
+    log=None,
+):
     log = [] if log is None else log
 
     def prepare(state, i):
@@ -22,6 +33,9 @@ def run(folder, *, steps=5, start=0, save_every=2, on_step=lambda i: None, on_re
         log.append(f"step {i}")
         x = state["x"]
         return {"x": x + 1}, {"x": x, "many": [x, x + 2]}, [i]
+
+    def check(done, metrics):
+        on_check(done)
 
     def report(done, metrics, samples):
         log.append(f"report {done}")
@@ -36,6 +50,7 @@ def run(folder, *, steps=5, start=0, save_every=2, on_step=lambda i: None, on_re
             start=start,
             prepare=prepare,
             step=step,
+            check=check,
             report=report,
             checkpoints=checkpoints,
             save_every=save_every,
@@ -76,7 +91,7 @@ def test_a_step_that_fails_saves_the_state_before_it(tmp_path):
     assert saved(tmp_path) == (3.0, 3)
 
 
-def test_a_report_that_fails_stops_before_the_next_update(tmp_path):
+def test_a_step_that_fails_its_check_does_not_count_and_nothing_follows_it(tmp_path):
     log: list[str] = []
 
     def fail(done):
@@ -84,9 +99,19 @@ def test_a_report_that_fails_stops_before_the_next_update(tmp_path):
             raise FloatingPointError("not finite")
 
     with pytest.raises(FloatingPointError):
-        run(tmp_path, save_every=100, on_report=fail, log=log)
-    assert log[-2:] == ["prepare 2", "report 2"]
-    assert saved(tmp_path)[1] == 1, "step 2 went wrong, so one good step is done"
+        run(tmp_path, save_every=100, on_check=fail, log=log)
+    assert log[-2:] == ["step 1", "prepare 2"]
+    assert saved(tmp_path)[1] == 1
+
+
+def test_a_report_that_fails_leaves_a_state_under_its_own_number(tmp_path):
+    def fail(done):
+        if done == 2:
+            raise OSError("no space left")
+
+    with pytest.raises(OSError):
+        run(tmp_path, save_every=100, on_report=fail)
+    assert saved(tmp_path) == (2.0, 2)
 
 
 def test_an_update_that_gave_its_buffers_away_does_not_hide_its_error(tmp_path):
@@ -104,6 +129,7 @@ def test_an_update_that_gave_its_buffers_away_does_not_hide_its_error(tmp_path):
                 steps=2,
                 prepare=lambda s, i: None,
                 step=step,
+                check=print,
                 report=print,
                 checkpoints=checkpoints,
                 save_every=1,
@@ -133,9 +159,16 @@ def test_a_second_ctrl_c_stops_at_once():
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_signal_in_the_last_step_is_a_finished_run(tmp_path):
+def test_a_signal_in_the_last_step_stops_before_what_follows(tmp_path):
     def interrupt(i):
         if i == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    assert run(tmp_path, on_step=interrupt) == 5.0
+    with pytest.raises(loop.Interrupted):
+        run(tmp_path, on_step=interrupt)
+    assert saved(tmp_path) == (5.0, 5)
+
+
+def test_it_runs_outside_the_main_thread(tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run, tmp_path).result() == 5.0

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 import pgjax as pg
-from experiments import ppo
-from pgjax import logs, loop, rollout, train
+from experiments import ppo as script
+from pgjax import logs, loop, ppo, rollout, train
 from pgjax.checkpoint import Checkpoints
 from pgjax.rewards import RewardError
 from tests.tiny_model import save_tiny_model
@@ -73,25 +73,25 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def config(model, tmp_path) -> ppo.Config:
+def config(model, tmp_path) -> script.Config:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"say {word}"}) + "\n" for word in ("a", "bcd", "ef", "ghij")))
-    return ppo.Config(
+    return script.Config(
         model=str(model), prompts=str(prompts), held_out=str(prompts), rewards=(f"{__name__}:boxed",), output=tmp_path / "run",
         steps=3, batch_size=8, max_new_tokens=6, minibatches=2, microbatches=2, learning_rate=1e-3, warmup_updates=0,
         eval_samples=2, samples_every=1, save_every=100,
     )  # fmt: skip
 
 
-def change(config: ppo.Config, **fields) -> ppo.Config:
+def change(config: script.Config, **fields) -> script.Config:
     return dataclasses.replace(config, **fields)
 
 
-def final_state(config: ppo.Config, folder: Path | None = None):
+def final_state(config: script.Config, folder: Path | None = None):
     """Restore a run's last checkpoint."""
     lm, params, _ = pg.load(config.model)
     optimizer = train.adamw(1.0, updates=1)
-    state = ppo.State(
+    state = script.State(
         train.init_state({"lm": params, "value": pg.init_value_head(lm.arch.width)}, optimizer), jnp.float32(0)
     )
     with Checkpoints((folder or config.output) / "checkpoints") as checkpoints:
@@ -101,7 +101,7 @@ def final_state(config: ppo.Config, folder: Path | None = None):
 
 def test_it_learns_and_leaves_the_files_that_a_user_expects(config, model):
     config = change(config, steps=20, batch_size=32, learning_rate=1e-2, kl_coef=0.0, eval_samples=16, samples_every=10)
-    figures = ppo.main(config)
+    figures = script.main(config)
     assert figures["eval/rise_in_stderr"] > 4
     rows = logs.read_metrics(config.output)
     trained = [row for row in rows if "objective/scores" in row]
@@ -122,7 +122,7 @@ def test_it_learns_and_leaves_the_files_that_a_user_expects(config, model):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_nothing_moves_at_rate_zero(config, temperature):
     """Ratio 1 and KL 0 in every minibatch of every step: one temperature, no dropout, a frozen reference, one frame."""
-    ppo.main(change(config, learning_rate=0.0, epochs=2, temperature=temperature))
+    script.main(change(config, learning_rate=0.0, epochs=2, temperature=temperature))
     for row in logs.read_metrics(config.output):
         if "val/ratio" in row:
             assert abs(row["objective/kl"]) < 1e-5
@@ -134,20 +134,20 @@ def test_nothing_moves_at_rate_zero(config, temperature):
 def test_the_key_moves_on_every_step_and_repeats_with_the_seed(config, fresh_box):
     one_prompt = Path(config.prompts)
     one_prompt.write_text('{"prompt": "say a"}\n')
-    ppo.main(change(config, learning_rate=0.0))
+    script.main(change(config, learning_rate=0.0))
     first = fresh_box.completions
     assert first[1] != first[2] and len(set(first[1])) > 1
     fresh_box.__init__()
-    ppo.main(change(config, learning_rate=0.0, output=config.output.with_name("again")))
+    script.main(change(config, learning_rate=0.0, output=config.output.with_name("again")))
     assert fresh_box.completions == first
     fresh_box.__init__()
-    ppo.main(change(config, learning_rate=0.0, seed=1, output=config.output.with_name("other")))
+    script.main(change(config, learning_rate=0.0, seed=1, output=config.output.with_name("other")))
     assert fresh_box.completions[1] != first[1]
 
 
 def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_does(config, fresh_box):
     config = change(config, steps=4, kl_target=1.0)
-    ppo.main(change(config, output=config.output.with_name("straight")))
+    script.main(change(config, output=config.output.with_name("straight")))
 
     def interrupt(call, scores):
         if call == 2:  # the evaluation, step 1, step 2
@@ -157,9 +157,9 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_does(config, fr
     fresh_box.__init__()
     fresh_box.act = interrupt
     with pytest.raises(loop.Interrupted, match="stopped after step 2"):
-        ppo.main(config)
+        script.main(config)
     assert final_state(config)[1] == 2
-    ppo.main(change(config, resume=True))
+    script.main(change(config, resume=True))
     straight, resumed = final_state(config, config.output.with_name("straight")), final_state(config)
     jax.tree.map(np.testing.assert_array_equal, straight, resumed)
     steps = [row["step"] for row in logs.read_metrics(config.output) if "objective/scores" in row]
@@ -193,18 +193,20 @@ def raise_error(scores):
 def test_a_bad_reward_stops_the_run_and_saves_the_last_good_step(config, fresh_box, value, message):
     fresh_box.act = failing(value)
     with pytest.raises(RewardError, match=message) as stopped:
-        ppo.main(config)
+        script.main(config)
     assert stopped.value.prompt.startswith("say ") and stopped.value.completion in fresh_box.completions[3]
     assert final_state(config)[1] == 2
     fresh_box.__init__()
-    ppo.main(change(config, resume=True))
+    script.main(change(config, resume=True))
     assert final_state(config)[1] == 3
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_saves_finite_parameters(config):
-    with pytest.raises(FloatingPointError, match="not finite in step"):
-        ppo.main(change(config, learning_rate=1e30, steps=6))
-    state, _ = final_state(config)
+def test_a_loss_that_is_not_finite_stops_the_run_in_its_step_and_saves_finite_parameters(config):
+    """The first update of two makes parameters that the second one's loss overflows on."""
+    with pytest.raises(FloatingPointError, match="not finite in step 1 "):
+        script.main(change(config, learning_rate=1e30, kl_target=1.0, steps=1))
+    state, step = final_state(config)
+    assert step == 0 and np.isfinite(state.kl_coef)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.learner.params))
 
 
@@ -223,7 +225,9 @@ def test_from_the_second_step_on_nothing_compiles_and_no_transfer_is_hidden(conf
     fresh_box.act = guard
     before = rollout._generate._cache_size()
     try:
-        ppo.main(change(config, steps=4, epochs=2, kl_target=1.0, max_new_tokens=5))  # a length that no other test has
+        script.main(
+            change(config, steps=4, epochs=2, kl_target=1.0, max_new_tokens=5)
+        )  # a length that no other test has
         assert rollout._generate._cache_size() - before == 1, "sampler: training and evaluation share one program"
     finally:
         jax.config.update("jax_transfer_guard", "allow")
@@ -232,13 +236,13 @@ def test_from_the_second_step_on_nothing_compiles_and_no_transfer_is_hidden(conf
 
 
 def test_early_stop_leaves_out_the_later_epochs(config):
-    ppo.main(change(config, epochs=4, max_approx_kl=1e-9))
+    script.main(change(config, epochs=4, max_approx_kl=1e-9))
     rows = [row for row in logs.read_metrics(config.output) if "train/updates" in row]
     assert {row["train/updates"] for row in rows} == {2}
 
 
 def test_the_truncation_penalty_reaches_the_reward_but_not_the_reported_score(config):
-    ppo.main(change(config, truncation_penalty=5.0, steps=1))
+    script.main(change(config, truncation_penalty=5.0, steps=1))
     row = next(row for row in logs.read_metrics(config.output) if "objective/scores" in row)
     assert 0 <= row["objective/scores"] <= 1
     assert row["objective/rlhf_reward"] == pytest.approx(
@@ -247,7 +251,7 @@ def test_the_truncation_penalty_reaches_the_reward_but_not_the_reported_score(co
 
 
 def test_the_adaptive_coefficient_moves_against_the_kl(config):
-    ppo.main(change(config, kl_target=1e-6, kl_coef=0.1, kl_horizon=80.0, learning_rate=1e-2, steps=4))
+    script.main(change(config, kl_target=1e-6, kl_coef=0.1, kl_horizon=80.0, learning_rate=1e-2, steps=4))
     rows = [row for row in logs.read_metrics(config.output) if "objective/kl_coef" in row]
     assert rows[0]["objective/kl"] == 0 and rows[1]["objective/kl"] != 0
     for row, after in itertools.pairwise(rows):
@@ -325,7 +329,7 @@ def test_the_policy_loss_does_not_touch_the_value_head(model):
 )
 def test_bad_input_gets_one_error_that_names_it(config, fields, message):
     with pytest.raises(ValueError, match=message):
-        ppo.main(change(config, **fields))
+        script.main(change(config, **fields))
 
 
 @pytest.mark.parametrize(
@@ -336,24 +340,50 @@ def test_bad_input_gets_one_error_that_names_it(config, fields, message):
 def test_a_bad_prompt_file_is_named_with_its_line(config, text, message):
     Path(config.prompts).write_text(text)
     with pytest.raises(ValueError, match=message) as refused:
-        ppo.main(config)
+        script.main(config)
     assert "prompts.jsonl" in str(refused.value)
     assert not config.output.exists(), "nothing is written before the input is known to be good"
 
 
 def test_another_run_is_never_overwritten(config):
-    ppo.main(change(config, steps=1))
+    script.main(change(config, steps=1))
     before = {path: path.read_bytes() for path in config.output.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="--resume"):
-        ppo.main(config)
+        script.main(config)
     with pytest.raises(ValueError, match="learning_rate"):
-        ppo.main(change(config, resume=True, learning_rate=0.5))
+        script.main(change(config, resume=True, learning_rate=0.5))
     assert before == {path: path.read_bytes() for path in config.output.rglob("*") if path.is_file()}
 
 
 def test_every_field_is_explained_where_it_stands():
     """tyro shows the comment behind a field as its help; a comment on another line is lost."""
-    lines = inspect.getsource(ppo.Config).splitlines()
-    for field in dataclasses.fields(ppo.Config):
+    lines = inspect.getsource(script.Config).splitlines()
+    for field in dataclasses.fields(script.Config):
         line = next(line for line in lines if line.strip().startswith(f"{field.name}:"))
         assert len(line.partition("# ")[2].split()) >= 3, line
+
+
+def test_a_run_is_resumed_from_where_its_folder_was_moved_to_and_a_finished_one_is_left_as_it_is(config):
+    script.main(change(config, steps=1))
+    moved = config.output.rename(config.output.with_name("moved"))
+    rows = logs.read_metrics(moved)
+    script.main(change(config, steps=1, output=moved, resume=True))
+    assert logs.read_metrics(moved) == rows
+    with pytest.raises(ValueError, match="steps=1 lies below the 2 steps"):
+        script.main(change(config, steps=2, output=moved, resume=True))
+        script.main(change(config, steps=1, output=moved, resume=True))
+
+
+def test_a_constant_reward_ends_well(config, fresh_box):
+    fresh_box.act = lambda call, scores: [True] * len(scores)
+    assert script.main(change(config, steps=1))["eval/rise_in_stderr"] == 0.0
+
+
+def empty_rows():
+    return []
+
+
+@pytest.mark.parametrize("function, message", [("empty_rows", "gives no rows"), ("failing", "failing")])
+def test_rows_of_a_function_are_checked_too(config, function, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        script.main(change(config, prompts=f"{__name__}:{function}"))

@@ -129,3 +129,26 @@ def test_a_prompt_that_just_fits_is_sampled():
     assert rollout.tokens.shape == (1, 256) and np.asarray(rollout.mask).sum() == NEW
     expected = token_logprobs(tiny_apply("gpt2")(params, rollout.tokens), rollout.tokens)
     np.testing.assert_allclose(rollout.logprobs[:, -NEW:], expected[:, -NEW:], atol=1e-4)
+
+
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_prompts_that_cannot_be_meant_are_refused_wherever_they_lie(array):
+    lm, params = tiny_lm("gpt2"), tiny_params("gpt2")
+    good, mask = np.ones((2, 3), np.int32), np.ones((2, 3), bool)
+    right_padded = np.array([[True, True, True], [True, True, False]])
+    options = {"key": jax.random.key(0), "max_new_tokens": 1}
+    with pytest.raises(ValueError, match="row 1 of prompt_mask"):
+        sample(lm, params, array(good), array(right_padded), **options)
+    with pytest.raises(ValueError, match="row 0 of prompts holds the id 100000"):
+        sample(lm, params, array(good * 100_000), array(mask), **options)
+    with pytest.raises(ValueError, match="top_p must be above 0"):
+        sample(lm, params, array(good), array(mask), **options, top_p=jnp.float32(-2.0))
+
+
+def test_positions_beyond_the_table_are_never_clamped_in_silence():
+    lm, params = tiny_lm("gpt2"), tiny_params("gpt2")
+    tokens = jnp.ones((1, lm.arch.max_positions + 1), jnp.int32)
+    with pytest.raises(ValueError, match=f"but the model has {lm.arch.max_positions} positions"):
+        lm.apply(params, tokens)
+    logits = lm.apply(params, tokens, jnp.ones(tokens.shape, bool))
+    assert np.isnan(logits[:, -1]).all()

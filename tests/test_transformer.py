@@ -111,7 +111,7 @@ def test_remat_keeps_loss_and_gradient_and_saves_less_for_the_backward_pass():
     def saved(f):
         return sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(f, p, TOKENS, MASK)[1], params)))
 
-    assert saved(remat_loss) < 0.5 * saved(loss)
+    assert saved(remat_loss) < 0.7 * saved(loss)
 
 
 def numpy_attention(query, key, value, mask):

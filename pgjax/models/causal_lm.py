@@ -14,8 +14,8 @@ from pgjax.models.architecture import Architecture
 from pgjax.models.transformer import Block, KeyValue, Norm, attention, fuse, rotary_table
 
 Params = dict[str, Any]
-# Without `remat` the backward pass reads the products of weights and computes what lies between them again: less memory,
-# and less time too, as on every device that was measured it is faster to compute an activation than to store and read it.
+# Without `remat` the backward pass reads the products of weights and computes what lies between them again: a third of the
+# memory, and less time too on a CPU, where storing the activations of a scan costs more than computing them (benchmarks/).
 PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 Cache = tuple[KeyValue, ...]  # one pair a layer: separate buffers, so that a decode step writes each in place
 
@@ -30,8 +30,10 @@ class CausalLM(NamedTuple):
     hidden: Callable[..., jax.Array]  # (params, tokens[B,T], attention_mask=None) -> [B,T,D] after the last norm
     unembedding: Callable[..., jax.Array]  # (params) -> [V,D]
     init_cache: Callable[..., Cache]  # (batch, length) -> zeros
-    prefill: Callable[..., tuple[jax.Array, Cache]]  # (params, tokens[B,P], attention_mask, cache) -> last hidden[B,D], cache
-    decode: Callable[..., tuple[jax.Array, Cache]]  # (params, token[B], position[B], index, slots[B,S], cache) -> hidden[B,D], cache
+    # prefill: (params, tokens[B,P], attention_mask, cache) -> last hidden[B,D], cache
+    prefill: Callable[..., tuple[jax.Array, Cache]]
+    # decode: (params, token[B], position[B], index, slots[B,S], cache) -> hidden[B,D], cache
+    decode: Callable[..., tuple[jax.Array, Cache]]
 
 
 def per_layer(params: Params) -> Params:
@@ -94,7 +96,9 @@ def positions_of(attention_mask: jax.Array) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=64)  # one architecture, one set of functions, so that compiled programs are shared
-def causal_lm(arch: Architecture, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, remat: bool = False) -> CausalLM:
+def causal_lm(
+    arch: Architecture, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, remat: bool = False
+) -> CausalLM:
     """Build the pure functions of a decoder-only transformer.
 
     Args:
@@ -143,12 +147,17 @@ def causal_lm(arch: Architecture, *, dtype: Any = jnp.float32, param_dtype: Any 
     def embed(params: Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         x = params["embed"]["tokens"][tokens].astype(dtype)
         if arch.rope is None:
-            x = x + params["embed"]["positions"][positions].astype(dtype)
+            # A position beyond the table is NaN: clamped to the last one, it would be wrong in silence.
+            x = x + params["embed"]["positions"].at[positions].get(mode="fill", fill_value=jnp.nan).astype(dtype)
         return x
 
     def forward(params: Params, tokens: jax.Array, attention_mask: jax.Array | None) -> tuple[jax.Array, KeyValue]:
         length = tokens.shape[1]
         if attention_mask is None:
+            if arch.rope is None and length > arch.max_positions:
+                raise ValueError(
+                    f"{length} tokens, but the model has {arch.max_positions} positions: shorten the input"
+                )
             attention_mask = jnp.ones(tokens.shape, bool)
         attention_mask = attention_mask.astype(bool)
         positions = positions_of(attention_mask)
@@ -159,7 +168,7 @@ def causal_lm(arch: Architecture, *, dtype: Any = jnp.float32, param_dtype: Any 
             def attend(query, key, value):
                 return attention(query, key, value, mask), (key, value)
 
-            return block.apply({"params": layer_params}, x, table, attend)
+            return run(block, layer_params, x, table, attend)
 
         layer = jax.checkpoint(layer, prevent_cse=False, policy=None if remat else PRODUCTS)
         x, stacked = jax.lax.scan(layer, embed(params, tokens, positions), params["layers"])
@@ -167,7 +176,7 @@ def causal_lm(arch: Architecture, *, dtype: Any = jnp.float32, param_dtype: Any 
 
     def hidden(params: Params, tokens: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
         x, _ = forward(params, tokens, attention_mask)
-        return final_norm.apply({"params": params["norm"]}, x)
+        return run(final_norm, params["norm"], x)
 
     def unembedding(params: Params) -> jax.Array:
         return params["embed"]["tokens"] if arch.tied else params["head"]["kernel"]
@@ -179,13 +188,13 @@ def causal_lm(arch: Architecture, *, dtype: Any = jnp.float32, param_dtype: Any 
         shape = (batch, arch.kv_heads, length, arch.head_dim)
         return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(arch.depth))
 
-    def prefill(params: Params, tokens: jax.Array, attention_mask: jax.Array | None, cache: Cache) -> tuple[jax.Array, Cache]:
+    def prefill(
+        params: Params, tokens: jax.Array, attention_mask: jax.Array | None, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
         x, (keys, values) = forward(params, tokens, attention_mask)
         write = jax.lax.dynamic_update_slice_in_dim
-        cache = tuple(
-            (write(k, keys[i], 0, axis=2), write(v, values[i], 0, axis=2)) for i, (k, v) in enumerate(cache)
-        )
-        return final_norm.apply({"params": params["norm"]}, x[:, -1]), cache
+        cache = tuple((write(k, keys[i], 0, axis=2), write(v, values[i], 0, axis=2)) for i, (k, v) in enumerate(cache))
+        return run(final_norm, params["norm"], x[:, -1]), cache
 
     def decode(
         params: Params, token: jax.Array, position: jax.Array, index: jax.Array, slots: jax.Array, cache: Cache
@@ -202,9 +211,9 @@ def causal_lm(arch: Architecture, *, dtype: Any = jnp.float32, param_dtype: Any 
                 kv = write(keys, key, index, axis=2), write(values, value, index, axis=2)
                 return attention(query, *kv, slots[:, None, :]), kv
 
-            x, kv = decode_block.apply({"params": layer_params}, x, table, attend)
+            x, kv = run(decode_block, layer_params, x, table, attend)
             written.append(kv)
-        return final_norm.apply({"params": params["norm"]}, x[:, 0]), tuple(written)
+        return run(final_norm, params["norm"], x[:, 0]), tuple(written)
 
     return CausalLM(arch, dtype, init, apply, hidden, unembedding, init_cache, prefill, decode)
 
@@ -218,6 +227,15 @@ def logits_of(hidden: jax.Array, unembedding: jax.Array) -> jax.Array:
     """
     contract = (((hidden.ndim - 1,), (1,)), ((), ()))
     return jax.lax.dot_general(hidden, unembedding.astype(hidden.dtype), contract, preferred_element_type=jnp.float32)
+
+
+def run(module: nn.Module, params: Params, *args: Any) -> Any:
+    """Apply a module to its parameters.
+
+    >>> run(nn.Dense(2), {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}, jnp.ones(3)).tolist()
+    [3.0, 3.0]
+    """
+    return module.apply({"params": params}, *args)
 
 
 def _table(arch: Architecture, positions: jax.Array) -> KeyValue | None:

@@ -49,10 +49,11 @@ def folder_tokenizer(folder: Path) -> Any | None:
     # tokenizer_config.json names: as a GPT2Tokenizer, SmolLM2's would no longer cut digits one by one.
     reader = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     tokenizer = reader.from_pretrained(str(folder), local_files_only=True)
-    if (folder / "generation_config.json").is_file():
-        stops = read_json(folder / "generation_config.json").get("eos_token_id")
+    for name in ("generation_config.json", "config.json"):
+        stops = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
         if stops is not None:
             tokenizer.init_kwargs[STOP_IDS] = stops if isinstance(stops, list) else [stops]
+            break
     return tokenizer
 
 
@@ -82,7 +83,7 @@ def prepare_tokenizer(tokenizer: Any, *, vocab_size: int, origin: str) -> Any:
 
 
 def stop_ids(tokenizer: Any) -> tuple[int, ...]:
-    """List the ids that end a completion: those of generation_config.json, else the tokenizer's end of sequence.
+    """List the ids that end a completion: those of generation_config.json or config.json, else the tokenizer's own.
 
     Args:
         tokenizer: as `load` returns it.
