@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 from rich.console import Console
 from rich.table import Table
@@ -125,17 +123,9 @@ def with_peaks(
     dtype: DTypeLike, runs: Mapping[str, Callable[[], object]], repeats: int
 ) -> tuple[perf.Peaks, dict[str, Timing]]:
     """Time alternating runs, and measure the machine's peaks right before and right after them."""
-    before = best_peaks([perf.measured_peaks(dtype), _wide_product(dtype)])
+    before = perf.measured_peaks(dtype)
     times = alternate(runs, repeats)
-    return best_peaks([before, perf.measured_peaks(dtype), _wide_product(dtype)]), times
-
-
-def _wide_product(dtype: DTypeLike, size: int = 2048) -> perf.Peaks:
-    """Measure the matrix product with a float32 result: jax 0.10 on CPU has no fast kernel for a 16-bit result."""
-    x = jnp.ones((size, size), dtype)
-    product = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
-    best = min(alternate({"product": lambda: product(x, x)}, 5)["product"].wall)
-    return perf.Peaks(matmul_flops=2.0 * size**3 / best, copy_bytes=0.0, read_bytes=0.0)
+    return best_peaks([before, perf.measured_peaks(dtype)]), times
 
 
 def machine() -> Row:

@@ -37,7 +37,8 @@ class Config:
 
     model: str = "SmolLM2-135M-Instruct"  # folder, .gguf file, hub id, or a model that an installed package ships
     prompts: str = "experiments.haiku:train_rows"  # .jsonl, .csv, .parquet or .txt file, or module:function giving rows
-    held_out: str = "experiments.haiku:held_out_rows"  # likewise, for the evaluation before and after
+    held_out: str | None = None  # likewise, for the evaluation before and after; None: rows of `prompts`, kept aside
+    held_out_rows: int = 16  # how many rows are kept aside where `held_out` is None
     chat: bool = True  # put prompts through the tokenizer's chat template
     rewards: tuple[str, ...] = ("experiments.haiku:haiku_reward",)  # the black boxes, each as module:function
     reward_weights: tuple[float, ...] = ()  # one for each reward; none given: 1 each
@@ -77,7 +78,7 @@ class Config:
 
 
 PRESETS = {
-    "haiku": Config(),
+    "haiku": Config(held_out="experiments.haiku:held_out_rows"),
     "sentiment": Config(
         prompts="experiments.sentiment:train_rows",
         held_out="experiments.sentiment:held_out_rows",
@@ -105,7 +106,10 @@ def main(config: Config) -> dict[str, float]:
     """Run PPO; return the held-out score before and after with its standard errors, and the last step's metrics."""
     check(config)
     judges = [rewards.load_reward(spec) for spec in config.rewards]
-    row_sets = [load_rows(config.prompts), load_rows(config.held_out)]
+    if config.held_out is None:
+        row_sets = data.split_rows(load_rows(config.prompts), config.held_out_rows, seed=0)
+    else:
+        row_sets = load_rows(config.prompts), load_rows(config.held_out)
     for rows in row_sets:
         check_columns(rows, judges)
     lm, params, tokenizer = pg.load(config.model)
@@ -116,7 +120,7 @@ def main(config: Config) -> dict[str, float]:
     folder = logs.open_run(config.output, dataclasses.asdict(config), resume=config.resume, may_change=MAY_CHANGE)
     train_prompts, held_out = task.prompt_sets
     deal = data.batches(train_prompts, config.batch_size, seed=config.seed)
-    peaks = perf.measured_peaks(lm.dtype)
+    peaks = machine_peaks(jnp.dtype(lm.dtype).name)
 
     updates = config.steps * config.epochs * config.minibatches
     optimizer = train.adamw(
@@ -256,6 +260,12 @@ def main(config: Config) -> dict[str, float]:
     return summary(folder)
 
 
+@functools.cache
+def machine_peaks(dtype: str) -> perf.Peaks:
+    """Measure the machine's limits, once a process."""
+    return perf.measured_peaks(dtype)
+
+
 def speed(lm: pg.CausalLM, config: Config, peaks: perf.Peaks, metrics: dict[str, float]) -> dict[str, float]:
     """Work out tokens a second, and the share of the machine's measured peaks that learner and sampler reach."""
     length, completion = metrics["completions/padded_length"], metrics["completions/mean_length"]
@@ -300,6 +310,7 @@ def check(config: Config) -> None:
         "steps",
         "batch_size",
         "max_new_tokens",
+        "held_out_rows",
         "epochs",
         "minibatches",
         "microbatches",
@@ -352,9 +363,11 @@ def check(config: Config) -> None:
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
-    preset = arguments.pop(0) if arguments and arguments[0] in PRESETS else "haiku"
+    preset = PRESETS[arguments.pop(0) if arguments and arguments[0] in PRESETS else "haiku"]
+    if any(argument.partition("=")[0] == "--prompts" for argument in arguments):
+        preset = dataclasses.replace(preset, held_out=None)  # the preset's held-out prompts go with its own prompts
     try:
-        figures = main(tyro.cli(Config, default=PRESETS[preset], args=arguments, description=__doc__))
+        figures = main(tyro.cli(Config, default=preset, args=arguments, description=__doc__))
     except loop.Interrupted as stopped:
         sys.exit(f"{stopped}: the same command with --resume goes on")
     except KeyboardInterrupt:

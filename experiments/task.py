@@ -13,7 +13,7 @@ import numpy as np
 import pgjax as pg
 from pgjax import data, rewards
 from pgjax.models.tokenizer import stop_ids
-from pgjax.prompts import check_rows
+from pgjax.prompts import check_rows, read_rows
 
 Row = dict[str, Any]  # a prompt with its further columns
 
@@ -135,7 +135,7 @@ def load_rows(source: str) -> list[Row]:
     source = str(source)
     module, colon, name = source.partition(":")
     if not colon or Path(source).exists():
-        return data.read_rows(source)
+        return read_rows(source)
     try:
         function: Callable[[], list[Row]] = vars(importlib.import_module(module))[name]
     except (ImportError, KeyError) as error:

@@ -5,22 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pgjax.prompts import Prompt, Row, read_rows
+from pgjax.prompts import Prompt
 
 if TYPE_CHECKING:
     import grain
-
-__all__ = [
-    "Prompt",
-    "Row",
-    "batches",
-    "bucket_length",
-    "completion_texts",
-    "encode_prompts",
-    "left_pad",
-    "read_rows",
-    "split_rows",
-]
 
 _SMALLEST_BUCKET = 16
 _UINT32 = 2**32

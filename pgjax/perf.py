@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 if TYPE_CHECKING:
@@ -239,9 +238,10 @@ def _median_seconds(run: Callable[[], object], *, repeats: int = 7, budget: floa
 
 
 def _matmul_seconds(size: int, dtype: DTypeLike, device: jax.Device) -> float:
-    x = jax.device_put(jnp.ones((size, size), dtype), device)
-    product = jax.jit(jnp.matmul)
-    return _median_seconds(lambda: product(x, x))
+    """Time a product with a result in `dtype` or in float32, whichever is faster: some kernels exist for one only."""
+    x = jax.device_put(jax.random.normal(jax.random.key(0), (size, size), jnp.float32).astype(dtype), device)
+    products = [jax.jit(functools.partial(jnp.matmul, preferred_element_type=y)) for y in (dtype, jnp.float32)]
+    return min(_median_seconds(functools.partial(product, x, x)) for product in products)
 
 
 def _copy_seconds(x: jax.Array) -> float:
@@ -300,11 +300,6 @@ def measured_peaks(
     on_cpu = device.platform == "cpu"
     size = (2048 if on_cpu else 8192) if matmul_size is None else matmul_size
     buffer = (1 << 28 if on_cpu else 1 << 31) if buffer_bytes is None else buffer_bytes
-    return _peaks(jnp.dtype(dtype), device, size, buffer)
-
-
-@functools.lru_cache(maxsize=64)  # a machine's peaks do not change while a process runs
-def _peaks(dtype: np.dtype, device: jax.Device, size: int, buffer: int) -> Peaks:
     matmul = _matmul_seconds(size, dtype, device)
     columns = 8192
     x = jax.device_put(jnp.ones((max(1, buffer // (4 * columns)), columns), jnp.float32), device)

@@ -28,7 +28,6 @@ def model(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick_peaks(monkeypatch):
     monkeypatch.setattr(timing.perf, "measured_peaks", lambda dtype: PEAKS)
-    monkeypatch.setattr(timing, "_wide_product", lambda dtype: PEAKS)
 
 
 def test_contenders_run_in_turn_after_a_warm_up_each():

@@ -51,6 +51,7 @@ class Box:
     def __call__(self, prompts, completions, **columns):
         call, self.calls = self.calls, self.calls + 1
         self.completions.append(list(completions))
+        self.prompts = list(prompts)
         return self.act(call, vowels(prompts, completions))
 
 
@@ -387,3 +388,12 @@ def empty_rows():
 def test_rows_of_a_function_are_checked_too(config, function, message):
     with pytest.raises((ValueError, TypeError), match=message):
         script.main(change(config, prompts=f"{__name__}:{function}"))
+
+
+def test_without_held_out_prompts_some_of_the_rows_are_kept_aside(config, fresh_box):
+    seen: list[set[str]] = []
+    fresh_box.act = lambda call, scores: seen.append(set(fresh_box.prompts)) or scores
+    script.main(change(config, held_out=None, held_out_rows=2, steps=2))
+    evaluated, *trained, again = seen
+    assert len(evaluated) == 2 and evaluated == again
+    assert set.union(*trained).isdisjoint(evaluated)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pgjax.data import read_rows
+from pgjax.prompts import read_rows
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:
