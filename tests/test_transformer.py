@@ -108,10 +108,11 @@ def test_remat_keeps_loss_and_gradient_and_saves_less_for_the_backward_pass():
     (plain, loss), (remat, remat_loss) = gradient_of(), gradient_of("remat")
     jax.tree.map(lambda x, y: close(x, y, 1e-5), plain(params, TOKENS, MASK), remat(params, TOKENS, MASK))
 
-    def saved(f):
-        return sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(f, p, TOKENS, MASK)[1], params)))
+    def saved(f):  # beside the parameters, which every backward pass reads
+        kept = jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(f, p, TOKENS, MASK)[1], params))
+        return sum(x.size for x in kept) - sum(x.size for x in jax.tree.leaves(params))
 
-    assert saved(remat_loss) < 0.7 * saved(loss)
+    assert 0 < saved(remat_loss) < 0.5 * saved(loss)
 
 
 def numpy_attention(query, key, value, mask):
