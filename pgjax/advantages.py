@@ -12,7 +12,8 @@ _Affine = tuple[jax.Array, jax.Array]  # x -> second + first * x
 def place_scores(scores: jax.typing.ArrayLike, mask: jax.typing.ArrayLike) -> jax.Array:
     """Put each sequence's score at its last sampled token.
 
-    r[b, t] = scores[b] if t is the last place inside mask[b], else 0.
+    r[b, t] = scores[b] if t is the last place inside mask[b], else 0. Unbiased: with no discount every token of
+    the sequence gets the score as its return.
 
     Args:
       scores: [B], reward units, of any real dtype.
@@ -50,8 +51,9 @@ def kl_shaped_rewards(
     r[b, t] = scores[b] [t is last] - kl_coef * kl[b, t] inside the mask, 0 outside.
     Ziegler et al. (2019), "Fine-Tuning Language Models from Human Preferences".
 
-    With k1 for `kl` and reward-to-go this gives the exact gradient of E[score] - kl_coef * KL(policy ||
-    reference).
+    With k1 for `kl` and reward-to-go this is unbiased: the exact gradient of E[score] - kl_coef * KL(policy ||
+    reference). Any other estimator here is biased: its gradient lacks what `kl` itself gives as a loss, so k3 or
+    `categorical_kl` is exact only if it stands in the loss as well.
 
     Args:
       scores: [B], reward units.
@@ -87,6 +89,10 @@ def monte_carlo_returns(
     G_t = r_t + discount * G_{t'}, t' the next place inside the mask; the end of the sequence is worth 0, and
     so is a cut at the length limit: nothing is bootstrapped. Places outside the mask count neither as reward
     nor as a step of discounting.
+
+    Unbiased at discount 1. A lower one biases: what token t does to the reward at u is weighed by
+    discount^(u - t), while the prefixes are not weighed: the gradient of no objective. Nota and Thomas (2020),
+    "Is the Policy Gradient a Gradient?".
 
     Args:
       rewards: [B, T], one a token; integers become float32.
@@ -127,8 +133,9 @@ def monte_carlo_advantages(
 ) -> jax.Array:
     """Subtract the values from the Monte Carlo returns.
 
-    A_t = G_t - V_t inside the mask (lambda = 1: no bootstrap, so no bias from the values). Ahmadian et al.
-    (2024), "Back to Basics".
+    A_t = G_t - V_t inside the mask. Ahmadian et al. (2024), "Back to Basics". Unbiased for any values read before
+    the token, right or wrong (lambda = 1: nothing is bootstrapped); right ones lower the variance. A value that
+    has seen the token biases.
 
     Args:
       rewards: [B, T], one a token.
@@ -169,7 +176,7 @@ def leave_one_out_baseline(scores: jax.typing.ArrayLike, *, group_size: int) -> 
 
     b_i = sum_{j != i} s_j / (G - 1) over the group of i. Kool et al. (2019), "Buy 4 REINFORCE Samples, Get a
     Baseline for Free!"; Ahmadian et al. (2024), RLOO. Independent of sample i, so `scores - b` is unbiased;
-    the mean of the whole group as a baseline scales the gradient by 1 - 1/G.
+    the mean of the whole group as a baseline scales the expected gradient by 1 - 1/G.
 
     Args:
       scores: [B], reward units; the `group_size` rows of one prompt are adjacent.
@@ -198,6 +205,10 @@ def group_advantages(scores: jax.typing.ArrayLike, *, group_size: int, normalize
     A_i = (s_i - mean) / (std + 1e-4), std the sample standard deviation (divided by G - 1): GRPO, Shao et al.
     (2024), "DeepSeekMath", in the form that public trainers use. `normalize=False`: A_i = s_i - mean, Dr.
     GRPO, Liu et al. (2025), "Understanding R1-Zero-Like Training". A group of equal scores gives exactly 0.
+
+    Biased. Without `normalize`: the exact gradient times 1 - 1/G. With it: turned, and blind to the scores' scale.
+    Two samples climb the chance to win, P(s > s') - P(s < s') against the policy held fixed; as G grows it
+    becomes the exact gradient over the scores' standard deviation, so each prompt is weighed by one over its own.
 
     Args:
       scores: [B], reward units; the `group_size` rows of one prompt are adjacent.

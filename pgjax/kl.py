@@ -8,6 +8,11 @@ and samples drawn from pi:
 - k2 as a loss, of the log-ratio summed over the sequence: the exact gradient of KL(pi || ref).
 - k2 as a loss, token by token: not that gradient. It drops each token's effect on the tokens after it.
 - k3 as a loss: the gradient of the forward KL(ref || pi), not of the divergence that it estimates.
+- k2, k3 or the categorical KL in the reward: the gradient of its mean, less what it gives as a loss.
+- k3 or the categorical KL in the reward and in the loss, both: exact, for its mean is the KL.
+
+All of it is said of the sum over a sequence's tokens. The mean is that over T where every sequence has T tokens;
+where lengths vary it is biased: k1 as a loss then changes the lengths, by the gradient of E[1 / length].
 """
 
 from collections.abc import Callable
@@ -39,8 +44,9 @@ def kl_k1(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
 
     k1 = d = log pi - log ref. Schulman (2020), "Approximating KL Divergence", joschu.net/blog/kl-approx.html.
 
-    Placement: in the reward with reward-to-go (`kl_shaped_rewards`, `monte_carlo_returns`) its policy
-    gradient is exact. As a loss term its expected on-policy gradient is 0: it penalises nothing.
+    Placement: in the reward with reward-to-go (`kl_shaped_rewards`, `monte_carlo_returns`), or summed over the
+    sequence in its score, its policy gradient is unbiased. As a loss term its expected on-policy gradient is 0:
+    it penalises nothing.
 
     Args:
       logprobs: any shape, nats, of tokens sampled from the policy.
@@ -66,8 +72,9 @@ def kl_k2(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
     k2 = d^2 / 2, d = log pi - log ref. Schulman (2020), "Approximating KL Divergence".
 
     Placement: as a loss on whole sequences (`logprobs` summed over tokens first) its expected on-policy
-    gradient is exactly that of the KL. As a loss on single tokens it is not: each token's effect on later
-    ones is gone. In the reward it is biased.
+    gradient is exactly that of the KL. As a loss on single tokens it is biased: each token's effect on later
+    ones is gone, and it equals `categorical_kl` as a loss. In the reward it is biased: the gradient of its own
+    mean, less what it gives as a loss.
 
     Args:
       logprobs: any shape, nats, sampled from the policy: [B, T] tokens or [B] sequences.
@@ -93,8 +100,9 @@ def kl_k3(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
     k3 = exp(-d) - 1 + d, d = log pi - log ref. Schulman (2020), "Approximating KL Divergence"; the KL term of
     GRPO (Shao et al. 2024).
 
-    Placement: a fine measurement. As a loss its expected on-policy gradient is that of the forward
-    KL(reference || policy) of each token's distribution, not of KL(policy || reference).
+    Placement: a fine measurement. As a loss it is biased: its expected on-policy gradient is that of the forward
+    KL, of each token's distribution at the policy's prefixes, or of KL(reference || policy) itself if logprobs
+    are summed over the sequence first. In the reward it is biased too: the KL's gradient less that one.
 
     Args:
       logprobs: any shape, nats, of tokens sampled from the policy.
@@ -121,8 +129,9 @@ def categorical_kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
     kl[:, t] = sum_v p_v (log p_v - log q_v), p = softmax(logits[:, t - 1]), q = softmax(ref_logits[:, t -
     1]).
 
-    As a loss its gradient is exact for each token's distribution given its prefix, and drops the effect on
-    which prefixes come up. Divide both logits by the temperature first if it is not 1.
+    As a loss it is biased: its gradient is exact for each token's distribution given its prefix, and drops the
+    effect on which prefixes come up. In the reward it gives just that effect; in both it is exact. Divide both
+    logits by the temperature first if it is not 1.
 
     Args:
       logits: [B, T, V] of any floating type; -inf is fine (a forbidden token).

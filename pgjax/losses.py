@@ -60,6 +60,12 @@ def policy_gradient_loss(
 
     L = -reduce(advantages * logprobs). Williams (1992), "Simple Statistical Gradient-Following Algorithms".
 
+    Unbiased on samples of the present policy, with "sequence_sum" and returns to go, less any value read before
+    the token. The means over tokens give the same over T where every sequence has T tokens. Where lengths vary
+    they are biased: "sequence_mean" gives the gradient of E[R / length] for an advantage R that all tokens
+    share; "token_mean" is the exact gradient over the mean length only as the batch grows, and of one sequence
+    equals "sequence_mean". A baseline then biases too: even a constant advantage changes the lengths.
+
     Args:
       logprobs: any shape ([B, T] tokens, [B] sequences), nats, of what the present policy sampled.
       advantages: the same shape; carries no gradient.
@@ -104,6 +110,11 @@ def clipped_surrogate_loss(
     Schulman et al. (2017), "Proximal Policy Optimization Algorithms"; a higher upper bound: Yu et al. (2025),
     "DAPO"; `dual_clip` c: max(min(...), c A) where A < 0, Ye et al. (2020), "Mastering Complex Control in
     MOBA Games".
+
+    Where logprobs equal old_logprobs, at any bound, its gradient is that of `policy_gradient_loss`. After that,
+    and unclipped: a [B] ratio of whole sequences keeps E[R]'s exact gradient; ratios of tokens give that of the
+    local objective E_old[sum_t r_t A_t] (Kakade & Langford 2002; the prefixes and what follows stay the old
+    policy's), biased for the new policy; the clip leaves out more.
 
     An entry's gradient is 0 if and only if (A > 0 and r > 1 + clip_eps_high) or (A < 0 and r < 1 - clip_eps),
     or A < 0 and r > dual_clip, or A = 0.
@@ -164,6 +175,10 @@ def value_loss(
     L = mean(0.5 max((V - G)^2, (clip(V, V_old - eps, V_old + eps) - G)^2)), the larger of the two errors: the
     value clipping of the PPO code of Dhariwal et al. (2017), "OpenAI Baselines".
 
+    Unclipped and with on-policy returns it is least at each prefix's expected return, the value with which
+    `monte_carlo_advantages` varies little. The clip biases that towards the old value wherever the expected
+    return lies beyond the bound.
+
     Args:
       values: any shape, reward units.
       returns: the same shape; carries no gradient.
@@ -201,7 +216,8 @@ def value_loss(
 def cross_entropy_loss(logprobs: ArrayLike, mask: ArrayLike | None = None, *, axis_name: AxisName = None) -> jax.Array:
     """Compute the mean negative log-likelihood, for supervised fine-tuning.
 
-    L = -mean(logprobs) over the mask.
+    L = -mean(logprobs) over the mask. On samples of another policy its expected gradient is that of KL(other ||
+    policy), over the number of tokens: exact for one length, and where lengths vary as the batch grows.
 
     Args:
       logprobs: any shape, nats, from `token_logprobs` or `linear_token_logprobs`.
@@ -230,6 +246,9 @@ def preference_loss(
     L = mean(-log sigmoid(chosen - rejected - margin)) + center_coef * mean((chosen + rejected)^2). Bradley
     and Terry (1952); margin: Touvron et al. (2023), "Llama 2"; centring: Eisenstein et al. (2023), "Helping
     or Herding?".
+
+    If preferences are drawn from sigmoid of the true rewards' difference, it is least at the true reward plus any
+    constant. Centring picks the constant and shrinks the scores towards 0; a margin stretches them. Both bias.
 
     Args:
       chosen: [B], the model's scores of the preferred answers; carries gradient.
@@ -271,7 +290,7 @@ def surrogate_diagnostics(
 
     With r = exp(logprobs - old_logprobs): approx_kl = mean(r - 1 - log r), which estimates KL(old || new)
     without bias and never below 0 (Schulman 2020); clip_fraction = share of |r - 1| > clip_eps; mean, least,
-    largest r.
+    largest r. Per token; times T, it is the KL of whole sequences, where every sequence has T tokens.
 
     Args:
       logprobs: any shape, nats, under the present policy.

@@ -123,6 +123,9 @@ def masked_mean(
     of means. An empty mask gives 0. What stands outside the mask, NaN included, changes neither value nor
     gradient.
 
+    Of tokens' losses it is unbiased, up to the number of tokens, where all sequences have the same. Where lengths
+    vary a small batch is biased: the samples in the sum are those that are counted below it.
+
     Gradients with `axis_name`: in `jax.shard_map` the gradient with respect to a replicated argument is
     already the gradient of the global mean. In `jax.pmap` (and in `shard_map` with `check_vma=False`) JAX
     differentiates the sum of every device's copy of the result, so take `jax.lax.pmean` of the gradients.
@@ -157,7 +160,10 @@ def masked_whiten(
     """Scale the entries inside the mask to variance one and, unless told otherwise, to mean zero.
 
     y = (x - mean) / sqrt(var + 1e-8), with the population variance of the entries inside the mask, over every
-    device of `axis_name`; `shift_mean=False` adds the mean back.
+    device of `axis_name`; `shift_mean=False` adds the mean back, unscaled.
+
+    Biased as an advantage, since an entry stands in its own mean and deviation: the scores of two sequences
+    become 1 and -1. As the batch grows the gradient is the exact one over the standard deviation.
 
     Args:
       x: [B, T] (any shape will do), any unit.

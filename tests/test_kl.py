@@ -1,4 +1,4 @@
-"""KL estimators: sign, floor, exactness, garbage; the adaptive coefficient. Placement is in test_token_mdp.py."""
+"""KL estimators: sign, floor, exactness, garbage; the adaptive coefficient. Placement is in test_mdp_losses.py."""
 
 import jax
 import jax.numpy as jnp
