@@ -1,8 +1,8 @@
 """Policy gradients for language models in JAX and Flax.
 
-`import pgjax as pg`: the pure core (masking, log-probabilities, advantages, KL, losses), the causal LM behind a bundle of
-pure functions, and the sampler. The rooms around it are imported by name: `pgjax.data`, `pgjax.rewards`, `pgjax.train`,
-`pgjax.loop`, `pgjax.logs`, `pgjax.checkpoint`, `pgjax.perf`.
+`import pgjax as pg`: the pure core (masking, log-probabilities, advantages, KL, losses, the trust region), the causal LM
+behind a bundle of pure functions, and the sampler. The rooms around it are imported by name: `pgjax.data`,
+`pgjax.rewards`, `pgjax.train`, `pgjax.loop`, `pgjax.logs`, `pgjax.checkpoint`, `pgjax.perf`.
 """
 
 from pgjax.advantages import (
@@ -29,6 +29,7 @@ from pgjax.models.causal_lm import CausalLM, causal_lm
 from pgjax.models.heads import init_value_head, token_values
 from pgjax.models.load import load, save_pretrained
 from pgjax.rollout import Rollout, sample
+from pgjax.trust_region import fisher_vector_product, trust_region_step
 
 __all__ = [
     "Architecture",
@@ -40,6 +41,7 @@ __all__ = [
     "causal_lm",
     "clipped_surrogate_loss",
     "cross_entropy_loss",
+    "fisher_vector_product",
     "group_advantages",
     "init_value_head",
     "kl_k1",
@@ -63,5 +65,6 @@ __all__ = [
     "token_frame",
     "token_logprobs",
     "token_values",
+    "trust_region_step",
     "value_loss",
 ]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CORE = {"masking", "logprobs", "kl", "advantages", "losses"}
+CORE = {"masking", "logprobs", "kl", "advantages", "losses", "trust_region"}
 EDGE = {"sharding", "checkpoint", "logs", "curves", "progress"}
 MIDDLE = {"ppo", "train", "rollout", "sampling", "rewards", "data", "prompts", "perf"}
 # A room may import from its own floor and from those below it.
