@@ -185,7 +185,7 @@ def _linear_forward(
 
     def step(state: _Forward, start: jax.Array, size: int) -> _Forward:
         top, total, picked = state
-        block = jax.lax.dynamic_slice_in_dim(unembedding, start, size)
+        block = jax.lax.dynamic_slice_in_dim(unembedding, start, size).astype(hidden.dtype)
         logits = _block_logits(hidden, block, temperature)
         new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
         sums = jnp.sum(jnp.exp(logits - new_top[..., None]), axis=-1)
@@ -212,19 +212,19 @@ def _linear_backward(
 
     def step(state: _Backward, start: jax.Array, size: int) -> _Backward:
         d_hidden, d_unembedding = state
-        block = jax.lax.dynamic_slice_in_dim(unembedding, start, size)
+        block = jax.lax.dynamic_slice_in_dim(unembedding, start, size).astype(hidden.dtype)
         logits = _block_logits(h, block, temperature)
         hit = jax.lax.broadcasted_iota(ids.dtype, logits.shape, 2) == (ids - start)[..., None]
         d_logits = weights[..., None] * (hit.astype(dtype) - jnp.exp(logits - normalizer[..., None]))
         d_logits = d_logits.astype(h.dtype)
         d_hidden += jnp.einsum("btv,vd->btd", d_logits, block, preferred_element_type=dtype)
         d_block = jnp.einsum("btv,btd->vd", d_logits, h, preferred_element_type=dtype)
-        d_block = d_block.astype(unembedding.dtype)
         return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_unembedding, d_block, start, axis=0)
 
-    first = (jnp.zeros_like(hidden, dtype=dtype), jnp.zeros_like(unembedding))
+    # Both sums stay wide until the end: XLA on CPU would rewrite all of a 16-bit d_unembedding at every block.
+    first = (jnp.zeros_like(hidden, dtype=dtype), jnp.zeros_like(unembedding, dtype=dtype))
     d_hidden, d_unembedding = _over_blocks(step, first, unembedding.shape[0], chunk_size)
-    return d_hidden.astype(hidden.dtype), d_unembedding, None, jnp.zeros_like(temperature)
+    return d_hidden.astype(hidden.dtype), d_unembedding.astype(unembedding.dtype), None, jnp.zeros_like(temperature)
 
 
 _linear_logprobs.defvjp(_linear_forward, _linear_backward)
@@ -291,7 +291,6 @@ def linear_token_logprobs(
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     scale = jnp.asarray(temperature).astype(as_float(hidden).dtype)
     size = min(chunk_size, unembedding.shape[0])
-    unembedding = unembedding.astype(hidden.dtype)
 
     def rows(h: jax.Array, w: jax.Array, ids: jax.Array, t: jax.Array) -> jax.Array:
         return _linear_logprobs(*_varying_alike(h, w, ids, t), size)
@@ -300,6 +299,7 @@ def linear_token_logprobs(
         absent = [axis for axis in batch_axes if axis not in mesh.axis_names]
         if absent:
             raise ValueError(f"batch_axes {absent} are not axes of the mesh, which has {mesh.axis_names}")
+        unembedding = unembedding.astype(hidden.dtype)  # gathered in the narrower type
         split, whole = PartitionSpec(batch_axes), PartitionSpec()
         rows = jax.shard_map(rows, mesh=mesh, in_specs=(split, whole, split, whole), out_specs=split)
     return token_frame(rows(hidden, unembedding, _next_tokens(tokens), scale))

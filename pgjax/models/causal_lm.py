@@ -57,8 +57,8 @@ def decode_params(params: Params, dtype: Any) -> Params:
     """Prepare parameters for a decode loop: split by layer, and everything but the norms' scales in `dtype`.
 
     The layers would cast at every step what they can read once cast. Norms keep their scales, which they multiply in
-    float32, so that a decode step computes what a whole forward pass computes. Below float32 the cast copies anyway, and
-    then lays the kernels out as a decode step reads them fastest (`transformer.fuse`). Prepared ones pass through.
+    float32, so that a decode step computes what a whole forward pass computes. Splitting copies anyway, and then lays the
+    kernels out as a decode step reads them fastest (`transformer.fuse`). Prepared ones pass through.
 
     >>> import jax.numpy as jnp
     >>> stacked = {"layers": {name: {"kernel": jnp.zeros((1, 2, 3))} for name in ("q", "k", "v", "o", "up", "down")}}
@@ -73,16 +73,20 @@ def decode_params(params: Params, dtype: Any) -> Params:
     if isinstance(params["layers"], list):
         return params
     split = per_layer(jax.tree_util.tree_map_with_path(cast, params))
-    return {**split, "layers": [fuse(layer) for layer in split["layers"]]} if fuses(dtype) else split
+    return {**split, "layers": [fuse(layer) for layer in split["layers"]]}
 
 
-def fuses(dtype: Any) -> bool:
-    """Say whether a decode step in `dtype` runs on fused parameters: measured to pay below float32 only.
+def write_slot(cache: jax.Array, x: jax.Array, index: jax.Array) -> jax.Array:
+    """Write x [B, heads, 1, hd] into slot `index` of cache [B, heads, S, hd], in place where XLA may.
 
-    >>> fuses(jnp.float32), fuses(jnp.bfloat16)
-    (False, True)
+    As bits: XLA on CPU would widen a whole 16-bit float buffer, update it and round it again, at every step.
+
+    >>> write_slot(jnp.zeros((1, 1, 3, 1), jnp.bfloat16), jnp.ones((1, 1, 1, 1), jnp.bfloat16), jnp.int32(1)).ravel().tolist()
+    [0.0, 1.0, 0.0]
     """
-    return jnp.dtype(dtype).itemsize < 4
+    bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=f"uint{8 * cache.dtype.itemsize}")
+    written = jax.lax.dynamic_update_slice_in_dim(bits(cache), bits(x), index, axis=2)
+    return jax.lax.bitcast_convert_type(written, cache.dtype)
 
 
 def positions_of(attention_mask: jax.Array) -> jax.Array:
@@ -121,7 +125,7 @@ def causal_lm(
     (1, 3, 11)
     """
     block = Block(arch, dtype=dtype, param_dtype=param_dtype)
-    decode_block = block.clone(fused=fuses(dtype))
+    decode_block = block.clone(fused=True)
     final_norm = Norm(arch.norm, arch.norm_eps, dtype, param_dtype)
 
     def init(key: jax.Array) -> Params:
@@ -168,11 +172,14 @@ def causal_lm(
             def attend(query, key, value):
                 return attention(query, key, value, mask), (key, value)
 
-            return run(block, layer_params, x, table, attend)
+            x, kv = run(block, layer_params, x.astype(dtype), table, attend)
+            return x.astype(jnp.float32), kv
 
+        # The carry holds values of `dtype` in 32 bits: XLA on CPU rewrites the whole stack of carries that the backward
+        # pass needs, layer after layer, where they are 16-bit floats.
         layer = jax.checkpoint(layer, prevent_cse=False, policy=None if remat else PRODUCTS)
-        x, stacked = jax.lax.scan(layer, embed(params, tokens, positions), params["layers"])
-        return x, stacked
+        x, stacked = jax.lax.scan(layer, embed(params, tokens, positions).astype(jnp.float32), params["layers"])
+        return x.astype(dtype), stacked
 
     def hidden(params: Params, tokens: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
         x, _ = forward(params, tokens, attention_mask)
@@ -203,12 +210,11 @@ def causal_lm(
         positions = position[:, None]
         table = _table(arch, positions)
         x = embed(params, token[:, None], positions)
-        write = jax.lax.dynamic_update_slice_in_dim
         written = []
         for layer_params, (keys, values) in zip(params["layers"], cache, strict=True):
 
             def attend(query, key, value, keys=keys, values=values):
-                kv = write(keys, key, index, axis=2), write(values, value, index, axis=2)
+                kv = write_slot(keys, key, index), write_slot(values, value, index)
                 return attention(query, *kv, slots[:, None, :]), kv
 
             x, kv = run(decode_block, layer_params, x, table, attend)

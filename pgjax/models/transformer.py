@@ -73,8 +73,8 @@ def rotate(x: jax.Array, table: KeyValue) -> jax.Array:
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
     """Attend from query [B, H, T, hd] to key and value [B, Hkv, S, hd] where mask [B, T, S] is True.
 
-    softmax(q k / sqrt(hd)) v with the softmax in float32; the H / Hkv queries of a group share keys (Ainslie et al. 2023)
-    and are multiplied as one block of rows. A query that may see nothing (padding) gets a finite value.
+    softmax(q k / sqrt(hd)) v with the softmax and the sums in float32; the H / Hkv queries of a group share keys (Ainslie
+    et al. 2023) and are multiplied as one block of rows. A query that may see nothing (padding) gets a finite value.
 
     >>> import jax.numpy as jnp
     >>> q, kv = jnp.ones((1, 4, 3, 8)), jnp.ones((1, 2, 3, 8))
@@ -88,7 +88,8 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Arra
     scores = scores.reshape(batch, heads, length, slots)
     scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype).reshape(batch, kv_heads, -1, slots)
-    return jnp.einsum("bnrs,bnsd->bnrd", weights, value).reshape(query.shape)
+    seen = jnp.einsum("bnrs,bnsd->bnrd", weights, value, preferred_element_type=jnp.float32)
+    return seen.astype(query.dtype).reshape(query.shape)
 
 
 def rows_dot(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
@@ -142,7 +143,8 @@ half_matmul.defvjp(lambda x, kernel: (_product(x, kernel, 1, 0), (x, kernel)), _
 def columns_dot(kernel: jax.Array, x: jax.Array) -> jax.Array:
     """Multiply kernel [F, D] by the few rows of x [..., D], with sums in float32: [..., F].
 
-    The form in which a step of decoding reads its weights fastest: along the sum, and as the product's left side.
+    The form in which a step of decoding reads its weights fastest: along the sum, and as the product's left side. Without
+    the barrier XLA turns the sides around again, and its CPU kernel packs the right side, here the weights, at every step.
 
     >>> import jax.numpy as jnp
     >>> columns_dot(jnp.ones((5, 4)), jnp.ones((2, 3, 4))).shape
@@ -150,7 +152,7 @@ def columns_dot(kernel: jax.Array, x: jax.Array) -> jax.Array:
     """
     contract = (((1,), (1,)), ((), ()))
     product = jax.lax.dot_general(kernel, x.reshape(-1, x.shape[-1]), contract, preferred_element_type=jnp.float32)
-    return product.T.astype(x.dtype).reshape(*x.shape[:-1], kernel.shape[0])
+    return jax.lax.optimization_barrier(product).T.astype(x.dtype).reshape(*x.shape[:-1], kernel.shape[0])
 
 
 class Norm(nn.Module):
@@ -239,8 +241,9 @@ class Block(nn.Module):
         names = GATE_UP if arch.gated_mlp else GATE_UP[1:]
         *gate, up = self.together(y, names, [arch.mlp_width] * len(names), arch.mlp_bias)
         activation = ACTIVATIONS[arch.activation]
+        *gate, up = (y.astype(jnp.float32) for y in (*gate, up))  # rounded once, after the product of the two
         up = activation(gate[0]) * up if gate else activation(up)
-        return x + self.dense("down", arch.width, arch.mlp_bias)(up), kv
+        return x + self.dense("down", arch.width, arch.mlp_bias)(up.astype(x.dtype)), kv
 
 
 QKV, GATE_UP = ("q", "k", "v"), ("gate", "up")
