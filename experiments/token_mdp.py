@@ -75,7 +75,7 @@ def logits(table: jax.Array, rows: jax.Array | np.ndarray = PREFIXES) -> jax.Arr
 
 def logprobs(table: jax.Array) -> jax.Array:
     """Compute log pi of every sequence's tokens by pgjax, in its frame: [256, 5]; entry 0 is zero."""
-    return token_logprobs(logits(table), TOKENS)
+    return token_logprobs(logits(table), jnp.asarray(TOKENS))
 
 
 def sample(table: jax.Array, key: jax.Array, count: int) -> jax.Array:

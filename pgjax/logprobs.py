@@ -127,6 +127,8 @@ def token_entropy(logits: jax.Array, *, temperature: jax.typing.ArrayLike = 1.0)
     """Compute the entropy of the distribution that each token was drawn from.
 
     entropy[:, t] = logsumexp(z) - sum_v softmax(z)_v z_v with z = logits[:, t - 1] / temperature.
+    As a bonus in the loss it is biased: its gradient is exact for each token's distribution given its prefix, and drops
+    the effect on which prefixes come up.
 
     Args:
       logits: [B, T, V] of any floating type; -inf is fine (a forbidden token).
