@@ -1,6 +1,6 @@
 """Chapter 5, PPO (Schulman et al. 2017): several steps on one rollout, on a leash: the ratio, the clip, and the KL.
 
-    python -m experiments.ch5_ppo                  # 1 min on 2 quiet cores; the model: experiments/small_lm.py
+    python -m experiments.ch5_ppo                  # 55 s on 2 quiet cores; the model: experiments/small_lm.py
     python -m experiments.ch5_ppo --model smollm2  # SmolLM2-135M-Instruct, 3 rollouts: 2.5 min of processor time
 
 Chapter 4's log pi becomes a ratio r_t = pi / pi_old, so that a rollout can be used more than once. The minimum takes away
@@ -27,7 +27,7 @@ import numpy as np
 
 import pgjax as pg
 from experiments import small_lm
-from experiments.ch4_actor_critic import fit_critic
+from experiments.ch4_actor_critic import fit_critic, forward
 from pgjax import train
 
 
@@ -55,13 +55,6 @@ class Config:
 LARGE = {
     "runs": 1, "steps": 3, "epochs": 2, "topics": 4, "repeat": 2, "max_new_tokens": 32, "learning_rate": 1e-4, "fit_repeat": 2
 }  # fmt: skip
-
-
-def forward(params: Any, lm: pg.CausalLM, rollout: pg.Rollout) -> tuple[jax.Array, jax.Array]:
-    """Compute the log-probability of every token, and the value of the state before it, each [B, T]."""
-    hidden = lm.hidden(params["lm"], rollout.tokens, rollout.attention_mask)
-    logprobs = pg.linear_token_logprobs(hidden, lm.unembedding(params["lm"]), rollout.tokens)
-    return logprobs, pg.token_values(params["value"], hidden)
 
 
 def loss_fn(

@@ -15,7 +15,7 @@ GAE stands here for comparison alone: Monte Carlo (lambda = 1) takes its varianc
 "wrong" has the exact values' signs turned. GRPO divides by each group's standard deviation, so its variance is in a unit
 of its own; its cosine compares.
 
-About a minute on 2 quiet cores; 3 to 4 with SmolLM2, by default on 16 completions only, so that standard errors are a
+40 s on 2 quiet cores; 3 to 4 minutes with SmolLM2, by default on 16 completions only, so that standard errors are a
 third of the variances or more, and the critic, fitted to 32 others, is a poor one (--group-size for more).
 Expect (seed 0, B = 16): no bias beyond noise in any Monte Carlo row, with any critic, but for the batch mean
 (1/B) and the groups of 4 (Dr. GRPO 1/4; GRPO 0.37); GAE 0 has a third of the variance, cosine 0.71 for
@@ -163,11 +163,6 @@ def exact_constant() -> float:
     return float(np.einsum("n,nij,nij", weights, plain, whole) / np.einsum("n,nij,nij", weights, whole, whole))
 
 
-def values_at(table: jax.Array, rows: jax.Array) -> jax.Array:
-    """Lay out a table of values [85] before each token: [B, 5]."""
-    return jnp.pad(table[jnp.asarray(mdp.PREFIXES)[rows]], ((0, 0), (1, 0)))
-
-
 @functools.partial(jax.jit, static_argnames=("count", "steps"))
 def learn_values(key: jax.Array, count: int, steps: int = 500) -> jax.Array:
     """Fit a table of values to the returns of sampled sequences: [85]; prefixes never seen stay 0."""
@@ -176,7 +171,7 @@ def learn_values(key: jax.Array, count: int, steps: int = 500) -> jax.Array:
     returns = pg.monte_carlo_returns(rewards_of(rows), mask)
 
     def loss_of(table: jax.Array) -> jax.Array:
-        return pg.value_loss(values_at(table, rows), returns, mask)
+        return pg.value_loss(mdp.values_at(table, rows), returns, mask)
 
     return small_lm.fit(loss_of, jnp.zeros(len(POLICY)), learning_rate=0.1, steps=steps)
 
@@ -223,7 +218,7 @@ def on_the_mdp(config: Config) -> dict[str, list[Measured]]:
         rewards, mask = rewards_of(rows), jnp.asarray(mdp.MASK)[rows]
         found = without_critic(rewards, mask, earlier, constant, peers=len(rows), group_size=GROUP)
         for critic, table in tables.items():
-            found |= with_critic(rewards, mask, values_at(table, rows), critic, config.lambdas)
+            found |= with_critic(rewards, mask, mdp.values_at(table, rows), critic, config.lambdas)
         return found
 
     results: dict[str, list[Measured]] = {}

@@ -28,7 +28,10 @@ def plot(
     _draw_exact(panels, exact, sizes)
     left, right = lower.subplots(1, 2, width_ratios=(1, 1.1))
     _draw_gae(left, exact, len(sizes) // 2, sizes, lambdas)
-    _draw_language(right, language, model)
+    if language:
+        _draw_language(right, language, model)
+    else:
+        right.set_axis_off()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
@@ -87,9 +90,10 @@ def _draw_language(axes: Any, language: Mapping[str, Any], model: str) -> None:
     places, found = np.arange(len(language)), list(language.values())
     errors = [2 * x.error for x in found]
     axes.errorbar([x.variance for x in found], places, xerr=errors, fmt="o", markersize=4, capsize=2, color="C3")
-    axes.set(xscale="log", yticks=places, yticklabels=list(language), ylim=(len(language) - 0.5, -0.5))
+    names = ["GRPO (its own unit)" if name == "GRPO" else name for name in language]
+    axes.set(xscale="log", yticks=places, yticklabels=names, ylim=(len(language) - 0.5, -0.5))
     axes.set(xlabel="variance of one sequence's gradient (trace)")
-    axes.set_title(f"A language model: {model or 'none measured'}", fontsize=10)
+    axes.set_title(f"A language model: {model}", fontsize=10)
     _plain(axes)
 
 

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -213,7 +214,8 @@ def gradient_variance(loss_fn: Callable[..., jax.Array], params: Any, rows: tupl
       [] float32, with N - 1 below.
 
     Example:
-      >>> float(gradient_variance(lambda w, x: (w * x).sum(), jnp.ones(1), (jnp.array([1.0, 2.0, 6.0]),)))
+      >>> x = jnp.array([1.0, 2.0, 6.0])
+      >>> print(round(float(gradient_variance(lambda w, x: (w * x).sum(), jnp.ones(1), (x,))), 4))
       7.0
     """
 
@@ -248,10 +250,11 @@ def parse(config_type: type[ConfigT], **large: Any) -> ConfigT:
     Returns:
       The configuration.
     """
-    config: Any = tyro.cli(config_type)
+    story = sys.modules[config_type.__module__].__doc__
+    config: Any = tyro.cli(config_type, description=story)
     if config.model == "small":
         return config
-    return tyro.cli(config_type, default=dataclasses.replace(config, **large))
+    return tyro.cli(config_type, description=story, default=dataclasses.replace(config, **large))
 
 
 def make_tokenizer() -> Any:
@@ -342,4 +345,4 @@ def main(config: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

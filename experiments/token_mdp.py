@@ -78,6 +78,11 @@ def logprobs(table: jax.Array) -> jax.Array:
     return token_logprobs(logits(table), jnp.asarray(TOKENS))
 
 
+def values_at(values: jax.Array, rows: jax.Array) -> jax.Array:
+    """Lay out a value a prefix [85] before each token of the sequences of these numbers [B]: [B, 5]."""
+    return jnp.pad(values[jnp.asarray(PREFIXES)[rows]], ((0, 0), (1, 0)))
+
+
 def sample(table: jax.Array, key: jax.Array, count: int) -> jax.Array:
     """Draw sequences from a policy: [count] int32, their numbers in `SEQUENCES`."""
     return jax.random.categorical(key, logprobs(table).sum(1), shape=(count,))

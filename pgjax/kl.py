@@ -12,7 +12,8 @@ and samples drawn from pi:
 - k3 or the categorical KL in the reward and in the loss, both: exact, for its mean is the KL.
 
 All of it is said of the sum over a sequence's tokens. The mean is that over T where every sequence has T tokens;
-where lengths vary it is biased: k1 as a loss then changes the lengths, by the gradient of E[1 / length].
+where lengths vary it is biased: k1 as a loss then changes the lengths, by the gradient of
+E[1 / length] for one sequence, and by less in a larger batch.
 """
 
 from collections.abc import Callable

@@ -22,7 +22,10 @@ _Search = tuple[jax.Array, jax.Array, _Tree, jax.Array, jax.Array, jax.Array]  #
 
 def _number_within(name: str, x: ArrayLike, low: float, high: float = jnp.inf, *, strict: bool = False) -> None:
     # A traced value can't be checked here; its caller has it from a checked number.
-    if isinstance(x, int | float) and not (low < x < high if strict else low <= x < high):
+    if isinstance(x, jax.core.Tracer):
+        return
+    number = float(jax.device_get(x))
+    if not (low < number < high if strict else low <= number < high):
         bound = f"{'above' if strict else 'at least'} {low} and " + (f"below {high}" if high < jnp.inf else "finite")
         raise ValueError(f"{name} must be {bound}, got {x}")
 

@@ -216,6 +216,33 @@ def test_chapter_runs_and_draws(chapter, extra, tmp_path, capsys):
     assert all(len(curve) == SIZES["steps"] and 0 < min(curve) <= max(curve) <= 1 for curve in scores)
 
 
+def test_chapter_4_without_a_baseline_is_chapter_3(small, tmp_path, capsys):
+    sizes = {**SIZES, "runs": 1, "noise_repeat": 16}
+    first = ch3.main(ch3.Config(picture=tmp_path / "3.png", pairs=1, **sizes))
+    told = capsys.readouterr().out
+    assert ch3.TABLE in told
+    assert "log pi" in told and "credit" in told
+    second = ch4.main(ch4.Config(picture=tmp_path / "4.png", **sizes))
+    np.testing.assert_allclose(second["curves"]["R"][0], first["curves"][0], atol=1e-6)
+    assert second["advantages"] == [0.2, 0.05, -0.65]
+    for name in ("R - b", "R - V(s_t)"):
+        assert second["variances"][name] < 0.5 * second["variances"]["R"]
+
+
+def test_chapter_3_on_the_real_model(smollm2, tmp_path):
+    sizes = {"steps": 1, "runs": 1, "topics": 1, "repeat": 2, "noise_repeat": 2, "pairs": 1, "max_new_tokens": 4}
+    result = ch3.main(ch3.Config(model="smollm2", picture=tmp_path / "3.png", **sizes))
+    assert list(result["cosines"]) == [1]
+    assert np.isfinite(result["curves"][0]).all()
+
+
+def test_the_small_model_shows_its_poems(capsys):
+    found = small_lm.main(small_lm.Config(pretrain_steps=2, max_new_tokens=8))
+    assert 0 <= found["score"] <= 1
+    assert 1 <= found["length"] <= 8
+    assert "Write a haiku about robots (score" in capsys.readouterr().out
+
+
 def test_pictures_go_where_the_config_says():
     for chapter, name in ((ch3, "ch3_llm_reinforce"), (ch4, "ch4_actor_critic"), (ch5, "ch5_ppo")):
         assert chapter.Config().picture.parts[-3:] == ("experiments", "pictures", f"{name}.png")

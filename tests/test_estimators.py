@@ -48,7 +48,7 @@ def test_a_batch_mean_shrinks_the_gradient_by_one_over_the_batch(exact):
 
 def test_a_wrong_critic_biases_gae_as_enumeration_says_and_monte_carlo_not(exact):
     rows = np.arange(mdp.COUNT)
-    wrong = estimators.values_at(-jnp.asarray(estimators.exact_values(), jnp.float32), rows)
+    wrong = mdp.values_at(-jnp.asarray(estimators.exact_values(), jnp.float32), rows)
     for lam in CONFIG.lambdas:
         advantages = np.asarray(estimators.gae(estimators.rewards_of(rows), wrong, mdp.MASK, lam))[:, 1:]
         bias = expected_bias(advantages)

@@ -138,6 +138,8 @@ def test_a_nan_at_a_trial_is_stepped_back_from():
     [
         ({"max_kl": 0.0}, "max_kl must be above 0.0 and finite, got 0.0"),
         ({"max_kl": float("nan")}, "max_kl must be above 0.0 and finite, got nan"),
+        ({"max_kl": np.float32(-1)}, "max_kl must be above 0.0 and finite, got -1.0"),
+        ({"max_kl": jnp.float32(-1)}, "max_kl must be above 0.0 and finite, got -1.0"),
         ({"damping": -0.1}, "damping must be at least 0.0 and finite, got -0.1"),
         ({"cg_iterations": 0}, "cg_iterations must be at least 1 and finite, got 0"),
         ({"backtracks": -1}, "backtracks must be at least 0 and finite, got -1"),
