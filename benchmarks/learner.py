@@ -97,7 +97,7 @@ def contenders(
     """Give, for each contender, a call that computes the loss and its gradient."""
     ours = pg.causal_lm(lm.arch, dtype=jnp.dtype(dtype))
     defaults = PPO()
-    options = {"clip_eps": defaults.clip_eps, "value_coef": defaults.value_coef}
+    options: dict[str, Any] = {"clip_eps": defaults.clip_eps, "value_coef": defaults.value_coef}
 
     def loss(params: Any, batch: ppo.Batch) -> jax.Array:
         return ppo.ppo_loss(params, batch, lm=ours, temperature=1.0, value_clip_eps=None, entropy_coef=0.0, **options)[

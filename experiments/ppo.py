@@ -6,17 +6,27 @@
     python -m experiments.ppo --resume          # go on with a run that was stopped
 
 prompts > rollout > scores > rewards > returns > advantages > loss > update > checkpoint
+
+What else is this script, by flags:
+    (none)                                                                          PPO with a critic
+    --advantage leave-one-out --algorithm reinforce --reduce sequence_sum           RLOO, Ahmadian et al. 2024
+    --advantage group --reduce sequence_mean --kl-coef 0 --kl-loss-coef 0.04        GRPO, Shao et al. 2024
+    --advantage group --no-normalize-group --reduce sequence_sum --kl-coef 0        Dr. GRPO, Liu et al. 2025
+    --advantage none --algorithm reinforce --reduce sequence_sum                    REINFORCE, Williams 1992
+
+REINFORCE's loss is exact with --minibatches 1 alone: a second one learns from samples that are an update old, unclipped.
+With a reward model (`--reward-model FOLDER`) in place of the preset's Python rewards, or beside `--rewards`, it is RLHF's
+last stage.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +34,15 @@ import numpy as np
 import tyro
 
 import pgjax as pg
-from experiments.task import check_columns, fold_in, load_rows, make_task
-from pgjax import data, logs, loop, perf, ppo, rewards, train
+from experiments.model_judge import load_judge
+from experiments.ppo_run import check, machine_peaks, speed, summary
+from experiments.rows import load_rows
+from experiments.task import check_columns, fold_in, make_task
+from pgjax import data, logs, loop, ppo, rewards, train
 from pgjax.checkpoint import Checkpoints
 from pgjax.curves import plot_curves
 from pgjax.progress import Progress
+from pgjax.prompts import check_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +55,9 @@ class Config:
     held_out_rows: int = 16  # how many rows are kept aside where `held_out` is None
     chat: bool = True  # put prompts through the tokenizer's chat template
     rewards: tuple[str, ...] = ("experiments.haiku:haiku_reward",)  # the black boxes, each as module:function
-    reward_weights: tuple[float, ...] = ()  # one for each reward; none given: 1 each
+    reward_weights: tuple[float, ...] = ()  # one for each reward; none given: 1 each; with 0 it is logged and no more
+    reward_model: str | None = None  # a sequence classifier with one label, sources as for `model`; None: no such judge
+    reward_model_weight: float = 1.0  # of the reward model's score beside the black boxes
     output: Path = Path("runs/haiku")  # the run folder: config, metrics, samples, curves, checkpoints, policy
     resume: bool = False  # go on with the run in `output`
     seed: int = 0  # of prompt order, sampling and minibatches
@@ -54,6 +70,11 @@ class Config:
     top_p: float = 1.0  # sample from the likeliest tokens up to this probability; 1: from all, likewise
     truncation_penalty: float = 0.0  # taken off the score of a completion that did not end by itself
 
+    algorithm: Literal["ppo", "reinforce"] = "ppo"  # the policy loss: the clipped ratio, or log-probabilities
+    advantage: Literal["value", "leave-one-out", "group", "none"] = "value"  # what a return is compared with
+    group_size: int = 4  # completions of each prompt, for leave-one-out and group
+    normalize_group: bool = True  # in units of the group's standard deviation, as GRPO; Dr. GRPO does not
+    reduce: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"  # how the policy loss is averaged
     epochs: int = 1  # passes over an iteration's completions
     minibatches: int = 2  # optimizer updates in an epoch
     microbatches: int = 2  # parts of a minibatch, for memory; the gradient is the same
@@ -63,16 +84,21 @@ class Config:
     weight_decay: float = 0.0  # of AdamW, decoupled, on matrices only
     max_grad_norm: float = 1.0  # clip the gradient to this global norm
     clip_eps: float = 0.2  # PPO's range of the ratio, 1 - eps to 1 + eps
+    clip_eps_high: float | None = None  # eps of the upper end; None: the same (higher: DAPO, Yu et al. 2025)
+    dual_clip: float | None = None  # bound of the ratio where the advantage is below 0 (Ye et al. 2020); None: none
+    importance_cap: float | None = None  # bound of the weights policy / sampler where they differ; None: no weights
     value_clip_eps: float | None = None  # range of the value around its old one; None does not clip
     value_coef: float = 0.5  # weight of the value loss beside the policy loss
     entropy_coef: float = 0.0  # weight of the entropy bonus; 0 is none
     discount: float = 1.0  # of rewards that come a token later
     kl_coef: float = 0.005  # of the penalty on the log-ratio to the reference, in the reward of each token
+    kl_loss_coef: float = 0.0  # of k3 to the reference in the loss, as GRPO has it; 0 is none
     kl_target: float | None = None  # nats a sequence; adapts kl_coef towards it (Ziegler et al. 2019)
     kl_horizon: float = 10_000.0  # completions; how slowly kl_coef adapts
     max_approx_kl: float | None = None  # stop an iteration's epochs when the policy has moved further, nats a token
 
-    eval_samples: int = 8  # completions of each held-out prompt, before and after
+    eval_samples: int = 8  # completions of each held-out prompt in an evaluation
+    eval_every: int | None = None  # iterations between evaluations; None: before and after only
     samples_every: int = 8  # iterations between tables of samples
     save_every: int = 8  # iterations between checkpoints
 
@@ -92,7 +118,8 @@ PRESETS = {
 }
 
 
-MAY_CHANGE = {"output", "resume", "steps", "eval_samples", "samples_every", "save_every"}  # when a run goes on
+# What may differ when a run goes on.
+MAY_CHANGE = {"output", "resume", "steps", "eval_samples", "eval_every", "samples_every", "save_every"}
 
 
 class State(NamedTuple):
@@ -107,19 +134,23 @@ def main(config: Config) -> dict[str, float]:
     check(config)
     judges = [rewards.load_reward(spec) for spec in config.rewards]
     if config.held_out is None:
-        row_sets = data.split_rows(load_rows(config.prompts), config.held_out_rows, seed=0)
+        row_sets = data.split_rows(load_rows(config.prompts, check_rows), config.held_out_rows, seed=0)
     else:
-        row_sets = load_rows(config.prompts), load_rows(config.held_out)
+        row_sets = load_rows(config.prompts, check_rows), load_rows(config.held_out, check_rows)
     for rows in row_sets:
         check_columns(rows, judges)
     lm, params, tokenizer = pg.load(config.model)
+    reward_model = None
+    if config.reward_model is not None:
+        reward_model = load_judge(config.reward_model, config.reward_model_weight, lm, tokenizer, chat=config.chat)
     task = make_task(
         lm, tokenizer, judges, config.reward_weights or None, row_sets, chat=config.chat, max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, reward_model=reward_model,
     )  # fmt: skip
     folder = logs.open_run(config.output, dataclasses.asdict(config), resume=config.resume, may_change=MAY_CHANGE)
     train_prompts, held_out = task.prompt_sets
-    deal = data.batches(train_prompts, config.batch_size, seed=config.seed)
+    group = config.group_size if config.advantage in ("leave-one-out", "group") else 1
+    deal = data.batches(train_prompts, config.batch_size // group, seed=config.seed)
     peaks = machine_peaks(jnp.dtype(lm.dtype).name)
 
     updates = config.steps * config.epochs * config.minibatches
@@ -147,7 +178,9 @@ def main(config: Config) -> dict[str, float]:
     )
     take_update = functools.partial(
         ppo.update, lm=lm, optimizer=optimizer, microbatches=config.microbatches, temperature=config.temperature,
-        clip_eps=config.clip_eps, value_clip_eps=config.value_clip_eps, value_coef=config.value_coef,
+        algorithm=config.algorithm, reduce=config.reduce, kl_loss_coef=config.kl_loss_coef,
+        clip_eps=config.clip_eps, clip_eps_high=config.clip_eps_high, dual_clip=config.dual_clip,
+        value_coef=config.value_coef if config.advantage == "value" else 0.0, value_clip_eps=config.value_clip_eps,
         entropy_coef=config.entropy_coef,
     )  # fmt: skip
     minibatch_numbers = jax.device_put(list(np.arange(config.minibatches, dtype=np.int32)))
@@ -156,7 +189,7 @@ def main(config: Config) -> dict[str, float]:
     def prepare(state: State, i: int) -> Any:
         """Queue the rollout; nothing is waited for."""
         sample_key, shuffle_key = jax.random.split(fold_in(key, i))
-        prompts = deal[i]
+        prompts = [prompt for prompt in deal[i] for _ in range(group)]
         return prompts, shuffle_key, time.perf_counter(), task.generate(state.learner.params["lm"], prompts, sample_key)
 
     def step(state: State, i: int, work: Any) -> tuple[State, dict[str, Any], list[dict[str, Any]]]:
@@ -166,9 +199,13 @@ def main(config: Config) -> dict[str, float]:
         learner, kl_coef = state
         jax.block_until_ready(rollout)
         rolled_out = time.perf_counter()
+        if config.eval_every is not None and i % config.eval_every == 0:
+            evaluate(learner.params, i)
+        asked_at = time.perf_counter()
+        asked = task.ask(prompts, rollout)
         policy = scorer(learner.params, rollout.tokens, rollout.attention_mask)
         frozen = scorer(reference, rollout.tokens, rollout.attention_mask)
-        judged = task.judge(prompts, rollout)
+        judged = task.judge(prompts, rollout, asked)
         rewarded = time.perf_counter()
         jax.block_until_ready((policy, frozen))
         scored = time.perf_counter()
@@ -176,7 +213,9 @@ def main(config: Config) -> dict[str, float]:
         paid = judged.scores - np.float32(config.truncation_penalty) * ~judged.ended
         batch, kl_coef, metrics = ppo.experience(
             rollout, policy, frozen, jax.device_put(paid), kl_coef,
-            discount=config.discount, kl_target=config.kl_target, kl_horizon=config.kl_horizon,
+            advantage=config.advantage, group_size=group, normalize_group=config.normalize_group,
+            importance_cap=config.importance_cap, discount=config.discount,
+            kl_target=config.kl_target, kl_horizon=config.kl_horizon,
         )  # fmt: skip
         taken: list[train.Metrics] = []
         for epoch in range(config.epochs):
@@ -205,8 +244,8 @@ def main(config: Config) -> dict[str, float]:
             "episode": (i + 1) * config.batch_size,
             "train/updates": len(taken),
             "timing/rollout": rolled_out - max(queued_at, free_at),
-            "timing/reward": rewarded - rolled_out,
-            "timing/score": scored - rolled_out,
+            "timing/reward": rewarded - asked_at,
+            "timing/score": scored - asked_at,
             "timing/update": update_seconds,
         }
         of_updates = {name: [metrics[name] for metrics in taken] for name in taken[0]}
@@ -234,13 +273,21 @@ def main(config: Config) -> dict[str, float]:
                 progress.samples(done, samples[:3])
 
         def evaluate(params: Any, step: int) -> None:
+            if any(row["step"] == step and "eval/scores" in row for row in logs.read_metrics(folder)):
+                return  # done before the run was stopped
+
+            def kl(rollout: pg.Rollout) -> jax.Array:
+                policy, frozen = (scorer(x, rollout.tokens, rollout.attention_mask) for x in (params, reference))
+                return ppo.sequence_kl(policy, frozen, rollout.mask)
+
             progress.print(f"sampling {len(held_out)} held-out prompts, {config.eval_samples} times each")
             figures = task.evaluate(
-                params["lm"], held_out, config.eval_samples, config.batch_size, fold_in(key, 2**32 - 1)
+                params["lm"], held_out, config.eval_samples, config.batch_size, fold_in(key, 2**32 - 1), kl
             )
             writer.write(step, {f"eval/{name}": value for name, value in figures.items()})
             progress.print(
-                f"held-out score after {step} steps: {figures['scores']:.3f} +- {figures['scores_stderr']:.3f}"
+                f"held-out score after {step} steps: {figures['scores']:.3f} +- {figures['scores_stderr']:.3f}, "
+                f"KL {figures['kl']:.2f}"
             )
 
         try:
@@ -250,8 +297,7 @@ def main(config: Config) -> dict[str, float]:
                 state, steps=config.steps, start=start, prepare=prepare, step=step, check=check_health, report=report,
                 checkpoints=checkpoints, save_every=config.save_every,
             )  # fmt: skip
-            if not any(row["step"] == config.steps and "eval/scores" in row for row in logs.read_metrics(folder)):
-                evaluate(state.learner.params, config.steps)
+            evaluate(state.learner.params, config.steps)
         finally:
             plot_curves(folder)
             checkpoints.close()
@@ -260,114 +306,22 @@ def main(config: Config) -> dict[str, float]:
     return summary(folder)
 
 
-@functools.cache
-def machine_peaks(dtype: str) -> perf.Peaks:
-    """Measure the machine's limits, once a process."""
-    return perf.measured_peaks(dtype)
-
-
-def speed(lm: pg.CausalLM, config: Config, peaks: perf.Peaks, metrics: dict[str, float]) -> dict[str, float]:
-    """Work out tokens a second, and the share of the machine's measured peaks that learner and sampler reach."""
-    length, completion = metrics["completions/padded_length"], metrics["completions/mean_length"]
-    seconds = metrics["timing/rollout"] + metrics["timing/score"] + metrics["timing/update"]
-    rows, window = config.batch_size * metrics["train/updates"] / config.minibatches, config.max_new_tokens + 1
-    flops = perf.training_flops(lm.arch, tokens=rows * length, context=length / 2, head_tokens=rows * window)
-    size = jnp.dtype(lm.dtype).itemsize
-    context = length - config.max_new_tokens + completion / 2
-    a_step = perf.decode_bytes(lm.arch, batch=config.batch_size, context=context, weight_bytes=size, cache_bytes=size)
-    return {
-        "perf/tokens_per_second": config.batch_size * completion / seconds,
-        "perf/mfu": perf.mfu(flops, metrics["timing/update"], peaks.matmul_flops),
-        "perf/decode_mbu": perf.mbu(
-            a_step * metrics["completions/max_length"], metrics["timing/rollout"], peaks.read_bytes
-        ),
-    }
-
-
-def summary(folder: Path) -> dict[str, float]:
-    """Read off a finished run what changed on the held-out prompts, in standard errors of the difference."""
-    rows = logs.read_metrics(folder)
-    before, *_, after = [row for row in rows if "eval/scores" in row]
-    error = math.hypot(before["eval/scores_stderr"], after["eval/scores_stderr"])
-    last = [row for row in rows if "objective/scores" in row][-1]
-    rise = after["eval/scores"] - before["eval/scores"]
-    return {
-        "eval/before": before["eval/scores"],
-        "eval/after": after["eval/scores"],
-        "eval/rise_in_stderr": rise / error if error > 0 else math.copysign(math.inf, rise) if rise else 0.0,
-        **last,
-    }
-
-
-def check(config: Config) -> None:
-    """Refuse a run that cannot work, before anything is read or computed."""
-
-    def require(ok: bool, message: str) -> None:
-        if not ok:
-            raise ValueError(message)
-
-    positive = (
-        "steps",
-        "batch_size",
-        "max_new_tokens",
-        "held_out_rows",
-        "epochs",
-        "minibatches",
-        "microbatches",
-        "eval_samples",
-        "samples_every",
-        "save_every",
-    )
-    for name in positive:
-        require(getattr(config, name) >= 1, f"{name} must be at least 1, got {getattr(config, name)}")
-    parts = config.minibatches * config.microbatches
-    require(
-        config.batch_size % parts == 0,
-        f"batch_size={config.batch_size} does not divide into minibatches={config.minibatches} times "
-        f"microbatches={config.microbatches}: make it a multiple of {parts}",
-    )
-    require(
-        0 < config.temperature < math.inf,
-        f"temperature must be above 0 (a greedy policy has no gradient), got {config.temperature}",
-    )
-    require(config.top_k is None or config.top_k >= 1, f"top_k must be at least 1, or None, got {config.top_k}")
-    require(0 < config.top_p <= 1, f"top_p must be above 0 and at most 1, got {config.top_p}")
-    require(0 < config.clip_eps < 1, f"clip_eps must be between 0 and 1, got {config.clip_eps}")
-    require(0 < config.discount <= 1, f"discount must be above 0 and at most 1, got {config.discount}")
-    for name in (
-        "kl_coef",
-        "value_coef",
-        "entropy_coef",
-        "truncation_penalty",
-        "weight_decay",
-        "learning_rate",
-        "warmup_updates",
-    ):
-        require(
-            0 <= getattr(config, name) < math.inf, f"{name} must be finite and not below 0, got {getattr(config, name)}"
-        )
-    require(
-        config.kl_target is None or config.kl_coef > 0, "kl_target adapts kl_coef by factors: it must start above 0"
-    )
-    for name in ("value_clip_eps", "kl_target", "max_approx_kl", "kl_horizon", "max_grad_norm"):
-        value = getattr(config, name)
-        require(value is None or 0 < value < math.inf, f"{name} must be above 0, got {value}")
-    require(0 <= config.seed < 2**32, f"seed must be from 0 to 2^32 - 1, got {config.seed}")
-    weights = config.reward_weights
-    require(len(config.rewards) >= 1, "rewards is empty: name at least one module:function")
-    require(
-        len(weights) in (0, len(config.rewards)) and all(math.isfinite(weight) for weight in weights),
-        f"reward_weights must be a finite number for each of {config.rewards}, or left out, got {weights}",
-    )
+def preset(arguments: list[str]) -> tuple[Config, list[str]]:
+    """Find the preset that the command line names, less what goes with its own task alone, and the other arguments."""
+    named = bool(arguments) and arguments[0] in PRESETS
+    config, rest = PRESETS[arguments[0] if named else "haiku"], arguments[named:]
+    given = {argument.partition("=")[0].replace("_", "-") for argument in rest}
+    if "--prompts" in given:
+        config = dataclasses.replace(config, held_out=None)
+    if "--reward-model" in given and "--rewards" not in given:
+        config = dataclasses.replace(config, rewards=())
+    return config, rest
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    preset = PRESETS[arguments.pop(0) if arguments and arguments[0] in PRESETS else "haiku"]
-    if any(argument.partition("=")[0] == "--prompts" for argument in arguments):
-        preset = dataclasses.replace(preset, held_out=None)  # the preset's held-out prompts go with its own prompts
+    default, arguments = preset(sys.argv[1:])
     try:
-        figures = main(tyro.cli(Config, default=preset, args=arguments, description=__doc__))
+        figures = main(tyro.cli(Config, default=default, args=arguments, description=__doc__))
     except loop.Interrupted as stopped:
         sys.exit(f"{stopped}: the same command with --resume goes on")
     except KeyboardInterrupt:

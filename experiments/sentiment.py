@@ -91,6 +91,31 @@ def sentiment_reward(prompts: Sequence[Any], completions: Sequence[str], **colum
     return [float(analyzer.polarity_scores(text)["compound"]) for text in completions]
 
 
+def whole_text_sentiment(prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:
+    """Score the sentiment of prompt and completion together, as one text, with VADER's compound in [-1, 1].
+
+    Args:
+      prompts: [B] texts, as they are sampled from: nothing is put between them and the completions.
+      completions: [B] texts.
+      **columns: not looked at.
+
+    Returns:
+      [B] compounds; 0 for a text without any word that VADER knows.
+
+    Raises:
+      ImportError: the package vaderSentiment is not installed.
+      TypeError: a prompt is a list of messages, which has no one text.
+
+    Example:
+      >>> whole_text_sentiment(["The film was", "A great film was"], [" wonderful, I loved it!", " on."])
+      [0.8356, 0.6249]
+    """
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise TypeError(f"whole_text_sentiment judges plain texts, got a prompt of type {type(prompt).__name__}")
+    return sentiment_reward(prompts, [prompt + text for prompt, text in zip(prompts, completions, strict=True)])
+
+
 @functools.cache
 def _analyzer() -> Any:
     try:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
+import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 import pgjax as pg
+from experiments.model_judge import REWARD_MODEL, ModelJudge
 from pgjax import data, rewards
 from pgjax.models.tokenizer import stop_ids
-from pgjax.prompts import check_rows, read_rows
 
 Row = dict[str, Any]  # a prompt with its further columns
 
@@ -35,8 +34,16 @@ class Judged(NamedTuple):
 
     def samples(self, prompts: Sequence[Encoded], count: int) -> list[Row]:
         """Pair the first few prompts with what became of them."""
-        triples = zip(prompts, self.completions, self.scores.tolist(), strict=True)
-        return [{"prompt": x.row["prompt"], "completion": text, "score": score} for x, text, score in triples][:count]
+        parts = {f"rewards/{name}": part.tolist() for name, part in self.parts.items()}
+        return [
+            {
+                "prompt": prompts[i].row["prompt"],
+                "completion": self.completions[i],
+                "score": float(self.scores[i]),
+                **{name: part[i] for name, part in parts.items()},
+            }
+            for i in range(min(count, len(prompts)))
+        ]
 
 
 class Task(NamedTuple):
@@ -54,6 +61,7 @@ class Task(NamedTuple):
     top_p: float
     eos_ids: tuple[int, ...]
     pad_id: int  # never looked at: masks say what is padding
+    reward_model: ModelJudge | None = None  # one more judge, on the device
 
     def generate(self, params: Any, prompts: Sequence[Encoded], key: jax.Array) -> pg.Rollout:
         """Sample a completion for each prompt; returns while the device is still at it.
@@ -67,29 +75,65 @@ class Task(NamedTuple):
             eos_ids=self.eos_ids, pad_id=self.pad_id,
         )  # fmt: skip
 
-    def judge(self, prompts: Sequence[Encoded], rollout: pg.Rollout) -> Judged:
-        """Decode the completions and put them before the black box."""
-        tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
-        completions = data.completion_texts(tokens, mask, self.tokenizer)
+    def judge(self, prompts: Sequence[Encoded], rollout: pg.Rollout, asked: jax.Array | None = None) -> Judged:
+        """Decode the completions and put them before the black boxes; `asked` is what `ask` has queued, for its score."""
+        completions, ended = self.read(rollout)
         columns = {name: [x.row[name] for x in prompts] for name in prompts[0].row}
         texts = columns.pop("prompt")
-        scores, parts = rewards.score(self.judges, self.weights, texts, completions, columns)
+        scores: np.ndarray = np.zeros(len(prompts), np.float32)
+        parts: dict[str, np.ndarray] = {}
+        if self.judges:
+            scores, parts = rewards.score(self.judges, self.weights, texts, completions, columns)
+        if asked is not None and self.reward_model is not None:
+            parts = {**parts, REWARD_MODEL: self.reward_model.fetch(asked, texts, completions)}
+            scores = scores + np.float32(self.reward_model.weight) * parts[REWARD_MODEL]
+        return Judged(completions, scores, parts, ended)
+
+    def read(self, rollout: pg.Rollout) -> tuple[list[str], np.ndarray]:
+        """Bring a rollout to the host: each completion, and whether it ended by itself."""
+        tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
         last = tokens[np.arange(len(tokens)), tokens.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)]
-        return Judged(completions, scores, parts, np.isin(last, self.eos_ids))
+        return data.completion_texts(tokens, mask, self.tokenizer), np.isin(last, self.eos_ids)
+
+    def ask(self, prompts: Sequence[Encoded], rollout: pg.Rollout) -> jax.Array | None:
+        """Queue the reward model's scores of a rollout; None without one."""
+        if self.reward_model is None:
+            return None
+        texts = [prompt.row["prompt"] for prompt in prompts]
+        return self.reward_model.queue(texts, rollout, functools.partial(self.read, rollout))
 
     def evaluate(
-        self, params: Any, prompts: Sequence[Encoded], samples: int, batch_size: int, key: jax.Array
+        self,
+        params: Any,
+        prompts: Sequence[Encoded],
+        samples: int,
+        batch_size: int,
+        key: jax.Array,
+        kl: Callable[[pg.Rollout], jax.Array] | None = None,
     ) -> dict[str, float]:
-        """Score `samples` completions of each prompt: their mean and its standard error, completions taken as independent."""
+        """Judge `samples` completions of each prompt: means over all of them, taken as independent for standard errors.
+
+        `kl` gives nats a sequence [B], to the reference.
+        """
         repeated = [prompt for prompt in prompts for _ in range(samples)]
-        scores: list[float] = []
+        found: dict[str, list[np.ndarray]] = {}
         for begin in range(0, len(repeated), batch_size):
             wanted = repeated[begin : begin + batch_size]
             filled = (wanted * batch_size)[:batch_size]  # one shape, one program: a short last batch is filled up
             rollout = self.generate(params, filled, fold_in(key, begin))
-            scores += self.judge(filled, rollout).scores[: len(wanted)].tolist()
-        error = np.std(scores, ddof=1) / np.sqrt(len(scores)) if len(scores) > 1 else np.nan
-        return {"scores": float(np.mean(scores)), "scores_stderr": float(error)}
+            judged = self.judge(filled, rollout, self.ask(filled, rollout))
+            figures = {"scores": judged.scores, **{f"rewards/{name}": part for name, part in judged.parts.items()}}
+            if kl is not None:
+                figures["kl"] = jax.device_get(kl(rollout))
+            for name, figure in figures.items():
+                found.setdefault(name, []).append(figure[: len(wanted)])
+        whole = {name: np.concatenate(pieces).astype(np.float64) for name, pieces in found.items()}
+        errors = {f"{name}_stderr": _standard_error(whole[name]) for name in ("scores", "kl") if name in whole}
+        return {name: float(np.mean(values)) for name, values in whole.items()} | errors
+
+
+def _standard_error(values: np.ndarray) -> float:
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
 def make_task(
@@ -104,6 +148,7 @@ def make_task(
     temperature: float,
     top_k: int | None = None,
     top_p: float = 1.0,
+    reward_model: ModelJudge | None = None,
 ) -> Task:
     """Encode the prompts of every row set, refusing any that the model's positions cannot hold."""
     if tokenizer is None:
@@ -118,32 +163,20 @@ def make_task(
         ids = data.encode_prompts([row["prompt"] for row in rows], tokenizer, chat=chat, max_length=limit)
         encoded.append([Encoded(*pair) for pair in zip(rows, ids, strict=True)])
     longest = max(len(prompt.ids) for prompts in encoded for prompt in prompts)
+    if reward_model is not None:
+        texts = [prompt.row["prompt"] for prompts in encoded for prompt in prompts]
+        reward_model.check(texts, longest, max_new_tokens)
     pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     eos_ids = stop_ids(tokenizer)
     return Task(
-        lm, tokenizer, judges, weights, encoded, longest, max_new_tokens, temperature, top_k, top_p, eos_ids, pad_id
-    )
+        lm, tokenizer, judges, weights, encoded, longest, max_new_tokens, temperature, top_k, top_p, eos_ids, pad_id,
+        reward_model,
+    )  # fmt: skip
 
 
 def fold_in(key: jax.Array, number: int) -> jax.Array:
     """Derive a key from a number of the host, sent to the device in the open."""
     return jax.random.fold_in(key, jax.device_put(np.uint32(number)))
-
-
-def load_rows(source: str) -> list[Row]:
-    """Read rows from a prompt file, or from a function given as module:function."""
-    source = str(source)
-    module, colon, name = source.partition(":")
-    if not colon or Path(source).exists():
-        return read_rows(source)
-    try:
-        function: Callable[[], list[Row]] = vars(importlib.import_module(module))[name]
-    except (ImportError, KeyError) as error:
-        raise ValueError(f"{source!r} is neither a prompt file nor a module:function ({error})") from error
-    rows = list(function())
-    if not rows:
-        raise ValueError(f"{source} gives no rows")
-    return check_rows([(f"{source}, row {i}", row) for i, row in enumerate(rows)])
 
 
 def check_columns(rows: Sequence[Row], judges: Sequence[rewards.Reward]) -> None:

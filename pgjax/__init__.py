@@ -12,6 +12,7 @@ from pgjax.advantages import (
     monte_carlo_advantages,
     monte_carlo_returns,
     place_scores,
+    truncated_importance_weights,
 )
 from pgjax.kl import adaptive_kl_coef, categorical_kl, kl_k1, kl_k2, kl_k3
 from pgjax.logprobs import linear_token_logprobs, token_entropy, token_frame, token_logprobs
@@ -26,14 +27,17 @@ from pgjax.losses import (
 from pgjax.masking import masked_mean, masked_whiten
 from pgjax.models.architecture import Architecture, Rope
 from pgjax.models.causal_lm import CausalLM, causal_lm
+from pgjax.models.classifier import load_reward_model, save_reward_model
 from pgjax.models.heads import init_value_head, token_values
 from pgjax.models.load import load, save_pretrained
+from pgjax.models.reward_model import RewardModel, reward_model
 from pgjax.rollout import Rollout, sample
 from pgjax.trust_region import fisher_vector_product, trust_region_step
 
 __all__ = [
     "Architecture",
     "CausalLM",
+    "RewardModel",
     "Rollout",
     "Rope",
     "adaptive_kl_coef",
@@ -51,6 +55,7 @@ __all__ = [
     "leave_one_out_baseline",
     "linear_token_logprobs",
     "load",
+    "load_reward_model",
     "masked_mean",
     "masked_whiten",
     "monte_carlo_advantages",
@@ -58,13 +63,16 @@ __all__ = [
     "place_scores",
     "policy_gradient_loss",
     "preference_loss",
+    "reward_model",
     "sample",
     "save_pretrained",
+    "save_reward_model",
     "surrogate_diagnostics",
     "token_entropy",
     "token_frame",
     "token_logprobs",
     "token_values",
+    "truncated_importance_weights",
     "trust_region_step",
     "value_loss",
 ]

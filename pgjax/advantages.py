@@ -237,3 +237,48 @@ def group_advantages(scores: jax.typing.ArrayLike, *, group_size: int, normalize
     varied = variance > 0
     deviation = where_mask(varied, jnp.sqrt(jnp.where(varied, variance, jnp.ones_like(variance))))
     return (centred / (deviation + 1e-4)).reshape(-1)
+
+
+def truncated_importance_weights(
+    logprobs: jax.typing.ArrayLike,
+    sampler_logprobs: jax.typing.ArrayLike,
+    mask: jax.typing.ArrayLike | None = None,
+    *,
+    cap: jax.typing.ArrayLike,
+) -> jax.Array:
+    """Weigh samples of another policy as those of the policy, no sample by more than a cap.
+
+    w = min(exp(logprobs - sampler_logprobs), cap). Ionides (2008), "Truncated Importance Sampling". For samples
+    of a sampler that differs from the learner: in precision, by a filter such as top_p, by age.
+
+    Of whole sequences ([B]), w times the advantage is unbiased at `cap` = inf, if the sampler may draw whatever the
+    policy may. Of single tokens ([B, T]) it corrects each token's draw at the sampler's prefixes: the gradient of the local
+    objective (`losses.clipped_surrogate_loss`), biased for the policy's own. A cap biases towards the sampler's
+    gradient, by the mass that it cuts off, and bounds the variance.
+
+    Args:
+      logprobs: any shape ([B, T] tokens, [B] sequences), nats, under the policy.
+      sampler_logprobs: the same shape, nats, under what was sampled from.
+      mask: the same shape, boolean; None counts every entry.
+      cap: [] above 0; infinity for none.
+
+    Returns:
+      The same shape, float32, 0 outside the mask; carries no gradient.
+
+    Raises:
+      ValueError: `cap` is a number not above 0.
+      AssertionError: the shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> policy, sampler = jnp.log(jnp.array([0.2, 0.8])), jnp.log(jnp.array([0.4, 0.2]))
+      >>> print(truncated_importance_weights(policy, sampler, cap=2.0).round(3))
+      [0.5 2. ]
+    """
+    if isinstance(cap, int | float) and not cap > 0:
+        raise ValueError(f"cap must be above 0, got {cap}")
+    new, old, bound = jax.lax.stop_gradient(as_floats(logprobs, sampler_logprobs, cap))
+    chex.assert_equal_shape([new, old])
+    inside = as_mask(mask, new)
+    # The cap goes on before exp: nothing overflows.
+    return where_mask(inside, jnp.exp(jnp.minimum(where_mask(inside, new - old), jnp.log(bound))))

@@ -30,6 +30,7 @@ PANELS = (
     _Panel("completions/mean_length", "Completion length (tokens)"),
     _Panel("policy/clipfrac_avg", "Clip fraction"),
     _Panel("loss/value_avg", "Value loss"),
+    _Panel("loss/cross_entropy", "Cross-entropy (nats per token)"),
 )
 
 
@@ -91,10 +92,11 @@ def _draw_eval(axes: Axes, rows: Sequence[Mapping[str, float]]) -> None:
 
 
 def plot_curves(folder: str | Path) -> Path | None:
-    """Draw score, KL, entropy, length, clip fraction and value loss of a run as `curves.png`.
+    """Draw score, KL, entropy, length and losses of a run as `curves.png`.
 
     A panel whose metric was never written is left out. Held-out scores (`eval/scores`, with
-    `eval/scores_stderr`) are drawn over the training scores.
+    `eval/scores_stderr`) are drawn over the training scores, and the held-out loss (`eval/loss`) over the
+    cross-entropy of fine-tuning.
 
     Args:
         folder: the run folder, with its `metrics.jsonl`.
@@ -139,6 +141,10 @@ def plot_curves(folder: str | Path) -> Path | None:
         _draw_panel(axes, panel, rows)
         if panel.metric == "objective/scores":
             _draw_eval(axes, rows)
+        if panel.metric == "loss/cross_entropy":
+            held_out = _series(rows, "eval/loss")
+            axes.plot(*held_out, color=EVAL, marker="D", markersize=5, linewidth=1.2, label="held-out examples")
+            axes.legend(loc="best", fontsize=7.5, frameon=False, labelcolor=INK)
         if index + columns >= len(panels):
             axes.set_xlabel("step", fontsize=8, color=INK)
     path = Path(folder) / "curves.png"

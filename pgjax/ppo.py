@@ -1,39 +1,33 @@
 """PPO's three programs over a causal LM: score a rollout, turn scores into advantages, update. Pure, to be composed.
 
 Schulman et al. 2017 ("Proximal Policy Optimization Algorithms"), with Monte Carlo returns in place of GAE, and the KL to a
-frozen reference in the rewards (Ziegler et al. 2019).
+frozen reference in the rewards (Ziegler et al. 2019). RLOO, GRPO, Dr. GRPO and REINFORCE are other values of `advantage`,
+`algorithm` and `reduce`.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pgjax import train
-from pgjax.advantages import kl_shaped_rewards, monte_carlo_returns
+from pgjax.advantages import (
+    group_advantages,
+    kl_shaped_rewards,
+    leave_one_out_baseline,
+    monte_carlo_returns,
+    truncated_importance_weights,
+)
 from pgjax.kl import adaptive_kl_coef, kl_k1
-from pgjax.logprobs import linear_token_logprobs, token_entropy, token_logprobs
-from pgjax.losses import clipped_surrogate_loss, surrogate_diagnostics, value_loss
-from pgjax.masking import masked_mean, masked_whiten
+from pgjax.logprobs import token_entropy, token_logprobs
+from pgjax.masking import masked_mean, masked_whiten, where_mask
 from pgjax.models.causal_lm import CausalLM, logits_of
 from pgjax.models.heads import token_values
+from pgjax.policy_loss import Batch, ppo_loss, token_weights
 from pgjax.rollout import Rollout
-
-
-class Batch(NamedTuple):
-    """An iteration's experience. W = max_new_tokens + 1: the window from the last prompt token on, in the token frame."""
-
-    tokens: jax.Array  # [B, T] int32
-    attention_mask: jax.Array  # [B, T]
-    mask: jax.Array  # [B, W], True on sampled tokens; so are all that follow
-    old_logprobs: jax.Array
-    old_values: jax.Array
-    returns: jax.Array
-    advantages: jax.Array
 
 
 class Scored(NamedTuple):
@@ -97,15 +91,66 @@ def score(
     return jax.tree.map(lambda x: x.reshape(-1, window), jax.lax.map(part, split))
 
 
-@functools.partial(jax.jit, static_argnames=("discount", "kl_target", "kl_horizon"))
+def baselined(
+    kind: str, returns: jax.Array, values: jax.Array, totals: jax.Array, mask: jax.Array,
+    *, group_size: int, normalize: bool,
+) -> jax.Array:  # fmt: skip
+    """Compare returns with what was to be expected: the advantages of PPO, RLOO, GRPO and REINFORCE.
+
+    - "value": returns - values, whitened over all sampled tokens; PPO with a critic.
+    - "leave-one-out": returns - the mean total of the prompt's other completions; RLOO, Ahmadian et al. (2024), "Back to
+      Basics". Unbiased: the baseline does not depend on the row that it is taken from.
+    - "group": at every token, the total against its group's; GRPO (Shao et al. 2024), Dr. GRPO without `normalize`.
+    - "none": the returns themselves; Williams (1992).
+
+    Args:
+        kind: one of the four.
+        returns: [B, W] reward units, what is still to come at each token.
+        values: [B, W] reward units; looked at by "value" alone.
+        totals: [B] reward units, each sequence's whole reward; rows of one prompt are adjacent.
+        mask: [B, W] boolean.
+        group_size: completions a prompt, at least 2, for "leave-one-out" and "group".
+        normalize: whether "group" divides by the group's standard deviation.
+
+    Returns:
+        [B, W] float32, 0 outside the mask; in standard deviations for "value" and normalised "group", else in reward units.
+
+    Raises:
+        ValueError: an unknown kind, or a group size that does not fit.
+
+    >>> ones = jnp.ones((2, 1))
+    >>> totals = jnp.array([1.0, 3.0])
+    >>> baselined("leave-one-out", totals[:, None], ones, totals, ones > 0, group_size=2, normalize=True).tolist()
+    [[-2.0], [2.0]]
+    """
+    if kind == "value":
+        return masked_whiten(returns - values, mask)
+    if kind == "leave-one-out":
+        baseline = leave_one_out_baseline(totals, group_size=group_size)
+        return where_mask(mask, returns - baseline[:, None])
+    if kind == "group":
+        compared = group_advantages(totals, group_size=group_size, normalize=normalize)
+        return where_mask(mask, jnp.broadcast_to(compared[:, None], mask.shape))
+    if kind == "none":
+        return returns
+    raise ValueError(f"advantage must be value, leave-one-out, group or none, got {kind!r}")
+
+
+EXPERIENCE_STATIC = (
+    "discount", "kl_target", "kl_horizon", "advantage", "group_size", "normalize_group", "importance_cap",
+)  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=EXPERIENCE_STATIC)
 def experience(
     rollout: Rollout, policy: Scored, reference: Scored, scores: jax.Array, kl_coef: jax.Array,
-    *, discount: float, kl_target: float | None, kl_horizon: float,
+    *, discount: float, kl_target: float | None, kl_horizon: float, advantage: str = "value", group_size: int = 1,
+    normalize_group: bool = True, importance_cap: float | None = None,
 ) -> tuple[Batch, jax.Array, train.Metrics]:  # fmt: skip
     """Turn scores into advantages.
 
     rewards = score at the last sampled token - kl_coef * (log pi - log ref) at every one; returns = the sum of what is
-    still to come; advantages = returns - values, whitened over all sampled tokens.
+    still to come; advantages = returns against what `baselined` expects, times min(pi / sampler, importance_cap).
 
     Args:
         rollout: of `sample`, [B, T].
@@ -116,6 +161,11 @@ def experience(
         discount: of a reward one token later.
         kl_target: nats a sequence that kl_coef is steered to (Ziegler et al. 2019); None keeps it.
         kl_horizon: completions; how slowly it is steered.
+        advantage: "value", "leave-one-out", "group" or "none", as in `baselined`.
+        group_size: completions a prompt, adjacent rows, for "leave-one-out" and "group".
+        normalize_group: whether "group" divides by the group's standard deviation.
+        importance_cap: bound of the weights pi / sampler of single tokens, where the sampler was not quite the policy (a
+            lower precision, a filter such as top_p); None takes the sampler for the policy.
 
     Returns:
         The batch to learn from, the coefficient for the next one, and metrics over all sequences.
@@ -133,8 +183,16 @@ def experience(
     kl = kl_k1(policy.logprobs, reference.logprobs)
     rewards = kl_shaped_rewards(scores, kl, mask, kl_coef=kl_coef)
     returns = monte_carlo_returns(rewards, mask, discount=discount)
-    advantages = masked_whiten(returns - policy.values, mask)
-    batch = Batch(rollout.tokens, rollout.attention_mask, mask, policy.logprobs, policy.values, returns, advantages)
+    advantages = baselined(
+        advantage, returns, policy.values, rewards.sum(1), mask, group_size=group_size, normalize=normalize_group
+    )
+    sampled = rollout.logprobs[:, -mask.shape[1] :]
+    if importance_cap is not None:
+        advantages *= truncated_importance_weights(policy.logprobs, sampled, mask, cap=importance_cap)
+    batch = Batch(
+        rollout.tokens, rollout.attention_mask, mask, policy.logprobs, policy.values, returns, advantages,
+        ref_logprobs=reference.logprobs,
+    )  # fmt: skip
 
     def a_sequence(x: jax.Array) -> jax.Array:  # summed over its tokens, averaged over sequences
         return jnp.where(mask, x, 0.0).sum(1).mean()
@@ -149,92 +207,57 @@ def experience(
             kl_coef, sequence_kl, target=kl_target, horizon=kl_horizon, batch_size=len(scores)
         )
         new_kl_coef = jnp.where(jnp.isfinite(new_kl_coef), new_kl_coef, kl_coef)
-    sampled = rollout.logprobs[:, -mask.shape[1] :]
-    return (
-        batch,
-        new_kl_coef,
-        {
-            "objective/kl": sequence_kl,
-            "objective/kl_coef": kl_coef,
-            "objective/entropy": a_sequence(policy.entropy),
-            "objective/non_score_reward": -kl_coef * sequence_kl,
-            "objective/rlhf_reward": scores.mean() - kl_coef * sequence_kl,
-            "policy/entropy_avg": masked_mean(policy.entropy, mask),
-            "val/explained_variance": 1 - variance(returns - policy.values) / (variance(returns) + 1e-8),
-            "val/sampler_gap": masked_mean(jnp.abs(sampled - policy.logprobs), mask),  # sampler against learner, nats
-            "completions/mean_length": a_sequence(jnp.ones_like(kl)),
-            "completions/max_length": mask.sum(1).max(),
-        },
-    )
+    metrics = {
+        "objective/kl": sequence_kl,
+        "objective/kl_coef": kl_coef,
+        "objective/entropy": a_sequence(policy.entropy),
+        "objective/non_score_reward": -kl_coef * sequence_kl,
+        "objective/rlhf_reward": scores.mean() - kl_coef * sequence_kl,
+        "policy/entropy_avg": masked_mean(policy.entropy, mask),
+        "val/sampler_gap": masked_mean(jnp.abs(sampled - policy.logprobs), mask),  # sampler against learner, nats
+        "completions/mean_length": a_sequence(jnp.ones_like(kl)),
+        "completions/max_length": mask.sum(1).max(),
+    }
+    if advantage == "value":
+        metrics["val/explained_variance"] = 1 - variance(returns - policy.values) / (variance(returns) + 1e-8)
+    if importance_cap is not None:
+        weighty = policy.logprobs - sampled > jnp.log(importance_cap)
+        metrics["val/importance_capped"] = masked_mean(weighty.astype(jnp.float32), mask)
+    return batch, new_kl_coef, metrics
 
 
-def ppo_loss(
-    params: Any, batch: Batch, *, lm: CausalLM, temperature: float, clip_eps: float, value_clip_eps: float | None,
-    value_coef: float, entropy_coef: float,
-) -> tuple[jax.Array, train.Metrics]:  # fmt: skip
-    """Compute PPO's loss: clipped surrogate + value_coef * value loss - entropy_coef * entropy, means over sampled tokens.
+@jax.jit
+def sequence_kl(policy: Scored, reference: Scored, mask: jax.Array) -> jax.Array:
+    """Estimate each sequence's KL to the reference by its log-ratio, k1 summed over the sampled tokens.
 
     Args:
-        params: {"lm", "value"}, differentiated.
-        batch: of `experience`.
-        lm: the model's functions.
-        temperature: the sampler's.
-        clip_eps: range of the ratio.
-        value_clip_eps: range of the value around its old one, in reward units; None does not clip.
-        value_coef: weight of the value loss.
-        entropy_coef: weight of the entropy bonus; 0 does not compute it.
+        policy: what the sampling policy says of a rollout, [B, W].
+        reference: what the frozen reference says of it.
+        mask: [B, T] of the rollout, T at least W.
 
     Returns:
-        The loss [], and metrics, each a mean over the batch's sampled tokens.
+        [B] float32, nats; unbiased, of either sign.
 
-    >>> import pgjax as pg
-    >>> lm = pg.causal_lm(pg.Architecture(
-    ...     family="gpt2", vocab_size=7, width=4, depth=1, heads=2, kv_heads=2, head_dim=2, mlp_width=8, max_positions=8,
-    ...     activation="gelu_tanh", norm="layer", norm_eps=1e-5, rope=None, gated_mlp=False, qkv_bias=True,
-    ...     out_bias=True, mlp_bias=True, qk_norm=False, tied=True))
-    >>> params = {"lm": lm.init(jax.random.key(0)), "value": pg.init_value_head(4)}
-    >>> x = jnp.zeros((2, 3))
-    >>> batch = Batch(jnp.ones((2, 5), jnp.int32), jnp.ones((2, 5), bool), x == 0, x - 2.0, x, x + 1.0, x)
-    >>> loss, metrics = ppo_loss(
-    ...     params, batch, lm=lm, temperature=1.0, clip_eps=0.2, value_clip_eps=None, value_coef=0.5, entropy_coef=0.0)
-    >>> float(loss), float(metrics["loss/value_avg"])  # V = 0 where the return is 1
-    (0.25, 0.5)
+    >>> zeros = jnp.zeros((1, 2))
+    >>> policy, reference = Scored(zeros, zeros, zeros), Scored(zeros - 1.5, zeros, zeros)
+    >>> sequence_kl(policy, reference, jnp.array([[False, True, True]])).tolist()
+    [3.0]
     """
-    window = batch.mask.shape[1]
-    hidden = lm.hidden(params["lm"], batch.tokens, batch.attention_mask)[:, -window:]
-    unembedding, tokens = lm.unembedding(params["lm"]), batch.tokens[:, -window:]
-    logprobs = linear_token_logprobs(hidden, unembedding, tokens, temperature=temperature)
-    values = token_values(params["value"], hidden)
-
-    policy = clipped_surrogate_loss(logprobs, batch.old_logprobs, batch.advantages, batch.mask, clip_eps=clip_eps)
-    old_values = None if value_clip_eps is None else batch.old_values
-    value = value_loss(values, batch.returns, batch.mask, old_values=old_values, clip_eps=value_clip_eps)
-    loss = policy + value_coef * value
-    if entropy_coef != 0:
-        entropy = token_entropy(logits_of(hidden, unembedding), temperature=temperature)
-        loss = loss - entropy_coef * masked_mean(entropy, batch.mask)
-
-    moved = surrogate_diagnostics(logprobs, batch.old_logprobs, batch.mask, clip_eps=clip_eps)
-    value_moved = jnp.abs(values - batch.old_values) > (math.inf if value_clip_eps is None else value_clip_eps)
-    ratio = jnp.exp(jnp.where(batch.mask, logprobs - batch.old_logprobs, 0.0))
-    return loss, {
-        "loss/policy_avg": policy,
-        "loss/value_avg": value,
-        "policy/approxkl_avg": moved["approx_kl"],
-        "policy/clipfrac_avg": moved["clip_fraction"],
-        "val/clipfrac_avg": masked_mean(value_moved.astype(jnp.float32), batch.mask),
-        "val/ratio": moved["ratio_mean"],
-        "val/ratio_var": masked_mean(jnp.square(ratio - 1), batch.mask),  # around 1
-    }
+    inside = mask[:, -policy.logprobs.shape[1] :]
+    return where_mask(inside, kl_k1(policy.logprobs, reference.logprobs)).sum(1)
 
 
-STATIC = ("lm", "optimizer", "microbatches", "temperature", "clip_eps", "value_clip_eps", "value_coef", "entropy_coef")
+STATIC = (
+    "optimizer", "microbatches", "reduce",
+    "lm", "temperature", "clip_eps", "value_clip_eps", "value_coef", "entropy_coef",
+    "algorithm", "clip_eps_high", "dual_clip", "kl_loss_coef",
+)  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=STATIC, donate_argnames=("state",))
 def update(
     state: train.TrainState, batch: Batch, order: jax.Array, number: jax.Array,
-    *, optimizer: train.Optimizer, microbatches: int, **options: Any,
+    *, optimizer: train.Optimizer, microbatches: int, reduce: str = "token_mean", **options: Any,
 ) -> tuple[train.TrainState, train.Metrics]:  # fmt: skip
     """Take one optimizer step on one minibatch; the state's buffers are given away.
 
@@ -245,6 +268,7 @@ def update(
         number: [] which minibatch.
         optimizer: of `train.adamw`.
         microbatches: parts whose gradients are added up, for memory.
+        reduce: of the policy's losses over the minibatch: "token_mean", "sequence_mean" or "sequence_sum".
         **options: those of `ppo_loss`.
 
     Returns:
@@ -266,6 +290,7 @@ def update(
     (1, True)
     """
     part = jax.tree.map(lambda x: x[order[number]], batch)
+    part = part._replace(weights=token_weights(part.mask, reduce))
     loss_fn = functools.partial(ppo_loss, **options)
     grad, metrics = train.accumulate(loss_fn, state.params, part, part.mask.sum(1), microbatches)
     state, step_metrics = train.apply_gradient(state, grad, metrics.pop("loss"), optimizer)

@@ -15,6 +15,7 @@ from rich.text import Text
 
 SHOWN = (
     ("score", "objective/scores", ".3f"),
+    ("cross-entropy", "loss/cross_entropy", ".3f"),
     ("kl", "objective/kl", ".3f"),
     ("tok/s", "perf/tokens_per_second", ",.0f"),
 )

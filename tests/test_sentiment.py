@@ -47,3 +47,12 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
     with pytest.raises(ImportError, match=r"vaderSentiment.*\[demo\]"):
         judge("good")
+
+
+def test_the_whole_text_counts_the_prompt_and_refuses_messages() -> None:
+    prompts, completions = ["A wonderful, lovely film that was", "It was not"], [" on at nine.", " good."]
+    whole = sentiment.whole_text_sentiment(prompts, completions)
+    assert whole == sentiment_reward(prompts, [a + b for a, b in zip(prompts, completions, strict=True)])
+    assert whole[0] > 0.5 and whole[1] < 0 < sentiment_reward(prompts, completions)[1]
+    with pytest.raises(TypeError, match="plain texts, got a prompt of type list"):
+        sentiment.whole_text_sentiment([[{"role": "user", "content": "hi"}]], ["a"])

@@ -26,8 +26,13 @@ class CausalLM(NamedTuple):
     arch: Architecture
     dtype: Any  # of activations and of the cache; parameters keep their own
     init: Callable[..., Params]  # (key) -> params
-    apply: Callable[..., jax.Array]  # (params, tokens[B,T], attention_mask=None) -> logits[B,T,V] float32
-    hidden: Callable[..., jax.Array]  # (params, tokens[B,T], attention_mask=None) -> [B,T,D] after the last norm
+    # apply: (params, tokens[B,T], attention_mask=None, segment_ids=None) -> logits[B,T,V] float32. With segment_ids [B,T]
+    # int32 a token sees its own segment alone, and positions start again with each one: several texts in one row, each
+    # a run of one id, no id used twice; 0 is padding where there is no attention_mask.
+    apply: Callable[..., jax.Array]
+    hidden: Callable[
+        ..., jax.Array
+    ]  # (params, tokens, attention_mask=None, segment_ids=None) -> [B,T,D] after the last norm
     unembedding: Callable[..., jax.Array]  # (params) -> [V,D]
     init_cache: Callable[..., Cache]  # (batch, length) -> zeros
     # prefill: (params, tokens[B,P], attention_mask, cache) -> last hidden[B,D], cache
@@ -99,6 +104,19 @@ def positions_of(attention_mask: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=1) - 1, 0)
 
 
+def segment_positions(attention_mask: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Count the real tokens before each token in its own segment: [B, T] int32.
+
+    >>> import jax.numpy as jnp
+    >>> segment_positions(jnp.ones((1, 5), bool), jnp.array([[1, 1, 1, 2, 2]])).tolist()
+    [[0, 1, 2, 0, 1]]
+    """
+    seen = jnp.cumsum(attention_mask.astype(jnp.int32), axis=1)
+    starts = segment_ids != jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, : segment_ids.shape[1]]
+    before = jax.lax.cummax(jnp.where(starts, seen - attention_mask.astype(jnp.int32), 0), axis=1)
+    return jnp.maximum(seen - before - 1, 0)
+
+
 @functools.lru_cache(maxsize=64)  # one architecture, one set of functions, so that compiled programs are shared
 def causal_lm(
     arch: Architecture, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, remat: bool = False
@@ -155,18 +173,23 @@ def causal_lm(
             x = x + params["embed"]["positions"].at[positions].get(mode="fill", fill_value=jnp.nan).astype(dtype)
         return x
 
-    def forward(params: Params, tokens: jax.Array, attention_mask: jax.Array | None) -> tuple[jax.Array, KeyValue]:
+    def forward(
+        params: Params, tokens: jax.Array, attention_mask: jax.Array | None, segment_ids: jax.Array | None = None
+    ) -> tuple[jax.Array, KeyValue]:
         length = tokens.shape[1]
         if attention_mask is None:
-            if arch.rope is None and length > arch.max_positions:
+            if arch.rope is None and length > arch.max_positions and segment_ids is None:
                 raise ValueError(
                     f"{length} tokens, but the model has {arch.max_positions} positions: shorten the input"
                 )
-            attention_mask = jnp.ones(tokens.shape, bool)
+            attention_mask = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
         attention_mask = attention_mask.astype(bool)
         positions = positions_of(attention_mask)
-        table = _table(arch, positions)
         mask = jnp.tril(jnp.ones((1, length, length), bool)) & attention_mask[:, None, :]
+        if segment_ids is not None:
+            positions = segment_positions(attention_mask, segment_ids)
+            mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
+        table = _table(arch, positions)
 
         def layer(x: jax.Array, layer_params: Params) -> tuple[jax.Array, KeyValue]:
             def attend(query, key, value):
@@ -181,15 +204,25 @@ def causal_lm(
         x, stacked = jax.lax.scan(layer, embed(params, tokens, positions).astype(jnp.float32), params["layers"])
         return x.astype(dtype), stacked
 
-    def hidden(params: Params, tokens: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
-        x, _ = forward(params, tokens, attention_mask)
+    def hidden(
+        params: Params,
+        tokens: jax.Array,
+        attention_mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        x, _ = forward(params, tokens, attention_mask, segment_ids)
         return run(final_norm, params["norm"], x)
 
     def unembedding(params: Params) -> jax.Array:
         return params["embed"]["tokens"] if arch.tied else params["head"]["kernel"]
 
-    def apply(params: Params, tokens: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
-        return logits_of(hidden(params, tokens, attention_mask), unembedding(params))
+    def apply(
+        params: Params,
+        tokens: jax.Array,
+        attention_mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        return logits_of(hidden(params, tokens, attention_mask, segment_ids), unembedding(params))
 
     def init_cache(batch: int, length: int) -> Cache:
         shape = (batch, arch.kv_heads, length, arch.head_dim)

@@ -57,6 +57,12 @@ _CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
 }
+_CLASSIFIERS = {
+    "llama": "LlamaForSequenceClassification",
+    "qwen2": "Qwen2ForSequenceClassification",
+    "qwen3": "Qwen3ForSequenceClassification",
+    "gpt2": "GPT2ForSequenceClassification",
+}
 _LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -118,6 +124,44 @@ def config_of(arch: Architecture) -> dict[str, Any]:
         listed = ", ".join(f"{name}={vars(arch)[name]!r}" for name in lost)
         raise ValueError(f"family {arch.family!r} in Hugging Face layout cannot express {listed}")
     return config
+
+
+def classifier_config_of(arch: Architecture) -> dict[str, Any]:
+    """Write an architecture as the config.json of a sequence classifier with one label: a reward model.
+
+    Args:
+        arch: as in `config_of`.
+
+    Returns:
+        A dict for JSON, without token ids and dtype.
+
+    Raises:
+        ValueError: as in `config_of`.
+
+    >>> config = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 4}
+    >>> classifier_config_of(architecture_of(config))["architectures"]
+    ['GPT2ForSequenceClassification']
+    """
+    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "num_labels": 1, "problem_type": "regression"}
+    return {**config_of(arch), "architectures": [_CLASSIFIERS[arch.family]], **labels}
+
+
+def labels_of(config: Mapping[str, Any]) -> list[str] | None:
+    """List the labels of a sequence classifier's config.json; None where it names neither labels nor their number.
+
+    Args:
+        config: the parsed file.
+
+    Returns:
+        One name a label, in the order of the scores.
+
+    >>> labels_of({"id2label": {"1": "good", "0": "bad"}}), labels_of({"num_labels": 1})
+    (['bad', 'good'], ['LABEL_0'])
+    """
+    names, number = config.get("id2label"), config.get("num_labels")
+    if names is not None:
+        return [str(names[key]) for key in sorted(names, key=int)]
+    return None if number is None else [f"LABEL_{i}" for i in range(int(number))]
 
 
 def _check_options(fields: Mapping[str, Any]) -> None:

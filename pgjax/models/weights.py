@@ -37,6 +37,7 @@ _ROTARY_NAMES: dict[LeafPath, str] = {
     ("layers", "down", "bias"): "model.layers.{}.mlp.down_proj.bias",
     ("norm", "scale"): "model.norm.weight",
     ("head", "kernel"): "lm_head.weight",
+    ("score", "kernel"): "score.weight",
 }
 _GPT2_NAMES: dict[LeafPath, str] = {
     ("embed", "tokens"): "transformer.wte.weight",
@@ -60,7 +61,9 @@ _GPT2_NAMES: dict[LeafPath, str] = {
     ("norm", "scale"): "transformer.ln_f.weight",
     ("norm", "bias"): "transformer.ln_f.bias",
     ("head", "kernel"): "lm_head.weight",
+    ("score", "kernel"): "score.weight",
 }
+_HEADS = ("lm_head", "score")  # outside of the base model, whatever its prefix
 _PARTS = {"q": 0, "k": 1, "v": 2}  # GPT-2 keeps the three side by side in one tensor [in, 3 * out]
 _HARMLESS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # buffers, not parameters
 
@@ -72,6 +75,7 @@ class Slot(NamedTuple):
     stacked: bool  # the leaf's first axis is the layer
     transposed: bool  # [out, in] on disk
     part: int | None  # which third of the tensor's last axis, where three leaves share one
+    row: bool = False  # a vector [D] that the file keeps as a matrix of one row, [1, D]
 
 
 class Tensors(NamedTuple):
@@ -88,15 +92,17 @@ def slot_of(arch: Architecture, path: LeafPath) -> Slot:
     >>> from pgjax.models.families import architecture_of
     >>> arch = architecture_of({"model_type": "gpt2", "vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 4})
     >>> slot_of(arch, ("layers", "k", "bias"))
-    Slot(name='transformer.h.{}.attn.c_attn.bias', stacked=True, transposed=False, part=1)
+    Slot(name='transformer.h.{}.attn.c_attn.bias', stacked=True, transposed=False, part=1, row=False)
     """
+    path = path[1:] if path[0] == "lm" else path  # the language model inside a reward model
     gpt2 = arch.family == "gpt2"
     names = _GPT2_NAMES if gpt2 else _ROTARY_NAMES
     if path not in names:
         raise ValueError(f"family {arch.family!r} has no tensor for the parameter {'/'.join(path)}")
     stacked = path[0] == "layers"
     part = _PARTS[path[1]] if gpt2 and stacked and path[1] in _PARTS else None
-    return Slot(names[path], stacked, transposed=stacked and path[-1] == "kernel" and not gpt2, part=part)
+    transposed = stacked and path[-1] == "kernel" and not gpt2
+    return Slot(names[path], stacked, transposed=transposed, part=part, row=path[0] == "score")
 
 
 def read_params(
@@ -147,6 +153,7 @@ def named_tensors(arch: Architecture, params: Any) -> dict[str, np.ndarray]:
             if slot.part is not None:
                 thirds.setdefault(name, {})[slot.part] = tensor
             else:
+                tensor = tensor[None] if slot.row else tensor
                 out[name] = np.ascontiguousarray(tensor.T if slot.transposed else tensor)
     for name, parts in thirds.items():
         out[name] = np.concatenate([parts[0], parts[1], parts[2]], axis=-1)
@@ -211,13 +218,15 @@ def _open(file: Path) -> Any:
 def _as_in_file(slot: Slot, tensors: Tensors) -> Slot:
     """Drop the base model's prefix where the checkpoint was saved from the base model alone."""
     prefix, _, rest = slot.name.partition(".")
-    if prefix == "lm_head" or any(name.startswith(f"{prefix}.") for name in tensors.shapes):
+    if prefix in _HEADS or any(name.startswith(f"{prefix}.") for name in tensors.shapes):
         return slot
     return slot._replace(name=rest)
 
 
 def _shape_in_file(slot: Slot, shape: tuple[int, ...]) -> tuple[int, ...]:
     one = shape[1:] if slot.stacked else shape
+    if slot.row:
+        return (1, *one)
     if slot.transposed:
         return one[::-1]
     return one if slot.part is None else (*one[:-1], 3 * one[-1])
@@ -230,7 +239,10 @@ def _check_tensors(arch: Architecture, slots: list[Slot], shapes: list[tuple[int
         for layer in range(arch.depth if slot.stacked else 1)
     }
     missing = sorted(wanted.keys() - tensors.shapes.keys())
-    harmless = {name for name in tensors.shapes if name.endswith(_HARMLESS) or (arch.tied and name == "lm_head.weight")}
+    unused_head = arch.tied or "score.weight" in wanted  # a classifier computes no logits
+    harmless = {
+        name for name in tensors.shapes if name.endswith(_HARMLESS) or (unused_head and name == "lm_head.weight")
+    }
     extra = sorted(tensors.shapes.keys() - wanted.keys() - harmless)
     wrong = [
         f"{name} has {list(tensors.shapes[name])}, expected {list(shape)}"
@@ -256,6 +268,7 @@ def _read_leaf(slot: Slot, leaf: jax.ShapeDtypeStruct, tensors: Tensors) -> np.n
         if slot.part is not None:
             tensor = np.split(tensor, 3, axis=-1)[slot.part]
         target = out[layer] if slot.stacked else out
+        tensor = tensor[0] if slot.row else tensor
         target[...] = tensor.T if slot.transposed else tensor
     return out
 

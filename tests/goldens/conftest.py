@@ -1,3 +1,3 @@
-"""The script that makes the goldens needs torch: it is not collected for doctests."""
+"""The scripts that make the goldens need torch: they are not collected for doctests."""
 
-collect_ignore = ["make_models.py"]
+collect_ignore = ["make_models.py", "make_reward_models.py"]

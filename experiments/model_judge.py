@@ -1,0 +1,144 @@
+"""A reward model as one more judge: a frozen program on the device, beside the black boxes on the host.
+
+Token ids go from the policy straight into it. Where its tokenizer is another one, completions are decoded and encoded again.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import pgjax as pg
+from pgjax import data
+from pgjax.models.tokenizer import stop_ids
+from pgjax.preferences import Answered, encode_answers
+from pgjax.prompts import Prompt
+from pgjax.rewards import RewardError
+
+REWARD_MODEL = "reward_model"  # its name among the rewards, in metrics and samples
+Read = Callable[[], tuple[list[str], np.ndarray]]  # -> completions [B], and whether each ended by itself
+
+
+class ModelJudge(NamedTuple):
+    """A reward model and how its score counts. Nothing here ever changes its parameters."""
+
+    rm: pg.RewardModel
+    params: Any
+    weight: float  # of its score in the sum
+    tokenizer: Any | None  # its own, where the policy's ids are not its ids
+    chat: bool  # put prompts through its own tokenizer's chat template
+
+    def check(self, prompts: Sequence[Prompt], length: int, max_new_tokens: int) -> None:
+        """Refuse prompts that its positions cannot hold with their completions; `length` is the longest, in policy tokens."""
+        if self.tokenizer is not None:
+            length = max(map(len, data.encode_prompts(prompts, self.tokenizer, chat=self.chat, max_length=None)))
+        if length + max_new_tokens > self.rm.arch.max_positions:
+            raise ValueError(
+                f"prompts of up to {length} tokens with max_new_tokens={max_new_tokens} need {length + max_new_tokens} "
+                f"positions, but the reward model has {self.rm.arch.max_positions}: shorten the prompts or the completions"
+            )
+
+    def queue(self, prompts: Sequence[Prompt], rollout: pg.Rollout, read: Read) -> jax.Array:
+        """Put the scoring of a rollout on the device: [B], in reward units; without a translation nothing is waited for."""
+        tokens, mask = rollout.tokens, rollout.attention_mask
+        if self.tokenizer is not None:
+            tokens, mask = jax.device_put(self.translated(prompts, *read()))
+        return _scores(self.rm, self.params, tokens, mask)
+
+    def translated(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], ended: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Encode texts for the reward model as it was trained: prompt, answer, and its end of sequence where it ended."""
+        answers = [Answered(*pair) for pair in zip(prompts, completions, strict=True)]
+        encode = functools.partial(encode_answers, answers, self.tokenizer, chat=self.chat)
+        cut, whole = encode(eos=False), encode(eos=bool(stop_ids(self.tokenizer)))
+        ids = [x if end else y for x, y, end in zip(whole, cut, ended, strict=True)]
+        lengths = [len(row) for row in ids]
+        row, limit = int(np.argmax(lengths)), self.rm.arch.max_positions
+        if lengths[row] > limit:
+            raise RewardError(
+                f"got {lengths[row]} tokens of its own in row {row}, but has {limit} positions: lower max_new_tokens",
+                reward=REWARD_MODEL, row=row, prompt=prompts[row], completion=completions[row], value=None,
+            )  # fmt: skip
+        return data.left_pad(ids, 0, length=data.bucket_length(lengths[row]))  # buckets: few lengths, few programs
+
+    def fetch(self, asked: jax.Array, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
+        """Bring its scores to the host, refusing any that is not finite: [B] float32."""
+        scores = np.asarray(jax.device_get(asked), np.float32)
+        bad = np.flatnonzero(~np.isfinite(scores))
+        if bad.size:
+            row = int(bad[0])
+            raise RewardError(
+                f"returned {scores[row]} in row {row}", reward=REWARD_MODEL, row=row,
+                prompt=prompts[row], completion=completions[row], value=float(scores[row]),
+            )  # fmt: skip
+        return scores
+
+
+@functools.partial(jax.jit, static_argnames="rm")
+def _scores(rm: pg.RewardModel, params: Any, tokens: jax.Array, attention_mask: jax.Array) -> jax.Array:
+    return rm.apply(params, tokens, attention_mask)
+
+
+def load_judge(source: str, weight: float, lm: pg.CausalLM, tokenizer: Any, *, chat: bool) -> ModelJudge:
+    """Load a reward model for a policy; say so once where texts have to be encoded again for it."""
+    rm, params, own = pg.load_reward_model(source)
+    if own is None:
+        raise ValueError(
+            f"the reward model {source} holds no tokenizer: nobody can tell what its ids mean; add its files"
+        )
+    if tokenizer is None:
+        raise ValueError("the policy's source holds no tokenizer, and prompts are text: add its tokenizer files")
+    differing = differences(tokenizer, own, chat=chat)
+    if lm.arch.vocab_size > rm.arch.vocab_size:
+        differing.append(f"vocabulary size ({lm.arch.vocab_size} and {rm.arch.vocab_size})")
+    if differing:
+        print(
+            f"the tokenizers of the policy and of the reward model {source} differ in {', '.join(differing)}: "
+            "completions are decoded, and encoded again for it"
+        )
+    return ModelJudge(rm, params, weight, own if differing else None, chat)
+
+
+def differences(tokenizer: Any, other: Any, *, chat: bool) -> list[str]:
+    """Name what makes another tokenizer give a text of this one other ids.
+
+    How they pad does not count, and neither does a padding token that only the other one has.
+
+    Args:
+      tokenizer: a fast Hugging Face tokenizer, the policy's.
+      other: the reward model's.
+      chat: whether prompts go through the chat template.
+
+    Returns:
+      Names of parts; empty where the ids are the same.
+
+    Example:
+      >>> from tokenizers import Tokenizer, models
+      >>> from transformers import PreTrainedTokenizerFast
+      >>> make = lambda *letters: PreTrainedTokenizerFast(tokenizer_object=Tokenizer(
+      ...     models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])))
+      >>> differences(make("a", "b"), make("a", "b"), chat=False), differences(make("a", "b"), make("b", "a"), chat=False)
+      ([], ['vocabulary'])
+    """
+    mine, its = (json.loads(x.backend_tokenizer.to_str()) for x in (tokenizer, other))
+    model, its_model = dict(mine["model"]), dict(its["model"])
+    added, its_added = ({token["content"]: token for token in x["added_tokens"]} for x in (mine, its))
+    if other.pad_token not in added:
+        its_added.pop(other.pad_token, None)
+    parts = {
+        "vocabulary": (model.pop("vocab"), its_model.pop("vocab")),
+        "merges": (model.pop("merges", None), its_model.pop("merges", None)),
+        "kind": (model, its_model),
+        "added tokens": (added, its_added),
+        "normaliser": (mine["normalizer"], its["normalizer"]),
+        "pre-tokeniser": (mine["pre_tokenizer"], its["pre_tokenizer"]),
+        "first token": (tokenizer("")["input_ids"], other("")["input_ids"]),
+        "chat template": (tokenizer.chat_template, other.chat_template) if chat else (None, None),
+    }
+    return [name for name, (x, y) in parts.items() if x != y]

@@ -1,0 +1,177 @@
+"""What surrounds the story of `experiments.ppo`: the checks of its config, its speed, and the summary of a run."""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+
+import pgjax as pg
+from pgjax import logs, perf
+
+if TYPE_CHECKING:
+    from experiments.ppo import Config
+
+
+@functools.cache
+def machine_peaks(dtype: str) -> perf.Peaks:
+    """Measure the machine's limits, once a process."""
+    return perf.measured_peaks(dtype)
+
+
+def speed(lm: pg.CausalLM, config: Config, peaks: perf.Peaks, metrics: dict[str, float]) -> dict[str, float]:
+    """Work out tokens a second, and the share of the machine's measured peaks that learner and sampler reach."""
+    length, completion = metrics["completions/padded_length"], metrics["completions/mean_length"]
+    seconds = metrics["timing/rollout"] + metrics["timing/score"] + metrics["timing/update"]
+    rows, window = config.batch_size * metrics["train/updates"] / config.minibatches, config.max_new_tokens + 1
+    flops = perf.training_flops(lm.arch, tokens=rows * length, context=length / 2, head_tokens=rows * window)
+    size = jnp.dtype(lm.dtype).itemsize
+    context = length - config.max_new_tokens + completion / 2
+    a_step = perf.decode_bytes(lm.arch, batch=config.batch_size, context=context, weight_bytes=size, cache_bytes=size)
+    return {
+        "perf/tokens_per_second": config.batch_size * completion / seconds,
+        "perf/mfu": perf.mfu(flops, metrics["timing/update"], peaks.matmul_flops),
+        "perf/decode_mbu": perf.mbu(
+            a_step * metrics["completions/max_length"], metrics["timing/rollout"], peaks.read_bytes
+        ),
+    }
+
+
+def summary(folder: Path) -> dict[str, float]:
+    """Read off a finished run what changed on the held-out prompts, in standard errors of the difference.
+
+    Beside that: all figures of the last evaluation (eval/...) and of the last step.
+    """
+    rows = logs.read_metrics(folder)
+    before, *_, after = [row for row in rows if "eval/scores" in row]
+    error = math.hypot(before["eval/scores_stderr"], after["eval/scores_stderr"])
+    last = [row for row in rows if "objective/scores" in row][-1]
+    rise = after["eval/scores"] - before["eval/scores"]
+    return {
+        "eval/before": before["eval/scores"],
+        "eval/after": after["eval/scores"],
+        "eval/rise_in_stderr": rise / error if error > 0 else math.copysign(math.inf, rise) if rise else 0.0,
+        **last,
+        **after,
+    }
+
+
+def check(config: Config) -> None:
+    """Refuse a run that cannot work, before anything is read or computed."""
+
+    def require(ok: bool, message: str) -> None:
+        if not ok:
+            raise ValueError(message)
+
+    positive = (
+        "steps",
+        "batch_size",
+        "max_new_tokens",
+        "held_out_rows",
+        "epochs",
+        "minibatches",
+        "microbatches",
+        "eval_samples",
+        "samples_every",
+        "save_every",
+        "group_size",
+    )
+    for name in positive:
+        require(getattr(config, name) >= 1, f"{name} must be at least 1, got {getattr(config, name)}")
+    parts = config.minibatches * config.microbatches
+    require(
+        config.batch_size % parts == 0,
+        f"batch_size={config.batch_size} does not divide into minibatches={config.minibatches} times "
+        f"microbatches={config.microbatches}: make it a multiple of {parts}",
+    )
+    require(
+        0 < config.temperature < math.inf,
+        f"temperature must be above 0 (a greedy policy has no gradient), got {config.temperature}",
+    )
+    require(config.top_k is None or config.top_k >= 1, f"top_k must be at least 1, or None, got {config.top_k}")
+    require(0 < config.top_p <= 1, f"top_p must be above 0 and at most 1, got {config.top_p}")
+    require(
+        config.eval_every is None or config.eval_every >= 1, f"eval_every must be at least 1, got {config.eval_every}"
+    )
+    require(0 < config.clip_eps < 1, f"clip_eps must be between 0 and 1, got {config.clip_eps}")
+    require(config.dual_clip is None or config.dual_clip > 1, f"dual_clip must be above 1, got {config.dual_clip}")
+    require(0 < config.discount <= 1, f"discount must be above 0 and at most 1, got {config.discount}")
+    for name in (
+        "kl_coef",
+        "value_coef",
+        "entropy_coef",
+        "kl_loss_coef",
+        "truncation_penalty",
+        "weight_decay",
+        "learning_rate",
+        "warmup_updates",
+    ):
+        require(
+            0 <= getattr(config, name) < math.inf, f"{name} must be finite and not below 0, got {getattr(config, name)}"
+        )
+    require(
+        config.kl_target is None or config.kl_coef > 0, "kl_target adapts kl_coef by factors: it must start above 0"
+    )
+    for name in (
+        "clip_eps_high",
+        "importance_cap",
+        "value_clip_eps",
+        "kl_target",
+        "max_approx_kl",
+        "kl_horizon",
+        "max_grad_norm",
+    ):
+        value = getattr(config, name)
+        require(value is None or 0 < value < math.inf, f"{name} must be above 0, got {value}")
+    require(0 <= config.seed < 2**32, f"seed must be from 0 to 2^32 - 1, got {config.seed}")
+    check_algorithm(config)
+    weights = config.reward_weights
+    require(
+        len(config.rewards) >= 1 or config.reward_model is not None,
+        "rewards is empty: name at least one module:function, or a reward model",
+    )
+    require(
+        len(weights) in (0, len(config.rewards)) and all(math.isfinite(weight) for weight in weights),
+        f"reward_weights must be a finite number for each of {config.rewards}, or left out, got {weights}",
+    )
+    require(
+        math.isfinite(config.reward_model_weight),
+        f"reward_model_weight must be finite, got {config.reward_model_weight}",
+    )
+
+
+def check_algorithm(config: Config) -> None:
+    """Refuse values of algorithm, advantage and reduce that do not exist or do not go together."""
+    choices = {
+        "algorithm": ("ppo", "reinforce"),
+        "advantage": ("value", "leave-one-out", "group", "none"),
+        "reduce": ("token_mean", "sequence_mean", "sequence_sum"),
+    }
+    for name, known in choices.items():
+        value = getattr(config, name)
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if config.algorithm == "reinforce" and config.epochs > 1:
+        raise ValueError(
+            f"epochs={config.epochs} with algorithm=reinforce learns from samples of an older policy as if they were the "
+            "present one's: leave epochs at 1, or use ppo"
+        )
+    if config.advantage not in ("leave-one-out", "group"):
+        return
+    if config.group_size < 2:
+        raise ValueError(
+            f"advantage={config.advantage} compares completions of one prompt: group_size must be at least 2, got "
+            f"{config.group_size}"
+        )
+    if config.batch_size % config.group_size != 0:
+        raise ValueError(
+            f"batch_size={config.batch_size} does not divide into groups of group_size={config.group_size}: make it a "
+            f"multiple of {config.group_size}"
+        )
+    if config.discount != 1:
+        raise ValueError(
+            f"advantage={config.advantage} compares whole sequences: leave discount at 1, got {config.discount}"
+        )

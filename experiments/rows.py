@@ -1,0 +1,64 @@
+"""Rows for an experiment: from a file, a data set, or a function given as module:function."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pgjax.tables import Placed, read_table
+
+Checked = TypeVar("Checked")
+
+
+def load_rows(source: str | Path, check: Callable[[Placed], Checked], *, text_column: str = "prompt") -> Checked:
+    """Read rows and check them.
+
+    Args:
+      source: what `pgjax.tables.read_table` takes, or module:function, a function without arguments that
+        gives rows.
+      check: takes the rows with their places, as `pgjax.prompts.check_rows` does.
+      text_column: the column that the lines of a .txt file come in.
+
+    Returns:
+      What `check` returns.
+
+    Raises:
+      ValueError: no such source, no rows, or rows that `check` refuses.
+
+    Example:
+      >>> from pgjax.prompts import check_rows
+      >>> load_rows("experiments.haiku:held_out_rows", check_rows)[0]
+      {'prompt': 'Write a haiku about dragons', 'topic': 'dragons'}
+    """
+    source = str(source)
+    module, colon, name = source.partition(":")
+    if not colon or Path(source).exists() or not _is_module(module):
+        try:
+            placed = read_table(source, text_column=text_column)
+        except (ImportError, ValueError) as error:
+            if not colon:
+                raise
+            raise type(error)(f"{error}; and as module:function, there is no module {module!r}") from error
+        return check(placed)
+    try:
+        function: Callable[[], list[Any]] = vars(importlib.import_module(module))[name]
+    except (ImportError, KeyError) as error:
+        raise ValueError(f"{source!r} is neither a file nor a module:function ({error})") from error
+    rows = list(function())
+    if not rows:
+        raise ValueError(f"{source} gives no rows")
+    return check([(f"{source}, row {i}", row) for i, row in enumerate(rows)])
+
+
+def _is_module(name: str) -> bool:
+    """Say whether a dotted name is that of a module that is there; "org/name", "imdb" and a folder are data sets."""
+    if not all(part.isidentifier() for part in name.split(".")):
+        return False
+    try:
+        found = importlib.util.find_spec(name)
+    except ImportError:  # a dotted name whose parent is not there
+        return False
+    return found is not None and found.origin is not None  # a mere folder is found too, and has no functions

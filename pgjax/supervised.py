@@ -1,0 +1,448 @@
+"""Supervised fine-tuning: rows to examples, examples packed into rows of one length, and the update that learns them."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pgjax import train
+from pgjax.logprobs import linear_token_logprobs
+from pgjax.losses import cross_entropy_loss
+from pgjax.models.causal_lm import CausalLM
+from pgjax.models.tokenizer import stop_ids
+from pgjax.prompts import Prompt, check_prompt
+from pgjax.tables import Placed, Row, check_messages, check_same_columns, check_text
+
+KINDS = (("prompt", "completion"), ("messages",), ("text",))  # the columns that make a row an example
+_MANY = 5  # places that a note lists
+
+
+class Example(NamedTuple):
+    """A text in token ids, and which of them are learned."""
+
+    ids: list[int]
+    learned: list[bool]  # as long as ids
+
+
+class Examples(NamedTuple):
+    """What became of rows."""
+
+    examples: list[Example]
+    left_out: dict[str, list[str]]  # why -> places of the rows
+    cut: list[str]  # places of the plain texts that were cut into pieces
+
+    def notes(self) -> list[str]:
+        """Say what was left out and cut, in a line each; no lines where there is nothing to say."""
+        out = self.left_out.items()
+        lines = [f"left out {_count(places, 'row')}, {why}: {_listed(places)}" for why, places in out]
+        if self.cut:
+            lines.append(f"cut {_count(self.cut, 'long text')} into pieces: {_listed(self.cut)}")
+        return lines
+
+
+class Packed(NamedTuple):
+    """Examples side by side in rows of one length."""
+
+    tokens: Any  # [R, L] int32
+    segment_ids: Any  # [R, L] int32: 1, 2, ... in each row, 0 on padding
+    mask: Any  # [R, L] bool, True where the token is learned; never the first one of a segment
+
+
+class _Chunk(NamedTuple):
+    """A piece of an example that is tokenised by itself."""
+
+    text: str
+    special: bool  # whether the tokenizer adds its special tokens
+    learned: bool
+    ends: bool  # whether it is learned up to its first end-of-sequence token only, and must have one
+
+
+def check_examples(placed: Placed) -> list[tuple[str, Row]]:
+    """Check that rows are examples to fine-tune on, all of one kind.
+
+    A row has the columns ``prompt`` and ``completion`` (texts, or lists of messages), or ``messages`` (a list of
+    messages, or one written in JSON, as CSV has it), or ``text``. Columns of other names are ignored.
+
+    Args:
+      placed: rows with their places, of `tables.read_table`.
+
+    Returns:
+      The same pairs, with the columns of the kind alone.
+
+    Raises:
+      ValueError: other columns, two kinds at once, rows that differ in their columns, or a value of another type;
+        it names the row.
+
+    Example:
+      >>> check_examples([("line 1", {"prompt": "1 + 1 =", "completion": " 2", "source": "sums"})])
+      [('line 1', {'prompt': '1 + 1 =', 'completion': ' 2'})]
+    """
+    check_same_columns(placed)
+    kind = _kind(*placed[0])
+    checked = []
+    for place, row in placed:
+        values = {name: row[name] for name in kind}
+        if kind == ("text",):
+            check_text(place, "the text", values["text"])
+        elif kind == ("messages",):
+            values["messages"] = _messages(place, values["messages"])
+        else:
+            check_prompt(place, values["prompt"])
+            _check_completion(place, values["prompt"], values["completion"])
+        checked.append((place, values))
+    return checked
+
+
+def encode_examples(
+    placed: Placed, tokenizer: Any, *, chat: bool, max_length: int, learn_prompt: bool = False
+) -> Examples:
+    """Turn checked rows into token ids and say which tokens are learned.
+
+    A prompt and its completion are tokenised apart, as sampling meets them: the completion without special tokens,
+    then the end of sequence. Of messages, every turn of the assistant is learned with the token that ends it; the
+    chat template is rendered turn by turn. Of a plain text, every token but the first is learned, and the end of
+    sequence; one longer than ``max_length`` is cut into pieces that overlap by one token, so that each token is still
+    learned once.
+
+    Args:
+      placed: rows of `check_examples`.
+      tokenizer: a Hugging Face tokenizer.
+      chat: put a text prompt through the chat template, as one message of the user.
+      max_length: of an example, in tokens.
+      learn_prompt: learn all tokens of an example but its first, not the completion alone.
+
+    Returns:
+      The examples in order. Rows with an empty completion or text, without an answer of the assistant, or longer than
+      ``max_length`` (unless plain texts) are left out and listed.
+
+    Raises:
+      ValueError: no chat template where one is needed, or one that does not continue what it wrote before; no end
+        of sequence; or nothing is left.
+
+    Example:
+      >>> class Letters:  # stands in for a tokenizer
+      ...     eos_token_id, init_kwargs, chat_template = 0, {}, None
+      ...     def __call__(self, texts, **options):
+      ...         return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+      >>> rows = [("line 1", {"prompt": "ab", "completion": "c"}), ("line 2", {"prompt": "a", "completion": ""})]
+      >>> examples = encode_examples(rows, Letters(), chat=False, max_length=8)
+      >>> examples.examples
+      [Example(ids=[97, 98, 99, 0], learned=[False, False, True, True])]
+      >>> examples.notes()
+      ['left out 1 row, empty: line 2']
+    """
+    _check_tokenizer(tokenizer, placed, chat)
+    chunked = [(place, _chunks(place, row, tokenizer, chat)) for place, row in placed]
+    ids = iter(_tokenised(tokenizer, [chunk for _, chunks in chunked for chunk in chunks or ()]))
+    stops = stop_ids(tokenizer)
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id in stops else stops[0]
+    examples: list[Example] = []
+    left_out: dict[str, list[str]] = {}
+    cut = []
+    for (place, row), (_, chunks) in zip(placed, chunked, strict=True):
+        if chunks is None:
+            left_out.setdefault("without an answer to learn" if "messages" in row else "empty", []).append(place)
+            continue
+        example = _joined([(chunk, next(ids)) for chunk in chunks], stops, end)
+        if learn_prompt:
+            example = Example(example.ids, [False] + [True] * (len(example.ids) - 1))
+        if len(example.ids) <= max_length:
+            examples.append(example)
+        elif "text" in row:
+            cut.append(place)
+            examples += _pieces(example, max_length)
+        else:
+            left_out.setdefault(f"longer than {max_length} tokens", []).append(place)
+    found = Examples(examples, left_out, cut)
+    if not any(any(example.learned[1:]) for example in examples):
+        raise ValueError(f"no row is left to learn from: {'; '.join(found.notes()) or 'no token is learned'}")
+    return found
+
+
+def pack(examples: Sequence[Example], length: int, pad_id: int = 0) -> Packed:
+    """Put examples side by side into as few rows as a simple rule finds: the longest first, each where it fits best.
+
+    The first token of an example is never learned: its prediction would come from the example before it.
+
+    Args:
+      examples: each of at least 1 and at most ``length`` tokens.
+      length: of a row, L.
+      pad_id: the id put in the padding; only segment id 0 says what is padding.
+
+    Returns:
+      The rows, in the order of their longest examples; the same ones for the same examples.
+
+    Raises:
+      ValueError: no examples, or one that is empty or longer than ``length``.
+
+    Example:
+      >>> short, long = Example([1, 2], [False, True]), Example([3, 4, 5], [True, True, True])
+      >>> packed = pack([short, long, short], 5)
+      >>> packed.tokens.tolist(), packed.segment_ids.tolist()
+      ([[3, 4, 5, 1, 2], [1, 2, 0, 0, 0]], [[1, 1, 1, 2, 2], [1, 1, 0, 0, 0]])
+      >>> packed.mask.astype(int).tolist()
+      [[0, 1, 1, 0, 1], [0, 1, 0, 0, 0]]
+    """
+    if not examples:
+        raise ValueError("there are no examples to pack")
+    rows = _best_fit([len(example.ids) for example in examples], length)
+    tokens = np.full((len(rows), length), pad_id, np.int32)
+    segment_ids = np.zeros((len(rows), length), np.int32)
+    mask = np.zeros((len(rows), length), np.bool_)
+    for row, numbers in enumerate(rows):
+        begin = 0
+        for segment, number in enumerate(numbers, start=1):
+            ids, learned = examples[number]
+            place = slice(begin, begin + len(ids))
+            tokens[row, place], segment_ids[row, place], mask[row, place] = ids, segment, learned
+            mask[row, begin] = False
+            begin += len(ids)
+    return Packed(tokens, segment_ids, mask)
+
+
+def logprobs(lm: CausalLM, params: Any, packed: Packed) -> jax.Array:
+    """Compute the log-probability of every token given those before it in its own segment.
+
+    Args:
+      lm: the model's functions.
+      params: its parameters.
+      packed: [B, L].
+
+    Returns:
+      [B, L] float32, nats; the entry of a segment's first token means nothing.
+    """
+    hidden = lm.hidden(params, packed.tokens, None, packed.segment_ids)
+    return linear_token_logprobs(hidden, lm.unembedding(params), packed.tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("lm", "optimizer", "microbatches"), donate_argnames="state")
+def update(
+    state: train.TrainState, packed: Packed, *, lm: CausalLM, optimizer: train.Optimizer, microbatches: int
+) -> tuple[train.TrainState, train.Metrics]:
+    """Take one step down the mean cross-entropy of the learned tokens of a batch.
+
+    L = -sum over learned tokens of log p(token | its segment so far) / their number, however they are spread over rows
+    and microbatches.
+
+    Args:
+      state: consumed.
+      packed: [B, L].
+      lm: the model's functions.
+      optimizer: the one that made the state.
+      microbatches: divides B; the gradient is the same, the memory less.
+
+    Returns:
+      The state after the step, and {"loss/cross_entropy", "train/tokens", "train/grad_norm", "train/healthy", "lr"}.
+    """
+
+    def loss_fn(params: Any, part: Packed) -> tuple[jax.Array, train.Metrics]:
+        return cross_entropy_loss(logprobs(lm, params, part), part.mask), {}
+
+    counts = packed.mask.sum(1)
+    gradient, metrics = train.accumulate(loss_fn, state.params, packed, counts, microbatches)
+    state, stepped = train.apply_gradient(state, gradient, metrics["loss"], optimizer)
+    return state, {"loss/cross_entropy": metrics["loss"], "train/tokens": counts.sum(), **stepped}
+
+
+@functools.partial(jax.jit, static_argnames="lm")
+def surprise(params: Any, packed: Packed, *, lm: CausalLM) -> tuple[jax.Array, jax.Array]:
+    """Sum the negative log-probabilities of the learned tokens of a batch, and count them.
+
+    Args:
+      params: the model's parameters.
+      packed: [B, L].
+      lm: the model's functions.
+
+    Returns:
+      The sum in nats, [] float32, and the count, [] int32.
+    """
+    return -jnp.where(packed.mask, logprobs(lm, params, packed), 0.0).sum(), packed.mask.sum()
+
+
+def mean_surprise(lm: CausalLM, params: Any, packed: Packed, batch_size: int) -> float:
+    """Compute the mean negative log-probability over all learned tokens of any number of rows.
+
+    Args:
+      lm: the model's functions.
+      params: its parameters.
+      packed: [R, L].
+      batch_size: rows that are computed at a time.
+
+    Returns:
+      Nats a token; its exponential is the perplexity.
+    """
+    total, count = 0.0, 0
+    for begin in range(0, len(packed.tokens), batch_size):
+        rows = [x[begin : begin + batch_size] for x in packed]
+        short = batch_size - len(rows[0])  # one shape, one program: rows without learned tokens fill the last batch
+        part = Packed(*(np.pad(x, ((0, short), (0, 0))) for x in rows))
+        nats, tokens = jax.device_get(surprise(params, jax.device_put(part), lm=lm))
+        total, count = total + float(nats), count + int(tokens)
+    return total / count
+
+
+def _kind(place: str, row: Row) -> tuple[str, ...]:
+    known = {name for kind in KINDS for name in kind}
+    found = [kind for kind in KINDS if set(kind) == known & set(row)]
+    if not found:
+        listed = ", ".join(map(repr, row)) or "none"
+        kinds = ", or ".join(" and ".join(map(repr, kind)) for kind in KINDS)
+        raise ValueError(f"{place}: the columns are {listed}; an example has {kinds}, and only one of these")
+    return found[0]
+
+
+def _messages(place: str, messages: Any) -> list[Mapping[str, str]]:
+    if isinstance(messages, str):
+        try:
+            messages = json.loads(messages)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{place}: the messages are neither a list nor one in JSON ({error})") from error
+    check_messages(place, "the messages", messages)
+    return list(messages)
+
+
+def _check_completion(place: str, prompt: Prompt, completion: Any) -> None:
+    if not isinstance(completion, list):
+        check_text(place, "the completion", completion)
+        return
+    check_messages(place, "the completion", completion)
+    if isinstance(prompt, str):
+        raise ValueError(f"{place}: the completion is a list of messages, the prompt a text: make both the same")
+    if completion[0]["role"] != "assistant":
+        raise ValueError(f"{place}: the completion begins with the role {completion[0]['role']!r}, not 'assistant'")
+
+
+def _check_tokenizer(tokenizer: Any, placed: Placed, chat: bool) -> None:
+    columns = placed[0][1]
+    if chat and "text" in columns:
+        raise ValueError(
+            "plain texts do not go through a chat template: leave out chat, or give prompts and completions"
+        )
+    lists = "messages" in columns or any(isinstance(row.get("prompt"), list) for _, row in placed)
+    if (chat or lists) and tokenizer.chat_template is None:
+        raise ValueError("the tokenizer has no chat template, which messages need: use an instruct model, or texts")
+    if not stop_ids(tokenizer):
+        raise ValueError("the tokenizer has no end-of-sequence token: nothing would say where a completion ends")
+
+
+def _chunks(place: str, row: Row, tokenizer: Any, chat: bool) -> list[_Chunk] | None:
+    """Cut a row where it is tokenised apart; None where it has nothing to learn."""
+    if "text" in row:
+        return [_Chunk(row["text"], special=True, learned=True, ends=True)] if row["text"].strip() else None
+    if "messages" in row:
+        return _turns(place, [], row["messages"], tokenizer)
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(completion, list):
+        if not all(message["content"].strip() for message in completion if message["role"] == "assistant"):
+            return None
+        return _turns(place, prompt, completion, tokenizer)
+    if not completion.strip():
+        return None
+    answer = _Chunk(completion, special=False, learned=True, ends=True)
+    if isinstance(prompt, str) and not chat:
+        return [_Chunk(prompt, special=True, learned=False, ends=False), answer]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    rendered = _render(place, messages, tokenizer, opened=True)
+    return [_Chunk(rendered, special=False, learned=False, ends=False), answer]
+
+
+def _turns(
+    place: str, given: Sequence[Mapping[str, str]], learned: Sequence[Mapping[str, str]], tokenizer: Any
+) -> list[_Chunk] | None:
+    """Render a conversation turn by turn; the assistant's turns after the given ones are learned."""
+    messages, chunks, written = [*given, *learned], [], ""
+    for number in range(max(len(given), 1), len(messages)):  # an opening by the assistant answers nothing: not learned
+        if messages[number]["role"] != "assistant" or not messages[number]["content"].strip():
+            continue
+        opened = _render(place, messages[:number], tokenizer, opened=True)
+        closed = _render(place, messages[: number + 1], tokenizer, opened=False)
+        if not (opened.startswith(written) and closed.startswith(opened)):
+            raise ValueError(
+                f"{place}: the chat template writes message {number} (counted from 0) other than as a continuation of "
+                "what it wrote before, so the tokens of that turn cannot be told: give prompts and completions instead"
+            )
+        if opened != written:
+            chunks.append(_Chunk(opened[len(written) :], special=False, learned=False, ends=False))
+        chunks.append(_Chunk(closed[len(opened) :], special=False, learned=True, ends=True))
+        written = closed
+    return chunks or None
+
+
+def _render(place: str, messages: Sequence[Mapping[str, str]], tokenizer: Any, *, opened: bool) -> str:
+    from jinja2.exceptions import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=opened, tokenize=False))
+    except TemplateError as error:
+        raise ValueError(f"{place}: the chat template refuses the messages ({error})") from error
+
+
+def _tokenised(tokenizer: Any, chunks: Sequence[_Chunk]) -> list[list[int]]:
+    """Tokenise all chunks in two calls, one with the special tokens that the tokenizer adds and one without."""
+    ids: list[list[int]] = [[] for _ in chunks]
+    for special in (False, True):
+        numbers = [number for number, chunk in enumerate(chunks) if chunk.special == special]
+        if numbers:
+            texts = [chunks[number].text for number in numbers]
+            found = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+            for number, row in zip(numbers, found, strict=True):
+                ids[number] = [int(i) for i in row]
+    return ids
+
+
+def _joined(pieces: Sequence[tuple[_Chunk, list[int]]], stops: Sequence[int], end: int) -> Example:
+    """Join the pieces of an example; what a template writes after the last end of a turn is left out."""
+    example = Example([], [])
+    for number, (chunk, ids) in enumerate(pieces):
+        last = number == len(pieces) - 1
+        stop = next((i for i, token in enumerate(ids) if token in stops), None) if chunk.ends else None
+        if chunk.ends and chunk.special:  # a plain text: a special token in front of it does not end it
+            stop = len(ids) - 1 if ids and ids[-1] in stops else None
+        if chunk.ends and last:
+            ids = [*ids, end] if stop is None else ids[: stop + 1]
+        until = len(ids) if stop is None else stop + 1
+        example.ids.extend(ids)
+        example.learned.extend(chunk.learned and i < until for i in range(len(ids)))
+    return example
+
+
+def _pieces(example: Example, length: int) -> Iterable[Example]:
+    for begin in range(0, len(example.ids) - 1, length - 1):
+        part = slice(begin, begin + length)
+        yield Example(example.ids[part], [False, *example.learned[part][1:]])
+
+
+def _best_fit(lengths: Sequence[int], length: int) -> list[list[int]]:
+    """Deal numbers of examples into rows: the longest first, each into the fullest row that still holds it."""
+    worst = max(range(len(lengths)), key=lengths.__getitem__)
+    if lengths[worst] > length or min(lengths) < 1:
+        raise ValueError(f"examples have {min(lengths)} to {lengths[worst]} tokens: each needs 1 to {length}")
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (free places, row), sorted
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        found = bisect.bisect_left(rooms, (lengths[number], 0))
+        if found == len(rooms):
+            room, row = length, len(rows)
+            rows.append([])
+        else:
+            room, row = rooms.pop(found)
+        rows[row].append(number)
+        if room > lengths[number]:
+            bisect.insort(rooms, (room - lengths[number], row))
+    return rows
+
+
+def _count(places: Sequence[str], name: str) -> str:
+    return f"{len(places)} {name}" if len(places) == 1 else f"{len(places)} {name}s"
+
+
+def _listed(places: Sequence[str]) -> str:
+    more = f" and {len(places) - _MANY} more" if len(places) > _MANY else ""
+    return "; ".join(places[:_MANY]) + more

@@ -1,0 +1,325 @@
+"""PPO, RLOO, GRPO, Dr. GRPO and REINFORCE by flags of the one script: what each learns from, and the exactness of its loss."""
+
+import dataclasses
+import functools
+import itertools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import pgjax as pg
+from experiments import ppo as script
+from pgjax import logs, ppo, train
+from tests import reference
+from tests.tiny_model import save_tiny_model
+
+
+def vowels(prompts, completions, **columns):
+    return [sum(c < "m" for c in text) / max(len(text), 1) for text in completions]
+
+
+def length(prompts, completions, **columns):
+    return [float(len(text)) for text in completions]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def config(model, tmp_path) -> script.Config:
+    prompts = tmp_path / "prompts.jsonl"
+    words = ("a", "bcd", "ef", "ghij", "k", "lmn", "op", "qrs")
+    prompts.write_text("".join(json.dumps({"prompt": f"say {word}"}) + "\n" for word in words))
+    return script.Config(
+        model=str(model), prompts=str(prompts), held_out=str(prompts), rewards=(f"{__name__}:vowels",),
+        output=tmp_path / "run", steps=2, batch_size=8, max_new_tokens=6, minibatches=1, microbatches=2,
+        learning_rate=1e-2, warmup_updates=0, kl_coef=0.5, eval_samples=1, samples_every=1, save_every=100,
+    )  # fmt: skip
+
+
+def change(config: script.Config, **fields) -> script.Config:
+    return dataclasses.replace(config, **fields)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The arguments and the batch of every call of `ppo.experience`."""
+    calls = []
+    original = ppo.experience
+
+    def recorded(rollout, policy, frozen, scores, kl_coef, **options):
+        found = original(rollout, policy, frozen, scores, kl_coef, **options)
+        calls.append(jax.device_get((rollout, policy, frozen, scores, kl_coef, found[0])))
+        return found
+
+    monkeypatch.setattr(script.ppo, "experience", recorded)
+    return calls
+
+
+RLOO = {"advantage": "leave-one-out", "algorithm": "reinforce", "reduce": "sequence_sum"}
+GRPO = {"advantage": "group", "reduce": "sequence_mean", "kl_coef": 0.0, "kl_loss_coef": 0.04}
+VARIANTS = {
+    "PPO": {"epochs": 2, "minibatches": 2},
+    "PPO, asymmetric and dual clip": {"clip_eps_high": 0.28, "dual_clip": 3.0, "epochs": 2},
+    "RLOO": RLOO,
+    "RLOO, pairs": {**RLOO, "group_size": 2},
+    "GRPO": GRPO,
+    "Dr. GRPO": {"advantage": "group", "normalize_group": False, "reduce": "sequence_sum", "kl_coef": 0.0},
+    "REINFORCE": {"advantage": "none", "algorithm": "reinforce", "reduce": "sequence_sum"},
+    "REINFORCE off its sampler": {"advantage": "none", "algorithm": "reinforce", "top_p": 0.6, "importance_cap": 0.602},
+}
+
+
+def expected_advantages(config, rollout, policy, frozen, scores, kl_coef):
+    """The advantages, in float64 NumPy."""
+    window = config.max_new_tokens + 1
+    mask = rollout.mask[:, -window:]
+    rewards = reference.shaped_rewards(scores, policy.logprobs - frozen.logprobs, mask, float(kl_coef))
+    returns, totals = reference.returns(rewards, mask), rewards.sum(1)
+    if config.advantage == "value":
+        return reference.whiten(returns - policy.values, mask)
+    if config.advantage == "none":
+        weight = 1.0
+        if config.importance_cap is not None:
+            log_ratio = policy.logprobs.astype(np.float64) - rollout.logprobs[:, -window:]
+            weight = np.minimum(np.exp(np.where(mask, log_ratio, 0)), config.importance_cap)
+        return returns * weight
+    groups = totals.reshape(-1, config.group_size)
+    if config.advantage == "leave-one-out":
+        others = [[np.delete(group, i).mean() for i in range(len(group))] for group in groups]
+        return np.where(mask, returns - np.reshape(others, (-1, 1)), 0)
+    compared = groups - groups.mean(1, keepdims=True)
+    if config.normalize_group:
+        compared /= groups.std(1, ddof=1, keepdims=True) + 1e-4
+    return np.where(mask, compared.reshape(-1, 1), 0)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_variant_learns_from_its_own_advantages(config, seen, name):
+    config = change(config, **VARIANTS[name])
+    figures = script.main(config)
+    assert len(seen) == 2 and figures["objective/kl"] != 0
+    for rollout, policy, frozen, scores, kl_coef, batch in seen:
+        known = expected_advantages(config, rollout, policy, frozen, scores, kl_coef)
+        np.testing.assert_allclose(batch.advantages, known, rtol=2e-4, atol=2e-5)
+        assert np.abs(known).max() > 1e-3
+        prompts = rollout.tokens[:, : -config.max_new_tokens]
+        if config.advantage in ("leave-one-out", "group"):
+            groups = prompts.reshape(-1, config.group_size, prompts.shape[1])
+            assert (groups == groups[:, :1]).all(), "completions of one prompt are adjacent"
+            assert len(np.unique(groups[:, 0], axis=0)) == len(groups), "and each group has its own"
+    with_critic = config.advantage == "value"
+    names = logs.read_metrics(config.output)[-2].keys()
+    assert ("loss/value_avg" in names, "val/explained_variance" in names) == (with_critic, with_critic)
+    assert ("loss/kl_avg" in names) == (config.kl_loss_coef > 0)
+    if config.importance_cap is not None:
+        rollout, policy, *_, batch = seen[-1]
+        log_ratio = (policy.logprobs - rollout.logprobs[:, -batch.mask.shape[1] :])[batch.mask]
+        assert figures["val/importance_capped"] == pytest.approx((log_ratio > np.log(0.602)).mean(), abs=1e-6)
+
+
+def test_only_the_kind_with_a_critic_moves_the_value_head(config, monkeypatch):
+    states = []
+    original = ppo.update
+
+    def recorded(*args, **options):
+        state, metrics = original(*args, **options)
+        states.append(jax.device_get(state.params["value"]))
+        return state, metrics
+
+    monkeypatch.setattr(script.ppo, "update", recorded)
+    for name, moves in (("PPO", True), ("RLOO", False)):
+        states.clear()
+        script.main(change(config, **VARIANTS[name], steps=1, weight_decay=0.1, output=config.output.with_name(name)))
+        assert any(np.any(x) for x in jax.tree.leaves(states[-1])) == moves
+
+
+def test_a_group_of_equal_scores_teaches_grpo_nothing(config, seen, model):
+    script.main(change(config, **GRPO | {"kl_loss_coef": 0.0}, rewards=("tests.test_ppo_variants:constant",)))
+    assert not any(np.any(batch.advantages) for *_, batch in seen)
+    jax.tree.map(np.testing.assert_array_equal, pg.load(config.output / "policy")[1], pg.load(model)[1])
+
+
+def constant(prompts, completions, **columns):
+    return [3.7] * len(completions)
+
+
+SGD = train.Optimizer(optax.sgd(1.0).init, optax.sgd(1.0).update, lambda update: 1.0)
+LENGTHS = (5, 1, 3, 4, 2, 5, 1, 2)
+
+
+def uneven_batch(lm, prompt=3, new=5):
+    rows = len(LENGTHS)
+    tokens = jax.random.randint(jax.random.key(1), (rows, prompt + new), 0, lm.arch.vocab_size)
+    mask = jnp.concatenate([jnp.zeros((rows, 1), bool), jnp.arange(new)[None, :] < jnp.array(LENGTHS)[:, None]], axis=1)
+    attention_mask = jnp.concatenate([jnp.ones((rows, prompt - 1), bool), mask.at[:, 0].set(True)], axis=1)
+    noise = [jax.random.normal(key, mask.shape) for key in jax.random.split(jax.random.key(2), 5)]
+    return ppo.Batch(
+        tokens, attention_mask, mask, -5.5 + 0.3 * noise[0], *noise[1:4], ref_logprobs=-5.5 + 0.3 * noise[4]
+    )
+
+
+OPTIONS = {"temperature": 0.8, "clip_eps": 0.1, "value_clip_eps": None, "value_coef": 0.5, "entropy_coef": 0.01}
+LOSSES = {
+    "ppo": {"algorithm": "ppo", "clip_eps_high": 0.3, "dual_clip": 1.2, "kl_loss_coef": 0.2},
+    "reinforce": {"algorithm": "reinforce", "kl_loss_coef": 0.2},
+}
+
+
+def reduced(x, mask, reduce):
+    """`reduce` of the losses x [B, W], row by row."""
+    if reduce == "token_mean":
+        return jnp.where(mask, x, 0.0).sum() / mask.sum().astype(jnp.float32)
+    sums = jnp.where(mask, x, 0.0).sum(1)
+    return (sums / mask.sum(1).astype(jnp.float32) if reduce == "sequence_mean" else sums).mean()
+
+
+def direct_loss(params, batch, lm, algorithm, reduce, kl_loss_coef, clip_eps_high=None, dual_clip=None):
+    """The whole loss from pgjax's public losses and logits, without the script's programs."""
+    window, temperature = batch.mask.shape[1], OPTIONS["temperature"]
+    logits = lm.apply(params["lm"], batch.tokens, batch.attention_mask)[:, -window:]
+    tokens = batch.tokens[:, -window:]
+    logprobs = pg.token_logprobs(logits, tokens, temperature=temperature)
+    if algorithm == "ppo":
+        policy = pg.clipped_surrogate_loss(
+            logprobs, batch.old_logprobs, batch.advantages, batch.mask, clip_eps=OPTIONS["clip_eps"],
+            clip_eps_high=clip_eps_high, dual_clip=dual_clip, reduce=reduce,
+        )  # fmt: skip
+    else:
+        policy = pg.policy_gradient_loss(logprobs, batch.advantages, batch.mask, reduce=reduce)
+    hidden = lm.hidden(params["lm"], batch.tokens, batch.attention_mask)[:, -window:]
+    value = pg.value_loss(pg.token_values(params["value"], hidden), batch.returns, batch.mask)
+    entropy = pg.masked_mean(pg.token_entropy(logits, temperature=temperature), batch.mask)
+    penalty = reduced(pg.kl_k3(logprobs, batch.ref_logprobs), batch.mask, reduce)
+    return policy + OPTIONS["value_coef"] * value - OPTIONS["entropy_coef"] * entropy + kl_loss_coef * penalty, policy
+
+
+@functools.cache
+def loaded(model):
+    lm, params, _ = pg.load(model)
+    head = {"kernel": jax.random.normal(jax.random.key(5), (lm.arch.width,)), "bias": jnp.float32(0.1)}
+    return lm, {"lm": params, "value": head}
+
+
+@pytest.mark.parametrize("reduce", ["token_mean", "sequence_mean", "sequence_sum"])
+@pytest.mark.parametrize("algorithm", LOSSES)
+def test_an_update_is_the_gradient_of_the_whole_minibatchs_loss_in_however_many_parts(model, algorithm, reduce):
+    """Uneven lengths; a mean of the microbatches' own sequence means would be another gradient."""
+    lm, params = loaded(model)
+    batch, options = uneven_batch(lm), LOSSES[algorithm]
+    direct = jax.jit(jax.grad(functools.partial(direct_loss, lm=lm, reduce=reduce, **options), has_aux=True))
+    known, policy = direct(params, batch)
+    order = jnp.array([[3, 1, 6, 0, 4, 2, 7, 5]])  # uneven between the parts too
+    for parts in (1, 2, 4) if algorithm == "ppo" else (4,):
+        state = train.init_state(jax.tree.map(jnp.copy, params), SGD)
+        state, metrics = ppo.update(
+            state,
+            batch,
+            order,
+            jnp.int32(0),
+            lm=lm,
+            optimizer=SGD,
+            microbatches=parts,
+            reduce=reduce,
+            **OPTIONS,
+            **options,
+        )
+        found = jax.tree.map(jnp.subtract, params, state.params)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-6), found, known)
+        assert metrics["loss/policy_avg"] == pytest.approx(float(policy), rel=1e-4)
+
+
+def test_the_reductions_are_three_different_losses(model):
+    lm, params = loaded(model)
+    batch = uneven_batch(lm)
+    losses = [
+        float(direct_loss(params, batch, lm, "reinforce", reduce, 0.0)[1])
+        for reduce in ("token_mean", "sequence_mean", "sequence_sum")
+    ]
+    assert all(abs(x - y) > 0.05 * abs(x) for x, y in itertools.combinations(losses, 2)), losses
+
+
+def test_a_kl_in_the_loss_needs_the_references_logprobs(model):
+    lm, params = loaded(model)
+    batch = uneven_batch(lm)._replace(ref_logprobs=None)
+    with pytest.raises(ValueError, match=r"kl_loss_coef=0.5 needs the batch's ref_logprobs"):
+        ppo.ppo_loss(params, batch, lm=lm, **OPTIONS, kl_loss_coef=0.5)
+
+
+@pytest.mark.parametrize("reduce", ["sequence_mean", "sequence_sum"])
+def test_weights_of_tokens_turn_a_token_mean_into_the_other_reductions(reduce):
+    mask = jnp.arange(6)[None, :] < jnp.array([[6], [1], [0], [3]])
+    x = jax.random.normal(jax.random.key(0), mask.shape)
+    found = pg.masked_mean(x * ppo.token_weights(mask, reduce), mask)
+    assert float(found) == pytest.approx(reference.reduce(np.asarray(x), np.asarray(mask), reduce), rel=1e-5)
+
+
+def test_the_kl_of_a_sequence_is_summed_over_its_own_tokens():
+    draw = np.random.default_rng(0)
+    new, old = draw.normal(size=(3, 4)).astype(np.float32), draw.normal(size=(3, 4)).astype(np.float32)
+    mask = np.array([[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0]], bool)
+    scored = [
+        ppo.Scored(jnp.asarray(np.where(mask[:, 2:], x, np.nan)), jnp.asarray(x), jnp.asarray(x)) for x in (new, old)
+    ]
+    found = ppo.sequence_kl(*scored, jnp.asarray(mask))
+    np.testing.assert_allclose(found, np.where(mask[:, 2:], new - old, 0).sum(1), rtol=1e-5)
+
+
+def test_evaluations_now_and_then_report_kl_and_every_reward_and_are_not_repeated(config, monkeypatch):
+    config = change(
+        config, steps=4, eval_every=2, eval_samples=3, save_every=2, rewards=(f"{__name__}:vowels", f"{__name__}:length"),
+        reward_weights=(1.0, 0.0),
+    )  # fmt: skip
+    figures = script.main(config)
+    evaluated = [row for row in logs.read_metrics(config.output) if "eval/scores" in row]
+    assert [row["step"] for row in evaluated] == [0, 2, 4]
+    assert abs(evaluated[0]["eval/kl"]) < 1e-4 < abs(evaluated[1]["eval/kl"])
+    for row in evaluated:
+        assert row["eval/rewards/vowels"] == pytest.approx(row["eval/scores"], abs=1e-6)
+        assert row["eval/rewards/length"] > 1, "weight 0: measured, and not paid"
+        assert row["eval/scores_stderr"] > 0 and row["eval/kl_stderr"] >= 0
+    last = {name: value for name, value in evaluated[-1].items() if name.startswith("eval/")}
+    assert last.items() <= figures.items()
+    script.main(change(config, resume=True, steps=6))
+    steps = [row["step"] for row in logs.read_metrics(config.output) if "eval/scores" in row]
+    assert steps == [0, 2, 4, 6]
+    trained = [row["step"] for row in logs.read_metrics(config.output) if "objective/scores" in row]
+    assert trained == [1, 2, 3, 4, 5, 6]
+
+
+def test_evaluating_does_not_change_what_is_learnt(config):
+    for name, every in (("without", None), ("with", 1)):
+        script.main(change(config, eval_every=every, output=config.output.with_name(name)))
+    with_them, without = (pg.load(config.output.with_name(name) / "policy")[1] for name in ("with", "without"))
+    jax.tree.map(np.testing.assert_array_equal, with_them, without)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"algorithm": "trpo"}, "algorithm must be one of ppo, reinforce, got 'trpo'"),
+        ({"advantage": "gae"}, "advantage must be one of value, leave-one-out, group, none, got 'gae'"),
+        ({"reduce": "mean"}, "reduce must be one of token_mean, sequence_mean, sequence_sum, got 'mean'"),
+        ({**RLOO, "epochs": 2}, "epochs=2 with algorithm=reinforce"),
+        ({**RLOO, "group_size": 1}, "group_size must be at least 2, got 1"),
+        ({**GRPO, "group_size": 3}, "batch_size=8 does not divide into groups of group_size=3"),
+        ({**GRPO, "discount": 0.9}, "leave discount at 1, got 0.9"),
+        ({"clip_eps_high": -0.1}, "clip_eps_high must be above 0, got -0.1"),
+        ({"dual_clip": 1.0}, "dual_clip must be above 1, got 1.0"),
+        ({"importance_cap": 0.0}, "importance_cap must be above 0, got 0.0"),
+        ({"kl_loss_coef": -1.0}, "kl_loss_coef must be finite and not below 0, got -1.0"),
+        ({"eval_every": 0}, "eval_every must be at least 1, got 0"),
+        ({"rewards": ()}, "rewards is empty: name at least one module:function, or a reward model"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_before_anything_is_written(config, fields, message):
+    with pytest.raises(ValueError, match=message):
+        script.main(change(config, **fields))
+    assert not config.output.exists()

@@ -1,0 +1,123 @@
+"""Tables from files and from the package datasets: every row with its place, and a named error where there is none."""
+
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from experiments.rows import load_rows
+from pgjax.prompts import check_rows
+from pgjax.tables import check_messages, check_same_columns, read_table
+
+
+def rows_here():
+    return [{"text": "a"}, {"text": "b"}]
+
+
+def nothing():
+    return []
+
+
+def test_places_name_the_line_in_every_kind_of_file(tmp_path: Path) -> None:
+    files = {
+        "t.jsonl": '{"text": "a"}\n\n{"text": "b"}\n',
+        "t.csv": "text\na\n\nb\n",
+        "t.txt": "a\n\nb\n",
+    }
+    for name, content in files.items():
+        path = tmp_path / name
+        path.write_text(content)
+        placed = read_table(path, text_column="text")
+        assert [row for _, row in placed] == [{"text": "a"}, {"text": "b"}]
+        assert placed[1][0] == f"{path}, line {4 if name == 't.csv' else 3}"
+
+
+def test_a_csv_field_may_be_longer_than_the_module_allows_by_default(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(f"text\n{'x' * 200_000}\n")
+    assert len(read_table(path)[0][1]["text"]) == 200_000
+
+
+def test_parquet_keeps_messages(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    assert read_table(tmp_path / "t.parquet") == [(f"{tmp_path}/t.parquet, row 0 (counted from 0)", rows[0])]
+
+
+def test_a_data_set_is_read_by_name_and_split(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    for split in ("train", "test"):
+        row = {"messages": [{"role": "user", "content": split}]}
+        (tmp_path / "plain" / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    assert read_table(f"{tmp_path}/plain")[0][1]["messages"] == [{"content": "train", "role": "user"}]
+    place, row = read_table(f"{tmp_path}/plain:test")[0]
+    assert row["messages"] == [{"content": "test", "role": "user"}] and place.endswith(
+        "plain:test, row 0 (counted from 0)"
+    )
+    saved = datasets.Dataset.from_list([{"text": "a"}])
+    saved.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"test": saved}).save_to_disk(str(tmp_path / "splits"))
+    assert [row for _, row in read_table(tmp_path / "saved")] == [{"text": "a"}]
+    assert load_rows(f"{tmp_path}/splits:test", lambda placed: placed)[0][1] == {"text": "a"}
+    with pytest.raises(ValueError, match="cannot give its split 'train'"):
+        read_table(tmp_path / "splits")
+
+
+def test_without_the_package_a_name_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for source in ("imdb", "org/name:test"):
+        with pytest.raises(ImportError, match=f"'{source}' is no file .*jsonl.*pip install datasets"):
+            read_table(source)
+
+
+def test_an_unknown_name_is_one_error_without_a_traceback_of_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*arguments, **options):
+        raise datasets.exceptions.DatasetNotFoundError("doesn't exist on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", absent)
+    with pytest.raises(
+        ValueError, match=r"'no-such-set' is no file .*and datasets cannot give.*doesn't exist on the Hub"
+    ):
+        read_table("no-such-set")
+    with pytest.raises(ValueError, match="no module 'no_such_module'"):
+        load_rows("no_such_module:rows", check_rows)
+
+
+def test_a_folder_is_a_data_set_though_python_would_import_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The bug: any folder here is found as a module without functions, so that FOLDER:SPLIT is refused.
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "test.jsonl").write_text('{"text": "a"}\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_rows("films:test", lambda placed: placed)[0][1] == {"text": "a"}
+
+
+def test_a_function_gives_rows_and_its_bad_rows_are_named() -> None:
+    assert [row for _, row in load_rows(f"{__name__}:rows_here", lambda placed: placed)] == rows_here()
+    with pytest.raises(ValueError, match=f"{__name__}:rows_here, row 0: there is no column 'prompt'"):
+        load_rows(f"{__name__}:rows_here", check_rows)
+    with pytest.raises(ValueError, match="gives no rows"):
+        load_rows(f"{__name__}:nothing", check_rows)
+    with pytest.raises(ValueError, match=r"neither a file nor a module:function.*no_such_function"):
+        load_rows(f"{__name__}:no_such_function", check_rows)
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [({"text": "b", "n": 1}, r"line 2: its columns differ.*\['n'\]"), ("b", "line 2: 'b' is not a row")],
+)
+def test_rows_that_differ_are_named(second, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        check_same_columns([("line 1", {"text": "a"}), ("line 2", second)])
+
+
+@pytest.mark.parametrize(
+    "messages", [[], "hi", None, ["hi"], [{"role": "user"}], [{"role": "user", "content": "\ud800"}]]
+)
+def test_bad_messages_are_named(messages) -> None:
+    with pytest.raises(ValueError, match="line 7: "):
+        check_messages("line 7", "the answer", messages)
