@@ -34,6 +34,7 @@ import numpy as np
 import tyro
 
 import pgjax as pg
+from experiments.cli import plain_errors
 from experiments.model_judge import load_judge
 from experiments.ppo_run import check, machine_peaks, speed, summary
 from experiments.rows import load_rows
@@ -257,13 +258,6 @@ def main(config: Config) -> dict[str, float]:
         Progress(config.steps, start=start) as progress,
     ):
 
-        def check_health(done: int, metrics: dict[str, float]) -> None:
-            if not metrics["train/healthy"]:
-                raise FloatingPointError(
-                    f"loss or gradient is not finite in step {done} (gradient norm {metrics['train/grad_norm']}): its bad "
-                    "update was left out and the state before it is saved; start anew with a lower --learning-rate"
-                )
-
         def report(done: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
             metrics |= speed(lm, config, peaks, metrics)
             writer.write(done, metrics)
@@ -294,7 +288,7 @@ def main(config: Config) -> dict[str, float]:
             if start == 0:
                 evaluate(state.learner.params, 0)
             state = loop.run(
-                state, steps=config.steps, start=start, prepare=prepare, step=step, check=check_health, report=report,
+                state, steps=config.steps, start=start, prepare=prepare, step=step, check=loop.check_finite, report=report,
                 checkpoints=checkpoints, save_every=config.save_every,
             )  # fmt: skip
             evaluate(state.learner.params, config.steps)
@@ -320,15 +314,7 @@ def preset(arguments: list[str]) -> tuple[Config, list[str]]:
 
 if __name__ == "__main__":
     default, arguments = preset(sys.argv[1:])
-    try:
+    with plain_errors():
         figures = main(tyro.cli(Config, default=default, args=arguments, description=__doc__))
-    except loop.Interrupted as stopped:
-        sys.exit(f"{stopped}: the same command with --resume goes on")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command with --resume goes on from the last checkpoint")
-    except rewards.RewardError:
-        raise  # with the traceback of the reward's own code
-    except (ValueError, ImportError, FileExistsError) as error:
-        sys.exit(f"error: {error}")
     before, after, rise = (figures[f"eval/{name}"] for name in ("before", "after", "rise_in_stderr"))
     print(f"held-out score {before:.3f} -> {after:.3f}, a rise of {rise:.1f} standard errors")

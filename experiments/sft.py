@@ -28,6 +28,7 @@ import numpy as np
 import tyro
 
 import pgjax as pg
+from experiments.cli import plain_errors
 from experiments.rows import load_rows
 from experiments.scratch import VOCAB_SIZE, read_architecture, small_architecture, texts_of, train_tokenizer
 from pgjax import data, logs, loop, supervised, train
@@ -147,13 +148,6 @@ def main(config: Config) -> dict[str, float]:
         Progress(steps, start=start) as progress,
     ):
 
-        def check_health(done: int, metrics: dict[str, float]) -> None:
-            if not metrics["train/healthy"]:
-                raise FloatingPointError(
-                    f"loss or gradient is not finite in update {done} (gradient norm {metrics['train/grad_norm']}): it was "
-                    "left out and the state before it is saved; start anew with a lower --learning-rate"
-                )
-
         def report(done: int, metrics: dict[str, float], _: None) -> None:
             metrics["perf/tokens_per_second"] = metrics["train/positions"] / metrics["timing/update"]
             writer.write(done, metrics)
@@ -167,7 +161,7 @@ def main(config: Config) -> dict[str, float]:
                 writer.write(0, before)
                 progress.print(f"before: held-out perplexity {before['eval/perplexity']:.2f}")
             state = loop.run(
-                state, steps=steps, start=start, prepare=prepare, step=step, check=check_health, report=report,
+                state, steps=steps, start=start, prepare=prepare, step=step, check=loop.check_finite, report=report,
                 checkpoints=checkpoints, save_every=config.save_every,
             )  # fmt: skip
         finally:
@@ -279,12 +273,6 @@ if __name__ == "__main__":
     default = Config()
     if any(argument.partition("=")[0] == "--data" for argument in arguments):
         default = dataclasses.replace(default, held_out=None)  # the reviews kept aside go with the reviews
-    try:
+    with plain_errors():
         figures = main(tyro.cli(Config, default=default, args=arguments, description=__doc__))
-    except loop.Interrupted as stopped:
-        sys.exit(f"{stopped}: the same command with --resume goes on")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command with --resume goes on from the last checkpoint")
-    except (ValueError, ImportError, FileExistsError) as error:
-        sys.exit(f"error: {error}")
     print(f"held-out perplexity {figures['eval/perplexity_before']:.2f} -> {figures['eval/perplexity']:.2f}")

@@ -113,6 +113,25 @@ def run(
     return state
 
 
+def check_finite(done: int, metrics: Mapping[str, float]) -> None:
+    """Stop a run whose update was left out because its loss or gradient was not finite; a `check` of `run`.
+
+    Args:
+        done: steps done, this one included.
+        metrics: with "train/healthy" and "train/grad_norm" of `train.apply_gradient`.
+
+    Raises:
+        FloatingPointError: naming the step and the gradient's norm.
+
+    >>> check_finite(3, {"train/healthy": 1.0, "train/grad_norm": 0.5})
+    """
+    if not metrics["train/healthy"]:
+        raise FloatingPointError(
+            f"loss or gradient is not finite in step {done} (gradient norm {metrics['train/grad_norm']}): its bad "
+            "update was left out and the state before it is saved; start anew with a lower --learning-rate"
+        )
+
+
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
     """Turn the first SIGINT or SIGTERM into a question that the caller asks; a second SIGINT raises KeyboardInterrupt.

@@ -252,7 +252,7 @@ def test_a_number_that_is_not_finite_stops_the_run(config, monkeypatch):
         return state._replace(healthy=bad), {**metrics, "train/healthy": bad}
 
     monkeypatch.setattr(supervised, "update", poisoned)
-    with pytest.raises(FloatingPointError, match="not finite in update 1"):
+    with pytest.raises(FloatingPointError, match="not finite in step 1"):
         script.main(config)
 
 

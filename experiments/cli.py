@@ -1,0 +1,31 @@
+"""How a script ends when something is wrong: one line for what the user can mend, and how to go on after a stop."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from pgjax import loop, rewards
+
+
+@contextlib.contextmanager
+def plain_errors(go_on: str = "the same command with --resume goes on") -> Iterator[None]:
+    """Turn errors that name their own mend into one line, and a stop into the way to go on; anything else is a traceback.
+
+    Example:
+      >>> with plain_errors():
+      ...     raise ValueError("steps must be at least 1, got 0")
+      Traceback (most recent call last):
+      SystemExit: error: steps must be at least 1, got 0
+    """
+    try:
+        yield
+    except loop.Interrupted as stopped:
+        sys.exit(f"{stopped}: {go_on}")
+    except KeyboardInterrupt:
+        sys.exit(f"stopped: {go_on}, from the last checkpoint")
+    except rewards.RewardError:
+        raise  # with the traceback of the reward's own code
+    except (ValueError, ImportError, FileExistsError) as error:
+        sys.exit(f"error: {error}")

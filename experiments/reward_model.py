@@ -1,0 +1,235 @@
+"""Learn a reward model from preferences: a language model's body, one linear score, and Bradley and Terry's loss.
+
+    python -m experiments.reward_model --model runs/sft/model --pairs pairs.jsonl      # your own
+    python -m experiments.reward_model                     # SmolLM2-135M-Instruct on pairs of film reviews
+    python -m experiments.reward_model --help              # every field
+    python -m experiments.reward_model --resume            # go on with a run that was stopped
+
+pairs > ids > scores at the last token > -log sigmoid(chosen - rejected - margin) > update > mean 0, std 1 > saved
+
+A row holds `prompt`, `chosen` and `rejected`, texts or lists of messages, and maybe `margin` (Touvron et al. 2023). The
+whole model learns, from a head of standard deviation 1 / sqrt(d + 1); in the end its scores are shifted and scaled once, to
+mean 0 and standard deviation 1 over reference answers (Stiennon et al. 2020). OUTPUT/model opens in `transformers` as
+AutoModelForSequenceClassification, and in experiments.ppo as --reward-model.
+
+What to expect, on held-out pairs of experiments.review_pairs, seed 0: SmolLM2-135M-Instruct goes from 43% to 61% (+- 4%)
+right in 24 updates of 16 pairs, 30 seconds an update on 2 busy cores; a 1.33M-parameter model made on the spot from 51%
+to 57% (+- 3%) in 96 updates of 64. The labels are a coin's: nobody could be right in more than 83%.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import pgjax as pg
+from experiments.cli import plain_errors
+from experiments.reward_picture import plot_calibration
+from experiments.rows import load_rows
+from pgjax import data, logs, loop, preferences, reward_learning, train
+from pgjax.checkpoint import Checkpoints
+from pgjax.models.classifier import with_padding_token
+from pgjax.models.reward_model import from_causal_lm, normalized
+from pgjax.progress import Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run. Every number that decides it stands here."""
+
+    model: str = "SmolLM2-135M-Instruct"  # the language model to start from, best the one that PPO starts from
+    pairs: str = "experiments.review_pairs:train_rows"  # .jsonl, .csv or .parquet file, data set, or module:function
+    held_out: str | None = None  # likewise, for the evaluation; None: rows of `pairs`, kept aside
+    held_out_rows: int = 256  # how many rows are kept aside where `held_out` is None
+    reference: str | None = None  # rows with prompt and completion to normalise on; None: both answers of the pairs
+    reference_rows: int = 1024  # the first so many of them, in pairs or in rows
+    chat: bool = False  # put prompts that are texts through the chat template; messages always go through it
+    eos: bool = True  # end each answer with the end of sequence; False where answers hold it themselves, if they ended
+    max_length: int | None = None  # longest prompt with answer, in tokens; None: the model's positions
+    use_margin: bool = True  # ask for the margin of the column `margin`, where there is one
+    output: Path = Path("runs/reward_model")  # the run folder: config, metrics, picture, checkpoints, model
+    resume: bool = False  # go on with the run in `output`
+    seed: int = 0  # of the head's start and the order of pairs
+
+    epochs: float = 1.0  # passes over the pairs
+    batch_size: int = 32  # pairs an update
+    microbatches: int = 2  # parts of a batch, for memory; the gradient is the same
+    learning_rate: float = 3e-5  # of AdamW, reached after the warm-up
+    warmup_updates: int = 10  # updates over which the rate rises linearly
+    decay: bool = True  # fall linearly to 0 over the run
+    weight_decay: float = 0.0  # of AdamW, decoupled, on matrices only
+    max_grad_norm: float = 1.0  # clip the gradient to this global norm
+    center_coef: float = 0.01  # of the pull of a pair's sum towards 0 (Eisenstein et al. 2023); 0: none
+    save_every: int = 50  # updates between checkpoints
+
+
+MAY_CHANGE = {"output", "resume", "save_every"}  # when a run goes on
+
+
+def main(config: Config) -> dict[str, float]:
+    """Learn; return the figures on held-out pairs before and after, and those of the normalisation."""
+    check(config)
+    pairs = load_rows(config.pairs, preferences.check_pairs)
+    if config.held_out is None:
+        kept, aside = data.split_rows(pairs.kept, config.held_out_rows, seed=0)
+        pair_sets = {"training": pairs._replace(kept=kept), "held-out": preferences.Kept(aside, {})}
+    else:
+        pair_sets = {"training": pairs, "held-out": load_rows(config.held_out, preferences.check_pairs)}
+    lm, lm_params, tokenizer = pg.load(config.model)
+    if tokenizer is None:
+        raise ValueError(f"{config.model} holds no tokenizer, and pairs are text: add its tokenizer files")
+    rm, params = from_causal_lm(lm, lm_params, jax.random.key(config.seed))
+    del lm_params
+    rm, params, tokenizer = with_padding_token(rm, params, tokenizer)
+    train_pairs, held_out, references = encoded(config, rm, tokenizer, pair_sets)
+    folder = logs.open_run(config.output, dataclasses.asdict(config), resume=config.resume, may_change=MAY_CHANGE)
+    deal = data.batches(train_pairs, config.batch_size, seed=config.seed)
+    steps = max(1, round(config.epochs * len(train_pairs) / config.batch_size))
+
+    optimizer = train.adamw(
+        config.learning_rate, updates=steps, warmup=min(config.warmup_updates, steps), decay=config.decay,
+        max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay,
+    )  # fmt: skip
+    state = train.init_state(params, optimizer)
+    del params
+    checkpoints = Checkpoints(folder / "checkpoints")
+    start = 0
+    if config.resume and checkpoints.latest() is not None:
+        state, extra = checkpoints.restore(state)
+        state, start = state._replace(healthy=jnp.ones((), bool)), extra["step"]
+        print(f"going on after step {start}")
+    center_coef = jnp.float32(config.center_coef)
+
+    def prepare(state: train.TrainState, i: int) -> Any:
+        batch = reward_learning.pair_batch(deal[i], most=rm.arch.max_positions)
+        margin = batch.margin if config.use_margin else np.zeros_like(batch.margin)
+        return jax.device_put(batch._replace(margin=margin))
+
+    def step(state: train.TrainState, i: int, batch: Any) -> tuple[train.TrainState, train.Metrics, None]:
+        state, metrics = reward_learning.update(
+            state, batch, center_coef, rm=rm, optimizer=optimizer, microbatches=config.microbatches
+        )
+        return state, metrics, None
+
+    with (
+        logs.Writer(folder, start_step=start + 1 if start else 0) as writer,
+        Progress(steps, start=start) as progress,
+    ):
+
+        def report(done: int, metrics: dict[str, float], samples: None) -> None:
+            writer.write(done, metrics)
+            progress.update(done, metrics)
+
+        def evaluate(params: Any, done: int) -> np.ndarray:
+            scores = reward_learning.pair_scores(rm, params, held_out, batch_size=config.batch_size)
+            figures = reward_learning.pair_metrics(scores)
+            writer.write(done, {f"eval/{name}": value for name, value in figures.items()})
+            progress.print(
+                f"after {done} of {steps} steps, on {len(held_out)} held-out pairs: accuracy {figures['accuracy']:.3f} +- "
+                f"{figures['accuracy_stderr']:.3f}, margin {figures['margin']:.3f}, loss {figures['loss']:.3f}, "
+                f"calibration error {figures['calibration_error']:.3f}"
+            )
+            return scores
+
+        try:
+            if start == 0:
+                evaluate(state.params, 0)
+            state = loop.run(
+                state, steps=steps, start=start, prepare=prepare, step=step, check=loop.check_finite, report=report,
+                checkpoints=checkpoints, save_every=config.save_every,
+            )  # fmt: skip
+        finally:
+            checkpoints.close()
+        if not finished(folder):
+            scores = evaluate(state.params, steps)
+            hidden = reward_learning.features(rm, state.params, references, batch_size=2 * config.batch_size)
+            params, constants = normalized(state.params, hidden)  # once: nothing is refitted from here on
+            shifted = reward_learning.pair_scores(rm, params, held_out, batch_size=config.batch_size)
+            after = reward_learning.pair_metrics(shifted)
+            progress.print(
+                f"scores shifted by {-constants['mean']:.3f} and divided by {constants['std']:.3f}, over {len(references)} "
+                f"references; the shift varies by {constants['shift_spread']:.3f}; accuracy {after['accuracy']:.3f}"
+            )
+            plot_calibration(folder / "calibration.png", np.asarray(scores))
+            pg.save_reward_model(folder / "model", rm, params, tokenizer)
+            figures = {f"reference/{name}": value for name, value in constants.items()}
+            writer.write(
+                steps, {**figures, "normalized/accuracy": after["accuracy"], "normalized/margin": after["margin"]}
+            )
+    return summary(folder)
+
+
+def encoded(
+    config: Config, rm: pg.RewardModel, tokenizer: Any, pair_sets: dict[str, preferences.Kept]
+) -> tuple[list[preferences.Encoded], list[preferences.Encoded], list[list[int]]]:
+    """Turn pairs and references into ids, saying which rows are left out: training pairs, held-out pairs, references."""
+    limit = rm.arch.max_positions
+    if config.max_length is not None and config.max_length > limit:
+        raise ValueError(f"max_length={config.max_length} is more than the model's {limit} positions")
+    length = limit if config.max_length is None else config.max_length
+    sets = []
+    for name, pairs in pair_sets.items():
+        found = preferences.encode_pairs(pairs, tokenizer, chat=config.chat, eos=config.eos, max_length=length)
+        for note in found.notes():
+            print(f"{name} pairs: {note}")
+        sets.append(found.kept)
+    if config.reference is None:
+        references = [ids for pair in sets[0][: config.reference_rows] for ids in (pair.chosen, pair.rejected)]
+    else:
+        answers = load_rows(config.reference, preferences.check_answers)[: config.reference_rows]
+        references = preferences.encode_answers(answers, tokenizer, chat=config.chat, eos=config.eos)
+        longest = max(map(len, references))
+        if longest > limit:
+            raise ValueError(f"a reference has {longest} tokens, the model {limit} positions: leave it out")
+    return sets[0], sets[1], references
+
+
+def finished(folder: Path) -> bool:
+    """Say whether a run has been evaluated and its model saved."""
+    return (folder / "model").exists() and any("normalized/accuracy" in row for row in logs.read_metrics(folder))
+
+
+def summary(folder: Path) -> dict[str, float]:
+    """Read off a finished run what it came to: before/NAME and eval/NAME on held-out pairs, and all of the last step."""
+    rows = logs.read_metrics(folder)
+    before, *_, after = [row for row in rows if "eval/accuracy" in row]
+    last: dict[str, float] = {}
+    for row in rows:
+        if row["step"] == rows[-1]["step"]:
+            last |= row
+    start = {f"before/{name.removeprefix('eval/')}": value for name, value in before.items() if name != "step"}
+    return {**start, **last, **after}
+
+
+def check(config: Config) -> None:
+    """Refuse a run that cannot work, before anything is read or computed."""
+    for name in ("held_out_rows", "reference_rows", "batch_size", "microbatches", "save_every"):
+        if vars(config)[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {vars(config)[name]}")
+    if config.batch_size % config.microbatches:
+        raise ValueError(f"batch_size={config.batch_size} does not divide into microbatches={config.microbatches}")
+    if not 0 < config.epochs < math.inf:
+        raise ValueError(f"epochs must be above 0, got {config.epochs}")
+    if config.max_length is not None and config.max_length < 2:
+        raise ValueError(f"max_length must be at least 2, or None, got {config.max_length}")
+    for name in ("learning_rate", "warmup_updates", "weight_decay", "center_coef"):
+        if not 0 <= vars(config)[name] < math.inf:
+            raise ValueError(f"{name} must be finite and not below 0, got {vars(config)[name]}")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed must be from 0 to 2^32 - 1, got {config.seed}")
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        figures = main(tyro.cli(Config, description=__doc__))
+    print(
+        f"held-out accuracy {figures['before/accuracy']:.3f} -> {figures['eval/accuracy']:.3f} +- "
+        f"{figures['eval/accuracy_stderr']:.3f}"
+    )
