@@ -16,7 +16,7 @@ import numpy as np
 import pgjax as pg
 from pgjax import data
 from pgjax.models.tokenizer import stop_ids
-from pgjax.preferences import Answered, encode_answers
+from pgjax.preferences import TEMPLATED, Answered, encode_answers
 from pgjax.prompts import Prompt
 from pgjax.rewards import RewardError
 
@@ -36,6 +36,11 @@ class ModelJudge(NamedTuple):
     def check(self, prompts: Sequence[Prompt], length: int, max_new_tokens: int) -> None:
         """Refuse prompts that its positions cannot hold with their completions; `length` is the longest, in policy tokens."""
         if self.tokenizer is not None:
+            if self.chat and self.tokenizer.chat_template is None:
+                raise ValueError(
+                    "the reward model's tokenizer has no chat template, and prompts go through one: use --no-chat, or a reward "
+                    "model for conversations"
+                )
             length = max(map(len, data.encode_prompts(prompts, self.tokenizer, chat=self.chat, max_length=None)))
         if length + max_new_tokens > self.rm.arch.max_positions:
             raise ValueError(
@@ -53,19 +58,17 @@ class ModelJudge(NamedTuple):
     def translated(
         self, prompts: Sequence[Prompt], completions: Sequence[str], ended: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Encode texts for the reward model as it was trained: prompt, answer, and its end of sequence where it ended."""
+        """Encode texts for the reward model as it was trained: prompt, answer, and its end of sequence where it ended.
+
+        An answer that comes out longer than its positions is judged as if it had been stopped there.
+        """
         answers = [Answered(*pair) for pair in zip(prompts, completions, strict=True)]
         encode = functools.partial(encode_answers, answers, self.tokenizer, chat=self.chat)
         cut, whole = encode(eos=False), encode(eos=bool(stop_ids(self.tokenizer)))
-        ids = [x if end else y for x, y, end in zip(whole, cut, ended, strict=True)]
-        lengths = [len(row) for row in ids]
-        row, limit = int(np.argmax(lengths)), self.rm.arch.max_positions
-        if lengths[row] > limit:
-            raise RewardError(
-                f"got {lengths[row]} tokens of its own in row {row}, but has {limit} positions: lower max_new_tokens",
-                reward=REWARD_MODEL, row=row, prompt=prompts[row], completion=completions[row], value=None,
-            )  # fmt: skip
-        return data.left_pad(ids, 0, length=data.bucket_length(lengths[row]))  # buckets: few lengths, few programs
+        limit = self.rm.arch.max_positions
+        ids = [(x if end else y)[:limit] for x, y, end in zip(whole, cut, ended, strict=True)]
+        length = min(data.bucket_length(max(map(len, ids))), limit)  # buckets: few lengths, few programs
+        return data.left_pad(ids, 0, length=length)
 
     def fetch(self, asked: jax.Array, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
         """Bring its scores to the host, refusing any that is not finite: [B] float32."""
@@ -94,6 +97,11 @@ def load_judge(source: str, weight: float, lm: pg.CausalLM, tokenizer: Any, *, c
         )
     if tokenizer is None:
         raise ValueError("the policy's source holds no tokenizer, and prompts are text: add its tokenizer files")
+    if own.init_kwargs.get(TEMPLATED, chat) != chat:
+        raise ValueError(
+            f"the reward model {source} was trained with chat={not chat}, but the policy's prompts have chat={chat}: it would "
+            f"judge what it has never seen; give {'--no-chat' if chat else '--chat'}, or train it likewise"
+        )
     differing = differences(tokenizer, own, chat=chat)
     if lm.arch.vocab_size > rm.arch.vocab_size:
         differing.append(f"vocabulary size ({lm.arch.vocab_size} and {rm.arch.vocab_size})")

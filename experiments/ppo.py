@@ -8,15 +8,15 @@
 prompts > rollout > scores > rewards > returns > advantages > loss > update > checkpoint
 
 What else is this script, by flags:
-    (none)                                                                          PPO with a critic
-    --advantage leave-one-out --algorithm reinforce --reduce sequence_sum           RLOO, Ahmadian et al. 2024
-    --advantage group --reduce sequence_mean --kl-coef 0 --kl-loss-coef 0.04        GRPO, Shao et al. 2024
-    --advantage group --no-normalize-group --reduce sequence_sum --kl-coef 0        Dr. GRPO, Liu et al. 2025
-    --advantage none --algorithm reinforce --reduce sequence_sum                    REINFORCE, Williams 1992
+    (none)                                                                                   PPO with a critic
+    --advantage leave-one-out --algorithm reinforce --reduce sequence_sum --minibatches 1    RLOO, Ahmadian et al. 2024
+    --advantage group --reduce sequence_mean --kl-coef 0 --kl-loss-coef 0.04                 GRPO, Shao et al. 2024
+    --advantage group --no-normalize-group --reduce sequence_sum --kl-coef 0                 Dr. GRPO, Liu et al. 2025
+    --advantage none --algorithm reinforce --reduce sequence_sum --minibatches 1    REINFORCE, Williams 1992
 
-REINFORCE's loss is exact with --minibatches 1 alone: a second one learns from samples that are an update old, unclipped.
-With a reward model (`--reward-model FOLDER`) in place of the preset's Python rewards, or beside `--rewards`, it is RLHF's
-last stage.
+REINFORCE's loss is exact with one update a rollout: a second minibatch learns from samples that are an update old, unclipped.
+With a reward model (`--reward-model FOLDER`, trained with the same --chat) in place of the preset's Python rewards, or beside
+`--rewards`, it is RLHF's last stage.
 """
 
 from __future__ import annotations

@@ -88,6 +88,7 @@ def main(config: Config) -> dict[str, float]:
     rm, params = from_causal_lm(lm, lm_params, jax.random.key(config.seed))
     del lm_params
     rm, params, tokenizer = with_padding_token(rm, params, tokenizer)
+    tokenizer.init_kwargs[preferences.TEMPLATED] = config.chat or not isinstance(pairs.kept[0].chosen.prompt, str)
     train_pairs, held_out, references = encoded(config, rm, tokenizer, pair_sets)
     folder = logs.open_run(config.output, dataclasses.asdict(config), resume=config.resume, may_change=MAY_CHANGE)
     deal = data.batches(train_pairs, config.batch_size, seed=config.seed)

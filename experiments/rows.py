@@ -36,6 +36,8 @@ def load_rows(source: str | Path, check: Callable[[Placed], Checked], *, text_co
     source = str(source)
     module, colon, name = source.partition(":")
     if not colon or Path(source).exists() or not _is_module(module):
+        if colon and "." in module and _is_module(module.partition(".")[0]):
+            raise ValueError(f"{source!r}: there is no module {module!r}")  # a hub would be asked for it, slowly
         try:
             placed = read_table(source, text_column=text_column)
         except (ImportError, ValueError) as error:
@@ -45,8 +47,10 @@ def load_rows(source: str | Path, check: Callable[[Placed], Checked], *, text_co
         return check(placed)
     try:
         function: Callable[[], list[Any]] = vars(importlib.import_module(module))[name]
-    except (ImportError, KeyError) as error:
-        raise ValueError(f"{source!r} is neither a file nor a module:function ({error})") from error
+    except ImportError as error:
+        raise ValueError(f"{source!r}: module {module!r} cannot be imported ({error})") from error
+    except KeyError:
+        raise ValueError(f"{source!r}: module {module!r} has no function {name!r}") from None
     rows = list(function())
     if not rows:
         raise ValueError(f"{source} gives no rows")

@@ -284,19 +284,21 @@ def surrogate_diagnostics(
     mask: ArrayLike | None = None,
     *,
     clip_eps: ArrayLike = 0.2,
+    clip_eps_high: ArrayLike | None = None,
     axis_name: AxisName = None,
 ) -> dict[str, jax.Array]:
     """Measure how far the policy has moved from the one that sampled.
 
     With r = exp(logprobs - old_logprobs): approx_kl = mean(r - 1 - log r), which estimates KL(old || new)
-    without bias and never below 0 (Schulman 2020); clip_fraction = share of |r - 1| > clip_eps; mean, least,
-    largest r. Per token; times T, it is the KL of whole sequences, where every sequence has T tokens.
+    without bias and never below 0 (Schulman 2020); clip_fraction = share of r < 1 - clip_eps or r > 1 + clip_eps_high;
+    mean, least, largest r. Per token; times T, it is the KL of whole sequences, where every sequence has T tokens.
 
     Args:
       logprobs: any shape, nats, under the present policy.
       old_logprobs: the same shape, nats, under the policy that sampled.
       mask: the same shape, boolean; None counts every entry.
       clip_eps: [] the loss's bound.
+      clip_eps_high: [] its upper bound; None: `clip_eps`.
       axis_name: mapped axis or axes to reduce over too.
 
     Returns:
@@ -320,7 +322,9 @@ def surrogate_diagnostics(
     if axis_name is not None:
         least, largest = jax.lax.pmin(least, axis_name), jax.lax.pmax(largest, axis_name)
     seen = global_sum(inside.astype(ratio.dtype), axis_name) > 0
-    far = (jnp.abs(ratio - 1.0) > jnp.asarray(clip_eps, ratio.dtype)).astype(ratio.dtype)
+    above = clip_eps if clip_eps_high is None else clip_eps_high
+    bound = jnp.where(ratio > 1.0, jnp.asarray(above, ratio.dtype), jnp.asarray(clip_eps, ratio.dtype))
+    far = (jnp.abs(ratio - 1.0) > bound).astype(ratio.dtype)
     return {
         "approx_kl": masked_mean(jnp.expm1(log_ratio) - log_ratio, inside, axis_name=axis_name),
         "clip_fraction": masked_mean(far, inside, axis_name=axis_name),

@@ -122,7 +122,8 @@ def ppo_loss(
         policy = policy_gradient_loss(logprobs, weighted(batch.advantages), batch.mask)
     else:
         raise ValueError(f"algorithm must be ppo or reinforce, got {algorithm!r}")
-    metrics = {"loss/policy_avg": policy, **policy_metrics(logprobs, batch, clip_eps)}
+    low, high = (clip_eps, clip_eps_high) if algorithm == "ppo" else (math.inf, None)  # REINFORCE clips nothing
+    metrics = {"loss/policy_avg": policy, **policy_metrics(logprobs, batch, low, high)}
     loss = policy
     if value_coef != 0:
         values = token_values(params["value"], hidden)
@@ -146,23 +147,26 @@ def ppo_loss(
     return loss, metrics
 
 
-def policy_metrics(logprobs: jax.Array, batch: Batch, clip_eps: float) -> train.Metrics:
+def policy_metrics(logprobs: jax.Array, batch: Batch, clip_eps: float, clip_eps_high: float | None) -> train.Metrics:
     """Say how far the policy has moved from the one that scored the batch.
 
     Args:
         logprobs: [B, W] nats, of the present policy.
         batch: of `experience`.
         clip_eps: range of the ratio.
+        clip_eps_high: its upper end; None: `clip_eps`.
 
     Returns:
         Means over sampled tokens.
 
     >>> x = jnp.zeros((1, 2))
     >>> batch = Batch(x, x, x == 0, x, x, x, x)
-    >>> float(policy_metrics(x, batch, 0.2)["val/ratio"])
+    >>> float(policy_metrics(x, batch, 0.2, None)["val/ratio"])
     1.0
     """
-    moved = surrogate_diagnostics(logprobs, batch.old_logprobs, batch.mask, clip_eps=clip_eps)
+    moved = surrogate_diagnostics(
+        logprobs, batch.old_logprobs, batch.mask, clip_eps=clip_eps, clip_eps_high=clip_eps_high
+    )
     ratio = jnp.exp(jnp.where(batch.mask, logprobs - batch.old_logprobs, 0.0))
     return {
         "policy/approxkl_avg": moved["approx_kl"],

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from pgjax.data import encode_prompts
 from pgjax.models.tokenizer import stop_ids
 from pgjax.prompts import Prompt, check_prompt
-from pgjax.tables import Placed, Row, check_messages, check_same_columns, check_text
+from pgjax.tables import Placed, Row, as_messages, check_messages, check_same_columns, check_text, left_out_notes
 
-_MANY = 5  # places that a note lists
+TEMPLATED = "prompts_were_templated"  # kept among a tokenizer's settings: how a reward model has seen its prompts
 
 
 class Answered(NamedTuple):
@@ -30,6 +30,13 @@ class Pair(NamedTuple):
     margin: float  # how far apart their scores should be at least
 
 
+class Reference(NamedTuple):
+    """An answer to normalise scores on."""
+
+    place: str  # where its row stands
+    answered: Answered
+
+
 class Encoded(NamedTuple):
     """A pair in token ids, each answer behind its prompt."""
 
@@ -46,16 +53,17 @@ class Kept(NamedTuple):
 
     def notes(self) -> list[str]:
         """Say what was left out, a line for each reason; no lines where there is nothing to say."""
-        return [f"left out {len(places)} rows, {why}: {_listed(places)}" for why, places in self.left_out.items()]
+        return left_out_notes(self.left_out)
 
 
 def check_pairs(placed: Placed) -> Kept:
     """Check rows of preferences, leaving out those that say nothing.
 
     Columns: ``chosen`` and ``rejected``, each a text or a list of messages; ``prompt``, a text or a list of messages, which
-    may be missing where both answers are whole conversations; and, if there is one, ``margin``, a number of at least 0.
-    Messages that begin with the assistant's answer the prompt, others hold it; the last message is what is judged. Other
-    columns are not looked at. Rows with two equal answers or an empty one are left out.
+    may be missing where both answers are whole conversations; and, if there is one, ``margin``, a number of at least 0,
+    which is 0 where it is missing. A list of messages may be written in JSON, as CSV has it. Messages that begin with the
+    assistant's answer the prompt, others hold it; the last message is what is judged. Other columns are not looked at.
+    Rows with two equal answers or an empty one are left out.
 
     Args:
       placed: rows with their places; at least one.
@@ -71,9 +79,9 @@ def check_pairs(placed: Placed) -> Kept:
       >>> rows = [{"prompt": "Hi", "chosen": "Hello", "rejected": "No"}, {"prompt": "Hi", "chosen": "a", "rejected": "a"}]
       >>> pairs = check_pairs([(f"line {i}", row) for i, row in enumerate(rows, start=1)])
       >>> pairs.kept[0].chosen, pairs.notes()
-      (Answered(prompt='Hi', answer='Hello'), ['left out 1 rows, two equal answers: line 2'])
+      (Answered(prompt='Hi', answer='Hello'), ['left out 1 row, two equal answers: line 2'])
     """
-    check_same_columns(placed)
+    check_same_columns(placed, ("prompt", "chosen", "rejected"))
     missing = [name for name in ("chosen", "rejected") if name not in placed[0][1]]
     if missing:
         place, row = placed[0]
@@ -92,33 +100,33 @@ def check_pairs(placed: Placed) -> Kept:
             kept.append(pair)
         else:
             left_out.setdefault(why, []).append(place)
-    found = Kept(kept, left_out)
-    if not kept:
-        raise ValueError(f"no pair is left to learn from: {'; '.join(found.notes())}")
-    return found
+    return _some_left(Kept(kept, left_out), "pair is left to learn from")
 
 
-def check_answers(placed: Placed) -> list[Answered]:
-    """Check rows with a ``prompt`` and a ``completion``, each a text or a list of messages.
+def check_answers(placed: Placed) -> Kept:
+    """Check rows with a ``prompt`` and a ``completion``, each a text or a list of messages; empty completions are left out.
 
     Args:
       placed: rows with their places; at least one.
 
     Returns:
-      The rows as `Answered`.
+      The rows as `Reference`, and where the others stood.
 
     Raises:
-      ValueError: naming the place.
+      ValueError: a row that is none, naming the place, or nothing is left.
 
     Example:
-      >>> check_answers([("line 1", {"prompt": "Hi", "completion": "Hello"})])
-      [Answered(prompt='Hi', answer='Hello')]
+      >>> check_answers([("line 1", {"prompt": "Hi", "completion": "Hello"})]).kept
+      [Reference(place='line 1', answered=Answered(prompt='Hi', answer='Hello'))]
     """
-    check_same_columns(placed)
+    check_same_columns(placed, ("prompt", "completion"))
     if "completion" not in placed[0][1]:
         listed = ", ".join(map(repr, placed[0][1])) or "none"
         raise ValueError(f"{placed[0][0]}: there is no column 'completion'; the columns are {listed}")
-    return [_answered(place, row, "completion") for place, row in placed]
+    answers = [Reference(place, _answered(place, row, "completion")) for place, row in placed]
+    empty = [place for place, answered in answers if not answered.answer.strip()]
+    kept = [reference for reference in answers if reference.answered.answer.strip()]
+    return _some_left(Kept(kept, {"an empty answer": empty} if empty else {}), "reference is left")
 
 
 def encode_answers(answers: Sequence[Answered], tokenizer: Any, *, chat: bool, eos: bool) -> list[list[int]]:
@@ -130,7 +138,7 @@ def encode_answers(answers: Sequence[Answered], tokenizer: Any, *, chat: bool, e
       answers: prompts with answers.
       tokenizer: a Hugging Face tokenizer.
       chat: put prompts that are texts through the chat template too; messages always go through it.
-      eos: end each answer with the end of sequence, unless it ends with it already; False where completions say
+      eos: end each answer with the end of sequence, unless it ends with one already; False where completions say
         themselves whether they ended.
 
     Returns:
@@ -148,6 +156,14 @@ def encode_answers(answers: Sequence[Answered], tokenizer: Any, *, chat: bool, e
       >>> encode_answers([Answered("ab", "c")], Letters(), chat=False, eos=True)
       [[97, 98, 99, 0]]
     """
+    places = [f"answer {number} (counted from 0)" for number in range(len(answers))]
+    return [prompt + answer for prompt, answer in _encode(places, answers, tokenizer, chat=chat, eos=eos)]
+
+
+def _encode(
+    places: Sequence[str], answers: Sequence[Answered], tokenizer: Any, *, chat: bool, eos: bool
+) -> list[tuple[list[int], list[int]]]:
+    """Encode as `encode_answers` does, the ids of each prompt and of its answer apart."""
     stops = stop_ids(tokenizer)
     if eos and not stops:
         raise ValueError("the tokenizer has no end-of-sequence token to end an answer with: add one, or use eos=False")
@@ -156,16 +172,20 @@ def encode_answers(answers: Sequence[Answered], tokenizer: Any, *, chat: bool, e
     endings = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     prompts: dict[str, list[int]] = {}  # the two answers of a pair, and often many pairs, share one
     encoded = []
-    for answered, ids in zip(answers, endings, strict=True):
+    for place, answered, ids in zip(places, answers, endings, strict=True):
         key = repr(answered.prompt)
         if key not in prompts:
-            prompts[key] = _prompt_ids(answered.prompt, tokenizer, chat)
-        encoded.append([*prompts[key], *map(int, ids), *(end if list(ids)[-1:] != end else [])])
+            prompts[key] = _prompt_ids(place, answered.prompt, tokenizer, chat)
+        ended = len(ids) > 0 and int(ids[-1]) in stops
+        encoded.append((prompts[key], [*map(int, ids), *([] if ended else end)]))
     return encoded
 
 
 def encode_pairs(pairs: Kept, tokenizer: Any, *, chat: bool, eos: bool, max_length: int) -> Kept:
-    """Turn pairs into token ids, leaving out those of which an answer is too long; nothing is ever cut.
+    """Turn pairs into token ids; nothing is ever cut.
+
+    Left out are pairs of which an answer is too long or holds an end of sequence before its end, which a policy would have
+    stopped at, and pairs whose answers have the same ids.
 
     Args:
       pairs: of `check_pairs`.
@@ -190,29 +210,82 @@ def encode_pairs(pairs: Kept, tokenizer: Any, *, chat: bool, eos: bool, max_leng
       [Encoded(chosen=[1, 2, 0], rejected=[1, 1, 2, 0], margin=0.0)]
     """
     answers = [answered for pair in pairs.kept for answered in (pair.chosen, pair.rejected)]
-    ids = encode_answers(answers, tokenizer, chat=chat, eos=eos)
-    kept, long = [], []
+    places = [pair.place for pair in pairs.kept for _ in range(2)]
+    ids = _encode(places, answers, tokenizer, chat=chat, eos=eos)
+    kept, left_out = [], {why: list(places) for why, places in pairs.left_out.items()}
     for pair, chosen, rejected in zip(pairs.kept, ids[::2], ids[1::2], strict=True):
-        if max(len(chosen), len(rejected)) <= max_length:
-            kept.append(Encoded(chosen, rejected, pair.margin))
+        why = _fault(chosen, tokenizer, max_length) or _fault(rejected, tokenizer, max_length)
+        if why is None and chosen == rejected:
+            why = "two equal answers"
+        if why is None:
+            kept.append(Encoded(chosen[0] + chosen[1], rejected[0] + rejected[1], pair.margin))
         else:
-            long.append(pair.place)
-    found = Kept(kept, {**pairs.left_out, **({f"longer than {max_length} tokens": long} if long else {})})
-    if not kept:
-        raise ValueError(f"no pair is left to learn from: {'; '.join(found.notes())}")
+            left_out.setdefault(why, []).append(pair.place)
+    return _some_left(Kept(kept, left_out), "pair is left to learn from")
+
+
+def encode_references(references: Kept, tokenizer: Any, *, chat: bool, eos: bool, max_length: int) -> Kept:
+    """Turn references into token ids, leaving out what `encode_pairs` would.
+
+    Args:
+      references: of `check_answers`.
+      tokenizer: a Hugging Face tokenizer.
+      chat: as in `encode_answers`.
+      eos: as in `encode_answers`.
+      max_length: longest prompt with answer, in tokens.
+
+    Returns:
+      The ids of each, and where all others stood.
+
+    Raises:
+      ValueError: nothing is left, or `encode_answers` refuses.
+
+    Example:
+      >>> class Letters:  # stands in for a tokenizer
+      ...     eos_token_id, init_kwargs = 0, {}
+      ...     def __call__(self, text, **options):
+      ...         ids = lambda text: [ord(letter) for letter in text]
+      ...         return {"input_ids": ids(text) if isinstance(text, str) else [ids(one) for one in text]}
+      >>> rows = [("line 1", {"prompt": "a", "completion": "b"}), ("line 2", {"prompt": "a", "completion": "bcd"})]
+      >>> found = encode_references(check_answers(rows), Letters(), chat=False, eos=True, max_length=3)
+      >>> found.kept, found.notes()
+      ([[97, 98, 0]], ['left out 1 row, longer than 3 tokens: line 2'])
+    """
+    places, answers = zip(*references.kept, strict=True)
+    kept, left_out = [], {why: list(places) for why, places in references.left_out.items()}
+    for place, ids in zip(places, _encode(places, answers, tokenizer, chat=chat, eos=eos), strict=True):
+        why = _fault(ids, tokenizer, max_length)
+        if why is None:
+            kept.append(ids[0] + ids[1])
+        else:
+            left_out.setdefault(why, []).append(place)
+    return _some_left(Kept(kept, left_out), "reference is left")
+
+
+def _fault(ids: tuple[list[int], list[int]], tokenizer: Any, max_length: int) -> str | None:
+    """Say why a prompt with its answer cannot be scored, if so."""
+    prompt, answer = ids
+    if not set(stop_ids(tokenizer)).isdisjoint(answer[:-1]):
+        return "an end of sequence inside the answer"
+    return f"longer than {max_length} tokens" if len(prompt) + len(answer) > max_length else None
+
+
+def _some_left(found: Kept, what: str) -> Kept:
+    if not found.kept:
+        raise ValueError(f"no {what}: {'; '.join(found.notes())}")
     return found
 
 
 def _answered(place: str, row: Row, name: str) -> Answered:
     """Find the prompt and the text that is judged in a row's column."""
-    prompt, value = row.get("prompt"), row[name]
+    prompt, value = as_messages(row.get("prompt")), as_messages(row[name])
     if not isinstance(value, list):
         check_text(place, f"the column {name!r}", value)
         if "prompt" not in row:
             listed = ", ".join(map(repr, row))
             raise ValueError(f"{place}: there is no column 'prompt'; the columns are {listed}")
         check_prompt(place, prompt)
-        return Answered(prompt, value)  # type: ignore[arg-type]  # check_prompt has seen to it
+        return Answered(prompt, value)
     check_messages(place, f"the column {name!r}", value)
     if value[-1]["role"] != "assistant":
         raise ValueError(f"{place}: {name!r} ends with the role {value[-1]['role']!r}, not 'assistant'")
@@ -234,15 +307,8 @@ def _margin(place: str, row: Row) -> float:
     return margin
 
 
-def _prompt_ids(prompt: Prompt, tokenizer: Any, chat: bool) -> list[int]:
-    from jinja2.exceptions import TemplateError
-
+def _prompt_ids(place: str, prompt: Prompt, tokenizer: Any, chat: bool) -> list[int]:
     try:
         return encode_prompts([prompt], tokenizer, chat=chat or not isinstance(prompt, str), max_length=None)[0]
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses a prompt ({error}): {str(prompt)[:200]}") from error
-
-
-def _listed(places: Sequence[str]) -> str:
-    more = f" and {len(places) - _MANY} more" if len(places) > _MANY else ""
-    return "; ".join(places[:_MANY]) + more
+    except Exception as error:  # a chat template is a program of its own: it may fail with anything
+        raise ValueError(f"{place}: the prompt cannot be encoded ({error}): {str(prompt)[:200]}") from error

@@ -249,3 +249,9 @@ def test_wrong_shapes_are_refused():
         clipped_surrogate_loss(NEW, OLD, ADVANTAGES, MASK[0])
     with pytest.raises(AssertionError):
         preference_loss(NEW[0], NEW[1], margin=NEW[0, :1])
+
+
+def test_clip_fraction_knows_an_upper_bound_of_its_own():
+    ratio = np.array([0.7, 0.9, 1.3, 1.6])
+    found = surrogate_diagnostics(np.log(ratio), np.zeros(4), clip_eps=0.2, clip_eps_high=0.5)
+    assert float(found["clip_fraction"]) == 0.5

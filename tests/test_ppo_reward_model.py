@@ -18,6 +18,7 @@ from experiments import ppo as script
 from experiments.model_judge import differences, load_judge
 from pgjax import logs
 from pgjax.models.reward_model import from_causal_lm
+from pgjax.preferences import TEMPLATED
 from pgjax.rewards import RewardError
 from tests.tiny_model import save_tiny_model
 
@@ -221,9 +222,27 @@ def test_lengths_of_a_translation_come_in_buckets(foreign, folders):
     lm, _, tokenizer = pg.load(folders[0])
     judge = load_judge(str(foreign), 1.0, lm, tokenizer, chat=False)
     widths = {judge.translated(["ab"], ["c" * n], np.array([True]))[0].shape[1] for n in range(1, 38)}
-    assert widths == {16, 24, 32, 48}
-    with pytest.raises(RewardError, match="got 43 tokens of its own in row 0, but has 40 positions"):
-        judge.translated(["ab"], ["c" * 40], np.array([True]))
+    assert widths == {16, 24, 32, 40}
+
+
+def test_one_completion_too_long_for_the_reward_model_does_not_end_the_run(foreign, folders):
+    lm, _, tokenizer = pg.load(folders[0])
+    judge = load_judge(str(foreign), 1.0, lm, tokenizer, chat=False)
+    tokens, mask = judge.translated(["ab"], ["c" * 60], np.array([True]))
+    assert mask.sum() == judge.rm.arch.max_positions == 40
+    assert tokens[0].tolist() == judge.tokenizer("ab" + "c" * 38)["input_ids"]
+
+
+def test_a_reward_model_that_saw_other_prompts_is_refused(folders, tmp_path):
+    lm, _, tokenizer = pg.load(folders[0])
+    rm, params, own = pg.load_reward_model(folders[1])
+    own.init_kwargs[TEMPLATED] = False
+    pg.save_reward_model(tmp_path / "plain", rm, params, own)
+    load_judge(str(tmp_path / "plain"), 1.0, lm, tokenizer, chat=False)
+    with pytest.raises(
+        ValueError, match=r"was trained with chat=False, but the policy's prompts have chat=True.*--no-chat"
+    ):
+        load_judge(str(tmp_path / "plain"), 1.0, lm, tokenizer, chat=True)
 
 
 def test_how_a_tokenizer_pads_makes_no_difference_and_what_it_reads_does(folders, foreign):

@@ -102,7 +102,7 @@ def test_a_function_gives_rows_and_its_bad_rows_are_named() -> None:
         load_rows(f"{__name__}:rows_here", check_rows)
     with pytest.raises(ValueError, match="gives no rows"):
         load_rows(f"{__name__}:nothing", check_rows)
-    with pytest.raises(ValueError, match=r"neither a file nor a module:function.*no_such_function"):
+    with pytest.raises(ValueError, match=r"has no function 'no_such_function'"):
         load_rows(f"{__name__}:no_such_function", check_rows)
 
 

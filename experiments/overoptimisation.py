@@ -1,0 +1,422 @@
+"""Over-optimisation: the reward model's score goes up for ever, the gold score behind it does not (Gao et al. 2023).
+
+    python -m experiments.overoptimisation                      # after `python -m experiments.rlhf`, or it makes that first
+    python -m experiments.overoptimisation --seeds 0 --steps 40 # a shorter look
+
+PPO against the reward model of an RLHF run, for several coefficients of the KL penalty and several seeds, and best-of-n from
+the fine-tuned model, n up to 64. The gold score is only watched. Both are evaluated on held-out prompts as the policy moves
+away from where it started, and drawn against d = sqrt(KL), with the forms of Gao, Schulman and Hilton fitted to gold:
+
+    best-of-n  R(d) = d (a - b d)          RL  R(d) = d (a - b log d)          R: gold - gold at the start
+
+Measured on the default RLHF run, seeds 0 to 2, 64 held-out prompts (in brackets: lowest and highest seed). Without the penalty
+the proxy climbs from 0.02 to 4.27 standard deviations while gold goes from 0.18 to 0.73 at a KL of 55 nats and then falls to
+0.05 (0.01 to 0.13) at 171: "charming fascinating charming ...". With kl_coef 0.03 it ends at 0.78 (0.75 to 0.81) at a KL of 43,
+with 0.1 at 0.74 (0.71 to 0.76) at 13; best of 64 has 0.54 at 3.2. The RL form catches that gold rises and falls, not how
+sharply: its fit peaks at 0.64. 24 minutes on 2 cores that other work shared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import pgjax as pg
+from experiments import ppo, rlhf, rlhf_pairs, rlhf_report
+from experiments.cli import plain_errors
+from experiments.rows import load_rows
+from experiments.stages import Done, finished, run_stage, write_json
+from pgjax import data, logs
+from pgjax.prompts import check_rows
+
+PPO = ppo.Config(
+    steps=60, batch_size=64, minibatches=1, microbatches=1, learning_rate=1e-3, eval_every=5, eval_samples=4,
+    samples_every=60, save_every=60,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One study."""
+
+    rlhf: Path = Path("runs/rlhf")  # output of experiments.rlhf, whose models and prompts are used; made where missing
+    output: Path = Path("runs/overoptimisation")  # a folder a PPO run, best_of_n, summary.json, samples.md
+    kl_coefs: tuple[float, ...] = (0.0, 0.03, 0.1)  # of the penalty; 0: without the belt; the last one: the healthy run
+    seeds: tuple[int, ...] = (0, 1, 2)  # a PPO run each, for each coefficient
+    held_out_rows: int = 64  # prompts that everything is evaluated on
+    best_of: int = 64  # the largest n, a power of 2
+    best_of_samples: int = 128  # completions of each held-out prompt that the subsets of n are taken from
+    ppo: ppo.Config = PPO  # the same for every run
+    picture: Path = Path(__file__).parent / "pictures" / "overoptimisation.png"
+
+
+Bend = Callable[[np.ndarray], np.ndarray]
+Fit = Callable[[Any, Any], tuple[float, float]]
+
+
+class Curve(NamedTuple):
+    """What evaluations along one way say, each [K]."""
+
+    kl: np.ndarray  # nats a sequence
+    proxy: np.ndarray  # the reward model's score, standard deviations of the reference samples
+    gold: np.ndarray
+
+
+def distance(kl: Any) -> np.ndarray:
+    """Work out d = sqrt(KL), with 0 for an estimate below 0."""
+    return np.sqrt(np.maximum(np.asarray(kl, np.float64), 0.0))
+
+
+def fit_best_of_n(d: Any, gain: Any) -> tuple[float, float]:
+    """Fit R(d) = d (a - b d) by least squares (Gao et al. 2023, eq. 1).
+
+    Args:
+      d: [K] sqrt(KL).
+      gain: [K] gold - gold at the start.
+
+    Returns:
+      a and b.
+
+    Example:
+      >>> d = np.array([0.5, 1.0, 2.0])
+      >>> [round(x, 6) for x in fit_best_of_n(d, d * (0.8 - 0.1 * d))]
+      [0.8, 0.1]
+    """
+    return _least_squares(d, gain, lambda d: d)
+
+
+def fit_rl(d: Any, gain: Any) -> tuple[float, float]:
+    """Fit R(d) = d (a - b log d) by least squares (Gao et al. 2023, eq. 2).
+
+    Args:
+      d: [K] sqrt(KL).
+      gain: [K] gold - gold at the start.
+
+    Returns:
+      a and b.
+
+    Example:
+      >>> d = np.array([0.5, 1.0, 2.0, 8.0])
+      >>> [round(x, 6) for x in fit_rl(d, d * (0.3 - 0.2 * np.log(d)))]
+      [0.3, 0.2]
+    """
+    return _least_squares(d, gain, np.log)
+
+
+def _least_squares(d: Any, gain: Any, bend: Bend) -> tuple[float, float]:
+    d, gain = np.asarray(d, np.float64), np.asarray(gain, np.float64)
+    d, gain = d[d > 0], gain[d > 0]  # where d = 0 both forms are 0, whatever a and b
+    if len(d) < 2:
+        raise ValueError(f"two points with d > 0 are needed for a fit, got {len(d)}")
+    a, b = np.linalg.lstsq(np.stack([d, -d * bend(d)], axis=1), gain, rcond=None)[0]
+    return float(a), float(b)
+
+
+def best_of(proxy: Any, values: Any, n: int) -> np.ndarray:
+    """Estimate the mean value of the sample that the proxy likes best among n, over all subsets of n of N samples.
+
+    E = sum_i C(i - 1, n - 1) / C(N, n) value_(i), with value_(i) that of the sample whose proxy is the i-th lowest:
+    unbiased (Nakano et al. 2021), and far less noisy than one subset.
+
+    Args:
+      proxy: [P, N] what chooses.
+      values: [P, N] what is averaged.
+      n: size of the subsets, 1 <= n <= N.
+
+    Returns:
+      [P] one estimate a prompt.
+
+    Raises:
+      ValueError: n out of range.
+
+    Example:
+      >>> best_of([[1.0, 3.0, 2.0]], [[10.0, 30.0, 20.0]], 2).round(3).tolist()  # (30 + 30 + 20) / 3
+      [26.667]
+    """
+    proxy, values = np.asarray(proxy, np.float64), np.asarray(values, np.float64)
+    count = proxy.shape[1]
+    if not 1 <= n <= count:
+        raise ValueError(f"n must be from 1 to the {count} samples that there are, got {n}")
+    chances = np.array([math.comb(i, n - 1) for i in range(count)], object) / math.comb(count, n)
+    in_order = np.take_along_axis(values, np.argsort(proxy, axis=1, kind="stable"), axis=1)
+    return in_order @ chances.astype(np.float64)
+
+
+def best_of_kl(n: int) -> float:
+    """Bound the KL of best-of-n from the model it samples from: log n - (n - 1) / n (Beirami et al. 2024: an upper bound).
+
+    Args:
+      n: how many samples the best is taken from.
+
+    Returns:
+      Nats a sequence.
+
+    Example:
+      >>> round(best_of_kl(4), 3)
+      0.636
+    """
+    return math.log(n) - (n - 1) / n
+
+
+def main(config: Config) -> dict[str, float]:
+    """Run what is missing of the study; return its figures: for each coefficient, where proxy and gold began and ended."""
+    check(config)
+    stages = made_rlhf(config.rlhf)
+    base = ppo_config(config, stages)
+    curves: dict[float, list[Curve]] = {}
+    for seed in config.seeds:
+        for kl_coef in config.kl_coefs:
+            run = dataclasses.replace(base, kl_coef=kl_coef, seed=seed)
+            curves.setdefault(kl_coef, []).append(curve(ppo_stage(config, run, stages).folder))
+    chosen = best_of_stage(config, base, stages)
+    found = summary(curves, chosen)
+    write_json(config.output / "summary.json", found)
+    show(config, curves, chosen, found)
+    return {f"{name}/{key}": x for name, row in found.items() for key, x in row.items()}
+
+
+def made_rlhf(folder: Path) -> dict[str, Done]:
+    """Find the stages of a finished RLHF run, or make it with its default numbers."""
+    stages = {name: finished(folder / name) for name in rlhf.STAGES}
+    if stages["sft"] is None or stages["reward_model"] is None or stages["ppo"] is None:
+        print(f"{folder} holds no complete RLHF run: making it first")
+        rlhf.main(rlhf.Config(output=folder))
+    return {name: stage for name in rlhf.STAGES if (stage := finished(folder / name)) is not None}
+
+
+def ppo_config(config: Config, stages: Mapping[str, Done]) -> ppo.Config:
+    """Set up PPO on the same prompts as that run, with gold only watched, to move far in few steps."""
+    asked = stages["ppo"].config
+    if asked["gold"] is None:
+        raise ValueError(
+            f"{config.rlhf} has no gold score (gold is None there): over-optimisation can't be seen without one"
+        )
+    rows = rlhf_pairs.prompt_sets(asked["prompts"], asked["held_out_prompts"], asked["ppo.held_out_rows"])[1]
+    held_out = config.output / "held_out.jsonl"
+    config.output.mkdir(parents=True, exist_ok=True)
+    rlhf_pairs.write_lines(held_out, [rows[i] for i in evenly(len(rows), config.held_out_rows)])
+    return dataclasses.replace(
+        config.ppo, model=str(stages["sft"].folder / "model"), reward_model=str(stages["reward_model"].folder / "model"),
+        prompts=asked["prompts"], held_out=str(held_out), chat=asked["chat"], max_new_tokens=asked["max_new_tokens"],
+        rewards=(asked["gold"],), reward_weights=(0.0,),
+    )  # fmt: skip
+
+
+def evenly(count: int, wanted: int) -> list[int]:
+    """Take numbers below `count`, evenly spread: `wanted` of them, or all.
+
+    Example:
+      >>> evenly(10, 4), evenly(2, 4)
+      ([0, 2, 5, 7], [0, 1])
+    """
+    wanted = min(count, wanted)
+    return [i * count // wanted for i in range(wanted)]
+
+
+def ppo_stage(config: Config, run: ppo.Config, stages: Mapping[str, Done]) -> Done:
+    """Run PPO once, in a folder of its own, unless that is done already."""
+    asked = {
+        k: x
+        for k, x in dataclasses.asdict(run).items()
+        if k not in ("model", "reward_model", "held_out", "output", "resume")
+    }
+    folder = config.output / f"kl_{run.kl_coef:g}_seed_{run.seed}"
+    work = lambda folder, resume: ppo.main(dataclasses.replace(run, output=folder, resume=resume))
+    made_from = [stages["sft"], stages["reward_model"]]
+    return run_stage(folder, {**asked, "held_out_rows": config.held_out_rows}, work, made_from=made_from)
+
+
+def curve(folder: Path) -> Curve:
+    """Read the evaluations of a PPO run, the one before training first."""
+    rows = [row for row in logs.read_metrics(folder) if "eval/kl" in row]
+    gold = next(name for name in rows[0] if name.startswith("eval/rewards/") and name != rlhf_report.PROXY)
+    return Curve(*(np.array([row[name] for row in rows]) for name in ("eval/kl", rlhf_report.PROXY, gold)))
+
+
+def best_of_stage(config: Config, base: ppo.Config, stages: Mapping[str, Done]) -> Curve:
+    """Sample many completions of each held-out prompt from the fine-tuned model; n = 1, 2, 4, ... of them, the proxy chooses."""
+    sizes = [2**k for k in range(config.best_of.bit_length())]
+    asked = {"samples": config.best_of_samples, "best_of": config.best_of, "held_out_rows": config.held_out_rows}
+    work = functools.partial(sample_best_of, base, sizes, config.best_of_samples)
+    stage = run_stage(config.output / "best_of_n", asked, work, made_from=[stages["sft"], stages["reward_model"]])
+    return Curve(*(np.array(stage.metrics[name]) for name in Curve._fields))
+
+
+def sample_best_of(base: ppo.Config, sizes: Sequence[int], samples: int, folder: Path, resume: bool) -> dict[str, Any]:
+    """Score the samples with proxy and gold, and keep the scores beside the curve."""
+    del resume
+    assert base.reward_model is not None and base.held_out is not None  # ppo_config saw to it
+    lm, params, tokenizer = pg.load(base.model)
+    rm, rm_params, _ = pg.load_reward_model(base.reward_model)
+    scorer = jax.jit(rm.apply)
+    rows = [row for row in load_rows(base.held_out, check_rows) for _ in range(samples)]
+    proxy: list[float] = []
+    texts: list[str] = []
+    print(f"sampling {samples} completions for each of {len(rows) // samples} held-out prompts")
+    for rollout, count in rlhf_pairs.rollouts(
+        lm, params, tokenizer, rows, jax.random.key(base.seed), chat=base.chat, max_new_tokens=base.max_new_tokens,
+        temperature=base.temperature, batch_size=base.batch_size,
+    ):  # fmt: skip
+        proxy += jax.device_get(scorer(rm_params, rollout.tokens, rollout.attention_mask))[:count].tolist()
+        tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
+        texts += data.completion_texts(tokens, mask, tokenizer)[:count]
+    gold = rlhf_pairs.gold_scores(base.rewards[0], rows, texts)
+    shape = (-1, samples)
+    both = [np.reshape(x, shape) for x in (proxy, gold)]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "scores.json", {"proxy": both[0].tolist(), "gold": both[1].tolist()})
+    of_proxy, of_gold = ([float(best_of(both[0], x, n).mean()) for n in sizes] for x in both)
+    return {"kl": [best_of_kl(n) for n in sizes], "proxy": of_proxy, "gold": of_gold}
+
+
+def mean_curve(curves: Sequence[Curve]) -> Curve:
+    """Average over seeds, evaluation by evaluation."""
+    return Curve(*(np.mean(columns, axis=0) for columns in zip(*curves, strict=True)))
+
+
+def summary(curves: Mapping[float, Sequence[Curve]], chosen: Curve) -> dict[str, dict[str, float]]:
+    """Say of each way where it began, peaked and ended, and how gold bends: a and b of the fitted form.
+
+    The peak is that of the mean over seeds: the highest of several noisy evaluations of one run lies above the truth.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for kl_coef, runs in curves.items():
+        mean = mean_curve(runs)
+        peak = int(np.argmax(mean.gold))
+        a, b = fit_rl(distance(mean.kl), mean.gold - mean.gold[0])
+        falls = [float(run.gold[peak] - run.gold[-1]) for run in runs]
+        found[f"kl_coef={kl_coef:g}"] = {
+            "proxy_before": mean.proxy[0], "proxy_after": mean.proxy[-1], "gold_before": mean.gold[0],
+            "gold_peak": mean.gold[peak], "kl_at_peak": mean.kl[peak], "gold_after": mean.gold[-1], "kl_after": mean.kl[-1],
+            "fall": mean.gold[peak] - mean.gold[-1], "smallest_fall": min(falls),
+            "lowest_gold_after": min(float(run.gold[-1]) for run in runs),
+            "highest_gold_after": max(float(run.gold[-1]) for run in runs), "a": a, "b": b,
+        }  # fmt: skip
+    a, b = fit_best_of_n(distance(chosen.kl), chosen.gold - chosen.gold[0])
+    found["best_of_n"] = {
+        "proxy_before": chosen.proxy[0], "proxy_after": chosen.proxy[-1], "gold_before": chosen.gold[0],
+        "gold_after": chosen.gold[-1], "kl_after": chosen.kl[-1], "a": a, "b": b,
+    }  # fmt: skip
+    return {name: {key: float(x) for key, x in row.items()} for name, row in found.items()}
+
+
+def show(
+    config: Config, curves: Mapping[float, Sequence[Curve]], chosen: Curve, found: Mapping[str, Mapping[str, float]]
+) -> None:
+    """Print the table and the two runs' samples side by side, and draw the picture."""
+    console = Console()
+    seeds = ", ".join(map(str, config.seeds))
+    table = Table(title=f"held-out prompts; means over seeds {seeds}, lowest and highest seed", title_justify="left")
+    for column in ("", "proxy", "gold: start > peak > end", "KL: peak, end", "a, b of the fit"):
+        table.add_column(column, overflow="fold")
+    for name, row in found.items():
+        peak = f" > {row['gold_peak']:.2f}" if "gold_peak" in row else ""
+        span = f" ({row['lowest_gold_after']:.2f} to {row['highest_gold_after']:.2f})" if "gold_peak" in row else ""
+        table.add_row(
+            name.replace("_", " "), f"{row['proxy_before']:.2f} > {row['proxy_after']:.2f}",
+            f"{row['gold_before']:.2f}{peak} > {row['gold_after']:.2f}{span}",
+            f"{row['kl_at_peak']:.0f}, {row['kl_after']:.0f}" if "kl_at_peak" in row else f"{row['kl_after']:.1f}",
+            f"{row['a']:.2f}, {row['b']:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    free, healthy = (
+        config.output / f"kl_{coef:g}_seed_{config.seeds[0]}" for coef in (config.kl_coefs[0], config.kl_coefs[-1])
+    )
+    text = side_by_side(free, healthy)
+    (config.output / "samples.md").write_text(text, encoding="utf-8")
+    console.print(text, markup=False, highlight=False)
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no picture: matplotlib is not installed (pip install matplotlib)")
+        return
+    draw(curves, chosen, config.picture)
+    print(f"picture: {config.picture}; samples: {config.output / 'samples.md'}")
+
+
+def side_by_side(free: Path, healthy: Path, count: int = 5) -> str:
+    """Put the last samples of two runs on the same prompts into one Markdown text."""
+    last = [rlhf_report.last_samples(folder) for folder in (free, healthy)]
+    lines = []
+    for pair in list(zip(*last, strict=True))[:count]:
+        lines.append(f"**{rlhf_report.printable(str(pair[0]['prompt']))}**\n")
+        for folder, row in zip((free, healthy), pair, strict=True):
+            gold = next(x for name, x in row.items() if name.startswith("rewards/") and name != "rewards/reward_model")
+            lines.append(
+                f"- {folder.name}, step {row['step']} (proxy {row['rewards/reward_model']:+.2f}, gold {gold:+.2f}): "
+                f"{rlhf_report.printable(row['completion'])}"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw(curves: Mapping[float, Sequence[Curve]], chosen: Curve, path: Path) -> None:
+    """Draw proxy (dashed) and gold (solid) against sqrt(KL), with the fitted forms (dotted)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    colours = ("#d9480f", "#e8a317", "#2f9e44", "#1f6feb", "#7048e8", "#0b7285")
+    for colour, (kl_coef, runs) in zip(itertools.cycle(colours), curves.items(), strict=False):
+        for run in runs:
+            left.plot(distance(run.kl), run.proxy, color=colour, linestyle="--", linewidth=0.8, alpha=0.35)
+            right.plot(distance(run.kl), run.gold, color=colour, linewidth=0.8, alpha=0.35)
+        mean = mean_curve(runs)
+        name = f"PPO, kl_coef {kl_coef:g}"
+        draw_way(left, right, mean, fit_rl, np.log, colour, name)
+    draw_way(left, right, chosen, fit_best_of_n, lambda d: d, "#343a40", f"best of n, to {2 ** (len(chosen.kl) - 1)}")
+    left.set_title("Proxy: the reward model's score (standard deviations)", loc="left", fontsize=10)
+    right.set_title("Gold; dotted: the forms of Gao et al. fitted", loc="left", fontsize=10)
+    for axes in (left, right):
+        axes.set_xlabel(r"$d = \sqrt{\mathrm{KL}}$ to the fine-tuned model (nats$^{1/2}$)")
+        axes.grid(color="#9aa5b1", alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(fontsize=8, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def draw_way(left: Any, right: Any, curve: Curve, fit: Fit, bend: Bend, colour: str, name: str) -> None:
+    """Draw one way to spend KL: means of proxy and gold, and the form fitted to gold."""
+    d = distance(curve.kl)
+    left.plot(d, curve.proxy, color=colour, linestyle="--", linewidth=2, marker=".", label=name)
+    right.plot(d, curve.gold, color=colour, linewidth=2, marker=".")
+    a, b = fit(d, curve.gold - curve.gold[0])
+    x = np.linspace(d[d > 0].min(), d.max(), 100)
+    right.plot(x, curve.gold[0] + x * (a - b * bend(x)), color=colour, linestyle=":", linewidth=1.4)
+
+
+def check(config: Config) -> None:
+    """Refuse a study that cannot work, before anything is computed."""
+    for name in ("kl_coefs", "seeds"):
+        values = vars(config)[name]
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"{name} must be different numbers, at least one, got {values}")
+    for name in ("held_out_rows", "best_of", "best_of_samples"):
+        if vars(config)[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {vars(config)[name]}")
+    if config.best_of < 4 or config.best_of > config.best_of_samples:
+        raise ValueError(f"best_of must be from 4 to best_of_samples={config.best_of_samples}, got {config.best_of}")
+    given, shipped = vars(config.ppo), vars(Config().ppo)
+    for name in (*rlhf.FROM_ABOVE["ppo"], "kl_coef", "reward_model_weight"):
+        if given[name] != shipped[name]:
+            raise ValueError(f"ppo.{name} is set by the study itself: leave it out")
+    if config.ppo.eval_every is None or 2 * config.ppo.eval_every > config.ppo.steps:
+        raise ValueError(
+            f"a curve needs ppo.eval_every at most half of ppo.steps={config.ppo.steps}, got {config.ppo.eval_every}"
+        )
+
+
+if __name__ == "__main__":
+    with plain_errors("the same command goes on"):
+        main(tyro.cli(Config, description=__doc__))

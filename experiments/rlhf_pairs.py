@@ -1,0 +1,149 @@
+"""Pairs for the reward model: two samples of each prompt, and a judge with a known gold score who prefers one of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import pgjax as pg
+from experiments.gold import prefers_first
+from experiments.rows import load_rows
+from experiments.task import fold_in
+from pgjax import data, rewards
+from pgjax.models.tokenizer import stop_ids
+from pgjax.prompts import check_rows
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """How pairs are sampled from the fine-tuned model and judged."""
+
+    train: int = 8192  # pairs to learn from
+    held_out: int = 512  # pairs to measure on, of prompts kept aside
+    scale: float = 8.0  # how sure the judge is: P(first preferred) = sigmoid(scale * (gold_first - gold_second))
+    temperature: float = 1.0  # of the samples
+    batch_size: int = 256  # completions sampled at once
+
+
+def make_pairs(
+    config: Pairs, folder: Path, model: Path, row_sets: Sequence[Sequence[Row]],
+    *, gold: str, chat: bool, max_new_tokens: int, seed: int,
+) -> dict[str, float]:  # fmt: skip
+    """Sample two completions of each prompt, let the judge prefer one, and write train.jsonl and held_out.jsonl.
+
+    Args:
+      config: how many, and how.
+      folder: where the files go.
+      model: source of the model that is sampled from.
+      row_sets: the prompts to train on, and those kept aside; taken again from the start where there are too few.
+      gold: the judge's score, as module:function.
+      chat: put prompts through the chat template.
+      max_new_tokens: the longest completion.
+      seed: of the prompts' order, the samples and the judge's coin.
+
+    Returns:
+      Of both files: pairs, gold (mean), gold_std, judge_right (share of pairs whose preferred answer has the higher gold).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lm, params, tokenizer = pg.load(model)
+    figures: dict[str, float] = {}
+    counts = {"train": config.train, "held_out": config.held_out}
+    for i, ((name, count), rows) in enumerate(zip(counts.items(), row_sets, strict=True)):
+        order = np.random.default_rng([seed, i]).permutation(len(rows))
+        prompts = [rows[order[k % len(rows)]] for k in range(count) for _ in range(2)]
+        print(f"sampling two completions for each of {count} prompts ({name})")
+        texts, ends = complete(
+            lm, params, tokenizer, prompts, jax.random.key(2 * seed + i), chat=chat, max_new_tokens=max_new_tokens,
+            temperature=config.temperature, batch_size=config.batch_size,
+        )  # fmt: skip
+        pairs, found = judge(
+            gold_scores(gold, prompts, texts), prompts, texts, ends, scale=config.scale, seed=2 * seed + i
+        )
+        write_lines(folder / f"{name}.jsonl", pairs)
+        figures |= {f"{name}_{key}": x for key, x in {"pairs": float(count), **found}.items()}
+    return figures
+
+
+def complete(
+    lm: pg.CausalLM, params: Any, tokenizer: Any, rows: Sequence[Row], key: jax.Array, **options: Any
+) -> tuple[list[str], list[str]]:
+    """Sample a completion for each row: the texts, and the text of the token that ended each ("" where none did)."""
+    eos_ids = stop_ids(tokenizer)
+    texts: list[str] = []
+    ends: list[str] = []
+    for rollout, count in rollouts(lm, params, tokenizer, rows, key, **options):
+        tokens, mask = (x[:count] for x in jax.device_get((rollout.tokens, rollout.mask)))
+        texts += data.completion_texts(tokens, mask, tokenizer)
+        last = tokens[np.arange(count), tokens.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)]
+        ends += [tokenizer.decode([token]) if token in eos_ids else "" for token in last.tolist()]
+    return texts, ends
+
+
+def rollouts(
+    lm: pg.CausalLM, params: Any, tokenizer: Any, rows: Sequence[Row], key: jax.Array,
+    *, chat: bool, max_new_tokens: int, temperature: float, batch_size: int,
+) -> Iterator[tuple[pg.Rollout, int]]:  # fmt: skip
+    """Sample a completion for each row, batch by batch: all of one shape, and how many rows of the batch count."""
+    prompts, limit = [row["prompt"] for row in rows], lm.arch.max_positions - max_new_tokens
+    ids = data.encode_prompts(prompts, tokenizer, chat=chat, max_length=limit)
+    longest, size = max(map(len, ids)), min(batch_size, len(ids))
+    for begin in range(0, len(ids), size):
+        wanted = ids[begin : begin + size]
+        tokens, mask = data.left_pad((wanted * size)[:size], 0, length=longest)
+        rollout = pg.sample(
+            lm, params, tokens, mask, fold_in(key, begin),
+            max_new_tokens=max_new_tokens, temperature=temperature, eos_ids=stop_ids(tokenizer),
+        )  # fmt: skip
+        yield rollout, len(wanted)
+
+
+def judge(
+    gold: np.ndarray, rows: Sequence[Row], texts: Sequence[str], ends: Sequence[str], *, scale: float, seed: int
+) -> tuple[list[Row], dict[str, float]]:
+    """Let the judge's coin prefer one of each two neighbours; what ended a completion stays on it.
+
+    PPO's reward model will see the token that ends a completion: so it must see it while it learns.
+    """
+    first_wins = prefers_first(gold[::2].tolist(), gold[1::2].tolist(), scale=scale, seed=seed)
+    chosen = [2 * k + (not wins) for k, wins in enumerate(first_wins)]
+    rejected = [2 * k + wins for k, wins in enumerate(first_wins)]
+    pairs = [
+        {
+            "prompt": rows[good]["prompt"], "chosen": texts[good] + ends[good], "rejected": texts[bad] + ends[bad],
+            "gold_chosen": float(gold[good]), "gold_rejected": float(gold[bad]),
+        }
+        for good, bad in zip(chosen, rejected, strict=True)
+    ]  # fmt: skip
+    right = np.mean(np.sign(gold[chosen] - gold[rejected]) / 2 + 0.5)  # equal scores count half
+    return pairs, {"gold": float(gold.mean()), "gold_std": float(gold.std()), "judge_right": float(right)}
+
+
+def gold_scores(gold: str, rows: Sequence[Row], texts: Sequence[str]) -> np.ndarray:
+    """Score completions of rows with a gold score given as module:function."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    prompts = columns.pop("prompt")
+    return rewards.score([rewards.load_reward(gold)], None, prompts, texts, columns)[0]
+
+
+def prompt_sets(prompts: str, held_out: str | None, held_out_rows: int) -> tuple[list[Row], list[Row]]:
+    """Read the prompts to train on and those kept aside, as experiments.ppo does."""
+    rows = load_rows(prompts, check_rows)
+    if held_out is not None:
+        return rows, load_rows(held_out, check_rows)
+    return data.split_rows(rows, held_out_rows, seed=0)
+
+
+def write_lines(path: Path, rows: Sequence[Row]) -> None:
+    """Write a JSON Lines file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(part, path)
