@@ -184,11 +184,16 @@ def encoded(
     if config.reference is None:
         references = [ids for pair in sets[0][: config.reference_rows] for ids in (pair.chosen, pair.rejected)]
     else:
-        answers = load_rows(config.reference, preferences.check_answers)[: config.reference_rows]
-        references = preferences.encode_answers(answers, tokenizer, chat=config.chat, eos=config.eos)
-        longest = max(map(len, references))
-        if longest > limit:
-            raise ValueError(f"a reference has {longest} tokens, the model {limit} positions: leave it out")
+        answers = load_rows(config.reference, preferences.check_answers)
+        answers = answers._replace(kept=answers.kept[: config.reference_rows])
+        found = preferences.encode_references(answers, tokenizer, chat=config.chat, eos=config.eos, max_length=length)
+        for note in found.notes():
+            print(f"references: {note}")
+        references = found.kept
+        if len(set(map(tuple, references))) < 2:
+            raise ValueError(
+                f"{config.reference}: all references are the same: normalising needs at least 2 that differ"
+            )
     return sets[0], sets[1], references
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -226,7 +227,9 @@ def pin(folder: Path, packed: Packed, tokenizer: Any) -> None:
             "no longer be its place in the data; give the same --data, or start anew in another --output"
         )
     tokenizer.save_pretrained(folder / "tokenizer")
-    file.write_text(digest)
+    part = folder / "data.sha256.part"
+    part.write_text(digest)
+    os.replace(part, file)  # at once: a run killed in between finds no half a fingerprint
 
 
 def summary(folder: Path) -> dict[str, float]:

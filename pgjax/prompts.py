@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pgjax.tables import Placed, Row, check_messages, check_same_columns, check_text, read_table
+from pgjax.tables import Placed, Row, as_messages, check_messages, check_same_columns, check_text, read_table
 
 Prompt = str | Sequence[Mapping[str, str]]
 
@@ -14,7 +14,7 @@ def read_rows(path: str | Path) -> list[Row]:
     Args:
       path: a source that `tables.read_table` takes: a file that ends in ``.jsonl``, ``.csv``, ``.parquet`` or
         ``.txt`` (a prompt a line), or a name for the package ``datasets``. A prompt is a text or a list of
-        messages ``{"role": ..., "content": ...}``.
+        messages ``{"role": ..., "content": ...}``, which may be written in JSON, as CSV has it.
 
     Returns:
       The rows in file order, all with the same columns.
@@ -41,7 +41,7 @@ def check_rows(placed: Placed) -> list[Row]:
       placed: each row behind the words that say where it stands; at least one.
 
     Returns:
-      The rows alone.
+      The rows alone; a prompt that is a JSON list of messages is that list.
 
     Raises:
       ValueError: naming the place.
@@ -55,9 +55,10 @@ def check_rows(placed: Placed) -> list[Row]:
             listed = ", ".join(map(repr, row)) or "none"
             raise ValueError(f"{place}: there is no column 'prompt'; the columns are {listed}")
     check_same_columns(placed)
-    for place, row in placed:
+    rows = [{**row, "prompt": as_messages(row["prompt"])} for _, row in placed]
+    for (place, _), row in zip(placed, rows, strict=True):
         check_prompt(place, row["prompt"])
-    return [row for _, row in placed]
+    return rows
 
 
 def check_prompt(place: str, prompt: object) -> None:

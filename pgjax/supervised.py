@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import functools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,10 +17,23 @@ from pgjax.losses import cross_entropy_loss
 from pgjax.models.causal_lm import CausalLM
 from pgjax.models.tokenizer import stop_ids
 from pgjax.prompts import Prompt, check_prompt
-from pgjax.tables import Placed, Row, check_messages, check_same_columns, check_text
+from pgjax.tables import (
+    Placed,
+    Row,
+    as_messages,
+    check_dicts,
+    check_messages,
+    check_same_columns,
+    check_text,
+    left_out_notes,
+    note,
+)
 
 KINDS = (("prompt", "completion"), ("messages",), ("text",))  # the columns that make a row an example
-_MANY = 5  # places that a note lists
+REWRITTEN = (
+    "the chat template writes a turn other than as a continuation of what it wrote before, so that its tokens cannot be "
+    "told (give prompts and completions instead)"
+)
 
 
 class Example(NamedTuple):
@@ -40,11 +52,8 @@ class Examples(NamedTuple):
 
     def notes(self) -> list[str]:
         """Say what was left out and cut, in a line each; no lines where there is nothing to say."""
-        out = self.left_out.items()
-        lines = [f"left out {_count(places, 'row')}, {why}: {_listed(places)}" for why, places in out]
-        if self.cut:
-            lines.append(f"cut {_count(self.cut, 'long text')} into pieces: {_listed(self.cut)}")
-        return lines
+        cut = [note("cut", self.cut, "long text", " into pieces")] if self.cut else []
+        return left_out_notes(self.left_out) + cut
 
 
 class Packed(NamedTuple):
@@ -62,13 +71,15 @@ class _Chunk(NamedTuple):
     special: bool  # whether the tokenizer adds its special tokens
     learned: bool
     ends: bool  # whether it is learned up to its first end-of-sequence token only, and must have one
+    answer: str = ""  # what the row's author wrote of it, where an end of sequence may only come last
 
 
 def check_examples(placed: Placed) -> list[tuple[str, Row]]:
     """Check that rows are examples to fine-tune on, all of one kind.
 
     A row has the columns ``prompt`` and ``completion`` (texts, or lists of messages), or ``messages`` (a list of
-    messages, or one written in JSON, as CSV has it), or ``text``. Columns of other names are ignored.
+    messages), or ``text``. A list of messages may be written in JSON, as CSV has it. Columns of other names are ignored,
+    and so is a ``prompt`` beside ``messages``, which hold it.
 
     Args:
       placed: rows with their places, of `tables.read_table`.
@@ -77,22 +88,27 @@ def check_examples(placed: Placed) -> list[tuple[str, Row]]:
       The same pairs, with the columns of the kind alone.
 
     Raises:
-      ValueError: other columns, two kinds at once, rows that differ in their columns, or a value of another type;
-        it names the row.
+      ValueError: other columns, two kinds at once, rows without the columns of the first one's kind, or a value of
+        another type; it names the row.
 
     Example:
       >>> check_examples([("line 1", {"prompt": "1 + 1 =", "completion": " 2", "source": "sums"})])
       [('line 1', {'prompt': '1 + 1 =', 'completion': ' 2'})]
     """
-    check_same_columns(placed)
+    check_dicts(placed)
     kind = _kind(*placed[0])
+    check_same_columns(placed, kind)
     checked = []
     for place, row in placed:
-        values = {name: row[name] for name in kind}
+        values = {name: row[name] if name == "text" else as_messages(row[name]) for name in kind}
         if kind == ("text",):
             check_text(place, "the text", values["text"])
         elif kind == ("messages",):
-            values["messages"] = _messages(place, values["messages"])
+            if isinstance(values["messages"], str):
+                raise ValueError(
+                    f"{place}: the messages are neither a list nor one in JSON: {values['messages'][:200]!r}"
+                )
+            check_messages(place, "the messages", values["messages"])
         else:
             check_prompt(place, values["prompt"])
             _check_completion(place, values["prompt"], values["completion"])
@@ -119,12 +135,13 @@ def encode_examples(
       learn_prompt: learn all tokens of an example but its first, not the completion alone.
 
     Returns:
-      The examples in order. Rows with an empty completion or text, without an answer of the assistant, or longer than
+      The examples in order. Rows with an empty completion or text, without an answer of the assistant, with an end of
+      sequence inside an answer, with turns that the chat template does not write one behind the other, or longer than
       ``max_length`` (unless plain texts) are left out and listed.
 
     Raises:
-      ValueError: no chat template where one is needed, or one that does not continue what it wrote before; no end
-        of sequence; or nothing is left.
+      ValueError: no chat template where one is needed, or one that refuses a row; no end of sequence; or nothing is
+        left.
 
     Example:
       >>> class Letters:  # stands in for a tokenizer
@@ -140,20 +157,25 @@ def encode_examples(
     """
     _check_tokenizer(tokenizer, placed, chat)
     chunked = [(place, _chunks(place, row, tokenizer, chat)) for place, row in placed]
-    ids = iter(_tokenised(tokenizer, [chunk for _, chunks in chunked for chunk in chunks or ()]))
+    flat = [chunk for _, chunks in chunked if not isinstance(chunks, str) for chunk in chunks]
+    ids = iter(_tokenised(tokenizer, flat))
+    answers = iter(_tokenised(tokenizer, [_Chunk(chunk.answer, False, True, True) for chunk in flat]))
     stops = stop_ids(tokenizer)
     end = tokenizer.eos_token_id if tokenizer.eos_token_id in stops else stops[0]
     examples: list[Example] = []
     left_out: dict[str, list[str]] = {}
     cut = []
     for (place, row), (_, chunks) in zip(placed, chunked, strict=True):
-        if chunks is None:
-            left_out.setdefault("without an answer to learn" if "messages" in row else "empty", []).append(place)
+        if isinstance(chunks, str):
+            left_out.setdefault(chunks, []).append(place)
             continue
+        written = [next(answers) for _ in chunks]
         example = _joined([(chunk, next(ids)) for chunk in chunks], stops, end)
         if learn_prompt:
             example = Example(example.ids, [False] + [True] * (len(example.ids) - 1))
-        if len(example.ids) <= max_length:
+        if any(not set(stops).isdisjoint(answer[:-1]) for answer in written):
+            left_out.setdefault("an end of sequence inside the answer", []).append(place)
+        elif len(example.ids) <= max_length:
             examples.append(example)
         elif "text" in row:
             cut.append(place)
@@ -290,22 +312,13 @@ def mean_surprise(lm: CausalLM, params: Any, packed: Packed, batch_size: int) ->
 
 def _kind(place: str, row: Row) -> tuple[str, ...]:
     known = {name for kind in KINDS for name in kind}
-    found = [kind for kind in KINDS if set(kind) == known & set(row)]
+    beside = {"prompt"} if "messages" in row else set()  # messages hold their prompt
+    found = [kind for kind in KINDS if set(kind) == known & set(row) - beside]
     if not found:
         listed = ", ".join(map(repr, row)) or "none"
         kinds = ", or ".join(" and ".join(map(repr, kind)) for kind in KINDS)
         raise ValueError(f"{place}: the columns are {listed}; an example has {kinds}, and only one of these")
     return found[0]
-
-
-def _messages(place: str, messages: Any) -> list[Mapping[str, str]]:
-    if isinstance(messages, str):
-        try:
-            messages = json.loads(messages)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place}: the messages are neither a list nor one in JSON ({error})") from error
-    check_messages(place, "the messages", messages)
-    return list(messages)
 
 
 def _check_completion(place: str, prompt: Prompt, completion: Any) -> None:
@@ -332,20 +345,20 @@ def _check_tokenizer(tokenizer: Any, placed: Placed, chat: bool) -> None:
         raise ValueError("the tokenizer has no end-of-sequence token: nothing would say where a completion ends")
 
 
-def _chunks(place: str, row: Row, tokenizer: Any, chat: bool) -> list[_Chunk] | None:
-    """Cut a row where it is tokenised apart; None where it has nothing to learn."""
+def _chunks(place: str, row: Row, tokenizer: Any, chat: bool) -> list[_Chunk] | str:
+    """Cut a row where it is tokenised apart; or say why nothing can be learned from it."""
     if "text" in row:
-        return [_Chunk(row["text"], special=True, learned=True, ends=True)] if row["text"].strip() else None
+        return [_Chunk(row["text"], special=True, learned=True, ends=True)] if row["text"].strip() else "empty"
     if "messages" in row:
         return _turns(place, [], row["messages"], tokenizer)
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(completion, list):
         if not all(message["content"].strip() for message in completion if message["role"] == "assistant"):
-            return None
+            return "empty"
         return _turns(place, prompt, completion, tokenizer)
     if not completion.strip():
-        return None
-    answer = _Chunk(completion, special=False, learned=True, ends=True)
+        return "empty"
+    answer = _Chunk(completion, special=False, learned=True, ends=True, answer=completion)
     if isinstance(prompt, str) and not chat:
         return [_Chunk(prompt, special=True, learned=False, ends=False), answer]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -355,32 +368,29 @@ def _chunks(place: str, row: Row, tokenizer: Any, chat: bool) -> list[_Chunk] | 
 
 def _turns(
     place: str, given: Sequence[Mapping[str, str]], learned: Sequence[Mapping[str, str]], tokenizer: Any
-) -> list[_Chunk] | None:
+) -> list[_Chunk] | str:
     """Render a conversation turn by turn; the assistant's turns after the given ones are learned."""
-    messages, chunks, written = [*given, *learned], [], ""
+    messages, written = [*given, *learned], ""
+    chunks: list[_Chunk] = []
     for number in range(max(len(given), 1), len(messages)):  # an opening by the assistant answers nothing: not learned
-        if messages[number]["role"] != "assistant" or not messages[number]["content"].strip():
+        answer = messages[number]["content"]
+        if messages[number]["role"] != "assistant" or not answer.strip():
             continue
         opened = _render(place, messages[:number], tokenizer, opened=True)
         closed = _render(place, messages[: number + 1], tokenizer, opened=False)
         if not (opened.startswith(written) and closed.startswith(opened)):
-            raise ValueError(
-                f"{place}: the chat template writes message {number} (counted from 0) other than as a continuation of "
-                "what it wrote before, so the tokens of that turn cannot be told: give prompts and completions instead"
-            )
+            return REWRITTEN
         if opened != written:
             chunks.append(_Chunk(opened[len(written) :], special=False, learned=False, ends=False))
-        chunks.append(_Chunk(closed[len(opened) :], special=False, learned=True, ends=True))
+        chunks.append(_Chunk(closed[len(opened) :], special=False, learned=True, ends=True, answer=answer))
         written = closed
-    return chunks or None
+    return chunks or "without an answer to learn"
 
 
 def _render(place: str, messages: Sequence[Mapping[str, str]], tokenizer: Any, *, opened: bool) -> str:
-    from jinja2.exceptions import TemplateError
-
     try:
         return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=opened, tokenize=False))
-    except TemplateError as error:
+    except Exception as error:  # a template is a program of its own: it may fail with anything
         raise ValueError(f"{place}: the chat template refuses the messages ({error})") from error
 
 
@@ -437,12 +447,3 @@ def _best_fit(lengths: Sequence[int], length: int) -> list[list[int]]:
         if room > lengths[number]:
             bisect.insort(rooms, (room - lengths[number], row))
     return rows
-
-
-def _count(places: Sequence[str], name: str) -> str:
-    return f"{len(places)} {name}" if len(places) == 1 else f"{len(places)} {name}s"
-
-
-def _listed(places: Sequence[str]) -> str:
-    more = f" and {len(places) - _MANY} more" if len(places) > _MANY else ""
-    return "; ".join(places[:_MANY]) + more

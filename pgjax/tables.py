@@ -4,12 +4,13 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
 Placed = Sequence[tuple[str, Row]]  # rows, each behind the words that say where it stands
+_MANY = 5  # places that a note lists
 
 
 def read_table(
@@ -60,11 +61,31 @@ def read_table(
     return [(f"{source}, {place}", row) for place, row in numbered]
 
 
-def check_same_columns(placed: Placed) -> None:
+def check_dicts(placed: Placed) -> None:
+    """Check that all rows are dicts from column to value.
+
+    Args:
+      placed: rows with their places.
+
+    Raises:
+      ValueError: naming the place.
+
+    Example:
+      >>> check_dicts([("row 0", "a")])
+      Traceback (most recent call last):
+      ValueError: row 0: 'a' is not a row, a dict from column to value
+    """
+    for place, row in placed:
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{place}: {row!r} is not a row, a dict from column to value")
+
+
+def check_same_columns(placed: Placed, among: Collection[str] | None = None) -> None:
     """Check that all rows have the columns of the first one.
 
     Args:
       placed: rows with their places; at least one.
+      among: the columns that count; None: all.
 
     Raises:
       ValueError: naming the place and the columns.
@@ -74,11 +95,10 @@ def check_same_columns(placed: Placed) -> None:
       Traceback (most recent call last):
       ValueError: row 1: its columns differ from those of the first row in ['n']; give every row the same ones
     """
+    check_dicts(placed)
     for place, row in placed:
-        if not isinstance(row, Mapping):
-            raise ValueError(f"{place}: {row!r} is not a row, a dict from column to value")
-        if set(row) != set(placed[0][1]):
-            odd = sorted(set(row) ^ set(placed[0][1]))
+        odd = sorted(name for name in set(row) ^ set(placed[0][1]) if among is None or name in among)
+        if odd:
             raise ValueError(
                 f"{place}: its columns differ from those of the first row in {odd}; give every row the same ones"
             )
@@ -134,6 +154,66 @@ def check_messages(place: str, name: str, messages: Any) -> None:
         check_text(place, "a message's content", message["content"])
 
 
+def as_messages(value: Any) -> Any:
+    """Read a text that is a JSON list of messages, which is how CSV holds one, as that list.
+
+    Args:
+      value: of a column that may hold messages.
+
+    Returns:
+      The list; any other value as it is.
+
+    Example:
+      >>> as_messages('[{"role": "user", "content": "Hi"}]'), as_messages("[{x}]")
+      ([{'role': 'user', 'content': 'Hi'}], '[{x}]')
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    like = bool(found) and all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in found)
+    return found if like else value
+
+
+def note(done: str, places: Sequence[str], noun: str, rest: str) -> str:
+    """Say what was done to some rows, how many they are, and where the first of them stand.
+
+    Args:
+      done: the verb.
+      places: of the rows; at least one.
+      noun: one of them.
+      rest: what follows the noun.
+
+    Returns:
+      A line.
+
+    Example:
+      >>> note("left out", ["line 2"], "row", ", empty"), note("cut", ["line 3", "line 5"], "text", " into pieces")
+      ('left out 1 row, empty: line 2', 'cut 2 texts into pieces: line 3; line 5')
+    """
+    more = f" and {len(places) - _MANY} more" if len(places) > _MANY else ""
+    plural = "" if len(places) == 1 else "s"
+    return f"{done} {len(places)} {noun}{plural}{rest}: {'; '.join(places[:_MANY])}{more}"
+
+
+def left_out_notes(left_out: Mapping[str, Sequence[str]]) -> list[str]:
+    """Say which rows were left out, a line for each reason.
+
+    Args:
+      left_out: why -> places of the rows.
+
+    Returns:
+      The lines; none where nothing was left out.
+
+    Example:
+      >>> left_out_notes({"empty": ["line 2", "line 5"]})
+      ['left out 2 rows, empty: line 2; line 5']
+    """
+    return [note("left out", places, "row", f", {why}") for why, places in left_out.items()]
+
+
 def _lines(path: Path) -> list[tuple[int, str]]:
     """Split a file into numbered lines, ends kept; only the newline ends a line, no other separator."""
     numbered = []
@@ -156,6 +236,8 @@ def _read_jsonl(path: Path) -> list[tuple[str, Row]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error.msg} at character {error.pos + 1})") from error
+        except (ValueError, RecursionError) as error:  # a number of too many digits, lists too deep
+            raise ValueError(f"{path}, line {number}: JSON that cannot be read ({error})") from error
         if not isinstance(row, dict):
             raise ValueError(f'{path}, line {number}: a {type(row).__name__}, not an object like {{"prompt": "..."}}')
         rows.append((f"line {number}", row))

@@ -10,13 +10,16 @@ import pytest
 import pgjax as pg
 from experiments.rows import load_rows
 from pgjax import train
+from pgjax.models.tokenizer import STOP_IDS
 from pgjax.preferences import (
     Answered,
     Encoded,
+    Reference,
     check_answers,
     check_pairs,
     encode_answers,
     encode_pairs,
+    encode_references,
 )
 from pgjax.reward_learning import calibration, features, pair_batch, pair_metrics, pair_scores, update
 from tests.goldens.reward_cases import END, end_padded_tokenizer, random_params
@@ -66,6 +69,8 @@ def test_every_way_to_write_a_pair_is_read_as_the_same_pair():
     for way in ways:
         (pair,) = check_pairs(placed(way)).kept
         assert pair.chosen == Answered([USER], " blue") and pair.rejected == Answered([USER], " green")
+        in_json = {name: json.dumps(x) if isinstance(x, list) else x for name, x in way.items()}  # as CSV has it
+        assert check_pairs(placed(in_json)).kept == [pair]
     assert check_pairs(placed(row())).kept[0].chosen == Answered("Sky?", " blue")
 
 
@@ -81,7 +86,7 @@ def test_equal_and_empty_answers_are_left_out_with_their_lines_and_the_rest_stay
     pairs = check_pairs(placed(row(), row(chosen=" green"), row(rejected=""), row(chosen=" \n"), row(chosen=" red")))
     assert [pair.place for pair in pairs.kept] == ["line 1", "line 5"]
     assert pairs.notes() == [
-        "left out 1 rows, two equal answers: line 2",
+        "left out 1 row, two equal answers: line 2",
         "left out 2 rows, an empty answer: line 3; line 4",
     ]
     many = check_pairs(placed(row(), *[row(chosen=" green")] * 8)).notes()
@@ -117,8 +122,8 @@ def test_a_row_that_cannot_be_a_pair_is_named_by_its_place(bad, message):
 
 def test_rows_of_other_columns_and_nothing_left_are_named():
     with pytest.raises(ValueError, match="line 2: its columns differ"):
-        check_pairs(placed(row(), row(margin=1.0)))
-    with pytest.raises(ValueError, match="no pair is left to learn from: left out 1 rows, two equal answers: line 1"):
+        check_pairs(placed(row(), {"chosen": [USER, bot("a")], "rejected": [USER, bot("b")]}))
+    with pytest.raises(ValueError, match="no pair is left to learn from: left out 1 row, two equal answers: line 1"):
         check_pairs(placed(row(chosen=" green")))
 
 
@@ -132,6 +137,13 @@ def test_margins_and_columns_that_nobody_asked_for_come_from_json_and_csv_alike(
     assert check_pairs(placed(row())).kept[0].margin == 0
 
 
+def test_columns_that_only_some_rows_have_do_not_count_and_a_missing_margin_is_0():
+    pairs = check_pairs(placed(row(), row(source="web", margin=1.0), row(score=3)))
+    assert [pair.margin for pair in pairs.kept] == [0, 1, 0]
+    references = placed({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b", "source": "web"})
+    assert len(check_answers(references).kept) == 2
+
+
 def test_a_malformed_line_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(row()) + "\n{nonsense\n")
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2: not JSON"):
@@ -139,8 +151,10 @@ def test_a_malformed_line_is_named(tmp_path):
 
 
 def test_reference_rows_need_a_prompt_and_a_completion():
-    assert check_answers(placed({"prompt": "Sky?", "completion": " blue"})) == [Answered("Sky?", " blue")]
-    assert check_answers(placed({"prompt": [USER], "completion": [bot("b")]})) == [Answered([USER], "b")]
+    found = check_answers(placed({"prompt": "Sky?", "completion": " blue"}))
+    assert found.kept == [Reference("line 1", Answered("Sky?", " blue"))] and found.notes() == []
+    found = check_answers(placed({"prompt": [USER], "completion": [bot("b")]}))
+    assert found.kept == [Reference("line 1", Answered([USER], "b"))]
     with pytest.raises(ValueError, match="line 1: there is no column 'completion'"):
         check_answers(placed({"prompt": "Sky?"}))
     with pytest.raises(ValueError, match="line 1: there is no column 'prompt'"):
@@ -191,8 +205,11 @@ def test_no_template_and_a_template_that_refuses_and_no_end_are_errors():
     with pytest.raises(ValueError, match="no chat template"):
         encode_answers([Answered([USER], "a")], bare, chat=False, eos=True)
     bare.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(ValueError, match=r"refuses a prompt \(no system role\).*Sky"):
+    with pytest.raises(ValueError, match=r"answer 0 .*: the prompt cannot be encoded \(no system role\).*Sky"):
         encode_answers([Answered([USER], "a")], bare, chat=False, eos=True)
+    bare.chat_template = "{{ 1 + messages[0]['content'] }}"
+    with pytest.raises(ValueError, match=r"line 1: the prompt cannot be encoded \(unsupported operand.*Sky"):
+        encode_pairs(check_pairs(placed(row(prompt=[USER]))), bare, chat=False, eos=True, max_length=64)
     endless = end_padded_tokenizer()
     endless.eos_token = None
     with pytest.raises(ValueError, match="no end-of-sequence token"):
@@ -207,6 +224,47 @@ def test_a_pair_of_which_one_answer_is_too_long_is_left_out_whole(tokenizer):
     assert found.left_out == {"two equal answers": ["line 3"], "longer than 12 tokens": ["line 2"]}
     with pytest.raises(ValueError, match=r"no pair is left to learn from.*longer than 4 tokens: line 1; line 2"):
         encode_pairs(pairs, tokenizer, chat=False, eos=True, max_length=4)
+
+
+def test_references_that_are_empty_or_too_long_are_left_out_with_their_places(tokenizer):
+    # The bug: one of them stops the run, or is scored though no policy would ever give it, and nobody learns where.
+    texts = (" blue", "", " green and much more", f" a{END} b")
+    references = check_answers(placed(*({"prompt": "Sky?", "completion": text} for text in texts)))
+    found = encode_references(references, tokenizer, chat=False, eos=True, max_length=12)
+    assert found.kept == encode_answers([Answered("Sky?", " blue")], tokenizer, chat=False, eos=True)
+    assert found.notes() == [
+        "left out 1 row, an empty answer: line 2",
+        "left out 1 row, longer than 12 tokens: line 3",
+        "left out 1 row, an end of sequence inside the answer: line 4",
+    ]
+    with pytest.raises(ValueError, match="no reference is left: left out 1 row, an empty answer: line 1"):
+        check_answers(placed({"prompt": "Sky?", "completion": " "}))
+    with pytest.raises(ValueError, match=r"no reference is left: .*longer than 3 tokens: line 1"):
+        encode_references(references, tokenizer, chat=False, eos=True, max_length=3)
+
+
+def test_an_end_of_sequence_inside_an_answer_leaves_the_pair_out(tokenizer):
+    pairs = check_pairs(placed(row(), row(rejected=f" a{END} b"), row(chosen=f" blue{END}")))
+    found = encode_pairs(pairs, tokenizer, chat=False, eos=True, max_length=64)
+    assert found.left_out == {"an end of sequence inside the answer": ["line 2"]} and found.kept[0] == found.kept[1]
+
+
+def test_any_of_the_models_stop_ids_ends_an_answer():
+    # The bug: an answer that ends with the model's other stop id got a second end, inside which the first one stood.
+    several = end_padded_tokenizer("<|bos|>")
+    other = several.convert_tokens_to_ids("<|bos|>")
+    several.init_kwargs[STOP_IDS] = [several.eos_token_id, other]
+    (ids,) = encode_answers([Answered("a", "b<|bos|>")], several, chat=False, eos=True)
+    assert ids[-1] == other and several.eos_token_id not in ids
+
+
+def test_answers_of_other_texts_and_equal_ids_are_equal(tokenizer):
+    # The bug: a pair whose scores are always the same counts as wrong for ever, and its gradient is 0.
+    pairs = check_pairs(placed(row(), row(chosen=" green"), row(chosen=f" green{END}")))
+    found = encode_pairs(pairs, tokenizer, chat=False, eos=True, max_length=64)
+    assert found.left_out == {"two equal answers": ["line 2", "line 3"]} and len(found.kept) == 1
+    assert pairs.left_out == {"two equal answers": ["line 2"]}
+    assert len(encode_pairs(pairs, tokenizer, chat=False, eos=False, max_length=64).kept) == 2
 
 
 # --- learning --------------------------------------------------------------------------------------------------------

@@ -34,6 +34,11 @@ def test_messages_are_prompts(tmp_path: Path) -> None:
     assert rows[0]["prompt"][1] == {"role": "user", "content": "hi"}
 
 
+def test_messages_in_a_csv_cell_are_a_prompt_of_messages_not_a_text(tmp_path: Path) -> None:
+    rows = read_rows(write(tmp_path, "p.csv", 'prompt\n"[{""role"": ""user"", ""content"": ""hi""}]"\n'))
+    assert rows == [{"prompt": [{"role": "user", "content": "hi"}]}]
+
+
 def test_csv_quotes_and_byte_order_mark(tmp_path: Path) -> None:
     text = '\ufeffprompt,topic\r\n"Say ""hi"",\nplease",x\r\n\r\n b ,\r\n'
     rows = read_rows(write(tmp_path, "p.csv", text))

@@ -136,9 +136,9 @@ def test_rows_left_out_are_counted_and_printed_with_their_lines(source, tmp_path
     reward_model.main(config)
     printed = capsys.readouterr().out
     for line in (
-        f"left out 1 rows, two equal answers: {path}, line 25",
-        f"left out 1 rows, an empty answer: {path}, line 26",
-        f"left out 1 rows, longer than 64 tokens: {path}, line 27",
+        f"left out 1 row, two equal answers: {path}, line 25",
+        f"left out 1 row, an empty answer: {path}, line 26",
+        f"left out 1 row, longer than 64 tokens: {path}, line 27",
     ):
         assert line in printed
 
@@ -150,9 +150,19 @@ def test_references_of_their_own_are_what_the_scores_are_normalised_on(source, t
     reward_model.main(config)
     rm, params, tokenizer = pg.load_reward_model(config.output / "model")
     answers = preferences.check_answers([("", row) for row in given])
-    ids = preferences.encode_answers(answers, tokenizer, chat=False, eos=True)
+    ids = preferences.encode_references(answers, tokenizer, chat=False, eos=True, max_length=64).kept
     scores = reward_learning.features(rm, params, ids, batch_size=8) @ np.asarray(params["score"]["kernel"])
     assert abs(scores.mean()) < 1e-4 and abs(scores.std() - 1) < 1e-4
+
+
+def test_references_that_are_all_the_same_are_refused_before_training(source, tmp_path, capsys):
+    # The bug: the run fails after all its updates, when it comes to normalise on them.
+    same = [{"prompt": "sky:", "completion": text} for text in (" sun+", " sun+", "")]
+    path = write(tmp_path / "reference.jsonl", same)
+    with pytest.raises(ValueError, match=r"reference\.jsonl: all references are the same"):
+        reward_model.main(dataclasses.replace(source, reference=path, output=tmp_path / "run"))
+    assert f"references: left out 1 row, an empty answer: {path}, line 3" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ END = TOKENIZER.eos_token_id
 USER, BOT = ({"role": role, "content": text} for role, text in (("user", "is it fine?"), ("assistant", "a fine film")))
 
 
-def placed(*rows: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return [(f"line {i}", dict(row)) for i, row in enumerate(rows, start=1)]
+def placed(*rows: Any) -> list[tuple[str, Any]]:
+    return [(f"line {i}", row) for i, row in enumerate(rows, start=1)]
 
 
 def encode(*rows: Mapping[str, Any], chat: bool = False, max_length: int = 200, **options: Any) -> supervised.Examples:
@@ -73,6 +73,8 @@ def test_messages_and_prompt_with_completion_give_the_same_example():
     ]
     for row in others:
         assert encode(row).examples == [by_messages]
+        in_json = {name: json.dumps(x) if isinstance(x, list) else x for name, x in row.items()}  # as CSV has it
+        assert encode(in_json).examples == [by_messages]
     assert encode({"prompt": USER["content"], "completion": BOT["content"]}, chat=True).examples == [by_messages]
     assert encode({"messages": json.dumps([USER, BOT])}).examples == [by_messages]  # as CSV has it
 
@@ -87,6 +89,27 @@ def test_a_turn_that_answers_nothing_is_not_learned():
     assert learned_text(example) == "a fine film<|endoftext|>"
 
 
+def test_rows_that_a_template_does_not_write_turn_by_turn_are_left_out_and_the_rest_is_learned():
+    # The bug: a template that drops earlier reasoning stops the whole file at the first such row.
+    tokenizer = train_tokenizer(["a"], 280)
+    tokenizer.chat_template = TOKENIZER.chat_template.replace("{%", "{% if messages|length < 4 %}{%", 1) + "{% endif %}"
+    rows = check_examples(placed({"messages": [USER, BOT]}, {"messages": [USER, BOT, USER, BOT]}))
+    found = encode_examples(rows, tokenizer, chat=False, max_length=200)
+    assert len(found.examples) == 1 and found.left_out == {supervised.REWRITTEN: ["line 2"]}
+
+
+def test_an_end_of_sequence_inside_an_answer_leaves_the_row_out_rather_than_cut_it():
+    # The bug: what comes after the token is lost in silence, and the answer is learned as if it ended there.
+    odd = "a film<|endoftext|> a dull one"
+    rows = [{"prompt": "a", "completion": text} for text in ("fine", odd, "fine<|endoftext|>")]
+    found = encode(*rows)
+    assert len(found.examples) == 2
+    assert found.notes() == ["left out 1 row, an end of sequence inside the answer: line 2"]
+    found = encode({"messages": [USER, BOT, USER, BOT]}, {"messages": [USER, {**BOT, "content": odd}, USER, BOT]})
+    assert found.left_out == {"an end of sequence inside the answer": ["line 2"]} and len(found.examples) == 1
+    assert len(encode({"text": odd}).examples) == 1  # a text may hold documents
+
+
 def test_a_template_that_rewrites_what_it_wrote_is_refused():
     tokenizer = train_tokenizer(["a"], 280)
     last_only = (
@@ -94,7 +117,12 @@ def test_a_template_that_rewrites_what_it_wrote_is_refused():
     )
     tokenizer.chat_template = last_only  # forgets the earlier turns
     rows = check_examples(placed({"messages": [USER, BOT]}))
-    with pytest.raises(ValueError, match=r"line 1: the chat template writes message 1"):
+    with pytest.raises(
+        ValueError, match=r"no row is left to learn from: left out 1 row, the chat template writes a turn"
+    ):
+        encode_examples(rows, tokenizer, chat=False, max_length=200)
+    tokenizer.chat_template = "{{ 1 + messages[0]['content'] }}"
+    with pytest.raises(ValueError, match=r"line 1: the chat template refuses the messages \(unsupported operand"):
         encode_examples(rows, tokenizer, chat=False, max_length=200)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ValueError, match=r"line 1: the chat template refuses the messages.*roles must alternate"):
@@ -138,6 +166,8 @@ def test_what_cannot_be_learned_is_left_out_counted_and_named():
         ([{"prompt": "a", "answer": "b"}], "line 1: the columns are 'prompt', 'answer'; an example has"),
         ([{}], "line 1: the columns are none"),
         ([{"prompt": "a", "completion": "b", "text": "c"}], "line 1: .*only one of these"),
+        ([{"prompt": "a", "completion": "b", "messages": [USER, BOT]}], "line 1: .*only one of these"),
+        ([{"text": "a"}, "b"], "line 2: 'b' is not a row"),
         ([{"text": "a"}, {"prompt": "a", "completion": "b"}], "line 2: its columns differ"),
         ([{"text": "a"}, {"text": None}], "line 2: the text is None, not a text"),
         ([{"prompt": "a", "completion": 3}], "line 1: the completion is 3, not a text"),
@@ -155,6 +185,10 @@ def test_a_bad_row_is_named_with_its_columns(rows, said):
 
 def test_further_columns_are_ignored():
     assert check_examples(placed({"text": "a", "source": "web"})) == [("line 1", {"text": "a"})]
+    more = check_examples(placed({"text": "a"}, {"text": "b", "source": "web"}))  # in one row and not in the other
+    assert [row for _, row in more] == [{"text": "a"}, {"text": "b"}]
+    both = {"prompt": "is it fine?", "messages": [USER, BOT]}  # as UltraChat has it
+    assert check_examples(placed(both)) == [("line 1", {"messages": [USER, BOT]})]
 
 
 def test_plain_texts_and_chat_do_not_go_together():

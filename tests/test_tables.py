@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from experiments.rows import load_rows
 from pgjax.prompts import check_rows
-from pgjax.tables import check_messages, check_same_columns, read_table
+from pgjax.tables import as_messages, check_messages, check_same_columns, read_table
 
 
 def rows_here():
@@ -40,6 +40,30 @@ def test_a_csv_field_may_be_longer_than_the_module_allows_by_default(tmp_path: P
     path = tmp_path / "t.csv"
     path.write_text(f"text\n{'x' * 200_000}\n")
     assert len(read_table(path)[0][1]["text"]) == 200_000
+
+
+@pytest.mark.parametrize("bad", ['{"n": ' + "1" * 5000 + "}", '{"n": ' + "[" * 200_000])
+def test_json_that_python_refuses_to_read_is_named_by_its_line(tmp_path: Path, bad: str) -> None:
+    # The bug: a number of thousands of digits, or lists too deep, end in an error without file and line.
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "a"}\n' + bad + "\n")
+    with pytest.raises(ValueError, match=r"t\.jsonl, line 2: "):
+        read_table(path)
+
+
+def test_a_text_is_read_as_messages_only_where_it_is_a_json_list_of_them() -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    assert as_messages(json.dumps(messages)) == as_messages(messages) == messages
+    for text in (
+        "hi",
+        "[]",
+        "[1]",
+        '[{"a": 1}]',
+        "[{'role': 'user'",
+        '{"role": "user", "content": "hi"}',
+        "[" * 200_000,
+    ):
+        assert as_messages(text) == text
 
 
 def test_parquet_keeps_messages(tmp_path: Path) -> None:
@@ -113,6 +137,10 @@ def test_a_function_gives_rows_and_its_bad_rows_are_named() -> None:
 def test_rows_that_differ_are_named(second, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         check_same_columns([("line 1", {"text": "a"}), ("line 2", second)])
+
+
+def test_only_the_columns_that_count_are_compared() -> None:
+    check_same_columns([("line 1", {"text": "a"}), ("line 2", {"text": "b", "source": "web"})], ("text",))
 
 
 @pytest.mark.parametrize(

@@ -142,9 +142,9 @@ def normalized(params: Params, features: np.ndarray, *, ridge: float = 1e-2) -> 
     The saved layout has one linear map and no bias, so both go into what there is. The scale goes into the kernel. The
     shift goes into the last norm's bias where there is one (GPT-2), along the kernel: the same constant for every input.
     An RMS norm has none: there the kernel moves along v, the ridge regression of the constant 1 on the features, scaled
-    so that v . mean(features) = 1. Then the mean over the reference samples is 0 exactly, and the shift of another input
-    is the constant as far as v . features is 1 there; its spread is reported (Stiennon et al. 2020 normalise likewise,
-    once, before reinforcement learning).
+    so that v . mean(features) = 1. Then the mean over the reference samples is 0 up to the rounding of the
+    parameters' dtype, and the shift of another input is the constant as far as v . features is 1 there; its spread is
+    reported (Stiennon et al. 2020 normalise likewise, once, before reinforcement learning).
 
     Args:
         params: of a reward model.
