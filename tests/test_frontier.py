@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import pgjax as pg
-from benchmarks import frontier
+from benchmarks import frontier, frontier_report
 from tests.tiny_model import save_tiny_model
 
 WORDS = ("good", "bad", "fine", "awful", "great", "sad", "nice", "ugly")
@@ -91,7 +91,7 @@ def test_the_sampled_optimum_is_the_tilted_distribution():
     for beta in (0.2, 0.5):
         tilted = chances * np.exp(outcomes / beta)
         tilted /= tilted.sum()
-        found = frontier.optimum_row(scores, beta)
+        found = frontier_report.optimum_row(scores, beta)
         assert found["score"] == pytest.approx(tilted @ outcomes, abs=0.01)
         assert found["kl"] == pytest.approx(tilted @ np.log(tilted / chances), abs=0.02)
         assert found["objective"] == pytest.approx(found["score"] - 0.05 * found["kl"])
@@ -99,8 +99,8 @@ def test_the_sampled_optimum_is_the_tilted_distribution():
 
 def test_best_of_one_is_the_mean_and_has_no_kl():
     scores = np.random.default_rng(1).normal(size=(3, 16))
-    assert frontier.best_of_row(scores, 1) == {"n": 1, "score": pytest.approx(scores.mean()), "kl": 0.0}
-    assert frontier.best_of_row(scores, 16)["score"] == pytest.approx(scores.max(1).mean())
+    assert frontier_report.best_of_row(scores, 1) == {"n": 1, "score": pytest.approx(scores.mean()), "kl": 0.0}
+    assert frontier_report.best_of_row(scores, 16)["score"] == pytest.approx(scores.max(1).mean())
 
 
 def test_every_method_has_arguments_for_every_number_of_episodes():
