@@ -6,18 +6,25 @@ t - 1. `token_frame` moves what was computed at a position to the token that it 
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from pgjax.masking import as_float, where_mask
 
 _State = TypeVar("_State")
 _Forward = tuple[jax.Array, jax.Array, jax.Array]  # largest logit, sum of exp, the tokens' logits: [B, T] each
 _Backward = tuple[jax.Array, jax.Array]  # gradients of hidden [B, T, D] and unembedding [V, D]
+
+
+class _Split(NamedTuple):
+    """The axes of the mesh that split the unembedding where the rule below runs; None: it is whole there."""
+
+    vocab: str | None
+    width: str | None
 
 
 def token_frame(x: jax.Array) -> jax.Array:
@@ -173,50 +180,59 @@ def _over_blocks(step: Callable[[_State, jax.Array, int], _State], state: _State
     return state if rest == 0 else step(state, jnp.asarray(count * size, jnp.int32), rest)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _linear_logprobs(
-    hidden: jax.Array, unembedding: jax.Array, ids: jax.Array, temperature: jax.Array, chunk_size: int
+    hidden: jax.Array, unembedding: jax.Array, ids: jax.Array, temperature: jax.Array, chunk_size: int, split: _Split
 ) -> jax.Array:
-    return _linear_forward(hidden, unembedding, ids, temperature, chunk_size)[0]
+    return _linear_forward(hidden, unembedding, ids, temperature, chunk_size, split)[0]
 
 
 def _linear_forward(
-    hidden: jax.Array, unembedding: jax.Array, ids: jax.Array, temperature: jax.Array, chunk_size: int
+    hidden: jax.Array, unembedding: jax.Array, ids: jax.Array, temperature: jax.Array, chunk_size: int, split: _Split
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    dtype, vocab_size = temperature.dtype, unembedding.shape[0]
+    dtype = temperature.dtype
+    whole = _whole_width(unembedding, hidden.dtype, split)
+    here = _ids_here(ids, unembedding, split)
 
     def step(state: _Forward, start: jax.Array, size: int) -> _Forward:
         top, total, picked = state
-        block = jax.lax.dynamic_slice_in_dim(unembedding, start, size).astype(hidden.dtype)
+        block = jax.lax.dynamic_slice_in_dim(whole, start, size).astype(hidden.dtype)
         logits = _block_logits(hidden, block, temperature)
         new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
         sums = jnp.sum(jnp.exp(logits - new_top[..., None]), axis=-1)
-        picked += _picked(logits, ids - start)
+        picked += _picked(logits, here - start)
         return new_top, total * jnp.exp(top - new_top) + sums, picked
 
     nothing = jnp.zeros_like(ids, dtype=dtype)
     first = (jnp.full_like(nothing, -jnp.inf), nothing, nothing)
-    top, total, picked = _over_blocks(step, first, vocab_size, chunk_size)
+    top, total, picked = _over_blocks(step, first, unembedding.shape[0], min(chunk_size, unembedding.shape[0]))
+    known = (here >= 0) & (here < unembedding.shape[0])
+    if split.vocab is not None:  # each device saw its own part of the vocabulary
+        highest = jax.lax.pmax(top, split.vocab)
+        sums = total * jnp.exp(top - highest), picked, known.astype(jnp.int32)
+        total, picked, found = jax.lax.psum(sums, split.vocab)
+        top, known = highest, found > 0
     normalizer = top + jnp.log(total)
-    logprobs = _or_nan((ids >= 0) & (ids < vocab_size), picked - normalizer)
-    return logprobs, (hidden, unembedding, ids, temperature, normalizer)
+    return _or_nan(known, picked - normalizer), (hidden, unembedding, ids, temperature, normalizer, known)
 
 
 def _linear_backward(
-    chunk_size: int, saved: tuple[jax.Array, ...], cotangent: jax.Array
+    chunk_size: int, split: _Split, saved: tuple[jax.Array, ...], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array, None, jax.Array]:
-    hidden, unembedding, ids, temperature, normalizer = saved
+    hidden, unembedding, ids, temperature, normalizer, known = saved
+    whole = _whole_width(unembedding, hidden.dtype, split)
+    here = _ids_here(ids, unembedding, split)
     # A place without cotangent adds exactly nothing, whatever stands in its hidden state.
-    live = (cotangent != 0) & (ids >= 0) & (ids < unembedding.shape[0])
+    live = (cotangent != 0) & known
     h = where_mask(jnp.broadcast_to(live[..., None], hidden.shape), hidden)
     normalizer, weights = where_mask(live, normalizer), where_mask(live, cotangent) / temperature
     dtype = normalizer.dtype
 
     def step(state: _Backward, start: jax.Array, size: int) -> _Backward:
         d_hidden, d_unembedding = state
-        block = jax.lax.dynamic_slice_in_dim(unembedding, start, size).astype(hidden.dtype)
+        block = jax.lax.dynamic_slice_in_dim(whole, start, size).astype(hidden.dtype)
         logits = _block_logits(h, block, temperature)
-        hit = jax.lax.broadcasted_iota(ids.dtype, logits.shape, 2) == (ids - start)[..., None]
+        hit = jax.lax.broadcasted_iota(ids.dtype, logits.shape, 2) == (here - start)[..., None]
         d_logits = weights[..., None] * (hit.astype(dtype) - jnp.exp(logits - normalizer[..., None]))
         d_logits = d_logits.astype(h.dtype)
         d_hidden += jnp.einsum("btv,vd->btd", d_logits, block, preferred_element_type=dtype)
@@ -224,12 +240,27 @@ def _linear_backward(
         return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_unembedding, d_block, start, axis=0)
 
     # Both sums stay wide until the end: XLA on CPU would rewrite all of a 16-bit d_unembedding at every block.
-    first = (jnp.zeros_like(hidden, dtype=dtype), jnp.zeros_like(unembedding, dtype=dtype))
-    d_hidden, d_unembedding = _over_blocks(step, first, unembedding.shape[0], chunk_size)
-    return d_hidden.astype(hidden.dtype), d_unembedding.astype(unembedding.dtype), None, jnp.zeros_like(temperature)
+    first = (jnp.zeros_like(hidden, dtype=dtype), jnp.zeros_like(whole, dtype=dtype))
+    d_hidden, d_whole = _over_blocks(step, first, unembedding.shape[0], min(chunk_size, unembedding.shape[0]))
+    if split.width is not None:
+        # By a leading axis of its own: inside a learner, XLA on TPU forms no reduce-scatter of columns.
+        parts = d_whole.reshape(d_whole.shape[0], -1, unembedding.shape[1]).swapaxes(0, 1)
+        d_whole = jax.lax.psum_scatter(parts, split.width, scatter_dimension=0)
+    return d_hidden.astype(hidden.dtype), d_whole.astype(unembedding.dtype), None, jnp.zeros_like(temperature)
 
 
 _linear_logprobs.defvjp(_linear_forward, _linear_backward)
+
+
+def _whole_width(unembedding: jax.Array, dtype: jnp.dtype, split: _Split) -> jax.Array:
+    if split.width is None:
+        return unembedding
+    return jax.lax.all_gather(unembedding.astype(dtype), split.width, axis=1, tiled=True)  # in the narrower type
+
+
+def _ids_here(ids: jax.Array, unembedding: jax.Array, split: _Split) -> jax.Array:
+    """Count ids from the first row of this device's part of the vocabulary."""
+    return ids if split.vocab is None else ids - jax.lax.axis_index(split.vocab) * unembedding.shape[0]
 
 
 def _varying_alike(*xs: jax.Array) -> tuple[jax.Array, ...]:
@@ -248,8 +279,9 @@ def linear_token_logprobs(
     *,
     temperature: jax.typing.ArrayLike = 1.0,
     chunk_size: int = 1024,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     batch_axes: tuple[str, ...] = ("data", "fsdp"),
+    unembedding_axes: tuple[str | None, str | None] = (None, None),
 ) -> jax.Array:
     """Compute the tokens' log-probabilities from hidden states, never holding the logits of the whole batch.
 
@@ -259,7 +291,8 @@ def linear_token_logprobs(
     way takes a few times B * T * V.
 
     With parameters sharded over a mesh, pass `mesh`: the unembedding is gathered once before the loop and its
-    gradient reduced once after it, so the loop holds no communication.
+    gradient reduced once after it, so the loop holds no communication. Where the vocabulary is split, it stays so: each
+    device loops over its own part, and the sums are put together after the loop.
 
     Args:
       hidden: [B, T, D], the model's last hidden states, float32 or bfloat16 (products accumulate in float32).
@@ -270,13 +303,14 @@ def linear_token_logprobs(
       mesh: devices to split the rows over, under `jit`; None inside the caller's own `shard_map` or `pmap`,
         or on one device.
       batch_axes: the axes of `mesh` that split B; their sizes' product divides B.
+      unembedding_axes: the axes of `mesh` that split V and D of the unembedding, each None or dividing it; that of V is
+        none of `batch_axes`, that of D is one of them. D's gradient comes back as a reduce-scatter.
 
     Returns:
       [B, T] float32, in nats; entry 0 is 0. Gradients come back in the dtypes of `hidden` and `unembedding`.
 
     Raises:
-      ValueError: `temperature` is a number not above 0, `chunk_size` is below 1, or `mesh` lacks one of
-        `batch_axes`.
+      ValueError: `temperature` is a number not above 0, `chunk_size` is below 1, or the axes are not those of `mesh`.
       AssertionError: the shapes don't fit.
 
     Example:
@@ -292,16 +326,29 @@ def linear_token_logprobs(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     scale = jnp.asarray(temperature).astype(as_float(hidden).dtype)
-    size = min(chunk_size, unembedding.shape[0])
+    split = _Split(None, None) if mesh is None else _Split(*unembedding_axes)
 
     def rows(h: jax.Array, w: jax.Array, ids: jax.Array, t: jax.Array) -> jax.Array:
-        return _linear_logprobs(*_varying_alike(h, w, ids, t), size)
+        return _linear_logprobs(*_varying_alike(h, w, ids, t), chunk_size, split)
 
     if mesh is not None:
-        absent = [axis for axis in batch_axes if axis not in mesh.axis_names]
-        if absent:
-            raise ValueError(f"batch_axes {absent} are not axes of the mesh, which has {mesh.axis_names}")
-        unembedding = unembedding.astype(hidden.dtype)  # gathered in the narrower type
-        split, whole = PartitionSpec(batch_axes), PartitionSpec()
-        rows = jax.shard_map(rows, mesh=mesh, in_specs=(split, whole, split, whole), out_specs=split)
+        _check_axes(mesh, batch_axes, split)
+        if split.width is None:
+            unembedding = unembedding.astype(hidden.dtype)  # gathered in the narrower type
+        by_row = PartitionSpec(batch_axes)
+        specs = (by_row, PartitionSpec(*split), by_row, PartitionSpec())
+        rows = jax.shard_map(rows, mesh=mesh, in_specs=specs, out_specs=by_row)
     return token_frame(rows(hidden, unembedding, _next_tokens(tokens), scale))
+
+
+def _check_axes(mesh: Mesh | AbstractMesh, batch_axes: tuple[str, ...], split: _Split) -> None:
+    absent = [axis for axis in (*batch_axes, *split) if axis is not None and axis not in mesh.axis_names]
+    if absent:
+        raise ValueError(
+            f"{absent} of batch_axes and unembedding_axes are not axes of the mesh, which has {mesh.axis_names}"
+        )
+    if split.vocab in batch_axes or (split.width is not None and split.width not in batch_axes):
+        raise ValueError(
+            f"unembedding_axes {tuple(split)}: the axis of the vocabulary must not be one of batch_axes {batch_axes}, and "
+            "that of the width must be one"
+        )

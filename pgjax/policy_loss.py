@@ -10,11 +10,12 @@ import jax.numpy as jnp
 
 from pgjax import train
 from pgjax.kl import kl_k3
-from pgjax.logprobs import linear_token_logprobs, token_entropy
+from pgjax.logprobs import token_entropy
 from pgjax.losses import clipped_surrogate_loss, policy_gradient_loss, surrogate_diagnostics, value_loss
 from pgjax.masking import masked_mean, where_mask
 from pgjax.models.causal_lm import CausalLM, logits_of
-from pgjax.models.heads import token_values
+from pgjax.models.heads import head_logprobs, token_values
+from pgjax.sharding import constrain
 
 
 class Batch(NamedTuple):
@@ -108,7 +109,7 @@ def ppo_loss(
     window = batch.mask.shape[1]
     hidden = lm.hidden(params["lm"], batch.tokens, batch.attention_mask)[:, -window:]
     unembedding, tokens = lm.unembedding(params["lm"]), batch.tokens[:, -window:]
-    logprobs = linear_token_logprobs(hidden, unembedding, tokens, temperature=temperature)
+    logprobs = head_logprobs(hidden, unembedding, tokens, temperature=temperature)
 
     def weighted(x: jax.Array) -> jax.Array:
         return x if batch.weights is None else x * batch.weights
@@ -142,7 +143,8 @@ def ppo_loss(
         metrics["loss/kl_avg"] = penalty
         loss = loss + kl_loss_coef * penalty
     if entropy_coef != 0:
-        entropy = token_entropy(logits_of(hidden, unembedding), temperature=temperature)
+        logits = constrain(logits_of(hidden, unembedding), "batch", None, "vocab")
+        entropy = token_entropy(logits, temperature=temperature)
         loss = loss - entropy_coef * masked_mean(entropy, batch.mask)
     return loss, metrics
 

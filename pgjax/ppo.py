@@ -28,6 +28,7 @@ from pgjax.models.causal_lm import CausalLM, logits_of
 from pgjax.models.heads import token_values
 from pgjax.policy_loss import Batch, ppo_loss, token_weights
 from pgjax.rollout import Rollout
+from pgjax.sharding import ambient_mesh, check_batch, constrain, constrain_batch
 
 
 class Scored(NamedTuple):
@@ -80,26 +81,33 @@ def score(
     def part(xs: tuple[jax.Array, jax.Array]) -> Scored:
         tokens, attention_mask = xs
         hidden = lm.hidden(params["lm"], tokens, attention_mask)[:, -window:]
-        logits = logits_of(hidden, lm.unembedding(params["lm"]))
-        return Scored(
-            token_logprobs(logits, tokens[:, -window:], temperature=temperature),
-            token_values(params["value"], hidden),
-            token_entropy(logits, temperature=temperature),
+        logits = constrain(logits_of(hidden, unembedding), "batch", None, "vocab")
+        return constrain_batch(
+            Scored(
+                token_logprobs(logits, tokens[:, -window:], temperature=temperature),
+                token_values(params["value"], hidden),
+                token_entropy(logits, temperature=temperature),
+            )
         )
 
+    check_batch(ambient_mesh(), len(tokens) // parts, "each part")
+    # Gathered over fsdp once: XLA on TPU would do it again in each part.
+    unembedding = constrain(lm.unembedding(params["lm"]).astype(lm.dtype), "vocab")
     split = jax.tree.map(lambda x: x.reshape(parts, -1, x.shape[1]), (tokens, attention_mask))
-    return jax.tree.map(lambda x: x.reshape(-1, window), jax.lax.map(part, split))
+    split = jax.tree.map(lambda x: constrain(x, None, "batch"), split)  # each part on all devices
+    return constrain_batch(jax.tree.map(lambda x: x.reshape(-1, window), jax.lax.map(part, split)))
 
 
 def baselined(
-    kind: str, returns: jax.Array, values: jax.Array, totals: jax.Array, mask: jax.Array,
+    kind: str, returns: jax.Array, values: jax.Array, scores: jax.Array, totals: jax.Array, mask: jax.Array,
     *, group_size: int, normalize: bool,
 ) -> jax.Array:  # fmt: skip
     """Compare returns with what was to be expected: the advantages of PPO, RLOO, GRPO and REINFORCE.
 
     - "value": returns - values, whitened over all sampled tokens; PPO with a critic.
-    - "leave-one-out": returns - the mean total of the prompt's other completions; RLOO, Ahmadian et al. (2024), "Back to
-      Basics". Unbiased: the baseline does not depend on the row that it is taken from.
+    - "leave-one-out": returns - the mean of what the prompt's other completions still earn from the same token on: their
+      score, and the penalties that are still to come; RLOO, Ahmadian et al. (2024), "Back to Basics", token by token.
+      Unbiased: the baseline does not depend on the row that it is taken from.
     - "group": at every token, the total against its group's; GRPO (Shao et al. 2024), Dr. GRPO without `normalize`.
     - "none": the returns themselves; Williams (1992).
 
@@ -107,7 +115,8 @@ def baselined(
         kind: one of the four.
         returns: [B, W] reward units, what is still to come at each token.
         values: [B, W] reward units; looked at by "value" alone.
-        totals: [B] reward units, each sequence's whole reward; rows of one prompt are adjacent.
+        scores: [B] reward units, what each sequence earns at its end; rows of one prompt are adjacent.
+        totals: [B] reward units, each sequence's whole reward.
         mask: [B, W] boolean.
         group_size: completions a prompt, at least 2, for "leave-one-out" and "group".
         normalize: whether "group" divides by the group's standard deviation.
@@ -119,15 +128,16 @@ def baselined(
         ValueError: an unknown kind, or a group size that does not fit.
 
     >>> ones = jnp.ones((2, 1))
-    >>> totals = jnp.array([1.0, 3.0])
-    >>> baselined("leave-one-out", totals[:, None], ones, totals, ones > 0, group_size=2, normalize=True).tolist()
+    >>> scores = jnp.array([1.0, 3.0])
+    >>> baselined("leave-one-out", scores[:, None], ones, scores, scores, ones > 0, group_size=2, normalize=True).tolist()
     [[-2.0], [2.0]]
     """
     if kind == "value":
         return masked_whiten(returns - values, mask)
     if kind == "leave-one-out":
-        baseline = leave_one_out_baseline(totals, group_size=group_size)
-        return where_mask(mask, returns - baseline[:, None])
+        earned = scores[:, None] + jnp.where(mask, returns - scores[:, None], 0.0)  # its score alone, once it has ended
+        of_others = functools.partial(leave_one_out_baseline, group_size=group_size)
+        return where_mask(mask, returns - jax.vmap(of_others, in_axes=1, out_axes=1)(earned))
     if kind == "group":
         compared = group_advantages(totals, group_size=group_size, normalize=normalize)
         return where_mask(mask, jnp.broadcast_to(compared[:, None], mask.shape))
@@ -184,8 +194,9 @@ def experience(
     rewards = kl_shaped_rewards(scores, kl, mask, kl_coef=kl_coef)
     returns = monte_carlo_returns(rewards, mask, discount=discount)
     advantages = baselined(
-        advantage, returns, policy.values, rewards.sum(1), mask, group_size=group_size, normalize=normalize_group
-    )
+        advantage, returns, policy.values, scores, rewards.sum(1), mask,
+        group_size=group_size, normalize=normalize_group,
+    )  # fmt: skip
     sampled = rollout.logprobs[:, -mask.shape[1] :]
     if importance_cap is not None:
         advantages *= truncated_importance_weights(policy.logprobs, sampled, mask, cap=importance_cap)
@@ -289,7 +300,7 @@ def update(
     >>> int(state.updates), bool(metrics["train/healthy"])
     (1, True)
     """
-    part = jax.tree.map(lambda x: x[order[number]], batch)
+    part = constrain_batch(jax.tree.map(lambda x: x[order[number]], batch))
     part = part._replace(weights=token_weights(part.mask, reduce))
     loss_fn = functools.partial(ppo_loss, **options)
     grad, metrics = train.accumulate(loss_fn, state.params, part, part.mask.sum(1), microbatches)

@@ -13,9 +13,11 @@ import numpy as np
 
 from pgjax import train
 from pgjax.data import bucket_length
+from pgjax.distributed import fetch
 from pgjax.losses import preference_loss
 from pgjax.models.reward_model import RewardModel
 from pgjax.preferences import Encoded
+from pgjax.sharding import batch_sharding, mesh_of, place
 
 
 class PairBatch(NamedTuple):
@@ -249,13 +251,15 @@ def _in_batches(
     program: Any, rm: RewardModel, params: Any, rows: Sequence[Sequence[int]], batch_size: int
 ) -> np.ndarray:
     """Run a program over rows of like length together; a short last batch is filled up."""
+    mesh = mesh_of(params)
+    rows_sharding = None if mesh is None else batch_sharding(mesh, batch_size)
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
     out: list[np.ndarray] = [np.empty(0)] * len(rows)
     for begin in range(0, len(order), batch_size):
         numbers = order[begin : begin + batch_size]
         length = min(bucket_length(len(rows[numbers[0]])), rm.arch.max_positions)
         batch = right_pad([rows[number] for number in (numbers * batch_size)[:batch_size]], length)
-        found = jax.device_get(program(rm, params, *jax.device_put(batch)))
+        found = fetch(program(rm, params, *place(batch, rows_sharding)))
         for number, value in zip(numbers, found, strict=False):
             out[number] = value
     return np.stack(out)

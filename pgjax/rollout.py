@@ -13,6 +13,16 @@ import numpy as np
 from pgjax.data import bucket_length
 from pgjax.models.causal_lm import CausalLM, Params, decode_params, logits_of
 from pgjax.sampling import draw, filter_logits
+from pgjax.sharding import (
+    batch_sharding,
+    check_batch,
+    constrain,
+    constrain_batch,
+    entered,
+    mesh_of,
+    place,
+    replicated,
+)
 
 
 class Rollout(NamedTuple):
@@ -44,11 +54,12 @@ def sample(
     tokens[i, t] ~ softmax(filter(logits / temperature)) given tokens[i, :t], with the randomness
     fold_in(fold_in(key, i), position): a row's sample depends neither on the other rows, nor on padding or sharding.
     Compiles once for a batch size, a prompt bucket (`data.bucket_length`) and max_new_tokens; temperature, the
-    filters, the end-of-sequence ids (up to 8) and pad_id are data.
+    filters, the end-of-sequence ids (up to 8) and pad_id are data. Over a mesh, parameters are gathered over fsdp once,
+    before the first step; rows stay split over data and fsdp, heads over tensor.
 
     Args:
         lm: the model's functions.
-        params: its parameters.
+        params: its parameters; where they lie on a mesh, that is where it runs.
         prompts: [B, P] token ids, padded on the left.
         prompt_mask: [B, P] True on real tokens; at least one a row.
         key: a typed key.
@@ -62,7 +73,7 @@ def sample(
         A `Rollout`.
 
     Raises:
-        ValueError: shapes, lengths or options that cannot be meant, with the numbers.
+        ValueError: shapes, lengths or options that cannot be meant, or rows that the mesh cannot share, with the numbers.
 
     >>> import jax
     >>> import pgjax as pg
@@ -77,6 +88,8 @@ def sample(
     prompts, prompt_mask = _as_array(prompts, np.int32), _as_array(prompt_mask, np.bool_)
     _check_prompts(lm, prompts, prompt_mask, max_new_tokens)
     _check_options(lm.arch.vocab_size, temperature, top_k, top_p, min_p, eos_ids)
+    mesh = mesh_of(params)
+    check_batch(mesh, len(prompts), "prompts")
     length = prompts.shape[1]
     extra = bucket_length(length) - length
     options = {
@@ -89,13 +102,17 @@ def sample(
     eos = np.full(room, -1, np.int32)
     eos[: len(eos_ids)] = list(eos_ids)
     prompts, prompt_mask = _with_columns(prompts, extra), _with_columns(prompt_mask, extra)
-    host = jax.device_put((prompts, prompt_mask, options, eos, np.int32(pad_id)))  # in the open: no transfer is hidden
-    rollout = _generate(lm, params, *host[:2], key, *host[2:], max_new_tokens=max_new_tokens)
-    return _without_columns(rollout, extra) if extra else rollout
+    rows, whole = (None, None) if mesh is None else (batch_sharding(mesh), replicated(mesh))
+    batch = place((prompts, prompt_mask), rows)  # in the open: no transfer is hidden
+    others = place((options, eos, np.int32(pad_id)), whole)
+    with entered(mesh):
+        rollout = _generate(lm, params, *batch, key, *others, max_new_tokens=max_new_tokens)
+        return _without_columns(rollout, extra) if extra else rollout
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "max_new_tokens"))
 def _generate(lm, params, prompts, prompt_mask, key, options, eos, pad_id, max_new_tokens: int) -> Rollout:
+    prompts, prompt_mask = constrain_batch((prompts, prompt_mask))
     batch, start = prompts.shape
     length = start + max_new_tokens
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
@@ -104,9 +121,11 @@ def _generate(lm, params, prompts, prompt_mask, key, options, eos, pad_id, max_n
     unembedding = lm.unembedding(weights)
 
     def choose(hidden: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logprobs = filter_logits(logits_of(hidden, unembedding), **options)
-        token = draw(logprobs, row_keys, prompt_lengths + step)
-        return token, jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
+        # Every device draws for rows of its own, tensor's too, and needs their logits whole: these change hands here.
+        logits = constrain(constrain(logits_of(hidden, unembedding), "batch", "vocab"), "row")
+        logprobs = filter_logits(logits, **options)
+        token = draw(logprobs, row_keys, constrain(prompt_lengths + step, "batch"))
+        return constrain_batch((token, jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]))
 
     def write(rollout: Rollout, step: jax.Array, token: jax.Array, logprob: jax.Array, alive: jax.Array) -> Rollout:
         column = (jnp.where(alive, token, pad_id), alive, alive, jnp.where(alive, logprob, 0.0))
@@ -120,7 +139,7 @@ def _generate(lm, params, prompts, prompt_mask, key, options, eos, pad_id, max_n
         hidden, cache = lm.decode(weights, token, prompt_lengths + step, index, slots, cache)
         token, logprob = choose(hidden, step + 1)
         rollout = write(rollout, step + 1, token, logprob, alive)
-        return step + 1, token, alive & ~jnp.isin(token, eos), rollout, cache
+        return step + 1, token, alive & ~jnp.isin(token, eos), constrain_batch(rollout), cache
 
     def unfinished(carry):
         step, _, alive, _, _ = carry
@@ -136,7 +155,7 @@ def _generate(lm, params, prompts, prompt_mask, key, options, eos, pad_id, max_n
     step = jnp.int32(0)
     token, logprob = choose(hidden, step)
     rollout = write(rollout, step, token, logprob, alive)
-    carry = step, token, alive & ~jnp.isin(token, eos), rollout, cache
+    carry = step, token, alive & ~jnp.isin(token, eos), constrain_batch(rollout), cache
     return jax.lax.while_loop(unfinished, advance, carry)[3]
 
 
@@ -152,7 +171,7 @@ def _pad_left(x: jax.Array, count: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="count")
 def _without_columns(rollout: Rollout, count: int) -> Rollout:
-    return jax.tree.map(lambda x: x[:, count:], rollout)
+    return constrain_batch(jax.tree.map(lambda x: x[:, count:], rollout))
 
 
 def _as_array(x: jax.typing.ArrayLike, dtype: type[np.generic]) -> jax.Array | np.ndarray:

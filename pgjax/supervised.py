@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pgjax import train
-from pgjax.logprobs import linear_token_logprobs
+from pgjax import sharding, train
 from pgjax.losses import cross_entropy_loss
 from pgjax.models.causal_lm import CausalLM
+from pgjax.models.heads import head_logprobs
 from pgjax.models.tokenizer import stop_ids
 from pgjax.prompts import Prompt, check_prompt
 from pgjax.tables import (
@@ -241,7 +241,7 @@ def logprobs(lm: CausalLM, params: Any, packed: Packed) -> jax.Array:
       [B, L] float32, nats; the entry of a segment's first token means nothing.
     """
     hidden = lm.hidden(params, packed.tokens, None, packed.segment_ids)
-    return linear_token_logprobs(hidden, lm.unembedding(params), packed.tokens)
+    return head_logprobs(hidden, lm.unembedding(params), packed.tokens)
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "optimizer", "microbatches"), donate_argnames="state")
@@ -300,12 +300,14 @@ def mean_surprise(lm: CausalLM, params: Any, packed: Packed, batch_size: int) ->
     Returns:
       Nats a token; its exponential is the perplexity.
     """
+    mesh = sharding.mesh_of(params)
+    spread = None if mesh is None else sharding.batch_sharding(mesh, batch_size)
     total, count = 0.0, 0
     for begin in range(0, len(packed.tokens), batch_size):
         rows = [x[begin : begin + batch_size] for x in packed]
         short = batch_size - len(rows[0])  # one shape, one program: rows without learned tokens fill the last batch
         part = Packed(*(np.pad(x, ((0, short), (0, 0))) for x in rows))
-        nats, tokens = jax.device_get(surprise(params, jax.device_put(part), lm=lm))
+        nats, tokens = jax.device_get(surprise(params, sharding.place(part, spread), lm=lm))
         total, count = total + float(nats), count + int(tokens)
     return total / count
 

@@ -11,6 +11,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from pgjax.sharding import (
+    ambient_mesh,
+    check_batch,
+    constrain,
+    constrain_batch,
+    constrain_params,
+    init_sharded,
+    mesh_of,
+)
+
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Any, Any], tuple[jax.Array, Metrics]]  # (params, batch) -> scalar, metrics; means over batch
 
@@ -41,6 +51,7 @@ def adamw(
     decay: bool = False,
     max_grad_norm: float | None = 1.0,
     weight_decay: float = 0.0,
+    eps: float = 1e-8,
 ) -> Optimizer:
     """Build AdamW (Loshchilov & Hutter 2019) with linear warm-up, clipping by global norm and, if asked, linear decay.
 
@@ -51,6 +62,7 @@ def adamw(
         decay: fall linearly to 0 at `updates`; otherwise stay at the peak.
         max_grad_norm: gradients are scaled down to this global norm; None does not clip.
         weight_decay: decoupled; on tensors of rank 2 and above.
+        eps: added to the root of the second moment: where gradients are small beside it, the steps shrink with them.
 
     Returns:
         The optimizer.
@@ -80,18 +92,22 @@ def adamw(
         return jax.tree.map(lambda x: x.ndim > 1, params)
 
     clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
-    chain = optax.chain(clip, optax.adamw(schedule, weight_decay=weight_decay, mask=matrices))
+    chain = optax.chain(clip, optax.adamw(schedule, eps=eps, weight_decay=weight_decay, mask=matrices))
     return Optimizer(chain.init, chain.update, schedule)
 
 
 def init_state(params: Any, optimizer: Optimizer) -> TrainState:
-    """Wrap parameters with a fresh optimizer state.
+    """Wrap parameters with a fresh optimizer state; where they lie on a mesh, so does it.
 
     >>> state = init_state({"w": jnp.ones(3)}, adamw(0.1, updates=1))
     >>> int(state.updates), bool(state.healthy)
     (0, True)
     """
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.ones((), bool))
+
+    def fresh(params: Any) -> tuple[Any, jax.Array, jax.Array]:
+        return optimizer.init(params), jnp.zeros((), jnp.int32), jnp.ones((), bool)
+
+    return TrainState(params, *init_sharded(fresh, params, mesh=mesh_of(params)))
 
 
 def accumulate(loss_fn: LossFn, params: Any, batch: Any, weight: jax.Array, microbatches: int) -> tuple[Any, Metrics]:
@@ -124,11 +140,14 @@ def accumulate(loss_fn: LossFn, params: Any, batch: Any, weight: jax.Array, micr
     def part(batch: Any, weight: jax.Array) -> tuple[Any, Metrics]:
         (loss, metrics), grad = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
         share = weight.sum().astype(jnp.float32) / total
-        return jax.tree.map(lambda x: x * share.astype(x.dtype), (grad, {"loss": loss, **metrics}))
+        found = constrain_params(grad), {"loss": loss, **metrics}
+        return jax.tree.map(lambda x: x * share.astype(x.dtype), found)
 
+    check_batch(ambient_mesh(), rows // microbatches, "each microbatch")
     if microbatches == 1:
-        return part(batch, weight)
+        return part(*constrain_batch((batch, weight)))
     split = jax.tree.map(lambda x: x.reshape(microbatches, rows // microbatches, *x.shape[1:]), (batch, weight))
+    split = jax.tree.map(lambda x: constrain(x, None, "batch"), split)  # each part on all devices
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, batch, weight))
     return jax.lax.scan(lambda total, xs: (jax.tree.map(jnp.add, total, part(*xs)), None), zeros, split)[0]
 
@@ -159,6 +178,7 @@ def apply_gradient(state: TrainState, grad: Any, loss: jax.Array, optimizer: Opt
     params = optax.apply_updates(state.params, updates)
     stepped = TrainState(params, opt_state, state.updates + 1, healthy)
     kept = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), stepped, state._replace(healthy=healthy))
+    kept = constrain_params(kept)  # laid out as the state that came in, whose memory it takes
     rate = jnp.asarray(optimizer.learning_rate(state.updates), jnp.float32)
     return kept, {"train/grad_norm": norm, "train/healthy": healthy, "lr": rate}
 

@@ -154,6 +154,29 @@ def test_sharded_under_jit(spec, with_mesh):
     assert_same(found, both(plain_loss, hidden, unembedding))
 
 
+@pytest.mark.parametrize(
+    ("batch", "split"), [((), ("tensor", None)), (("data", "fsdp"), ("tensor", "fsdp"))], ids=["tensor", "both"]
+)
+def test_an_unembedding_that_stays_split_gives_the_same(batch, split):
+    sizes = {"data": 1, "fsdp": 2, "tensor": 2} if batch else {"tensor": 4}
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    unembedding = jnp.concatenate([UNEMBEDDING, UNEMBEDDING[:1]])[:, :2]  # 12 x 2, so 3 or 6 ids on a device
+    hidden, tokens = HIDDEN[:, :, :2], TOKENS.at[0, 1].set(12).at[1, 2].set(-1)  # two ids outside of the vocabulary
+
+    def loss(function, h, w, **options):
+        logprobs = function(h, w, tokens, **options)
+        return jnp.sum(jnp.where(jnp.isnan(logprobs), 0.0, WEIGHTS * jnp.sin(logprobs))), logprobs
+
+    def found(function, **options):
+        step = jax.value_and_grad(partial(loss, function, **options), argnums=(0, 1), has_aux=True)
+        return jax.jit(step)(hidden, unembedding)
+
+    mended = {"chunk_size": 4, "mesh": mesh, "batch_axes": batch, "unembedding_axes": split}
+    expected = found(lambda h, w, ids: linear_token_logprobs(h, w, ids))
+    assert np.isnan(expected[0][1]).sum() == 2
+    assert_same(found(linear_token_logprobs, **mended), expected)
+
+
 def _collectives_inside_loops(text):
     """Count collectives in the computations that a while loop runs, and in the rest."""
     computations, name = {}, ""
@@ -243,5 +266,7 @@ def test_bad_arguments_are_refused():
         linear_token_logprobs(HIDDEN, UNEMBEDDING, TOKENS, temperature=-2)
     with pytest.raises(ValueError, match=r"'rows'.*not axes of the mesh"):
         linear_token_logprobs(HIDDEN, UNEMBEDDING, TOKENS, mesh=mesh_of(2, 2), batch_axes=("rows",))
+    with pytest.raises(ValueError, match="the axis of the vocabulary must not be one of batch_axes"):
+        linear_token_logprobs(HIDDEN, UNEMBEDDING, TOKENS, mesh=mesh_of(2, 2), unembedding_axes=("fsdp", None))
     with pytest.raises(AssertionError):
         linear_token_logprobs(HIDDEN, UNEMBEDDING[:, :2], TOKENS)

@@ -19,6 +19,7 @@ from pgjax.advantages import (
 from pgjax.kl import kl_k1
 from pgjax.losses import clipped_surrogate_loss, policy_gradient_loss
 from pgjax.masking import masked_mean, masked_whiten
+from pgjax.ppo import baselined
 from tests import enumeration as lab
 from tests.enumeration import close, expected_gradient, in_both_precisions
 
@@ -103,7 +104,7 @@ def test_two_samples_normalised_climb_the_chance_to_win_whatever_the_rewards_are
     assert lab.cosine(GROUPED, lab.SCORE_GRADIENT) == pytest.approx(0.980, abs=1e-3)
 
 
-@pytest.mark.parametrize("place", ["in the score", "on the tokens"])
+@pytest.mark.parametrize("place", ["in the score", "on the tokens", "from each token on"])
 @in_both_precisions
 def test_leave_one_out_with_k1_in_the_reward_is_exact(place, atol):
     kl = kl_k1(lab.logprobs_of(mdp.POLICY), lab.logprobs_of(mdp.REFERENCE))
@@ -111,6 +112,12 @@ def test_leave_one_out_with_k1_in_the_reward_is_exact(place, atol):
     def advantages(scores, kl):
         if place == "in the score":
             return at_every_token(leave_one_out(scores - mdp.BETA * kl.sum(1)))
+        if place == "from each token on":
+            rewards = kl_shaped_rewards(scores, kl, PAIR, kl_coef=mdp.BETA)
+            returns = monte_carlo_returns(rewards, PAIR)
+            return baselined(
+                "leave-one-out", returns, returns, scores, rewards.sum(1), PAIR, group_size=2, normalize=True
+            )
         return monte_carlo_returns(kl_shaped_rewards(leave_one_out(scores), kl, PAIR, kl_coef=mdp.BETA), PAIR)
 
     found = jax.jit(jax.vmap(advantages))(jnp.asarray(mdp.REWARD)[lab.PAIRS], kl[lab.PAIRS])

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from pgjax.models.architecture import Architecture
 from pgjax.models.transformer import Block, KeyValue, Norm, attention, fuse, rotary_table
+from pgjax.sharding import constrain, gathered, splits
 
 Params = dict[str, Any]
 # Without `remat` the backward pass reads the products of weights and computes what lies between them again: a third of the
@@ -63,7 +64,8 @@ def decode_params(params: Params, dtype: Any) -> Params:
 
     The layers would cast at every step what they can read once cast. Norms keep their scales, which they multiply in
     float32, so that a decode step computes what a whole forward pass computes. Splitting copies anyway, and then lays the
-    kernels out as a decode step reads them fastest (`transformer.fuse`). Prepared ones pass through.
+    kernels out as a decode step reads them fastest (`transformer.fuse`), unless tensor splits them: kernels joined end to
+    end would no longer be split by heads. Over fsdp they are gathered here, once, and in `dtype`. Prepared ones pass through.
 
     >>> import jax.numpy as jnp
     >>> stacked = {"layers": {name: {"kernel": jnp.zeros((1, 2, 3))} for name in ("q", "k", "v", "o", "up", "down")}}
@@ -77,8 +79,8 @@ def decode_params(params: Params, dtype: Any) -> Params:
 
     if isinstance(params["layers"], list):
         return params
-    split = per_layer(jax.tree_util.tree_map_with_path(cast, params))
-    return {**split, "layers": [fuse(layer) for layer in split["layers"]]}
+    split = per_layer(gathered(jax.tree_util.tree_map_with_path(cast, params)))
+    return split if splits("heads") else {**split, "layers": [fuse(layer) for layer in split["layers"]]}
 
 
 def write_slot(cache: jax.Array, x: jax.Array, index: jax.Array) -> jax.Array:
@@ -196,12 +198,14 @@ def causal_lm(
                 return attention(query, key, value, mask), (key, value)
 
             x, kv = run(block, layer_params, x.astype(dtype), table, attend)
-            return x.astype(jnp.float32), kv
+            return constrain(x.astype(jnp.float32), "batch"), kv
 
         # The carry holds values of `dtype` in 32 bits: XLA on CPU rewrites the whole stack of carries that the backward
         # pass needs, layer after layer, where they are 16-bit floats.
         layer = jax.checkpoint(layer, prevent_cse=False, policy=None if remat else PRODUCTS)
-        x, stacked = jax.lax.scan(layer, embed(params, tokens, positions).astype(jnp.float32), params["layers"])
+        # Each device of fsdp looks up its part of the width for all of their rows; then rows are exchanged for width.
+        x = constrain(embed(params, tokens, positions), "lookup", None, "width")
+        x, stacked = jax.lax.scan(layer, constrain(x, "batch").astype(jnp.float32), params["layers"])
         return x.astype(dtype), stacked
 
     def hidden(
@@ -226,31 +230,34 @@ def causal_lm(
 
     def init_cache(batch: int, length: int) -> Cache:
         shape = (batch, arch.kv_heads, length, arch.head_dim)
-        return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(arch.depth))
+        return tuple((_split(jnp.zeros(shape, dtype)), _split(jnp.zeros(shape, dtype))) for _ in range(arch.depth))
 
     def prefill(
         params: Params, tokens: jax.Array, attention_mask: jax.Array | None, cache: Cache
     ) -> tuple[jax.Array, Cache]:
         x, (keys, values) = forward(params, tokens, attention_mask)
         write = jax.lax.dynamic_update_slice_in_dim
-        cache = tuple((write(k, keys[i], 0, axis=2), write(v, values[i], 0, axis=2)) for i, (k, v) in enumerate(cache))
+        cache = tuple(
+            (_split(write(k, keys[i], 0, axis=2)), _split(write(v, values[i], 0, axis=2)))
+            for i, (k, v) in enumerate(cache)
+        )
         return run(final_norm, params["norm"], x[:, -1]), cache
 
     def decode(
         params: Params, token: jax.Array, position: jax.Array, index: jax.Array, slots: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
         params = decode_params(params, dtype)
-        positions = position[:, None]
+        positions = constrain(position[:, None], "batch")
         table = _table(arch, positions)
-        x = embed(params, token[:, None], positions)
+        x = constrain(embed(params, token[:, None], positions), "batch")
         written = []
         for layer_params, (keys, values) in zip(params["layers"], cache, strict=True):
 
             def attend(query, key, value, keys=keys, values=values):
-                kv = write_slot(keys, key, index), write_slot(values, value, index)
+                kv = _split(write_slot(keys, key, index)), _split(write_slot(values, value, index))
                 return attention(query, *kv, slots[:, None, :]), kv
 
-            x, kv = run(decode_block, layer_params, x, table, attend)
+            x, kv = run(decode_block if "q_k_v" in layer_params else block, layer_params, x, table, attend)
             written.append(kv)
         return run(final_norm, params["norm"], x[:, 0]), tuple(written)
 
@@ -275,6 +282,10 @@ def run(module: nn.Module, params: Params, *args: Any) -> Any:
     [3.0, 3.0]
     """
     return module.apply({"params": params}, *args)
+
+
+def _split(cache: jax.Array) -> jax.Array:
+    return constrain(cache, "batch", "heads")
 
 
 def _table(arch: Architecture, positions: jax.Array) -> KeyValue | None:

@@ -1,11 +1,41 @@
-"""The value head: a linear map on the shared body's hidden states."""
+"""The heads on the body's hidden states: tokens' log-probabilities, and the value, which is a linear map."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-from pgjax.logprobs import token_frame
+from pgjax.logprobs import linear_token_logprobs, token_frame
+from pgjax.sharding import ambient_mesh, fitting
+
+
+def head_logprobs(
+    hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array, *, temperature: jax.typing.ArrayLike = 1.0
+) -> jax.Array:
+    """Compute `logprobs.linear_token_logprobs` over the ambient mesh, with rows and unembedding split as the table says.
+
+    Args:
+        hidden: [B, T, D], the last hidden states.
+        unembedding: [V, D].
+        tokens: [B, T] ids.
+        temperature: [] the sampler's.
+
+    Returns:
+        [B, T] float32, nats, in the token frame.
+
+    >>> import jax.numpy as jnp
+    >>> head_logprobs(jnp.ones((1, 2, 2)), jnp.zeros((4, 2)), jnp.array([[0, 1]])).round(3).tolist()
+    [[0.0, -1.3860000371932983]]
+    """
+    mesh = ambient_mesh()
+    if mesh is None:
+        return linear_token_logprobs(hidden, unembedding, tokens, temperature=temperature)
+    rows = fitting(mesh, hidden.shape[0], "batch")
+    vocab, width = fitting(mesh, unembedding.shape[0], "vocab"), fitting(mesh, unembedding.shape[1], "width")
+    split = vocab[0] if vocab else None, width[0] if width and width[0] in rows else None
+    return linear_token_logprobs(
+        hidden, unembedding, tokens, temperature=temperature, mesh=mesh, batch_axes=rows, unembedding_axes=split
+    )
 
 
 def init_value_head(width: int) -> dict[str, jax.Array]:

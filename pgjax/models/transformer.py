@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pgjax.models.architecture import Architecture, Rope
+from pgjax.sharding import constrain
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -227,7 +228,7 @@ class Block(nn.Module):
         heads = (arch.heads, arch.kv_heads, arch.kv_heads)
         y = self.norm("attn_norm", arch.norm)(x)
         query, key, value = (
-            projected.reshape(*x.shape[:2], -1, arch.head_dim).swapaxes(1, 2)
+            constrain(projected.reshape(*x.shape[:2], -1, arch.head_dim).swapaxes(1, 2), "batch", "heads")
             for projected in self.together(y, QKV, [n * arch.head_dim for n in heads], arch.qkv_bias)
         )
         if arch.qk_norm:
@@ -243,7 +244,8 @@ class Block(nn.Module):
         activation = ACTIVATIONS[arch.activation]
         *gate, up = (y.astype(jnp.float32) for y in (*gate, up))  # rounded once, after the product of the two
         up = activation(gate[0]) * up if gate else activation(up)
-        return x + self.dense("down", arch.width, arch.mlp_bias)(up.astype(x.dtype)), kv
+        up = constrain(up.astype(x.dtype), "batch", None, "mlp")
+        return x + self.dense("down", arch.width, arch.mlp_bias)(up), kv
 
 
 QKV, GATE_UP = ("q", "k", "v"), ("gate", "up")
