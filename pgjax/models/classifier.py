@@ -12,9 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pgjax.distributed import together
 from pgjax.models.families import classifier_config_of, labels_of
-from pgjax.models.load import compute_dtype, placer, read_config, write_folder
+from pgjax.models.load import compute_dtype, laid_out, read_config
 from pgjax.models.reward_model import Params, RewardModel, reward_model
+from pgjax.models.save import write_folder
 from pgjax.models.sources import find
 from pgjax.models.tokenizer import folder_tokenizer, prepare_tokenizer, stop_ids
 from pgjax.models.weights import read_params, safetensors_of
@@ -34,31 +36,36 @@ def load_reward_model(
         source: a folder or a hub id.
         dtype: of activations; None is bfloat16 on TPU and GPU, float32 on CPU.
         param_dtype: of the parameters.
-        mesh: spread the parameters over this mesh as they are read; None leaves them on the default device.
+        mesh: spread the parameters over this mesh as they are read: every process calls this, and reads the slices of
+            its own devices. None leaves them on the default device.
 
     Returns:
         `(rm, params, tokenizer)`; the tokenizer pads on the right, and is None where the source holds none.
 
     Raises:
         ValueError: for a source that cannot be had, a model with several labels, a language model without a score head,
-            or weights that are not those of the configuration; it names what.
+            weights that are not those of the configuration, or a mesh that does not divide it; it names what.
 
     >>> load_reward_model("no-such-model")
     Traceback (most recent call last):
     ValueError: 'no-such-model' is not a model source; expected a folder in Hugging Face layout, a .gguf file, ...
     """
-    path = find(source)
-    if path.is_file():
-        raise ValueError(f"{path} holds a language model, not a reward model: {_TRAIN_ONE}")
-    arch, config = read_config(path)
-    tensors = safetensors_of(path)
-    _check_labels(path, config, tensors.shapes)
-    tokenizer = folder_tokenizer(path)
-    if tokenizer is not None:
-        _prepare(tokenizer, config, arch.vocab_size, path)
-    rm = reward_model(arch, dtype=compute_dtype(dtype), param_dtype=param_dtype)
-    shapes = jax.eval_shape(rm.init, jax.random.key(0))
-    return rm, read_params(arch, shapes, tensors, placer(mesh, shapes)), tokenizer
+
+    def read() -> tuple[RewardModel, Params, Any | None]:
+        path = find(source)
+        if path.is_file():
+            raise ValueError(f"{path} holds a language model, not a reward model: {_TRAIN_ONE}")
+        arch, config = read_config(path)
+        tensors = safetensors_of(path)
+        _check_labels(path, config, tensors.shapes)
+        tokenizer = folder_tokenizer(path)
+        if tokenizer is not None:
+            _prepare(tokenizer, config, arch.vocab_size, path)
+        rm = reward_model(arch, dtype=compute_dtype(dtype), param_dtype=param_dtype)
+        shapes = laid_out(mesh, jax.eval_shape(rm.init, jax.random.key(0)))
+        return rm, read_params(arch, shapes, tensors), tokenizer
+
+    return read() if mesh is None else together(read)
 
 
 def save_reward_model(folder: str | os.PathLike[str], rm: RewardModel, params: Params, tokenizer: Any | None) -> None:
@@ -166,7 +173,7 @@ def _prepare(tokenizer: Any, config: dict[str, Any], vocab_size: int, path: Path
         warnings.warn(
             f"{path}: the padding id {pad_id} is also an end of sequence. transformers reads the score of a text that ends "
             "with it at the token before; here it is read at the end of sequence itself, the last real token",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

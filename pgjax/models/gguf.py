@@ -10,7 +10,7 @@ import numpy as np
 
 from pgjax.models.architecture import Architecture, Rope
 from pgjax.models.tokenizer import gguf_tokenizer
-from pgjax.models.weights import Tensors
+from pgjax.models.weights import Box, Tensors
 
 _TENSORS = {  # the name in the file: the name in Hugging Face layout
     "attn_norm.weight": "input_layernorm.weight",
@@ -80,16 +80,15 @@ def read_gguf(file: Path) -> tuple[Architecture, Tensors, Any | None]:
     source = {_hf_name(name): name for name in blobs}
     heads = {".attn_q.": arch.heads, ".attn_k.": arch.kv_heads}
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str, box: Box) -> np.ndarray:
         blob = blobs[source[name]]
+        permuted = [count for part, count in heads.items() if part in blob.name]
         try:
-            value = gguf.dequantize(blob.data, blob.tensor_type).reshape(shapes[blob.name])
+            return _read_box(blob, shapes[blob.name], box, permuted[0] if permuted else None)
         except NotImplementedError as error:
             raise ValueError(
                 f"{file}: {blob.name} is stored as {blob.tensor_type.name}, which is not supported"
             ) from error
-        permuted = [count for part, count in heads.items() if part in blob.name]
-        return unpermute(value, permuted[0]) if permuted else value
 
     tensors = Tensors(str(file), {name: shapes[old] for name, old in source.items()}, read)
     return arch, tensors, gguf_tokenizer(fields, max_length=arch.max_positions)
@@ -105,6 +104,23 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     """
     pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _read_box(blob: Any, shape: tuple[int, ...], box: Box, heads: int | None) -> np.ndarray:
+    """Dequantise a rectangle of a tensor, to whole blocks; `heads` says that its rows are permuted."""
+    import gguf
+
+    size, stored = gguf.GGML_QUANT_SIZES[blob.tensor_type]  # of a block: in numbers, in bytes
+    items = stored if blob.data.dtype == np.uint8 else 1  # of the file's array, for one block
+    (first, last), start = box[-1], box[-1][0] // size
+    columns = slice(start * items, -(-last // size) * items)
+    if len(shape) == 1:  # a row by itself; a bias of queries or keys is permuted along it
+        whole = gguf.dequantize(blob.data, blob.tensor_type).reshape(shape)
+        return (whole if heads is None else unpermute(whole, heads))[first:last].copy()
+    order = slice(*box[0]) if heads is None else unpermute(np.arange(shape[0]), heads)[slice(*box[0])]
+    rows = np.ascontiguousarray(blob.data[order, columns])
+    value = gguf.dequantize(rows, blob.tensor_type).reshape(rows.shape[0], -1)
+    return value[:, first - start * size : last - start * size]
 
 
 def gguf_architecture(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, origin: str) -> Architecture:

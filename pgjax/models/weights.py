@@ -1,9 +1,9 @@
-"""Parameters to and from the named tensors of a checkpoint: which is which, checks before reading, stacking."""
+"""Parameters from the named tensors of a checkpoint: which is which, checks before reading, each device its slice."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,8 @@ import numpy as np
 from pgjax.models.architecture import Architecture
 
 LeafPath = tuple[str, ...]  # of a leaf in the parameter tree
+Span = tuple[int, int]  # of an axis: first, and one past the last
+Box = tuple[Span, ...]  # a rectangle of an array, one span an axis
 
 _ROTARY_NAMES: dict[LeafPath, str] = {
     ("embed", "tokens"): "model.embed_tokens.weight",
@@ -79,11 +81,11 @@ class Slot(NamedTuple):
 
 
 class Tensors(NamedTuple):
-    """The named tensors of a checkpoint, read one at a time."""
+    """The named tensors of a checkpoint, of which any rectangle can be read without the rest."""
 
     origin: str  # for messages
     shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str], np.ndarray]
+    read: Callable[[str, Box], np.ndarray]
 
 
 def slot_of(arch: Architecture, path: LeafPath) -> Slot:
@@ -105,59 +107,30 @@ def slot_of(arch: Architecture, path: LeafPath) -> Slot:
     return Slot(names[path], stacked, transposed=transposed, part=part, row=path[0] == "score")
 
 
-def read_params(
-    arch: Architecture, shapes: Any, tensors: Tensors, place: Callable[[LeafPath, np.ndarray], jax.Array]
-) -> dict[str, Any]:
-    """Read a checkpoint into a parameter tree, leaf by leaf, so that the host never holds a second copy of the model.
+def read_params(arch: Architecture, shapes: Any, tensors: Tensors) -> dict[str, Any]:
+    """Read a checkpoint into a parameter tree, leaf by leaf and slice by slice.
+
+    Where a leaf has a sharding, this process reads the slices of its own devices, each one once however many devices
+    hold it, so that the host never holds a whole leaf. Where it has none, the leaf goes whole to the default device.
 
     Args:
         arch: the architecture that the checkpoint is of.
-        shapes: the tree of `jax.ShapeDtypeStruct` to fill, as `jax.eval_shape(lm.init, key)` gives it; tensors are
-            cast to its dtypes.
+        shapes: the tree of `jax.ShapeDtypeStruct` to fill, as `jax.eval_shape(lm.init, key)` gives it, with the
+            shardings that are wanted; tensors are cast to its dtypes.
         tensors: the checkpoint. Names may lack the prefix of the base model ("model." or "transformer.").
-        place: puts a finished leaf on the devices, given its path and value.
 
     Returns:
         The parameter tree.
 
     Raises:
-        ValueError: before anything is read, when a tensor is missing, unexpected or of another shape; it names them.
+        ValueError: before anything is read, when a tensor is missing, unexpected, of another shape or not of floating
+            point; it names them.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
-    paths = [tuple(key.key for key in path) for path, _ in leaves]
-    slots = [_as_in_file(slot_of(arch, path), tensors) for path in paths]
+    slots = [_as_in_file(slot_of(arch, tuple(key.key for key in path)), tensors) for path, _ in leaves]
     _check_tensors(arch, slots, [leaf.shape for _, leaf in leaves], tensors)
-    values = [
-        place(path, _read_leaf(slot, leaf, tensors)) for path, slot, (_, leaf) in zip(paths, slots, leaves, strict=True)
-    ]
+    values = [_read_leaf(slot, leaf, tensors) for slot, (_, leaf) in zip(slots, leaves, strict=True)]
     return jax.tree_util.tree_unflatten(treedef, values)
-
-
-def named_tensors(arch: Architecture, params: Any) -> dict[str, np.ndarray]:
-    """Turn a parameter tree into the tensors of a Hugging Face checkpoint, in the dtypes of the parameters.
-
-    Args:
-        arch: the architecture that the parameters are of.
-        params: the tree; its leaves may be spread over devices and processes.
-
-    Returns:
-        Contiguous arrays on the host by name.
-    """
-    out: dict[str, np.ndarray] = {}
-    thirds: dict[str, dict[int, np.ndarray]] = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        slot = slot_of(arch, tuple(key.key for key in keys))
-        value = _on_host(leaf)
-        for layer, tensor in enumerate(value) if slot.stacked else [(0, value)]:
-            name = slot.name.format(layer)
-            if slot.part is not None:
-                thirds.setdefault(name, {})[slot.part] = tensor
-            else:
-                tensor = tensor[None] if slot.row else tensor
-                out[name] = np.ascontiguousarray(tensor.T if slot.transposed else tensor)
-    for name, parts in thirds.items():
-        out[name] = np.concatenate([parts[0], parts[1], parts[2]], axis=-1)
-    return out
 
 
 def safetensors_of(folder: Path) -> Tensors:
@@ -190,7 +163,11 @@ def safetensors_of(folder: Path) -> Tensors:
     if lost:
         raise ValueError(f"{folder}: the index promises tensors that their shards lack: {_listed(lost)}")
     shapes = {name: tuple(files[shard].get_slice(name).get_shape()) for name, shard in owner.items()}
-    return Tensors(str(folder), shapes, lambda name: files[owner[name]].get_tensor(name))
+
+    def read(name: str, box: Box) -> np.ndarray:
+        return files[owner[name]].get_slice(name)[tuple(slice(*span) for span in box)]
+
+    return Tensors(str(folder), shapes, read)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -256,29 +233,53 @@ def _check_tensors(arch: Architecture, slots: list[Slot], shapes: list[tuple[int
     ]
     if problems:
         raise ValueError(f"{tensors.origin} does not hold a {arch.family} model as configured; {'; '.join(problems)}")
+    _check_types(sorted(wanted), tensors)
 
 
-def _read_leaf(slot: Slot, leaf: jax.ShapeDtypeStruct, tensors: Tensors) -> np.ndarray:
-    out = np.empty(leaf.shape, leaf.dtype)
-    for layer in range(leaf.shape[0] if slot.stacked else 1):
-        name = slot.name.format(layer)
-        tensor = tensors.read(name)
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise ValueError(f"{tensors.origin}: {name} is of type {tensor.dtype}; supported: floating point")
-        if slot.part is not None:
-            tensor = np.split(tensor, 3, axis=-1)[slot.part]
-        target = out[layer] if slot.stacked else out
+def _check_types(names: Sequence[str], tensors: Tensors) -> None:
+    """Read one number of each tensor, so that a type that cannot be read is an error before the rest is."""
+    for name in names:
+        dtype = tensors.read(name, tuple((0, 1) for _ in tensors.shapes[name])).dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"{tensors.origin}: {name} is of type {dtype}; supported: floating point")
+
+
+def _read_leaf(slot: Slot, leaf: jax.ShapeDtypeStruct, tensors: Tensors) -> jax.Array:
+    if leaf.sharding is None:
+        return jnp.asarray(_read_box(slot, leaf, tuple((0, size) for size in leaf.shape), tensors))
+    devices: dict[Box, list[jax.Device]] = {}  # of this process, by what they hold
+    for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
+        box = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
+        devices.setdefault(box, []).append(device)
+    shards = [
+        jax.device_put(value, device)
+        for box, holders in devices.items()
+        for value in [_read_box(slot, leaf, box, tensors)]
+        for device in holders
+    ]
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+
+
+def _read_box(slot: Slot, leaf: jax.ShapeDtypeStruct, box: Box, tensors: Tensors) -> np.ndarray:
+    """Read a rectangle of a leaf, and nothing else, from the tensors that it is made of."""
+    out = np.empty([last - first for first, last in box], leaf.dtype)
+    inside = _box_in_file(slot, leaf.shape, box)
+    for row, layer in enumerate(range(*box[0]) if slot.stacked else [0]):
+        tensor = tensors.read(slot.name.format(layer), inside)
         tensor = tensor[0] if slot.row else tensor
+        target = out[row] if slot.stacked else out
         target[...] = tensor.T if slot.transposed else tensor
     return out
 
 
-def _on_host(leaf: jax.Array) -> np.ndarray:
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-    return np.asarray(leaf)
+def _box_in_file(slot: Slot, shape: tuple[int, ...], box: Box) -> Box:
+    one = box[1:] if slot.stacked else box
+    if slot.row:
+        return ((0, 1), *one)
+    if slot.transposed:
+        return one[::-1]
+    shift = 0 if slot.part is None else slot.part * shape[-1]
+    return (*one[:-1], (one[-1][0] + shift, one[-1][1] + shift))
 
 
 def _listed(names: list[str], most: int = 8) -> str:
