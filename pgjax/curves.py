@@ -102,8 +102,8 @@ def plot_curves(folder: str | Path) -> Path | None:
         folder: the run folder, with its `metrics.jsonl`.
 
     Returns:
-        The picture's path; None when matplotlib is not installed (said in one printed line) or when there is
-        nothing to draw yet.
+        The picture's path; None when matplotlib is not installed or the disk takes no picture (each said in one
+        printed line), or when there is nothing to draw yet.
 
     Raises:
         ValueError: a line of the metrics is not JSON.
@@ -151,5 +151,10 @@ def plot_curves(folder: str | Path) -> Path | None:
     canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     few = picture.quantize(128, method=Image.Quantize.MAXCOVERAGE)  # to the eye the same, at a third of the bytes
-    few.save(path, optimize=True)
+    try:
+        few.save(path, optimize=True)
+    except OSError as error:  # a run that ends on a full disk has something to say that this must not hide
+        path.unlink(missing_ok=True)
+        print(f"no picture of the curves: {error}")
+        return None
     return path

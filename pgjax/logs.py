@@ -71,7 +71,8 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool, may
     path = folder / CONFIG
     if resume and not path.exists():
         raise ValueError(f"there is no run to resume in {folder} (no {CONFIG}): leave out --resume to start one")
-    if not resume and folder.exists() and any(folder.iterdir()):
+    left_over = CONFIG + ".part"  # of a run that was killed while it wrote its first file
+    if not resume and folder.exists() and any(path.name != left_over for path in folder.iterdir()):
         raise ValueError(
             f"the output folder {folder} is not empty: add --resume to go on with the run in it, "
             "or choose another --output"
@@ -121,6 +122,7 @@ class Writer:
         folder: the run folder.
         start_step: the first step that will be written; lines of this step and later ones, left by a run
             that was killed after its last checkpoint, are dropped so that no step stands there twice.
+        active: False writes nothing at all: for the processes of a run that do not keep its logs.
 
     Example:
         >>> import tempfile
@@ -131,10 +133,14 @@ class Writer:
         [{'step': 0, 'objective/scores': 0.5}]
     """
 
-    def __init__(self, folder: str | Path, *, start_step: int = 0) -> None:
+    def __init__(self, folder: str | Path, *, start_step: int = 0, active: bool = True) -> None:
+        self.folder, self.active = Path(folder), active
+        if active:
+            self._open(start_step)
+
+    def _open(self, start_step: int) -> None:
         from tensorboardX import SummaryWriter
 
-        self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, SAMPLES):
             rows = [row for row in _read_lines(self.folder / name) if row["step"] < start_step]
@@ -152,6 +158,8 @@ class Writer:
             step: the training step.
             metrics: scalars by name: Python, NumPy or JAX numbers.
         """
+        if not self.active:
+            return
         numbers = {name: float(value) for name, value in metrics.items()}
         row = {"step": int(step)} | {name: _finite(value) for name, value in numbers.items()}
         self._metrics.write(_dump(row))
@@ -167,6 +175,8 @@ class Writer:
             step: the training step.
             rows: a prompt, a completion, a score, and what else the caller has of each sample.
         """
+        if not self.active:
+            return
         for row in rows:
             plain = {k: _finite(v) if isinstance(v, float) else v for k, v in row.items()}
             self._samples.write(_dump({"step": int(step)} | plain))
@@ -174,6 +184,8 @@ class Writer:
 
     def close(self) -> None:
         """Close the files."""
+        if not self.active:
+            return
         self._metrics.close()
         self._samples.close()
         self._events.close()

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from pgjax.checkpoint import Checkpoints
+from pgjax import distributed
+from pgjax.checkpoint import Checkpoints, SaveFailed
 
 Report = Callable[[int, dict[str, float], Any], None]
 
@@ -40,6 +41,7 @@ def run(
     checkpoints: Checkpoints,
     save_every: int,
     start: int = 0,
+    score: Callable[[Mapping[str, float]], float | None] = lambda metrics: None,
 ) -> Any:
     """Train from step `start` to `steps`, one step after the other.
 
@@ -49,7 +51,10 @@ def run(
 
     Any exception of `prepare`, `step`, `check` or `report` ends the run after the state is saved, under the number of
     steps that passed `check`. SIGINT and SIGTERM let the step at hand finish, save and raise `Interrupted`; a second
-    SIGINT stops at once.
+    SIGINT stops at once. A save that failed in the background ends the run as well, one step later at most.
+
+    Several processes call this alike. What `check` or `report` raises on one of them, a signal that reaches one, and a
+    save that fails on one stop them all after the same step; what `prepare` and `step` raise must come on all.
 
     Args:
         state: a tree of arrays; `step` may donate the one that it is given, once nothing can fail any more.
@@ -62,12 +67,14 @@ def run(
         checkpoints: where states are saved, under the number of steps done.
         save_every: steps between checkpoints; the last step is always saved.
         start: steps that are done already.
+        score: (metrics of the last step) -> how good the state is that is saved after it; None where they do not say.
 
     Returns:
         The state after the last step.
 
     Raises:
         Interrupted: after a signal, with the state saved.
+        SaveFailed: where a state could not be saved.
 
     >>> import tempfile, jax.numpy as jnp
     >>> with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints:
@@ -83,14 +90,20 @@ def run(
     """
     pending: tuple[int, Mapping[str, Any], Any] | None = None
     done = start
+    latest_score: float | None = None
 
     def settle() -> None:
-        nonlocal pending, done
-        if pending is not None:
-            number, metrics, samples = _fetched(*pending)
+        if pending is None:
+            return
+        number, metrics, samples = _fetched(*pending)
+
+        def tell() -> None:
+            nonlocal pending, done, latest_score
             check(number, metrics)
-            pending, done = None, number
+            pending, done, latest_score = None, number, score(metrics)
             report(number, metrics, samples)
+
+        distributed.together(tell)
 
     with stop_signals() as asked_to_stop:
         for i in range(start, steps):
@@ -99,10 +112,10 @@ def run(
                 settle()
                 state, metrics, samples = step(state, i, work)
                 pending = i + 1, metrics, samples
-                stopping = asked_to_stop()
+                stopping = distributed.any_process(asked_to_stop() or checkpoints.failed())
                 if stopping or (i + 1) % save_every == 0 or i + 1 == steps:
                     settle()
-                    checkpoints.save(done, state, {"step": done})
+                    checkpoints.save(done, state, _place(done), score=latest_score)
             except Exception:
                 _rescue(checkpoints, done, state)
                 raise
@@ -159,7 +172,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         yield lambda: asked
     finally:
         for number, handler in old.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that Python did not set
 
 
 def _fetched(done: int, metrics: Mapping[str, Any], samples: Any) -> tuple[int, dict[str, float], Any]:
@@ -168,10 +181,21 @@ def _fetched(done: int, metrics: Mapping[str, Any], samples: Any) -> tuple[int, 
     return done, {name: float(np.mean(value)) for name, value in (numbers | watches).items()}, samples
 
 
+def _place(done: int) -> dict[str, int]:
+    """Say where a run goes on: step i is dealt batch i of the data, so the one number is the other too."""
+    return {"step": done, "data_position": done}
+
+
 def _rescue(checkpoints: Checkpoints, done: int, state: Any) -> None:
-    """Save what can be saved; an update that failed halfway has given its buffers away already."""
+    """Save what can be saved; an update that failed halfway has given its buffers away already.
+
+    A save that fails is told in one line and no more: what ended the run is to be seen.
+    """
     alive = all(not leaf.is_deleted() for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array))
     latest = checkpoints.latest()
-    if alive and (latest is None or latest < done):
-        checkpoints.save(done, state, {"step": done})
-    checkpoints.wait()
+    try:
+        if alive and (latest is None or latest < done):
+            checkpoints.save(done, state, _place(done))
+        checkpoints.wait()
+    except SaveFailed as failed:
+        print(failed, flush=True)

@@ -9,7 +9,10 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from pgjax import train
 from pgjax.checkpoint import Checkpoints
+from pgjax.digest import digest
+from tests import sharded
 
 
 def mesh():
@@ -93,6 +96,30 @@ def test_sharded_state_restores_onto_another_sharding(tmp_path):
             np.testing.assert_array_equal(restored["w"], w)
 
 
+def learner_on(mesh):
+    """Everything a PPO run has: policy and critic, Adam's moments, the coefficient and the key."""
+    with sharded.placed(mesh, sharded.host_params(sharded.tiny_lm("llama"))) as params:
+        learner = train.init_state(params, sharded.OPTIMIZER)
+        return {"learner": with_noise(learner), "kl_coef": jnp.float32(0.1), "key": jax.random.key(3)}
+
+
+@jax.jit
+def with_noise(tree):
+    """Fill moments and counters, which start at zero, with something that can be lost."""
+    return jax.tree.map(lambda x: jnp.sin(100 * x + 1) if x.dtype == jnp.float32 else ~x, tree)
+
+
+def test_a_training_state_goes_from_mesh_to_mesh_bit_for_bit(tmp_path):
+    states = [learner_on(mesh) for mesh in (None, *sharded.LAYOUTS[1:4])]
+    for number, state in enumerate(states):
+        assert digest(state) == digest(states[0])
+        if number in (0, 3):
+            written(tmp_path / str(number), state)
+            with Checkpoints(tmp_path / str(number)) as checkpoints:
+                for like in states:
+                    assert_same(checkpoints.restore(like)[0], like)
+
+
 def test_restored_key_and_counter_enter_one_program_with_sharded_parameters(tmp_path):
     state = {
         "w": jax.device_put(jnp.ones((8,)), NamedSharding(mesh(), PartitionSpec("data"))),
@@ -155,7 +182,7 @@ def test_truncated_array_is_named_with_the_step_to_fall_back_on(tmp_path):
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(
-            ValueError, match=r"step 4 in .* is damaged at body.w; delete .*4 to go on from step 3"
+            ValueError, match=r"step 4 in .* is damaged at body.w; to go on from step 3, .*--resume-from last-good"
         ) as e:
             checkpoints.restore(state)
         assert str(tmp_path) in str(e.value)

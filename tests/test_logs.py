@@ -26,6 +26,11 @@ def test_folder_with_foreign_files_is_refused_and_left_as_it_is(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_run_that_was_killed_in_its_first_file_can_start_again(tmp_path):
+    (tmp_path / "config.json.part").write_text('{"ste')
+    assert json.loads((open_run(tmp_path, CONFIG, resume=False) / "config.json").read_text())["steps"] == 10
+
+
 def test_empty_folder_takes_a_run_but_a_file_does_not(tmp_path):
     run = open_run(tmp_path, CONFIG, resume=False)
     assert json.loads((run / "config.json").read_text())["ppo"] == {"clip_eps": 0.2, "coefs": [1, 2]}

@@ -172,3 +172,18 @@ def test_a_signal_in_the_last_step_stops_before_what_follows(tmp_path):
 def test_it_runs_outside_the_main_thread(tmp_path):
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         assert pool.submit(run, tmp_path).result() == 5.0
+
+
+def test_a_handler_that_python_did_not_set_is_no_obstacle(monkeypatch):
+    # jax.distributed sets one of its own for SIGTERM; Python then gives None for it, and does not take None back.
+    handlers = []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: handlers.append(handler))
+    with loop.stop_signals():
+        pass
+    assert handlers[2:] == [signal.SIG_DFL, signal.SIG_DFL]
+
+
+def test_what_is_saved_says_where_the_data_goes_on(tmp_path):
+    run(tmp_path, steps=3)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore({"x": jnp.float32(0)})[1] == {"step": 3, "data_position": 3}

@@ -1,0 +1,82 @@
+"""One of two processes that save and restore together; `tests/test_distributed_snapshots.py` starts both."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pgjax import distributed, loop, sharding
+from pgjax.checkpoint import BadCheckpoint, Checkpoints
+from pgjax.digest import digest
+
+
+def state_of(mesh: jax.sharding.Mesh | None, number: int) -> dict[str, Any]:
+    """An array over the mesh, and what each process holds whole: a key, a counter, a number."""
+    w = np.random.default_rng(number).standard_normal((64, 32)).astype(np.float32)
+    if mesh is not None:
+        w = sharding.place(w, jax.NamedSharding(mesh, jax.P("data", "fsdp")))
+    return {"w": jnp.asarray(w), "key": jax.random.key(number), "kl_coef": jnp.float32(number), "n": jnp.int32(number)}
+
+
+def main(process: int, address: str, folder: Path) -> None:
+    """Save, damage one process's file, go on from the last good, and stop together twice; print what each step found."""
+    distributed.initialize(address, 2, process)
+    mesh = sharding.make_mesh(data=2, fsdp=2)
+    with jax.set_mesh(mesh), Checkpoints(folder, made_from={"seed": 0}, keep_best=True) as checkpoints:
+        for number in (1, 2):
+            checkpoints.save(number, state_of(mesh, number), {"step": number}, score=-number)
+        restored, _ = checkpoints.restore(state_of(mesh, 0))
+        like = state_of(mesh, 2)
+        placed = all(jax.tree.leaves(jax.tree.map(lambda x, y: x.sharding == y.sharding, restored, like)))
+        print("restored", digest(restored) == digest(like), placed, checkpoints.best())
+
+        distributed.first(lambda: damage(folder / "2" / "state" / "ocdbt.process_1" / "d"))
+        try:
+            checkpoints.restore(state_of(mesh, 0))
+        except BadCheckpoint as bad:
+            print("bad:", str(bad).partition(" in ")[0], "damaged at w" in str(bad))
+        restored, _, left_out = checkpoints.restore_last_good(state_of(mesh, 0))
+        print("last good", digest(restored) == digest(state_of(mesh, 1)), len(left_out), checkpoints.steps())
+
+        full_at = -1
+
+        def step(state: Any, i: int, work: None) -> tuple[Any, dict[str, Any], None]:
+            if process == 1 and i == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return {**state, "n": state["n"] + 1}, {"n": state["n"]}, None
+
+        def report(done: int, metrics: dict[str, float], samples: None) -> None:
+            if process == 0 and done == full_at:
+                raise OSError(28, "No space left on device")
+
+        def run(state: Any, start: int) -> None:
+            loop.run(
+                state, start=start, steps=9, prepare=lambda state, i: None, step=step, check=lambda done, metrics: None,
+                report=report, checkpoints=checkpoints, save_every=100,
+            )  # fmt: skip
+
+        try:
+            run(restored, 1)
+        except loop.Interrupted as stopped:
+            print("interrupted after", stopped.step, checkpoints.latest())
+        full_at = 6
+        try:
+            run(checkpoints.restore(state_of(mesh, 0))[0], 4)
+        except (OSError, distributed.FailedElsewhere) as failed:
+            print("failed:", "No space left" in str(failed), checkpoints.latest())
+    print("done", flush=True)
+
+
+def damage(folder: Path) -> None:
+    """Cut the largest of a process's files in half."""
+    file = max(folder.iterdir(), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
