@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import sys
 from collections.abc import Iterator
 
-from pgjax import loop, rewards
+from pgjax import distributed, loop, rewards
+from pgjax.checkpoint import SaveFailed
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextlib.contextmanager
@@ -20,12 +24,22 @@ def plain_errors(go_on: str = "the same command with --resume goes on") -> Itera
       SystemExit: error: steps must be at least 1, got 0
     """
     try:
-        yield
+        try:
+            yield
+        except BaseException:
+            distributed.leave_soon()
+            raise
     except loop.Interrupted as stopped:
         sys.exit(f"{stopped}: {go_on}")
     except KeyboardInterrupt:
         sys.exit(f"stopped: {go_on}, from the last checkpoint")
     except rewards.RewardError:
         raise  # with the traceback of the reward's own code
-    except (ValueError, ImportError, FileExistsError) as error:
+    except (ValueError, ImportError, FileExistsError, distributed.FailedElsewhere) as error:
         sys.exit(f"error: {error}")
+    except SaveFailed as failed:
+        sys.exit(f"error: {failed}: make room; then {go_on}")
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        sys.exit(f"error: {error}: make room; then {go_on}, from the last checkpoint")

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 import pgjax as pg
-from pgjax import data
+from experiments.devices import put_rows
+from pgjax import data, distributed
 from pgjax.models.tokenizer import stop_ids
 from pgjax.preferences import TEMPLATED, Answered, encode_answers
 from pgjax.prompts import Prompt
@@ -32,6 +34,7 @@ class ModelJudge(NamedTuple):
     weight: float  # of its score in the sum
     tokenizer: Any | None  # its own, where the policy's ids are not its ids
     chat: bool  # put prompts through its own tokenizer's chat template
+    mesh: Mesh | None = None  # over which its parameters and the rows of a batch are spread
 
     def check(self, prompts: Sequence[Prompt], length: int, max_new_tokens: int) -> None:
         """Refuse prompts that its positions cannot hold with their completions; `length` is the longest, in policy tokens."""
@@ -52,7 +55,7 @@ class ModelJudge(NamedTuple):
         """Put the scoring of a rollout on the device: [B], in reward units; without a translation nothing is waited for."""
         tokens, mask = rollout.tokens, rollout.attention_mask
         if self.tokenizer is not None:
-            tokens, mask = jax.device_put(self.translated(prompts, *read()))
+            tokens, mask = put_rows(self.mesh, self.translated(prompts, *read()))
         return _scores(self.rm, self.params, tokens, mask)
 
     def translated(
@@ -72,7 +75,7 @@ class ModelJudge(NamedTuple):
 
     def fetch(self, asked: jax.Array, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
         """Bring its scores to the host, refusing any that is not finite: [B] float32."""
-        scores = np.asarray(jax.device_get(asked), np.float32)
+        scores = np.asarray(distributed.fetch(asked), np.float32)
         bad = np.flatnonzero(~np.isfinite(scores))
         if bad.size:
             row = int(bad[0])
@@ -88,9 +91,11 @@ def _scores(rm: pg.RewardModel, params: Any, tokens: jax.Array, attention_mask: 
     return rm.apply(params, tokens, attention_mask)
 
 
-def load_judge(source: str, weight: float, lm: pg.CausalLM, tokenizer: Any, *, chat: bool) -> ModelJudge:
+def load_judge(
+    source: str, weight: float, lm: pg.CausalLM, tokenizer: Any, *, chat: bool, mesh: Mesh | None = None
+) -> ModelJudge:
     """Load a reward model for a policy; say so once where texts have to be encoded again for it."""
-    rm, params, own = pg.load_reward_model(source)
+    rm, params, own = pg.load_reward_model(source, mesh=mesh)
     if own is None:
         raise ValueError(
             f"the reward model {source} holds no tokenizer: nobody can tell what its ids mean; add its files"
@@ -110,7 +115,7 @@ def load_judge(source: str, weight: float, lm: pg.CausalLM, tokenizer: Any, *, c
             f"the tokenizers of the policy and of the reward model {source} differ in {', '.join(differing)}: "
             "completions are decoded, and encoded again for it"
         )
-    return ModelJudge(rm, params, weight, own if differing else None, chat)
+    return ModelJudge(rm, params, weight, own if differing else None, chat, mesh)
 
 
 def differences(tokenizer: Any, other: Any, *, chat: bool) -> list[str]:

@@ -230,7 +230,7 @@ def ppo_stage(config: Config, run: ppo.Config, stages: Mapping[str, Done]) -> Do
     asked = {
         k: x
         for k, x in dataclasses.asdict(run).items()
-        if k not in ("model", "reward_model", "held_out", "output", "resume")
+        if k not in {"model", "reward_model", "held_out", *ppo.INCIDENTAL}
     }
     folder = config.output / f"kl_{run.kl_coef:g}_seed_{run.seed}"
     work = lambda folder, resume: ppo.main(dataclasses.replace(run, output=folder, resume=resume))

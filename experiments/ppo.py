@@ -4,6 +4,8 @@
     python -m experiments.ppo sentiment         # ... or to continue reviews kindly
     python -m experiments.ppo --help            # every field; flags override the preset
     python -m experiments.ppo --resume          # go on with a run that was stopped
+    python -m experiments.ppo --resume-from last-good      # ... whose last snapshot is damaged
+    python -m experiments.ppo --mesh fsdp=-1    # on all devices; --distributed: of several hosts (experiments/devices.py)
 
 prompts > rollout > scores > rewards > returns > advantages > loss > update > checkpoint
 
@@ -32,22 +34,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
 import pgjax as pg
 from experiments.cli import plain_errors
+from experiments.devices import MACHINE, Flags, agree_on, first_of_all, on_devices, put
 from experiments.model_judge import load_judge
-from experiments.ppo_run import check, machine_peaks, speed, summary
+from experiments.ppo_run import check, check_mesh, machine_peaks, speed, summary
+from experiments.resume import From, frozen, go_on, open_checkpoints, rows_digest, to_best
 from experiments.rows import load_rows
-from experiments.task import check_columns, fold_in, make_task
-from pgjax import data, logs, loop, ppo, rewards, train
-from pgjax.checkpoint import Checkpoints
+from experiments.task import Row, check_columns, fold_in, make_task
+from pgjax import data, distributed, logs, loop, ppo, rewards, train
 from pgjax.curves import plot_curves
 from pgjax.progress import Progress
 from pgjax.prompts import check_rows
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Flags):
     """One run. Every number that decides it stands here."""
 
     model: str = "SmolLM2-135M-Instruct"  # folder, .gguf file, hub id, or a model that an installed package ships
@@ -61,6 +65,7 @@ class Config:
     reward_model_weight: float = 1.0  # of the reward model's score beside the black boxes
     output: Path = Path("runs/haiku")  # the run folder: config, metrics, samples, curves, checkpoints, policy
     resume: bool = False  # go on with the run in `output`
+    resume_from: From = None  # last-good: go on, from the newest snapshot that is whole where later ones are damaged
     seed: int = 0  # of prompt order, sampling and minibatches
 
     steps: int = 16  # iterations of rollout and update
@@ -83,6 +88,7 @@ class Config:
     warmup_updates: int = 4  # updates over which the rate rises linearly
     decay: bool = False  # fall linearly to 0 over the run
     weight_decay: float = 0.0  # of AdamW, decoupled, on matrices only
+    adam_eps: float = 1e-8  # of AdamW; larger ones damp what has small gradients
     max_grad_norm: float = 1.0  # clip the gradient to this global norm
     clip_eps: float = 0.2  # PPO's range of the ratio, 1 - eps to 1 + eps
     clip_eps_high: float | None = None  # eps of the upper end; None: the same (higher: DAPO, Yu et al. 2025)
@@ -102,6 +108,8 @@ class Config:
     eval_every: int | None = None  # iterations between evaluations; None: before and after only
     samples_every: int = 8  # iterations between tables of samples
     save_every: int = 8  # iterations between checkpoints
+    keep: int = 2  # how many of the latest checkpoints stay
+    keep_best: bool = False  # keep the one after the iteration of the best mean score too, and save its policy
 
 
 PRESETS = {
@@ -119,36 +127,46 @@ PRESETS = {
 }
 
 
-# What may differ when a run goes on.
-MAY_CHANGE = {"output", "resume", "steps", "eval_samples", "eval_every", "samples_every", "save_every"}
+INCIDENTAL = {"output", "resume", "resume_from", "keep", "keep_best", *MACHINE}  # nothing of a result depends on these
+MAY_CHANGE = INCIDENTAL | {"steps", "eval_samples", "eval_every", "samples_every", "save_every"}  # when a run goes on
 
 
 class State(NamedTuple):
-    """What a checkpoint holds; the rest follows from the config and the step number."""
+    """What a checkpoint holds; the rest follows from the config, the frozen models and the step number."""
 
     learner: train.TrainState  # {"lm", "value"} and AdamW's moments
     kl_coef: jax.Array
+    key: jax.Array  # of the run; each step folds its number into it
 
 
 def main(config: Config) -> dict[str, float]:
     """Run PPO; return the held-out score before and after with its standard errors, and the last step's metrics."""
+    config = dataclasses.replace(config, resume=config.resume or config.resume_from is not None)
     check(config)
+    with on_devices(config) as mesh:
+        return run(config, mesh)
+
+
+def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
+    """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
+    check_mesh(config, mesh)
     judges = [rewards.load_reward(spec) for spec in config.rewards]
-    if config.held_out is None:
-        row_sets = data.split_rows(load_rows(config.prompts, check_rows), config.held_out_rows, seed=0)
-    else:
-        row_sets = load_rows(config.prompts, check_rows), load_rows(config.held_out, check_rows)
-    for rows in row_sets:
-        check_columns(rows, judges)
-    lm, params, tokenizer = pg.load(config.model)
+    row_sets = distributed.together(lambda: read_rows(config, judges))
+    agree_on(f"the rows of {config.prompts}", row_sets)
+    lm, params, tokenizer = pg.load(config.model, mesh=mesh)
     reward_model = None
     if config.reward_model is not None:
-        reward_model = load_judge(config.reward_model, config.reward_model_weight, lm, tokenizer, chat=config.chat)
+        reward_model = load_judge(
+            config.reward_model, config.reward_model_weight, lm, tokenizer, chat=config.chat, mesh=mesh
+        )
     task = make_task(
         lm, tokenizer, judges, config.reward_weights or None, row_sets, chat=config.chat, max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, reward_model=reward_model,
+        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, reward_model=reward_model, mesh=mesh,
     )  # fmt: skip
-    folder = logs.open_run(config.output, dataclasses.asdict(config), resume=config.resume, may_change=MAY_CHANGE)
+    agree_on(f"what the tokenizer of {config.model} makes of the rows", task.prompt_sets)
+    folder = distributed.first(
+        lambda: logs.open_run(config.output, dataclasses.asdict(config), resume=config.resume, may_change=MAY_CHANGE)
+    )
     train_prompts, held_out = task.prompt_sets
     group = config.group_size if config.advantage in ("leave-one-out", "group") else 1
     deal = data.batches(train_prompts, config.batch_size // group, seed=config.seed)
@@ -157,26 +175,28 @@ def main(config: Config) -> dict[str, float]:
     updates = config.steps * config.epochs * config.minibatches
     optimizer = train.adamw(
         config.learning_rate, updates=updates, warmup=min(config.warmup_updates, updates), decay=config.decay,
-        max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay, eps=config.adam_eps,
     )  # fmt: skip
-    reference = {"lm": params, "value": pg.init_value_head(lm.arch.width)}
+    reference = {"lm": params, "value": put(mesh, pg.init_value_head(lm.arch.width))}
     policy = jax.tree.map(jnp.copy, reference)  # updates consume their buffers: the reference keeps its own
-    state = State(train.init_state(policy, optimizer), jnp.float32(config.kl_coef))
-    checkpoints = Checkpoints(folder / "checkpoints")
-    start = 0
-    if config.resume and checkpoints.latest() is not None:
-        state, extra = checkpoints.restore(state)
-        state, start = state._replace(learner=state.learner._replace(healthy=jnp.ones((), bool))), extra["step"]
-        print(f"going on after step {start}")
-        if start > config.steps:
-            raise ValueError(f"steps={config.steps} lies below the {start} steps that {folder} has done already")
-    del policy
-
-    key = jax.random.key(config.seed)
-    parts = config.minibatches * config.microbatches
-    scorer = functools.partial(
-        ppo.score, lm, temperature=jnp.float32(config.temperature), window=config.max_new_tokens + 1, parts=parts
+    state = State(
+        train.init_state(policy, optimizer), put(mesh, np.float32(config.kl_coef)), jax.random.key(config.seed)
     )
+    del policy
+    checkpoints = open_checkpoints(
+        folder, dataclasses.asdict(config), MAY_CHANGE, keep=config.keep, keep_best=config.keep_best,
+        data=rows_digest(train_prompts), reference=frozen(config.model, params),
+        reward_model=None if reward_model is None else frozen(config.reward_model, reward_model.params),
+    )  # fmt: skip
+    state, start = go_on(checkpoints, state, resume=config.resume, resume_from=config.resume_from)
+    state = state._replace(learner=state.learner._replace(healthy=state.learner.healthy | True))
+    if start > config.steps:
+        raise ValueError(f"steps={config.steps} lies below the {start} steps that {folder} has done already")
+
+    key = state.key
+    parts = config.minibatches * config.microbatches
+    temperature = put(mesh, np.float32(config.temperature))
+    scorer = functools.partial(ppo.score, lm, temperature=temperature, window=config.max_new_tokens + 1, parts=parts)
     take_update = functools.partial(
         ppo.update, lm=lm, optimizer=optimizer, microbatches=config.microbatches, temperature=config.temperature,
         algorithm=config.algorithm, reduce=config.reduce, kl_loss_coef=config.kl_loss_coef,
@@ -184,12 +204,13 @@ def main(config: Config) -> dict[str, float]:
         value_coef=config.value_coef if config.advantage == "value" else 0.0, value_clip_eps=config.value_clip_eps,
         entropy_coef=config.entropy_coef,
     )  # fmt: skip
-    minibatch_numbers = jax.device_put(list(np.arange(config.minibatches, dtype=np.int32)))
+    minibatch_numbers = put(mesh, list(np.arange(config.minibatches, dtype=np.int32)))
+    log_from = start + 1 if start else 0
     free_at = 0.0  # when the device was last seen without work
 
     def prepare(state: State, i: int) -> Any:
         """Queue the rollout; nothing is waited for."""
-        sample_key, shuffle_key = jax.random.split(fold_in(key, i))
+        sample_key, shuffle_key = jax.random.split(fold_in(state.key, i))
         prompts = [prompt for prompt in deal[i] for _ in range(group)]
         return prompts, shuffle_key, time.perf_counter(), task.generate(state.learner.params["lm"], prompts, sample_key)
 
@@ -197,7 +218,7 @@ def main(config: Config) -> dict[str, float]:
         """Score on the device, judge on the host meanwhile, then update."""
         nonlocal free_at
         prompts, shuffle_key, queued_at, rollout = work
-        learner, kl_coef = state
+        learner, kl_coef, key = state
         jax.block_until_ready(rollout)
         rolled_out = time.perf_counter()
         if config.eval_every is not None and i % config.eval_every == 0:
@@ -213,7 +234,7 @@ def main(config: Config) -> dict[str, float]:
 
         paid = judged.scores - np.float32(config.truncation_penalty) * ~judged.ended
         batch, kl_coef, metrics = ppo.experience(
-            rollout, policy, frozen, jax.device_put(paid), kl_coef,
+            rollout, policy, frozen, put(mesh, paid), kl_coef,
             advantage=config.advantage, group_size=group, normalize_group=config.normalize_group,
             importance_cap=config.importance_cap, discount=config.discount,
             kl_target=config.kl_target, kl_horizon=config.kl_horizon,
@@ -251,15 +272,15 @@ def main(config: Config) -> dict[str, float]:
         }
         of_updates = {name: [metrics[name] for metrics in taken] for name in taken[0]}
         health = {"train/healthy": taken[-1]["train/healthy"]}  # once False, it stays so
-        return State(learner, kl_coef), {**metrics, **of_updates, **health, **numbers}, judged.samples(prompts, 8)
+        return State(learner, kl_coef, key), {**metrics, **of_updates, **health, **numbers}, judged.samples(prompts, 8)
 
     with (
-        logs.Writer(folder, start_step=start + 1 if start else 0) as writer,
+        distributed.together(lambda: logs.Writer(folder, start_step=log_from, active=first_of_all())) as writer,
         Progress(config.steps, start=start) as progress,
     ):
 
         def report(done: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
-            metrics |= speed(lm, config, peaks, metrics)
+            metrics |= speed(lm, config, peaks, metrics, mesh)
             writer.write(done, metrics)
             progress.update(done, metrics)
             if done % config.samples_every == 0 or done == 1:
@@ -267,7 +288,7 @@ def main(config: Config) -> dict[str, float]:
                 progress.samples(done, samples[:3])
 
         def evaluate(params: Any, step: int) -> None:
-            if any(row["step"] == step and "eval/scores" in row for row in logs.read_metrics(folder)):
+            if step in distributed.first(lambda: [x["step"] for x in logs.read_metrics(folder) if "eval/scores" in x]):
                 return  # done before the run was stopped
 
             def kl(rollout: pg.Rollout) -> jax.Array:
@@ -278,7 +299,7 @@ def main(config: Config) -> dict[str, float]:
             figures = task.evaluate(
                 params["lm"], held_out, config.eval_samples, config.batch_size, fold_in(key, 2**32 - 1), kl
             )
-            writer.write(step, {f"eval/{name}": value for name, value in figures.items()})
+            distributed.together(lambda: writer.write(step, {f"eval/{name}": x for name, x in figures.items()}))
             progress.print(
                 f"held-out score after {step} steps: {figures['scores']:.3f} +- {figures['scores_stderr']:.3f}, "
                 f"KL {figures['kl']:.2f}"
@@ -289,15 +310,31 @@ def main(config: Config) -> dict[str, float]:
                 evaluate(state.learner.params, 0)
             state = loop.run(
                 state, steps=config.steps, start=start, prepare=prepare, step=step, check=loop.check_finite, report=report,
-                checkpoints=checkpoints, save_every=config.save_every,
+                checkpoints=checkpoints, save_every=config.save_every, score=lambda metrics: metrics["objective/scores"],
             )  # fmt: skip
             evaluate(state.learner.params, config.steps)
+            pg.save_pretrained(folder / "policy", lm, state.learner.params["lm"], tokenizer)
+            if config.keep_best:
+                state, best = to_best(checkpoints, state)
+                pg.save_pretrained(folder / "policy_best", lm, state.learner.params["lm"], tokenizer)
+                progress.print(f"policy_best is the policy after step {best}")
         finally:
-            plot_curves(folder)
+            if first_of_all():
+                plot_curves(folder)
             checkpoints.close()
 
-    pg.save_pretrained(folder / "policy", lm, state.learner.params["lm"], tokenizer)
-    return summary(folder)
+    return distributed.first(lambda: summary(folder))
+
+
+def read_rows(config: Config, judges: list[rewards.Reward]) -> tuple[list[Row], list[Row]]:
+    """Read the prompts to train on and those kept aside."""
+    if config.held_out is None:
+        row_sets = data.split_rows(load_rows(config.prompts, check_rows), config.held_out_rows, seed=0)
+    else:
+        row_sets = load_rows(config.prompts, check_rows), load_rows(config.held_out, check_rows)
+    for rows in row_sets:
+        check_columns(rows, judges)
+    return row_sets
 
 
 def preset(arguments: list[str]) -> tuple[Config, list[str]]:
@@ -317,4 +354,5 @@ if __name__ == "__main__":
     with plain_errors():
         figures = main(tyro.cli(Config, default=default, args=arguments, description=__doc__))
     before, after, rise = (figures[f"eval/{name}"] for name in ("before", "after", "rise_in_stderr"))
-    print(f"held-out score {before:.3f} -> {after:.3f}, a rise of {rise:.1f} standard errors")
+    if first_of_all():
+        print(f"held-out score {before:.3f} -> {after:.3f}, a rise of {rise:.1f} standard errors")

@@ -7,10 +7,14 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
 import pgjax as pg
-from pgjax import logs, perf
+from experiments.devices import check_rows
+from pgjax import logs, perf, sharding
 
 if TYPE_CHECKING:
     from experiments.ppo import Config
@@ -18,24 +22,31 @@ if TYPE_CHECKING:
 
 @functools.cache
 def machine_peaks(dtype: str) -> perf.Peaks:
-    """Measure the machine's limits, once a process."""
-    return perf.measured_peaks(dtype)
+    """Measure the limits of one device, once a process."""
+    with jax.set_mesh(Mesh(np.empty((), object), ())):  # off the mesh, for the time being
+        return perf.measured_peaks(dtype, device=jax.local_devices()[0])
 
 
-def speed(lm: pg.CausalLM, config: Config, peaks: perf.Peaks, metrics: dict[str, float]) -> dict[str, float]:
-    """Work out tokens a second, and the share of the machine's measured peaks that learner and sampler reach."""
+def speed(
+    lm: pg.CausalLM, config: Config, peaks: perf.Peaks, metrics: dict[str, float], mesh: Mesh | None = None
+) -> dict[str, float]:
+    """Work out tokens a second, and the share of the devices' measured peaks that learner and sampler reach."""
+    devices, tensor = (1, 1) if mesh is None else (mesh.size, dict(mesh.shape).get("tensor", 1))
+    replicas = devices // tensor  # each reads the parameters for itself while it decodes
     length, completion = metrics["completions/padded_length"], metrics["completions/mean_length"]
     seconds = metrics["timing/rollout"] + metrics["timing/score"] + metrics["timing/update"]
     rows, window = config.batch_size * metrics["train/updates"] / config.minibatches, config.max_new_tokens + 1
     flops = perf.training_flops(lm.arch, tokens=rows * length, context=length / 2, head_tokens=rows * window)
     size = jnp.dtype(lm.dtype).itemsize
     context = length - config.max_new_tokens + completion / 2
-    a_step = perf.decode_bytes(lm.arch, batch=config.batch_size, context=context, weight_bytes=size, cache_bytes=size)
+    a_step = replicas * perf.decode_bytes(
+        lm.arch, batch=config.batch_size / replicas, context=context, weight_bytes=size, cache_bytes=size
+    )
     return {
         "perf/tokens_per_second": config.batch_size * completion / seconds,
-        "perf/mfu": perf.mfu(flops, metrics["timing/update"], peaks.matmul_flops),
+        "perf/mfu": perf.mfu(flops, metrics["timing/update"], devices * peaks.matmul_flops),
         "perf/decode_mbu": perf.mbu(
-            a_step * metrics["completions/max_length"], metrics["timing/rollout"], peaks.read_bytes
+            a_step * metrics["completions/max_length"], metrics["timing/rollout"], devices * peaks.read_bytes
         ),
     }
 
@@ -77,6 +88,7 @@ def check(config: Config) -> None:
         "eval_samples",
         "samples_every",
         "save_every",
+        "keep",
         "group_size",
     )
     for name in positive:
@@ -123,6 +135,7 @@ def check(config: Config) -> None:
         "max_approx_kl",
         "kl_horizon",
         "max_grad_norm",
+        "adam_eps",
     ):
         value = getattr(config, name)
         require(value is None or 0 < value < math.inf, f"{name} must be above 0, got {value}")
@@ -141,6 +154,15 @@ def check(config: Config) -> None:
         math.isfinite(config.reward_model_weight),
         f"reward_model_weight must be finite, got {config.reward_model_weight}",
     )
+
+
+def check_mesh(config: Config, mesh: Mesh | None) -> None:
+    """Refuse a batch that the processes and the devices cannot share evenly, whole and in the parts that are learned from."""
+    check_rows(mesh, config.batch_size, "batch_size")
+    parts = {"minibatches": config.minibatches, "microbatches": config.microbatches}
+    part = config.batch_size // math.prod(parts.values())
+    told = " / ".join(f"{name}={count}" for name, count in {"batch_size": config.batch_size, **parts}.items())
+    sharding.check_batch(mesh, part, told)
 
 
 def check_algorithm(config: Config) -> None:

@@ -3,7 +3,8 @@
     python -m experiments.reward_model --model runs/sft/model --pairs pairs.jsonl      # your own
     python -m experiments.reward_model                     # SmolLM2-135M-Instruct on pairs of film reviews
     python -m experiments.reward_model --help              # every field
-    python -m experiments.reward_model --resume            # go on with a run that was stopped
+    python -m experiments.reward_model --resume            # go on with a run that was stopped (--resume-from: see --help)
+    python -m experiments.reward_model --mesh data=-1      # on all devices; --distributed: of several hosts (see devices.py)
 
 pairs > ids > scores at the last token > -log sigmoid(chosen - rejected - margin) > update > mean 0, std 1 > saved
 
@@ -25,23 +26,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
 import pgjax as pg
 from experiments.cli import plain_errors
+from experiments.devices import MACHINE, Flags, agree_on, check_rows, first_of_all, on_devices, put, put_rows
+from experiments.resume import From, go_on, open_checkpoints, rows_digest
 from experiments.reward_picture import plot_calibration
 from experiments.rows import load_rows
-from pgjax import data, logs, loop, preferences, reward_learning, train
-from pgjax.checkpoint import Checkpoints
+from pgjax import data, distributed, logs, loop, preferences, reward_learning, sharding, train
 from pgjax.models.classifier import with_padding_token
 from pgjax.models.reward_model import from_causal_lm, normalized
 from pgjax.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Flags):
     """One run. Every number that decides it stands here."""
 
     model: str = "SmolLM2-135M-Instruct"  # the language model to start from, best the one that PPO starts from
@@ -56,6 +58,7 @@ class Config:
     use_margin: bool = True  # ask for the margin of the column `margin`, where there is one
     output: Path = Path("runs/reward_model")  # the run folder: config, metrics, picture, checkpoints, model
     resume: bool = False  # go on with the run in `output`
+    resume_from: From = None  # last-good: go on, from the newest snapshot that is whole where later ones are damaged
     seed: int = 0  # of the head's start and the order of pairs
 
     epochs: float = 1.0  # passes over the pairs
@@ -70,27 +73,38 @@ class Config:
     save_every: int = 50  # updates between checkpoints
 
 
-MAY_CHANGE = {"output", "resume", "save_every"}  # when a run goes on
+MAY_CHANGE = {"output", "resume", "resume_from", "save_every", *MACHINE}  # when a run goes on
 
 
 def main(config: Config) -> dict[str, float]:
     """Learn; return the figures on held-out pairs before and after, and those of the normalisation."""
+    config = dataclasses.replace(config, resume=config.resume or config.resume_from is not None)
     check(config)
-    pairs = load_rows(config.pairs, preferences.check_pairs)
-    if config.held_out is None:
-        kept, aside = data.split_rows(pairs.kept, config.held_out_rows, seed=0)
-        pair_sets = {"training": pairs._replace(kept=kept), "held-out": preferences.Kept(aside, {})}
-    else:
-        pair_sets = {"training": pairs, "held-out": load_rows(config.held_out, preferences.check_pairs)}
-    lm, lm_params, tokenizer = pg.load(config.model)
+    with on_devices(config) as mesh:
+        return run(config, mesh)
+
+
+def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
+    """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
+    check_rows(mesh, config.batch_size, "batch_size")
+    sharding.check_batch(
+        mesh, config.batch_size // config.microbatches,
+        f"batch_size={config.batch_size} / microbatches={config.microbatches}",
+    )  # fmt: skip
+    pair_sets = distributed.together(lambda: read_pairs(config))
+    lm, lm_params, tokenizer = pg.load(config.model, mesh=mesh)
     if tokenizer is None:
         raise ValueError(f"{config.model} holds no tokenizer, and pairs are text: add its tokenizer files")
     rm, params = from_causal_lm(lm, lm_params, jax.random.key(config.seed))
     del lm_params
     rm, params, tokenizer = with_padding_token(rm, params, tokenizer)
-    tokenizer.init_kwargs[preferences.TEMPLATED] = config.chat or not isinstance(pairs.kept[0].chosen.prompt, str)
-    train_pairs, held_out, references = encoded(config, rm, tokenizer, pair_sets)
-    folder = logs.open_run(config.output, dataclasses.asdict(config), resume=config.resume, may_change=MAY_CHANGE)
+    kept = pair_sets["training"].kept
+    tokenizer.init_kwargs[preferences.TEMPLATED] = config.chat or not isinstance(kept[0].chosen.prompt, str)
+    train_pairs, held_out, references = distributed.together(lambda: encoded(config, rm, tokenizer, pair_sets))
+    agree_on(f"what the tokenizer makes of {config.pairs}", (train_pairs, held_out, references))
+    folder = distributed.first(
+        lambda: logs.open_run(config.output, dataclasses.asdict(config), resume=config.resume, may_change=MAY_CHANGE)
+    )
     deal = data.batches(train_pairs, config.batch_size, seed=config.seed)
     steps = max(1, round(config.epochs * len(train_pairs) / config.batch_size))
 
@@ -100,18 +114,16 @@ def main(config: Config) -> dict[str, float]:
     )  # fmt: skip
     state = train.init_state(params, optimizer)
     del params
-    checkpoints = Checkpoints(folder / "checkpoints")
-    start = 0
-    if config.resume and checkpoints.latest() is not None:
-        state, extra = checkpoints.restore(state)
-        state, start = state._replace(healthy=jnp.ones((), bool)), extra["step"]
-        print(f"going on after step {start}")
-    center_coef = jnp.float32(config.center_coef)
+    checkpoints = open_checkpoints(folder, dataclasses.asdict(config), MAY_CHANGE, data=rows_digest(train_pairs))
+    state, start = go_on(checkpoints, state, resume=config.resume, resume_from=config.resume_from)
+    state = state._replace(healthy=state.healthy | True)
+    center_coef = put(mesh, np.float32(config.center_coef))
+    log_from = start + 1 if start else 0
 
     def prepare(state: train.TrainState, i: int) -> Any:
         batch = reward_learning.pair_batch(deal[i], most=rm.arch.max_positions)
         margin = batch.margin if config.use_margin else np.zeros_like(batch.margin)
-        return jax.device_put(batch._replace(margin=margin))
+        return put_rows(mesh, batch._replace(margin=margin))
 
     def step(state: train.TrainState, i: int, batch: Any) -> tuple[train.TrainState, train.Metrics, None]:
         state, metrics = reward_learning.update(
@@ -120,7 +132,7 @@ def main(config: Config) -> dict[str, float]:
         return state, metrics, None
 
     with (
-        logs.Writer(folder, start_step=start + 1 if start else 0) as writer,
+        distributed.together(lambda: logs.Writer(folder, start_step=log_from, active=first_of_all())) as writer,
         Progress(steps, start=start) as progress,
     ):
 
@@ -131,7 +143,7 @@ def main(config: Config) -> dict[str, float]:
         def evaluate(params: Any, done: int) -> np.ndarray:
             scores = reward_learning.pair_scores(rm, params, held_out, batch_size=config.batch_size)
             figures = reward_learning.pair_metrics(scores)
-            writer.write(done, {f"eval/{name}": value for name, value in figures.items()})
+            distributed.together(lambda: writer.write(done, {f"eval/{name}": x for name, x in figures.items()}))
             progress.print(
                 f"after {done} of {steps} steps, on {len(held_out)} held-out pairs: accuracy {figures['accuracy']:.3f} +- "
                 f"{figures['accuracy_stderr']:.3f}, margin {figures['margin']:.3f}, loss {figures['loss']:.3f}, "
@@ -148,7 +160,7 @@ def main(config: Config) -> dict[str, float]:
             )  # fmt: skip
         finally:
             checkpoints.close()
-        if not finished(folder):
+        if not distributed.first(lambda: finished(folder)):
             scores = evaluate(state.params, steps)
             hidden = reward_learning.features(rm, state.params, references, batch_size=2 * config.batch_size)
             params, constants = normalized(state.params, hidden)  # once: nothing is refitted from here on
@@ -158,13 +170,22 @@ def main(config: Config) -> dict[str, float]:
                 f"scores shifted by {-constants['mean']:.3f} and divided by {constants['std']:.3f}, over {len(references)} "
                 f"references; the shift varies by {constants['shift_spread']:.3f}; accuracy {after['accuracy']:.3f}"
             )
-            plot_calibration(folder / "calibration.png", np.asarray(scores))
+            if first_of_all():
+                plot_calibration(folder / "calibration.png", np.asarray(scores))
             pg.save_reward_model(folder / "model", rm, params, tokenizer)
             figures = {f"reference/{name}": value for name, value in constants.items()}
-            writer.write(
-                steps, {**figures, "normalized/accuracy": after["accuracy"], "normalized/margin": after["margin"]}
-            )
-    return summary(folder)
+            figures |= {"normalized/accuracy": after["accuracy"], "normalized/margin": after["margin"]}
+            distributed.together(lambda: writer.write(steps, figures))
+    return distributed.first(lambda: summary(folder))
+
+
+def read_pairs(config: Config) -> dict[str, preferences.Kept]:
+    """Read the pairs to learn from and those kept aside."""
+    pairs = load_rows(config.pairs, preferences.check_pairs)
+    if config.held_out is None:
+        kept, aside = data.split_rows(pairs.kept, config.held_out_rows, seed=0)
+        return {"training": pairs._replace(kept=kept), "held-out": preferences.Kept(aside, {})}
+    return {"training": pairs, "held-out": load_rows(config.held_out, preferences.check_pairs)}
 
 
 def encoded(
@@ -235,7 +256,8 @@ def check(config: Config) -> None:
 if __name__ == "__main__":
     with plain_errors():
         figures = main(tyro.cli(Config, description=__doc__))
-    print(
-        f"held-out accuracy {figures['before/accuracy']:.3f} -> {figures['eval/accuracy']:.3f} +- "
-        f"{figures['eval/accuracy_stderr']:.3f}"
-    )
+    if first_of_all():
+        print(
+            f"held-out accuracy {figures['before/accuracy']:.3f} -> {figures['eval/accuracy']:.3f} +- "
+            f"{figures['eval/accuracy_stderr']:.3f}"
+        )

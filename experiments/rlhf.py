@@ -4,6 +4,7 @@
     python -m experiments.rlhf smollm2                # the same with SmolLM2-135M-Instruct, in smaller numbers
     python -m experiments.rlhf --from ppo --ppo.kl-coef 0.1     # redo a stage and those after it
     python -m experiments.rlhf --data answers.jsonl --pairs judged.jsonl --prompts asked.txt     # on your own data
+    python -m experiments.rlhf --mesh data=-1         # on all devices; --distributed: of several hosts (experiments/devices.py)
 
     sft           texts > a language model that writes such texts           (experiments/sft.py)
     pairs         two completions of each prompt > which one is preferred   (experiments/rlhf_pairs.py)
@@ -32,10 +33,12 @@ import tyro
 
 from experiments import ppo, reviews, reward_model, sft
 from experiments.cli import plain_errors
+from experiments.devices import MACHINE, Flags, first_of_all, on_devices
+from experiments.resume import From
 from experiments.rlhf_pairs import Pairs, make_pairs, prompt_sets
 from experiments.rlhf_report import report
 from experiments.stages import Done, put_aside, run_stage
-from pgjax import rewards
+from pgjax import distributed, rewards
 
 Stage = Literal["sft", "pairs", "reward_model", "ppo"]
 STAGES: tuple[Stage, ...] = ("sft", "pairs", "reward_model", "ppo")
@@ -55,11 +58,12 @@ PPO = ppo.Config(
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Flags):
     """One run: what all stages share, then each stage's own numbers."""
 
     output: Path = Path("runs/rlhf")  # folders sft, pairs, reward_model, ppo
     from_stage: Annotated[Stage | None, tyro.conf.arg(name="from")] = None  # redo this stage and those after it
+    resume_from: From = None  # last-good: a stopped stage goes on from its newest snapshot that is whole
     model: str | None = None  # what is fine-tuned: any source that experiments.sft takes; None: from scratch
     data: str = "experiments.reviews:train_rows"  # to fine-tune on: sources as for experiments.sft
     held_out_data: str | None = (
@@ -95,23 +99,31 @@ PRESETS = {
     ),
 }  # fmt: skip
 FROM_ABOVE = {
-    "sft": ("model", "data", "held_out", "chat", "seed", "output", "resume"),
-    "reward_model": ("model", "pairs", "held_out", "chat", "eos", "seed", "output", "resume"),
+    "sft": ("model", "data", "held_out", "chat", "seed", "output", "resume", "resume_from", *MACHINE),
+    "reward_model": ("model", "pairs", "held_out", "chat", "eos", "seed", "output", "resume", "resume_from", *MACHINE),
     "ppo": (
         "model", "prompts", "held_out", "chat", "rewards", "reward_weights", "reward_model", "max_new_tokens", "seed",
-        "output", "resume",
+        "output", "resume", "resume_from", *MACHINE,
     ),
 }  # fmt: skip  # fields of the stages that the shared ones decide
+KEPT = {"keep", "keep_best"}  # which snapshots stay: nothing of the result
 
 
 def main(config: Config) -> dict[str, float]:
     """Do what is left of the stages; return the figures of all of them, as STAGE/name."""
     check(config)
+    with on_devices(config):
+        return run(config)
+
+
+def run(config: Config) -> dict[str, float]:
+    """Do the work of `main`; all processes of a run call this alike."""
     folders = {name: config.output / name for name in STAGES}
     done: dict[str, Done] = {}
     for name, made_from in MADE_FROM.items():
         if name == config.from_stage:  # not before: what comes first may be refused, and then nothing has moved
-            for moved in put_aside([folders[later] for later in STAGES[STAGES.index(name) :]]):
+            later = [folders[other] for other in STAGES[STAGES.index(name) :]]
+            for moved in distributed.first(functools.partial(put_aside, later)):
                 print(f"moved the old stage to {moved}")
         if name == "pairs" and config.pairs is not None:
             print(f"pairs: those of {config.pairs}")
@@ -120,7 +132,8 @@ def main(config: Config) -> dict[str, float]:
         inputs = [done[other] for other in made_from if other in done]
         redo = f"--from {name} puts the old one aside and redoes it"
         done[name] = run_stage(folders[name], asked(config, name), work, made_from=inputs, redo=redo)
-    report(config, done)
+    if first_of_all():
+        report(config, done)
     return {f"{name}/{key}": x for name, stage in done.items() for key, x in stage.metrics.items()}
 
 
@@ -134,9 +147,14 @@ def asked(config: Config, stage: str) -> Row:
     }[stage]
     section = "pair" if stage == "pairs" else stage
     own = dataclasses.asdict(config)[section]
-    kept = {f"{section}.{name}": x for name, x in own.items() if name not in FROM_ABOVE.get(stage, ())}
+    kept = {f"{section}.{name}": x for name, x in own.items() if name not in KEPT.union(FROM_ABOVE.get(stage, ()))}
     aside = {"ppo.held_out_rows": config.ppo.held_out_rows}  # keeps prompts out of the pairs too
     return {name: vars(config)[name] for name in shared} | (aside if stage == "pairs" else {}) | kept
+
+
+def machine(config: Config) -> dict[str, Any]:
+    """Tell a stage where it runs: where all of them do."""
+    return {name: vars(config)[name] for name in MACHINE}
 
 
 def few_reviews() -> list[Row]:
@@ -149,6 +167,7 @@ def do_sft(config: Config, folder: Path, resume: bool) -> dict[str, float]:
     stage = dataclasses.replace(
         config.sft, model=config.model, data=config.data, held_out=config.held_out_data, chat=config.chat,
         seed=config.seed, output=folder, resume=resume,
+        resume_from=config.resume_from if resume else None, **machine(config),
     )  # fmt: skip
     return sft.main(stage)
 
@@ -158,10 +177,11 @@ def do_pairs(config: Config, folder: Path, resume: bool) -> dict[str, float]:
     del resume
     assert config.gold is not None  # check() saw to it
     row_sets = prompt_sets(config.prompts, config.held_out_prompts, config.ppo.held_out_rows)
-    return make_pairs(
-        config.pair, folder, config.output / "sft" / "model", row_sets, gold=config.gold, chat=config.chat,
-        max_new_tokens=config.max_new_tokens, seed=config.seed,
-    )  # fmt: skip
+    with on_devices(config) as mesh:
+        return make_pairs(
+            config.pair, folder, config.output / "sft" / "model", row_sets, gold=config.gold, chat=config.chat,
+            max_new_tokens=config.max_new_tokens, seed=config.seed, mesh=mesh,
+        )  # fmt: skip
 
 
 def do_reward_model(config: Config, folder: Path, resume: bool) -> dict[str, float]:
@@ -174,6 +194,7 @@ def do_reward_model(config: Config, folder: Path, resume: bool) -> dict[str, flo
         config.reward_model, model=str(config.output / "sft" / "model"), pairs=pairs, held_out=held_out,
         eos=config.pairs is not None,  # sampled pairs carry the tokens that ended them
         chat=config.chat, seed=config.seed, output=folder, resume=resume,
+        resume_from=config.resume_from if resume else None, **machine(config),
     )  # fmt: skip
     return reward_model.main(stage)
 
@@ -187,6 +208,7 @@ def do_ppo(config: Config, folder: Path, resume: bool) -> dict[str, float]:
         prompts=config.prompts, held_out=config.held_out_prompts, chat=config.chat, rewards=watched,
         reward_weights=(0.0,) * len(watched), max_new_tokens=config.max_new_tokens, seed=config.seed,
         output=folder, resume=resume,
+        resume_from=config.resume_from if resume else None, **machine(config),
     )  # fmt: skip
     return ppo.main(stage)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -11,12 +12,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 import pgjax as pg
+from experiments.devices import put_rows
 from experiments.gold import prefers_first
 from experiments.rows import load_rows
 from experiments.task import fold_in
-from pgjax import data, rewards
+from pgjax import data, distributed, rewards, sharding
 from pgjax.models.tokenizer import stop_ids
 from pgjax.prompts import check_rows
 
@@ -36,7 +39,7 @@ class Pairs:
 
 def make_pairs(
     config: Pairs, folder: Path, model: Path, row_sets: Sequence[Sequence[Row]],
-    *, gold: str, chat: bool, max_new_tokens: int, seed: int,
+    *, gold: str, chat: bool, max_new_tokens: int, seed: int, mesh: Mesh | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Sample two completions of each prompt, let the judge prefer one, and write train.jsonl and held_out.jsonl.
 
@@ -49,12 +52,13 @@ def make_pairs(
       chat: put prompts through the chat template.
       max_new_tokens: the longest completion.
       seed: of the prompts' order, the samples and the judge's coin.
+      mesh: of the devices to sample on; None: one.
 
     Returns:
       Of both files: pairs, gold (mean), gold_std, judge_right (share of pairs whose preferred answer has the higher gold).
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lm, params, tokenizer = pg.load(model)
+    distributed.first(lambda: folder.mkdir(parents=True, exist_ok=True))
+    lm, params, tokenizer = pg.load(model, mesh=mesh)
     figures: dict[str, float] = {}
     counts = {"train": config.train, "held_out": config.held_out}
     for i, ((name, count), rows) in enumerate(zip(counts.items(), row_sets, strict=True)):
@@ -63,14 +67,23 @@ def make_pairs(
         print(f"sampling two completions for each of {count} prompts ({name})")
         texts, ends = complete(
             lm, params, tokenizer, prompts, jax.random.key(2 * seed + i), chat=chat, max_new_tokens=max_new_tokens,
-            temperature=config.temperature, batch_size=config.batch_size,
+            temperature=config.temperature, batch_size=config.batch_size, mesh=mesh,
         )  # fmt: skip
-        pairs, found = judge(
-            gold_scores(gold, prompts, texts), prompts, texts, ends, scale=config.scale, seed=2 * seed + i
+        work = functools.partial(
+            write_pairs, folder / f"{name}.jsonl", gold, prompts, texts, ends, scale=config.scale, seed=2 * seed + i
         )
-        write_lines(folder / f"{name}.jsonl", pairs)
+        found = distributed.first(work)
         figures |= {f"{name}_{key}": x for key, x in {"pairs": float(count), **found}.items()}
     return figures
+
+
+def write_pairs(
+    path: Path, gold: str, prompts: Sequence[Row], texts: Sequence[str], ends: Sequence[str], *, scale: float, seed: int
+) -> dict[str, float]:
+    """Judge completions by their gold score, write the pairs, and give the figures of `judge`."""
+    pairs, found = judge(gold_scores(gold, prompts, texts), prompts, texts, ends, scale=scale, seed=seed)
+    write_lines(path, pairs)
+    return found
 
 
 def complete(
@@ -81,7 +94,7 @@ def complete(
     texts: list[str] = []
     ends: list[str] = []
     for rollout, count in rollouts(lm, params, tokenizer, rows, key, **options):
-        tokens, mask = (x[:count] for x in jax.device_get((rollout.tokens, rollout.mask)))
+        tokens, mask = (x[:count] for x in distributed.fetch((rollout.tokens, rollout.mask)))
         texts += data.completion_texts(tokens, mask, tokenizer)
         last = tokens[np.arange(count), tokens.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)]
         ends += [tokenizer.decode([token]) if token in eos_ids else "" for token in last.tolist()]
@@ -90,15 +103,18 @@ def complete(
 
 def rollouts(
     lm: pg.CausalLM, params: Any, tokenizer: Any, rows: Sequence[Row], key: jax.Array,
-    *, chat: bool, max_new_tokens: int, temperature: float, batch_size: int,
+    *, chat: bool, max_new_tokens: int, temperature: float, batch_size: int, mesh: Mesh | None = None,
 ) -> Iterator[tuple[pg.Rollout, int]]:  # fmt: skip
     """Sample a completion for each row, batch by batch: all of one shape, and how many rows of the batch count."""
     prompts, limit = [row["prompt"] for row in rows], lm.arch.max_positions - max_new_tokens
     ids = data.encode_prompts(prompts, tokenizer, chat=chat, max_length=limit)
     longest, size = max(map(len, ids)), min(batch_size, len(ids))
+    sharding.check_batch(mesh, size, "the completions that are sampled at once")
     for begin in range(0, len(ids), size):
         wanted = ids[begin : begin + size]
         tokens, mask = data.left_pad((wanted * size)[:size], 0, length=longest)
+        if mesh is not None:
+            tokens, mask = put_rows(mesh, (tokens, mask))
         rollout = pg.sample(
             lm, params, tokens, mask, fold_in(key, begin),
             max_new_tokens=max_new_tokens, temperature=temperature, eos_ids=stop_ids(tokenizer),

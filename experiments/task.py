@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 import pgjax as pg
+from experiments.devices import put_rows
 from experiments.model_judge import REWARD_MODEL, ModelJudge
-from pgjax import data, rewards
+from pgjax import data, distributed, rewards
 from pgjax.models.tokenizer import stop_ids
 
 Row = dict[str, Any]  # a prompt with its further columns
@@ -25,7 +27,7 @@ class Encoded(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """What the black box says of a rollout; on the host."""
+    """What the black box says of a rollout, whole; on the host of every process."""
 
     completions: list[str]
     scores: np.ndarray  # [B] float32, weighted sum
@@ -62,6 +64,7 @@ class Task(NamedTuple):
     eos_ids: tuple[int, ...]
     pad_id: int  # never looked at: masks say what is padding
     reward_model: ModelJudge | None = None  # one more judge, on the device
+    mesh: Mesh | None = None  # over which the rows of a batch are spread
 
     def generate(self, params: Any, prompts: Sequence[Encoded], key: jax.Array) -> pg.Rollout:
         """Sample a completion for each prompt; returns while the device is still at it.
@@ -69,6 +72,8 @@ class Task(NamedTuple):
         All prompts are padded to the longest of all: one shape, so that nothing compiles once training is under way.
         """
         tokens, mask = data.left_pad([prompt.ids for prompt in prompts], self.pad_id, length=self.longest)
+        if self.mesh is not None:
+            tokens, mask = put_rows(self.mesh, (tokens, mask))
         return pg.sample(
             self.lm, params, tokens, mask, key,
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
@@ -76,24 +81,37 @@ class Task(NamedTuple):
         )  # fmt: skip
 
     def judge(self, prompts: Sequence[Encoded], rollout: pg.Rollout, asked: jax.Array | None = None) -> Judged:
-        """Decode the completions and put them before the black boxes; `asked` is what `ask` has queued, for its score."""
-        completions, ended = self.read(rollout)
-        columns = {name: [x.row[name] for x in prompts] for name in prompts[0].row}
-        texts = columns.pop("prompt")
-        scores: np.ndarray = np.zeros(len(prompts), np.float32)
-        parts: dict[str, np.ndarray] = {}
-        if self.judges:
-            scores, parts = rewards.score(self.judges, self.weights, texts, completions, columns)
+        """Decode the completions and put them before the black boxes; `asked` is what `ask` has queued, for its score.
+
+        Each process decodes and judges its own rows; where a black box fails on one, all stop.
+        """
+        own = distributed.own_rows(len(prompts))
+        tokens, mask = distributed.fetch((rollout.tokens, rollout.mask))
+        pieces = distributed.shared(lambda: self._judge_rows(prompts[own], tokens[own], mask[own]))
+        completions = [text for piece in pieces for text in piece.completions]
+        scores, ended = (np.concatenate(x) for x in zip(*((y.scores, y.ended) for y in pieces), strict=True))
+        parts = {name: np.concatenate([piece.parts[name] for piece in pieces]) for name in pieces[0].parts}
         if asked is not None and self.reward_model is not None:
-            parts = {**parts, REWARD_MODEL: self.reward_model.fetch(asked, texts, completions)}
+            texts = [prompt.row["prompt"] for prompt in prompts]
+            parts[REWARD_MODEL] = self.reward_model.fetch(asked, texts, completions)
             scores = scores + np.float32(self.reward_model.weight) * parts[REWARD_MODEL]
         return Judged(completions, scores, parts, ended)
 
-    def read(self, rollout: pg.Rollout) -> tuple[list[str], np.ndarray]:
-        """Bring a rollout to the host: each completion, and whether it ended by itself."""
-        tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
+    def _judge_rows(self, prompts: Sequence[Encoded], tokens: np.ndarray, mask: np.ndarray) -> Judged:
+        completions, ended = self._texts(tokens, mask)
+        if not self.judges:
+            return Judged(completions, np.zeros(len(prompts), np.float32), {}, ended)
+        columns = {name: [x.row[name] for x in prompts] for name in prompts[0].row}
+        texts = columns.pop("prompt")
+        return Judged(completions, *rewards.score(self.judges, self.weights, texts, completions, columns), ended)
+
+    def _texts(self, tokens: np.ndarray, mask: np.ndarray) -> tuple[list[str], np.ndarray]:
         last = tokens[np.arange(len(tokens)), tokens.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)]
         return data.completion_texts(tokens, mask, self.tokenizer), np.isin(last, self.eos_ids)
+
+    def read(self, rollout: pg.Rollout) -> tuple[list[str], np.ndarray]:
+        """Bring a rollout to the host whole: each completion, and whether it ended by itself."""
+        return self._texts(*distributed.fetch((rollout.tokens, rollout.mask)))
 
     def ask(self, prompts: Sequence[Encoded], rollout: pg.Rollout) -> jax.Array | None:
         """Queue the reward model's scores of a rollout; None without one."""
@@ -124,7 +142,7 @@ class Task(NamedTuple):
             judged = self.judge(filled, rollout, self.ask(filled, rollout))
             figures = {"scores": judged.scores, **{f"rewards/{name}": part for name, part in judged.parts.items()}}
             if kl is not None:
-                figures["kl"] = jax.device_get(kl(rollout))
+                figures["kl"] = distributed.fetch(kl(rollout))
             for name, figure in figures.items():
                 found.setdefault(name, []).append(figure[: len(wanted)])
         whole = {name: np.concatenate(pieces).astype(np.float64) for name, pieces in found.items()}
@@ -149,6 +167,7 @@ def make_task(
     top_k: int | None = None,
     top_p: float = 1.0,
     reward_model: ModelJudge | None = None,
+    mesh: Mesh | None = None,
 ) -> Task:
     """Encode the prompts of every row set, refusing any that the model's positions cannot hold."""
     if tokenizer is None:
@@ -170,7 +189,7 @@ def make_task(
     eos_ids = stop_ids(tokenizer)
     return Task(
         lm, tokenizer, judges, weights, encoded, longest, max_new_tokens, temperature, top_k, top_p, eos_ids, pad_id,
-        reward_model,
+        reward_model, mesh,
     )  # fmt: skip
 
 

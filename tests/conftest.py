@@ -21,3 +21,11 @@ def smollm2():
     from pgjax.models.load import load
 
     return load("SmolLM2-135M-Instruct", dtype=jax.numpy.float32)
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """Leave out the compiler's costly passes: for tests of whole scripts on tiny models, which mostly compile."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -14,6 +14,8 @@ from experiments.overoptimisation import Curve, best_of, best_of_kl, fit_best_of
 from experiments.stages import finished
 from pgjax import logs
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def test_best_of_is_the_mean_over_all_subsets():
     rng = np.random.default_rng(0)

@@ -17,11 +17,14 @@ import numpy as np
 import pytest
 
 import pgjax as pg
+from experiments import devices
 from experiments import ppo as script
 from pgjax import logs, loop, ppo, rollout, train
 from pgjax.checkpoint import Checkpoints
 from pgjax.rewards import RewardError
 from tests.tiny_model import save_tiny_model
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 METRICS = {
     "objective": ["kl", "entropy", "non_score_reward", "rlhf_reward", "scores"],
@@ -93,11 +96,13 @@ def final_state(config: script.Config, folder: Path | None = None):
     lm, params, _ = pg.load(config.model)
     optimizer = train.adamw(1.0, updates=1)
     state = script.State(
-        train.init_state({"lm": params, "value": pg.init_value_head(lm.arch.width)}, optimizer), jnp.float32(0)
+        train.init_state({"lm": params, "value": pg.init_value_head(lm.arch.width)}, optimizer),
+        jnp.float32(0),
+        jax.random.key(0),
     )
     with Checkpoints((folder or config.output) / "checkpoints") as checkpoints:
         state, extra = checkpoints.restore(state)
-        return jax.tree.map(np.asarray, state), extra["step"]
+        return jax.tree.map(np.asarray, state._replace(key=jax.random.key_data(state.key))), extra["step"]
 
 
 def test_it_learns_and_leaves_the_files_that_a_user_expects(config, model):
@@ -358,7 +363,7 @@ def test_another_run_is_never_overwritten(config):
 
 def test_every_field_is_explained_where_it_stands():
     """tyro shows the comment behind a field as its help; a comment on another line is lost."""
-    lines = inspect.getsource(script.Config).splitlines()
+    lines = [line for kind in (script.Config, devices.Flags) for line in inspect.getsource(kind).splitlines()]
     for field in dataclasses.fields(script.Config):
         line = next(line for line in lines if line.strip().startswith(f"{field.name}:"))
         assert len(line.partition("# ")[2].split()) >= 3, line

@@ -22,6 +22,8 @@ from pgjax.preferences import TEMPLATED
 from pgjax.rewards import RewardError
 from tests.tiny_model import save_tiny_model
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 RLOO = {"advantage": "leave-one-out", "algorithm": "reinforce", "reduce": "sequence_sum"}
 
 
@@ -273,8 +275,8 @@ def test_parameters_spread_over_a_mesh_give_the_same_scores(folders):
 def test_a_score_that_is_not_finite_stops_the_run_and_names_the_row(config, monkeypatch):
     original = pg.load_reward_model
 
-    def broken(source):
-        rm, params, tokenizer = original(source)
+    def broken(source, **options):
+        rm, params, tokenizer = original(source, **options)
         return rm, params | {"score": {"kernel": params["score"]["kernel"] * jnp.nan}}, tokenizer
 
     monkeypatch.setattr(model_judge.pg, "load_reward_model", broken)

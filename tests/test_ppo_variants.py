@@ -18,6 +18,8 @@ from pgjax import logs, ppo, train
 from tests import reference
 from tests.tiny_model import save_tiny_model
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def vowels(prompts, completions, **columns):
     return [sum(c < "m" for c in text) / max(len(text), 1) for text in completions]
@@ -91,10 +93,14 @@ def expected_advantages(config, rollout, policy, frozen, scores, kl_coef):
             log_ratio = policy.logprobs.astype(np.float64) - rollout.logprobs[:, -window:]
             weight = np.minimum(np.exp(np.where(mask, log_ratio, 0)), config.importance_cap)
         return returns * weight
-    groups = totals.reshape(-1, config.group_size)
     if config.advantage == "leave-one-out":
-        others = [[np.delete(group, i).mean() for i in range(len(group))] for group in groups]
-        return np.where(mask, returns - np.reshape(others, (-1, 1)), 0)
+        known = np.zeros(mask.shape)
+        for row, t in np.argwhere(mask):
+            first = row - row % config.group_size
+            others = [i for i in range(first, first + config.group_size) if i != row]
+            known[row, t] = returns[row, t] - np.mean([returns[i, t] if mask[i, t] else scores[i] for i in others])
+        return known
+    groups = totals.reshape(-1, config.group_size)
     compared = groups - groups.mean(1, keepdims=True)
     if config.normalize_group:
         compared /= groups.std(1, ddof=1, keepdims=True) + 1e-4

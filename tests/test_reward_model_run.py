@@ -13,6 +13,8 @@ from experiments.reward_model import Config
 from pgjax import logs, loop, preferences, reward_learning
 from tests.tiny_model import save_tiny_model
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 WORDS = ["sun", "rain", "fog", "wind", "snow", "ice", "dew", "hail"]
 
 

@@ -11,6 +11,8 @@ from experiments import ppo, reward_model, rlhf, rlhf_report, sft
 from experiments.stages import finished, put_aside, run_stage
 from pgjax.loop import Interrupted
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def stage(folder, config, calls, *, made_from=(), fail=None):
     """A stand-in that notes how it was called, leaves a run behind, and may be stopped halfway."""

@@ -1,0 +1,191 @@
+"""Where a script runs: on one device, on a mesh of them, in several processes. The flags for it, and the way in and out.
+
+    python -m experiments.ppo                                       # one device
+    python -m experiments.ppo --mesh data=4,fsdp=2                  # eight devices of this machine
+    python -m experiments.ppo --mesh fsdp=-1 --distributed          # all devices of a TPU pod, or of a SLURM job
+    python -m experiments.ppo --distributed --coordinator 10.0.0.1:8476 --num-processes 2 --process-id 0     # and 1, there
+
+With several processes each runs the same command. All read the same files and hold the same batches on the host; each feeds
+the rows that its own devices hold, and runs the rewards on its own equal part. Process 0 alone prints and writes the run's logs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from pgjax import distributed, sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Where to run; what is computed does not depend on it."""
+
+    mesh: str | None = None  # sizes of data, fsdp, tensor, as data=4,fsdp=-1; None: one device; distributed: data=-1
+    distributed: bool = False  # this is one of several processes, which all run this command
+    coordinator: str | None = None  # host:port of process 0; None: of TPU pod, SLURM, JAX_COORDINATOR_ADDRESS
+    num_processes: int | None = None  # how many processes; None: likewise, or JAX_NUM_PROCESSES
+    process_id: int | None = None  # which one this is, from 0; None: likewise, or JAX_PROCESS_ID
+    init_timeout: float = 60.0  # seconds that the processes wait for each other at the start
+
+
+MACHINE = tuple(field.name for field in dataclasses.fields(Flags))  # what a run may change when it goes on
+_OWN = {"coordinator", "process_id", "init_timeout"}  # what may differ between processes
+
+
+@contextlib.contextmanager
+def on_devices(config: Flags) -> Iterator[Mesh | None]:
+    """Join the other processes, build the mesh and enter it; on all processes but the first, printing is off.
+
+    Args:
+      config: a script's, the same on every process.
+
+    Yields:
+      The mesh; None for one device.
+
+    Raises:
+      ValueError: flags that do not go together, processes that do not meet or have other configs, or a mesh that does not fit
+        the devices.
+
+    Example:
+      >>> with on_devices(Flags(mesh="data=-1")) as mesh:
+      ...     print(mesh.axis_names)
+      ('data',)
+    """
+    mesh = start(config)
+    if mesh is None:
+        _tell_idle(jax.device_count())
+    with contextlib.ExitStack() as stack:
+        if mesh is not None:
+            stack.enter_context(jax.set_mesh(mesh))
+        if jax.process_index() != 0:
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        yield mesh
+
+
+def start(config: Flags) -> Mesh | None:
+    """Join the other processes and build the mesh.
+
+    Args:
+      config: a script's.
+
+    Returns:
+      The mesh; None for one device.
+
+    Raises:
+      ValueError: as in `on_devices`.
+
+    Example:
+      >>> start(Flags(process_id=1))
+      Traceback (most recent call last):
+      ValueError: process_id is for several processes: add --distributed
+    """
+    sizes = None if config.mesh is None else sharding.parse_mesh(config.mesh)
+    if config.distributed:
+        distributed.initialize(config.coordinator, config.num_processes, config.process_id, timeout=config.init_timeout)
+        asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in _OWN}
+        distributed.agree("the command", asked)
+        sizes = sizes or {"data": -1}
+    else:
+        for name in ("coordinator", "num_processes", "process_id"):
+            if vars(config)[name] is not None:
+                raise ValueError(f"{name} is for several processes: add --distributed")
+    return None if sizes is None else sharding.make_mesh(devices=jax.devices(), **sizes)
+
+
+def check_rows(mesh: Mesh | None, rows: int, name: str) -> None:
+    """Refuse a batch, or a part of one, that the processes and the devices cannot share evenly.
+
+    Args:
+      mesh: or None for one device.
+      rows: of the batch.
+      name: what the user calls it.
+
+    Raises:
+      ValueError: with the numbers.
+
+    Example:
+      >>> check_rows(None, 3, "batch_size")
+    """
+    sharding.check_batch(mesh, rows, name)
+    distributed.own_rows(rows)
+
+
+def agree_on(what: str, value: Any) -> None:
+    """Check that all processes have read the same.
+
+    Args:
+      what: it is.
+      value: of what JSON knows, or with texts that tell it apart.
+
+    Raises:
+      ValueError: on all processes, where they have not.
+
+    Example:
+      >>> agree_on("the rows", [{"prompt": "a"}])
+    """
+    if jax.process_count() > 1:
+        text = json.dumps(value, default=str, sort_keys=True)
+        distributed.agree(what, {"its digest": hashlib.sha256(text.encode()).hexdigest()[:16]})
+
+
+def first_of_all() -> bool:
+    """Say whether this is the process that writes and prints.
+
+    Example:
+      >>> first_of_all()
+      True
+    """
+    return jax.process_index() == 0
+
+
+def put(mesh: Mesh | None, tree: Any) -> Any:
+    """Put host values on every device whole.
+
+    Args:
+      mesh: None: on the default device.
+      tree: of host arrays and numbers, the same on every process.
+
+    Returns:
+      The same tree on the devices.
+
+    Example:
+      >>> import numpy as np
+      >>> put(None, np.arange(2)).tolist()
+      [0, 1]
+    """
+    return jax.device_put(tree) if mesh is None else sharding.place(tree, sharding.replicated(mesh))
+
+
+def put_rows(mesh: Mesh | None, tree: Any) -> Any:
+    """Put a batch on the devices, its rows over data and fsdp: a process feeds the rows that its own devices hold.
+
+    Args:
+      mesh: None: on the default device.
+      tree: of host arrays [B, ...].
+
+    Returns:
+      The same tree on the devices.
+
+    Example:
+      >>> import numpy as np
+      >>> put_rows(None, np.arange(2)).tolist()
+      [0, 1]
+    """
+    return jax.device_put(tree) if mesh is None else sharding.place(tree, sharding.batch_sharding(mesh))
+
+
+@functools.cache  # once is enough
+def _tell_idle(devices: int) -> None:
+    if devices > 1:
+        print(f"one of {devices} devices is used: --mesh data=-1 or --mesh fsdp=-1 uses all of them")

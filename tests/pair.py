@@ -1,0 +1,131 @@
+"""Two real processes with two fake devices each: `start` launches them, and `python -m tests.pair` is what they run."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+from experiments import ppo as script
+from pgjax import distributed, perf
+
+MESH = "data=2,fsdp=2"
+CALLS: list[int] = []  # completions in each call of a reward, in this process
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(arguments: list[str], *, devices: int = 2) -> subprocess.Popen:
+    """Start a Python process with fake devices of its own, in which little time goes into compiling."""
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, *arguments], env=environment, cwd=Path(__file__).parents[1], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def finish(processes: list[subprocess.Popen], *, seconds: float = 500) -> list[tuple[int, str, str]]:
+    """Wait for processes: exit code, what was printed, and what went to the error stream, of each."""
+    try:
+        found = [process.communicate(timeout=seconds) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(processes, found, strict=True)]
+
+
+def vowels(prompts, completions, **columns):
+    """A black box: the share of letters up to m among the completion's."""
+    CALLS.append(len(completions))
+    return [sum(c < "m" for c in text) / max(len(text), 1) for text in completions]
+
+
+def broken_on_one(prompts, completions, **columns):
+    """A black box that fails on process 1 in the second iteration, after the evaluation and the first."""
+    CALLS.append(len(completions))
+    if jax.process_index() == 1 and len(CALLS) == 3:
+        raise KeyError("no such judge")
+    return [0.0] * len(completions)
+
+
+def stopping_one(prompts, completions, **columns):
+    """A black box during which process 1 is told to stop, in the second iteration."""
+    CALLS.append(len(completions))
+    if jax.process_index() == 1 and len(CALLS) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return [0.0] * len(completions)
+
+
+def own_rows():
+    """Prompts that are others on each process, as files of one name on two hosts may be."""
+    return [{"prompt": f"say {jax.process_index()}"}]
+
+
+def make_config(folder: Path, output: str, **fields) -> script.Config:
+    """The run that is the same with one process and with two; its model, reward model and prompts lie in the folder."""
+    prompts, model, judge = (str(folder / name) for name in ("prompts.jsonl", "model", "judge"))
+    defaults = script.Config(
+        model=model, prompts=prompts, held_out=prompts, rewards=(f"{__name__}:vowels",), reward_model=judge,
+        reward_model_weight=0.1, output=folder / output, mesh=MESH, steps=3, batch_size=8, max_new_tokens=6, minibatches=2,
+        microbatches=1, learning_rate=1e-2, warmup_updates=0, eval_samples=2, samples_every=1, save_every=100,
+        kl_target=1.0, kl_horizon=100.0,
+    )  # fmt: skip
+    return dataclasses.replace(defaults, **fields)
+
+
+def without_measuring() -> None:
+    """Take peaks out of the air: measuring them costs seconds, and no test here looks at them."""
+    script.machine_peaks = lambda dtype: perf.Peaks(1e9, 1e9, 1e9)
+
+
+def caught(work) -> list[str]:
+    """The kind and the text of what a function raises."""
+    try:
+        work()
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+    return []
+
+
+def main(process: int, port: int, folder: Path) -> None:
+    """Try the agreements, train, then train with a reward that fails on one process; write down what happened."""
+    without_measuring()
+    found: dict[str, object] = {}
+    flags = {"distributed": True, "coordinator": f"localhost:{port}", "num_processes": 2, "process_id": process}
+    distributed.initialize(f"localhost:{port}", 2, process)
+    found["gathered"] = distributed.gather({"process": process, "text": "x" * 3000 * process})
+    found["any"] = [distributed.any_process(process == 1), distributed.any_process(False)]
+    found["first"] = distributed.first(lambda: f"by {jax.process_index()}")
+    found["own"] = [distributed.own_rows(8).start, distributed.own_rows(8).stop]
+    found["odd"] = caught(lambda: distributed.own_rows(7))
+    found["differ"] = caught(lambda: distributed.agree("the command", {"seed": process, "steps": 3}))
+    found["steps"] = caught(lambda: script.main(make_config(folder, "never", steps=3 + process, **flags)))
+    found["unfit"] = caught(lambda: script.main(make_config(folder, "never", **{**flags, "mesh": "data=3"})))
+    other = {"prompts": f"{__name__}:own_rows", "held_out": f"{__name__}:own_rows", **flags}
+    found["prompts"] = caught(lambda: script.main(make_config(folder, "never", **other)))
+    found["uneven"] = caught(lambda: script.main(make_config(folder, "never", batch_size=6, minibatches=1, **flags)))
+    found["refused"] = caught(lambda: distributed.first(lambda: [][process]))
+    found["figures"] = script.main(make_config(folder, "two", **flags))
+    found["calls"], CALLS[:] = list(CALLS), []
+    broken = make_config(folder, "broken", rewards=(f"{__name__}:broken_on_one",), **flags)
+    found["broken"], CALLS[:] = caught(lambda: script.main(broken)), []
+    stopped = make_config(folder, "stopped", rewards=(f"{__name__}:stopping_one",), **flags)
+    found["stopped"] = caught(lambda: script.main(stopped))
+    (folder / f"found{process}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    from tests import pair  # the module that rewards are loaded from, not this copy of it
+
+    pair.main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,125 @@
+"""The PPO script goes on only with what its run was made from, and from the last good snapshot where the user says so."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import pgjax as pg
+from experiments import ppo as script
+from pgjax import logs, perf
+from pgjax.checkpoint import Checkpoints
+from tests.tiny_model import save_tiny_model
+
+SCORES = [0.1, 0.9, 0.3, 0.2]  # of each step: the best snapshot is neither the first nor among the last two
+CALLS: list[int] = []
+
+
+def scripted(prompts, completions, **columns):
+    """A black box that says how good each step is; the first two calls are the evaluation's."""
+    CALLS.append(len(completions))
+    return [SCORES[(len(CALLS) - 3) % 4] + 0.01 * (i % 2) for i in range(len(completions))]
+
+
+def change(config, **fields):
+    return dataclasses.replace(config, **fields)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unmeasured():
+    measure, draw = script.machine_peaks, script.plot_curves
+    script.machine_peaks, script.plot_curves = lambda dtype: perf.Peaks(1e9, 1e9, 1e9), lambda folder: None
+    yield
+    script.machine_peaks, script.plot_curves = measure, draw
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A run of four steps, each saved, and where it lies; tests work on copies."""
+    root = tmp_path_factory.mktemp("done")
+    save_tiny_model(root / "model")
+    words = ("a", "bcd", "ef", "ghij", "k")
+    (root / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {word}"}) + "\n" for word in words))
+    config = script.Config(
+        model=str(root / "model"), prompts=str(root / "prompts.jsonl"), held_out=str(root / "prompts.jsonl"),
+        rewards=(f"{__name__}:scripted",), output=root / "run", steps=4, batch_size=4, max_new_tokens=4, minibatches=2,
+        microbatches=1, learning_rate=1e-2, warmup_updates=0, kl_target=1.0, eval_samples=1, save_every=1, keep_best=True,
+    )  # fmt: skip
+    CALLS.clear()
+    script.main(config)
+    return config
+
+
+@pytest.fixture
+def copied(done, tmp_path):
+    """The same run in a folder of its own, resumed as it is: the model and the prompts keep their places."""
+    shutil.copytree(done.output, tmp_path / "run")
+    return change(done, output=tmp_path / "run", resume=True)
+
+
+def flip(folder: Path) -> None:
+    file = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def test_the_best_snapshot_and_its_policy_are_kept_beside_the_latest(done):
+    with Checkpoints(done.output / "checkpoints", keep_best=True) as checkpoints:
+        assert checkpoints.steps() == [2, 3, 4] and checkpoints.best() == 2
+    record = json.loads((done.output / "checkpoints" / "2" / "extra" / "metadata").read_text())
+    assert record["score"] == pytest.approx(0.905) and record["made_from"]["config"]["learning_rate"] == 1e-2
+    best, last = (pg.load(done.output / name)[1] for name in ("policy_best", "policy"))
+    assert not np.array_equal(best["embed"]["tokens"], last["embed"]["tokens"])
+
+
+def test_a_damaged_snapshot_is_left_out_only_where_asked_and_the_run_ends_as_before(copied, capsys):
+    flip(copied.output / "checkpoints" / "4")
+    with pytest.raises(ValueError, match=r"step 4 in .* is damaged.*--resume-from last-good"):
+        script.main(copied)
+    CALLS[:] = [0] * 5  # the evaluation and three steps
+    rows = logs.read_metrics(copied.output)
+    script.main(change(copied, resume=False, resume_from="last-good"))
+    said = capsys.readouterr().out
+    assert "left out: the checkpoint of step 4" in said and "going on after step 3" in said
+    again = logs.read_metrics(copied.output)
+    names = ("step", "objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg", "eval/kl")
+    assert [[row.get(name) for name in names] for row in again] == [[row.get(name) for name in names] for row in rows]
+    digests = [
+        json.loads((folder / "4" / "extra" / "metadata").read_text())["digests"]
+        for folder in (copied.output / "checkpoints", Path(copied.prompts).parent / "run" / "checkpoints")
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_snapshots_of_one_run_in_the_folder_of_another_are_refused(copied, tmp_path):
+    other = change(copied, output=tmp_path / "other", learning_rate=0.5)
+    logs.open_run(other.output, dataclasses.asdict(other), resume=False)
+    shutil.copytree(copied.output / "checkpoints", other.output / "checkpoints")
+    with pytest.raises(ValueError, match=r"is of another run: config.learning_rate: 0.01 there, 0.5 here"):
+        script.main(other)
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is good, .*another run"):
+        script.main(change(other, resume_from="last-good"))
+
+
+def test_a_reference_or_prompts_that_have_changed_in_their_place_are_named(done, copied):
+    file = Path(done.prompts)
+    prompts = file.read_text()
+    file.write_text(prompts.replace("bcd", "bcde"))
+    with pytest.raises(ValueError, match=r"is of another run: data: '\w+' there, '\w+' here"):
+        script.main(copied)
+    file.write_text(prompts)
+    lm, params, tokenizer = pg.load(done.model)
+    shutil.move(done.model, done.model + ".old")
+    try:
+        pg.save_pretrained(done.model, lm, jax.tree.map(lambda x: x * np.float32(1.001), params), tokenizer)
+        told = r"is of another run: reference: '\S+/model \(digest \w+\)' there, '\S+/model \(digest \w+\)' here"
+        with pytest.raises(ValueError, match=told):
+            script.main(copied)
+    finally:
+        shutil.rmtree(done.model)
+        shutil.move(done.model + ".old", done.model)

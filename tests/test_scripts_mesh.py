@@ -1,0 +1,121 @@
+"""The scripts on a mesh of four devices: the numbers of one device, and errors that come before any work."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import pgjax as pg
+from experiments import devices, ppo, reward_model, rlhf, rlhf_pairs, sft
+from pgjax import logs, sharding
+from tests.tiny_model import save_tiny_model
+
+MESH = "data=2,fsdp=2"
+CLOCKED = ("timing/", "perf/")  # what no two runs share
+WORDS = ("sun", "rain", "fog", "wind", "snow", "ice", "dew", "hail")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mesh")
+    save_tiny_model(folder / "model")
+    pairs = [{"prompt": "sky:", "chosen": f" {word}+", "rejected": f" {word}-"} for word in WORDS * 2]
+    texts = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
+    for name, rows in {"pairs": pairs, "texts": texts, "prompts": [{"prompt": "sky:"}]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def same_metrics(folder, other, tolerance=1e-5):
+    """Assert that two runs wrote the same, the clock's figures aside."""
+    ours, theirs = logs.read_metrics(folder), logs.read_metrics(other)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs] and ours
+    for mine, row in zip(ours, theirs, strict=True):
+        assert mine.keys() == row.keys()
+        for name in mine:
+            if not name.startswith(CLOCKED):
+                np.testing.assert_allclose(mine[name], row[name], rtol=tolerance, atol=2e-6, err_msg=name)
+
+
+def test_fine_tuning_on_a_mesh(folder):
+    config = sft.Config(
+        model=str(folder / "model"), data=str(folder / "texts.jsonl"), held_out=str(folder / "texts.jsonl"), max_length=16,
+        epochs=2, batch_size=8, microbatches=2, learning_rate=1e-2, output=folder / "sft",
+    )  # fmt: skip
+    sft.main(config)
+    sft.main(dataclasses.replace(config, mesh=MESH, output=folder / "sft_mesh"))
+    same_metrics(folder / "sft_mesh", folder / "sft")
+    one, other = (jax.tree.leaves(pg.load(folder / name / "model")[1]) for name in ("sft", "sft_mesh"))
+    for x, y in zip(one, other, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-4)
+
+
+def test_a_reward_model_on_a_mesh(folder):
+    config = reward_model.Config(
+        model=str(folder / "model"), pairs=str(folder / "pairs.jsonl"), held_out=str(folder / "pairs.jsonl"), batch_size=8,
+        microbatches=2, learning_rate=1e-2, output=folder / "rm",
+    )  # fmt: skip
+    reward_model.main(config)
+    reward_model.main(dataclasses.replace(config, mesh=MESH, output=folder / "rm_mesh"))
+    same_metrics(folder / "rm_mesh", folder / "rm", 1e-4)
+
+
+def test_pairs_are_sampled_on_a_mesh(folder):
+    rows, options = [{"prompt": "sky:"}] * 6, {"chat": False, "max_new_tokens": 4, "temperature": 1.0}
+    lm, params, tokenizer = pg.load(folder / "model")
+    alone = rlhf_pairs.complete(lm, params, tokenizer, rows, jax.random.key(0), batch_size=4, **options)
+    with devices.on_devices(devices.Flags(mesh=MESH)) as mesh:
+        lm, params, tokenizer = pg.load(folder / "model", mesh=mesh)
+        spread = rlhf_pairs.complete(lm, params, tokenizer, rows, jax.random.key(0), batch_size=4, mesh=mesh, **options)
+    assert alone == spread and len(set(alone[0])) > 1
+
+
+def test_every_stage_runs_where_the_whole_does(folder, monkeypatch):
+    asked = []
+    for module in (sft, reward_model, ppo):
+        monkeypatch.setattr(module, "main", lambda config: asked.append(config))
+    config = rlhf.Config(mesh=MESH, init_timeout=7.0, output=folder / "rlhf")
+    for stage in (rlhf.do_sft, rlhf.do_reward_model, rlhf.do_ppo):
+        stage(config, folder / "rlhf", False)
+    assert [(stage.mesh, stage.init_timeout) for stage in asked] == [(MESH, 7.0)] * 3
+    assert not set(devices.MACHINE) & {name.split(".")[-1] for name in rlhf.asked(config, "ppo")}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"mesh": "data=3"}, "data=3 needs 3 devices, but there are 4"),
+        ({"mesh": "rows=4"}, "rows"),
+        ({"mesh": "data=4", "batch_size": 6, "minibatches": 1}, "batch_size: 6 rows"),
+        (
+            {"mesh": "data=4", "batch_size": 8, "minibatches": 2, "microbatches": 2},
+            "batch_size=8 / minibatches=2 / micro",
+        ),
+        ({"mesh": "tensor=4", "batch_size": 8}, "tensor=4"),  # of two heads
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_work(folder, fields, words):
+    prompts = str(folder / "prompts.jsonl")
+    config = ppo.Config(
+        model=str(folder / "model"), prompts=prompts, held_out=prompts, output=folder / "refused", microbatches=1,
+        rewards=("tests.pair:vowels",),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=words):
+        ppo.main(dataclasses.replace(config, **fields))
+    assert not (folder / "refused").exists()
+
+
+def test_idle_devices_are_told_once(capsys):
+    devices._tell_idle.cache_clear()
+    for _ in range(2):
+        with devices.on_devices(devices.Flags()) as mesh:
+            assert mesh is None
+    assert capsys.readouterr().out.count("one of 4 devices is used: --mesh data=-1") == 1
+
+
+def test_the_mesh_is_left_behind(folder):
+    with devices.on_devices(devices.Flags(mesh="data=-1")) as mesh:
+        assert sharding.ambient_mesh() is not None and mesh.shape == {"data": 4}
+    assert sharding.ambient_mesh() is None
