@@ -1,0 +1,131 @@
+"""Compile the three programs of PPO for TPU pods on a machine without one, and judge memory, collectives and time.
+
+    pip install 'jax[tpu]'                      # libtpu, the compiler; no TPU is asked for
+    python -m benchmarks.pod                    # four pods, four models, three programs: an hour and more on two cores
+    python -m benchmarks.pod --topologies v5e:4x4 --models 135M --no-search
+
+Shapes only: no weight exists. The programs are those that training runs (the sampler, `ppo.score`, `ppo.update`), over float32
+parameters and Adam moments with bfloat16 arithmetic, prompts of 256 and completions of 256 tokens. Of each it prints
+
+    memory       bytes a chip, those of the compiler and those that training keeps beside the program, against the chip's;
+                 parameters, moments, gradient, gathered weights and cache are worked out on paper, "other" is the rest
+    collectives  from the compiled text: how many, their bytes a chip in all runs of their loops, which stand inside loops
+    at best      the longest of FLOPs on paper / peak, bytes that must be read / bandwidth, bytes that must arrive / links
+    compiler     the compiler's own estimate: its cycles of every fusion, times the loops' trips, at the chip's clock;
+                 collectives have none. (`optimal_seconds` of its cost analysis counts the body of a loop once, and is -1 and less
+                 where something has no estimate: it goes to the JSON where it is above 0.)
+    largest      rows at once that fit, by doubling
+
+A decode step is one iteration of the sampler's loop, prefill all that comes before it, the gather of the parameters included.
+What does not fit, and a collective where none should stand, is a defect: it is named, and the benchmark ends with an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu compiles here and runs nothing: no TPU is looked for,
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and none is locked against another process
+
+import tyro
+
+from benchmarks.pod_judge import judge, largest_rows
+from benchmarks.pod_programs import MODELS, PROGRAMS, TOPOLOGIES, Case, make_case
+from benchmarks.pod_report import picture, show
+from benchmarks.timing import Row, machine, plain, save
+from experiments.cli import plain_errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One benchmark. The defaults are what the committed figures were made with."""
+
+    topologies: tuple[str, ...] = tuple(TOPOLOGIES)  # of the pods
+    models: tuple[str, ...] = tuple(MODELS)
+    programs: tuple[str, ...] = PROGRAMS
+    mesh: str | None = None  # for all of them, as data=4,fsdp=4; None: `pod_programs.MESHES`
+    prompt_length: int = 256  # tokens
+    new_tokens: int = 256  # sampled for each prompt
+    sampler_rows: int = 16  # at once, for each part of data x fsdp
+    scoring_rows: int = 4  # likewise; the batch is two parts of it
+    learner_rows: int = 2  # likewise; the minibatch is two microbatches of it
+    search: bool = True  # look for the largest batches afterwards
+    go_on: bool = False  # keep what the JSON holds already
+    json: Path | None = None  # write the report here, row by row
+    picture: Path | None = None  # draw the memory here
+
+
+def main(config: Config) -> Row:
+    """Run the benchmark; return and print the report."""
+    check(config)
+    report: Row = {
+        "machine": machine() | {"libtpu": importlib.metadata.version("libtpu")},
+        "config": plain(config),
+        "chips": {name: TOPOLOGIES[name]._asdict() for name in config.topologies},
+        "rows": [],
+    }
+    if config.go_on and config.json is not None and config.json.is_file():
+        report["rows"] = json.loads(config.json.read_text(encoding="utf-8"))["rows"]
+    done = {(row["topology"], row["model"], row["program"]) for row in report["rows"]}
+    rows = dict(zip(PROGRAMS, (config.sampler_rows, config.scoring_rows, config.learner_rows), strict=True))
+    for one in itertools.product(config.topologies, config.models, config.programs):
+        if one not in done:
+            print("compiling", *one, file=sys.stderr, flush=True)
+            report["rows"].append(judge(case_of(config, *one[:2]), one[2], rows[one[2]]))
+            save(rounded(report), config.json)
+    for row in report["rows"]:
+        if config.search and "largest_rows" not in row:
+            print("searching", row["topology"], row["model"], row["program"], file=sys.stderr, flush=True)
+            row["largest_rows"] = largest_rows(case_of(config, row["topology"], row["model"]), row)
+            save(rounded(report), config.json)
+    show(report)
+    if config.picture is not None:
+        picture(config.picture, report)
+    return report
+
+
+def case_of(config: Config, topology: str, model: str) -> Case:
+    """Lay a model out over a pod, as the config says."""
+    lengths = {"prompt_length": config.prompt_length, "new_tokens": config.new_tokens}
+    return make_case(topology, model, config.mesh, **lengths)
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot be compiled, before anything is."""
+    for name, given, known in (
+        ("topologies", config.topologies, tuple(TOPOLOGIES)),
+        ("models", config.models, tuple(MODELS)),
+        ("programs", config.programs, PROGRAMS),
+    ):
+        if odd := [x for x in given if x not in known]:
+            raise ValueError(f"{name}: {', '.join(odd)} not known; there are {', '.join(known)}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError("libtpu, which compiles for TPUs, is not installed: pip install 'jax[tpu]'")
+
+
+def rounded(x: Any) -> Any:
+    """Keep four digits of every fraction of a report.
+
+    >>> rounded({"a": [0.123456, 1], "b": None})
+    {'a': [0.1235, 1], 'b': None}
+    """
+    if isinstance(x, dict):
+        return {name: rounded(value) for name, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [rounded(value) for value in x]
+    return float(f"{x:.4g}") if isinstance(x, float) else x
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        found = main(tyro.cli(Config, description=__doc__))
+    if any(row["defects"] for row in found["rows"]):
+        sys.exit("defects: see above")
