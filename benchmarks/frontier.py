@@ -65,11 +65,13 @@ SHARED: dict[str, Any] = {"minibatches": 4, "microbatches": 1, "decay": True}
 RECIPES: dict[str, dict[int, dict[str, Any]]] = {
     "RLOO": {
         6_400: {"advantage": "leave-one-out", "group_size": 4, "learning_rate": 3e-4, "warmup_updates": 120},
-        25_600: {"advantage": "leave-one-out", "group_size": 4, "learning_rate": 2e-4, "warmup_updates": 300},
+        25_600: {
+            "advantage": "leave-one-out", "group_size": 4, "learning_rate": 2e-4, "warmup_updates": 800, "adam_eps": 1e-4,
+        },  # fmt: skip
     },
     "PPO": {
         6_400: {"advantage": "value", "learning_rate": 3e-4, "warmup_updates": 120},
-        25_600: {"advantage": "value", "learning_rate": 2e-4, "warmup_updates": 300},
+        25_600: {"advantage": "value", "learning_rate": 2e-4, "warmup_updates": 500, "adam_eps": 2e-4},
     },
 }
 TRL_LEARNING_RATES = {6_400: 3e-4, 25_600: 1e-4}  # of its RLOO, k = 4

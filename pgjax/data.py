@@ -152,7 +152,8 @@ def batches(rows: Sequence[Any], batch_size: int, *, seed: int) -> "grain.MapDat
     """Deal rows out in batches for ever, in a new order each epoch; the step number is the only state.
 
     Epoch e is a permutation of the rows drawn from (seed, e), and the epochs follow each other without a gap,
-    so a batch may hold the end of one and the start of the next, and no row is dropped.
+    so a batch may hold the end of one and the start of the next, and no row is dropped. Every process of a run deals the
+    same batches, whatever their number, and puts on its devices the rows that these hold.
 
     Args:
       rows: anything that can be indexed.
