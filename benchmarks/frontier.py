@@ -62,16 +62,15 @@ from pgjax.prompts import check_rows
 # benchmarks/README.md). A low rate and a long warm-up: at 6e-4 without one, Adam's first 40 steps cost eight nats, of which the
 # penalty won back few.
 SHARED: dict[str, Any] = {"minibatches": 4, "microbatches": 1, "decay": True}
+LEAVE_ONE_OUT, CRITIC = {"advantage": "leave-one-out", "group_size": 4}, {"advantage": "value"}
 RECIPES: dict[str, dict[int, dict[str, Any]]] = {
     "RLOO": {
-        6_400: {"advantage": "leave-one-out", "group_size": 4, "learning_rate": 3e-4, "warmup_updates": 120},
-        25_600: {
-            "advantage": "leave-one-out", "group_size": 4, "learning_rate": 2e-4, "warmup_updates": 800, "adam_eps": 1e-4,
-        },  # fmt: skip
+        6_400: LEAVE_ONE_OUT | {"learning_rate": 3e-4, "warmup_updates": 120},
+        25_600: LEAVE_ONE_OUT | {"learning_rate": 2e-4, "warmup_updates": 800, "adam_eps": 1e-4},
     },
     "PPO": {
-        6_400: {"advantage": "value", "learning_rate": 3e-4, "warmup_updates": 120},
-        25_600: {"advantage": "value", "learning_rate": 2e-4, "warmup_updates": 500, "adam_eps": 2e-4},
+        6_400: CRITIC | {"learning_rate": 3e-4, "warmup_updates": 120},
+        25_600: CRITIC | {"learning_rate": 2e-4, "warmup_updates": 500, "adam_eps": 2e-4},
     },
 }
 TRL_LEARNING_RATES = {6_400: 3e-4, 25_600: 1e-4}  # of its RLOO, k = 4
