@@ -81,11 +81,14 @@ def main(config: Config) -> Row:
             print("compiling", *one, file=sys.stderr, flush=True)
             report["rows"].append(judge(case_of(config, *one[:2]), one[2], rows[one[2]]))
             save(rounded(report), config.json)
+    order = list(itertools.product(TOPOLOGIES, MODELS, PROGRAMS))
+    report["rows"].sort(key=lambda row: order.index((row["topology"], row["model"], row["program"])))
     for row in report["rows"]:
         if config.search and "largest_rows" not in row:
             print("searching", row["topology"], row["model"], row["program"], file=sys.stderr, flush=True)
             row["largest_rows"] = largest_rows(case_of(config, row["topology"], row["model"]), row)
             save(rounded(report), config.json)
+    save(rounded(report), config.json)
     show(report)
     if config.picture is not None:
         picture(config.picture, report)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 import pgjax as pg
 from pgjax import ppo, rollout, sharding, train
+from pgjax.mesh import make_mesh, parse_mesh
 from pgjax.models.causal_lm import CausalLM
 from pgjax.models.families import architecture_of
 
@@ -112,9 +113,9 @@ def make_case(topology: str, model: str, mesh: str | None, *, prompt_length: int
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
-    sizes = sharding.parse_mesh(MESHES[topology].get(model, MESHES[topology][""]) if mesh is None else mesh)
+    sizes = parse_mesh(MESHES[topology].get(model, MESHES[topology][""]) if mesh is None else mesh)
     lm = pg.causal_lm(architecture_of(MODELS[model]), dtype=jnp.bfloat16)
-    return Case(topology, model, sharding.make_mesh(devices=devices, **sizes), lm, prompt_length, new_tokens)
+    return Case(topology, model, make_mesh(devices=devices, **sizes), lm, prompt_length, new_tokens)
 
 
 def training_state(case: Case) -> train.TrainState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import hashlib
@@ -24,6 +25,7 @@ from pgjax.digest import leaf_digests
 from pgjax.leaves import Leaf, differences, recommit, shared, shorten, stored_leaves, target
 
 Tree = Any
+_SIZES = "sizes.json"  # in `extra`, of the files of a checkpoint
 
 
 class BadCheckpoint(ValueError):
@@ -77,6 +79,34 @@ def _other_fields(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str
 
 def _seal(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != _SIZES]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files)}
+
+
+def _note_sizes(folder: Path) -> None:
+    """Write down how long each file of a finished checkpoint is; orbax never reads some of them, and misses no cut there."""
+    noted = folder / "extra" / _SIZES
+    if not noted.parent.is_dir() or noted.exists():
+        return
+    draft = noted.with_suffix(".part")
+    with contextlib.suppress(OSError):  # a full disk: the checkpoint itself is whole, and its arrays have digests
+        draft.write_text(json.dumps(_sizes(folder)), encoding="utf-8")
+        draft.rename(noted)
+
+
+def _changed_sizes(folder: Path) -> list[str]:
+    """Name the files that are not as long as they were; none where a run was killed before they were noted."""
+    try:
+        noted = json.loads((folder / "extra" / _SIZES).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        return [f"{_SIZES}: {_reason(error)}"]
+    now = _sizes(folder)
+    return [f"{name} has {now.get(name, 0)} bytes of {size}" for name, size in noted.items() if now.get(name) != size]
 
 
 class _LatestAndBest(ocp.checkpoint_managers.PreservationPolicy):
@@ -228,6 +258,7 @@ class Checkpoints:
         other = [name for name, number in leaf_digests(state).items() if digests[name] != number]
         if other:
             raise self._unreadable(step, f"its bits are not those that were saved: {shorten(other)}", at=other[0])
+        self._agreed(lambda: self._check_sizes(step))
         return jax.tree.map(recommit, state_like, state), self._record(step)["extra"]
 
     def restore_last_good(self, state_like: Tree) -> tuple[Tree, dict[str, Any], list[str]]:
@@ -258,8 +289,9 @@ class Checkpoints:
             self._manager.reload()
             return state, extra, [f"{reason}; it lies in {places[step]} now" for step, reason in reasons.items()]
         raise BadCheckpoint(
-            f"no checkpoint in {self.folder} is good, delete them to start from the beginning: "
+            f"no checkpoint in {self.folder} is good, so none is used: "
             + "; ".join(reasons.values())
+            + "; where that cannot be mended, start anew in another folder"
         )
 
     def failed(self) -> bool:
@@ -302,6 +334,8 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:  # whatever the file system or tensorstore raised in the background
             self._give_up(error)
+        if self._saving is not None and jax.process_index() == 0:
+            _note_sizes(self.folder / str(self._saving))
 
     def _give_up(self, error: Exception) -> None:
         """Take note of a save that failed, remove its pieces, and take in what is on disk."""
@@ -382,6 +416,11 @@ class Checkpoints:
             raise BadCheckpoint(f"{name} is of another run: {shorten(lines)}; give what it was started with")
         if lines := differences(wanted, stored):
             raise BadCheckpoint(f"{name} is of another state: {shorten(lines)}")
+
+    def _check_sizes(self, step: int) -> None:
+        changed = _changed_sizes(self.folder / str(step))
+        if changed:
+            raise self._unreadable(step, shorten(changed))
 
     def _read_state(self, step: int, targets: Tree) -> Tree:
         """Read this process's part of the arrays; without the manager, which would wait for processes that failed."""

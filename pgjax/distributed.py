@@ -54,7 +54,7 @@ def initialize(
     """
     if jax.distributed.is_initialized():
         return
-    if not timeout > 0:
+    if not 0 < timeout < math.inf:
         raise ValueError(f"the processes need some seconds to meet, got {timeout}")
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     processes = _from_environment("JAX_NUM_PROCESSES") if processes is None else processes

@@ -304,7 +304,9 @@ def _param_spec(
         axes = _split_by(mesh, name, without)
         if size % _size(mesh, axes):
             told = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
-            raise ValueError(f"{'/'.join(names)} has an axis of {size}, which {told} of the mesh does not divide")
+            raise ValueError(
+                f"{'/'.join(names)} has an axis of {size}, which {told} of the mesh does not divide: choose sizes that do"
+            )
         entries.append(_entry(axes))
     while entries and entries[-1] is None:
         entries.pop()

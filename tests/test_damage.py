@@ -85,6 +85,7 @@ OTHER_REFERENCE = {**RUN, "reference": "tiny (digest 34)"}
 DAMAGE = {
     "truncated": (truncate, "damaged"),
     "a byte": (lambda folder: flip(largest(folder, 4)), "damaged"),
+    "a few bytes of a file that nobody reads": (lambda folder: cut_the_index(folder), r"has \d+ bytes of \d+"),
     "a file is gone": (lambda folder: largest(folder, 4).unlink(), "damaged"),
     "no index": (lambda folder: (folder / "4" / "state" / "manifest.ocdbt").unlink(), "damaged"),
     "empty metadata": (lambda folder: (folder / "4" / "state" / "_METADATA").write_text(""), "damaged"),
@@ -101,6 +102,12 @@ DAMAGE = {
         r"another run: reference: 'tiny \(digest 34\)' there, 'tiny \(digest 12\)' here",
     ),
 }  # fmt: skip
+
+
+def cut_the_index(folder):
+    """The arrays come back whole all the same, so only the length tells."""
+    file = max((folder / "4" / "state" / "ocdbt.process_0" / "d").iterdir(), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-20])
 
 
 def edit_extra(folder):
