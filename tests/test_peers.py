@@ -324,9 +324,9 @@ CASES = {
         "gae_advantages": Case(ADVANTAGES_OF_VALUES),
         "gae_returns": Case(RETURNS),
         "experience_rloo": Case(value(lambda: shaped_returns(leave_one_out()))),
-        "experience_dr_grpo": Case(value(lambda: shaped_returns(GROUP_CENTRED()[0]))),
+        "experience_dr_grpo": Case(lambda: value(shaped_returns, GROUP_CENTRED()[0])()),
         "experience_group_norm": Case(
-            value(lambda: shaped_returns(GROUP_NORMALIZED()[0])),
+            lambda: value(shaped_returns, GROUP_NORMALIZED()[0])(),
             "adds 1e-9 to the group's deviation; ours adds 1e-4",
             lambda _: value(shaped_returns, GROUP_NORMALIZED()[0] * without_epsilon(1e-9))(),
         ),

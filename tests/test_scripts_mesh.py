@@ -12,6 +12,8 @@ from experiments import devices, ppo, reward_model, rlhf, rlhf_pairs, sft
 from pgjax import logs, sharding
 from tests.tiny_model import save_tiny_model
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 MESH = "data=2,fsdp=2"
 CLOCKED = ("timing/", "perf/")  # what no two runs share
 WORDS = ("sun", "rain", "fog", "wind", "snow", "ice", "dew", "hail")

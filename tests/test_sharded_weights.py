@@ -28,6 +28,8 @@ from pgjax.models.weights import read_params, safetensors_of
 from pgjax.sharding import make_mesh, param_shardings
 from tests.test_gguf import Q, write
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 ROOT = Path(__file__).resolve().parents[1]
 GOLDENS = ROOT / "tests" / "goldens"
 MESHES = {
