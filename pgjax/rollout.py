@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pgjax.data import bucket_length
-from pgjax.models.causal_lm import CausalLM, Params, decode_params, logits_of
+from pgjax.models.causal_lm import CausalLM, Params, decode_params
+from pgjax.models.transformer import columns_dot
 from pgjax.sampling import draw, filter_logits
 from pgjax.sharding import (
     batch_sharding,
@@ -122,7 +123,7 @@ def _generate(lm, params, prompts, prompt_mask, key, options, eos, pad_id, max_n
 
     def choose(hidden: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Every device draws for rows of its own, tensor's too, and needs their logits whole: these change hands here.
-        logits = constrain(constrain(logits_of(hidden, unembedding), "batch", "vocab"), "row")
+        logits = constrain(constrain(columns_dot(unembedding, hidden), "batch", "vocab"), "row")
         logprobs = filter_logits(logits, **options)
         token = draw(logprobs, row_keys, constrain(prompt_lengths + step, "batch"))
         return constrain_batch((token, jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]))
