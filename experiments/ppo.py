@@ -40,7 +40,7 @@ import pgjax as pg
 from experiments.cli import plain_errors
 from experiments.devices import MACHINE, Flags, agree_on, first_of_all, on_devices, put
 from experiments.model_judge import load_judge
-from experiments.ppo_run import check, check_mesh, machine_peaks, speed, summary
+from experiments.ppo_run import check, check_mesh, machine_peaks, scores_samples, speed, summary
 from experiments.resume import From, frozen, go_on, open_checkpoints, rows_digest, to_best
 from experiments.rows import load_rows
 from experiments.task import Row, check_columns, fold_in, make_task
@@ -83,6 +83,9 @@ class Config(Flags):
     reduce: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"  # how the policy loss is averaged
     epochs: int = 1  # passes over an iteration's completions
     minibatches: int = 2  # optimizer updates in an epoch
+    score_samples: bool | None = (
+        None  # score completions by a pass of their own; None: where the sampler's word won't do
+    )
     microbatches: int = 2  # parts of a minibatch, for memory; the gradient is the same
     learning_rate: float = 3e-5  # of AdamW, reached after the warm-up
     warmup_updates: int = 4  # updates over which the rate rises linearly
@@ -212,12 +215,15 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         """Queue the rollout; nothing is waited for."""
         sample_key, shuffle_key = jax.random.split(fold_in(state.key, i))
         prompts = [prompt for prompt in deal[i] for _ in range(group)]
-        return prompts, shuffle_key, time.perf_counter(), task.generate(state.learner.params["lm"], prompts, sample_key)
+        queued_at, params = time.perf_counter(), state.learner.params
+        if scores_samples(config):
+            return prompts, shuffle_key, queued_at, task.generate(params["lm"], prompts, sample_key), None
+        return prompts, shuffle_key, queued_at, *task.generate_scored(params, prompts, sample_key)
 
     def step(state: State, i: int, work: Any) -> tuple[State, dict[str, Any], list[dict[str, Any]]]:
         """Score on the device, judge on the host meanwhile, then update."""
         nonlocal free_at
-        prompts, shuffle_key, queued_at, rollout = work
+        prompts, shuffle_key, queued_at, rollout, policy = work
         learner, kl_coef, key = state
         jax.block_until_ready(rollout)
         rolled_out = time.perf_counter()
@@ -225,7 +231,9 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
             evaluate(learner.params, i)
         asked_at = time.perf_counter()
         asked = task.ask(prompts, rollout)
-        policy = scorer(learner.params, rollout.tokens, rollout.attention_mask)
+        said = policy is not None  # by the sampler, on its way
+        if policy is None:
+            policy = scorer(learner.params, rollout.tokens, rollout.attention_mask)
         frozen = scorer(reference, rollout.tokens, rollout.attention_mask)
         judged = task.judge(prompts, rollout, asked)
         rewarded = time.perf_counter()
@@ -239,6 +247,10 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
             importance_cap=config.importance_cap, discount=config.discount,
             kl_target=config.kl_target, kl_horizon=config.kl_horizon,
         )  # fmt: skip
+        if said:
+            del metrics["val/sampler_gap"]  # nothing to compare
+            if config.epochs * config.minibatches == 1:
+                batch = batch._replace(old_logprobs=None)
         taken: list[train.Metrics] = []
         for epoch in range(config.epochs):
             order = train.minibatches(fold_in(shuffle_key, epoch), config.batch_size, config.minibatches)

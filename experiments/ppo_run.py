@@ -141,6 +141,12 @@ def check(config: Config) -> None:
         require(value is None or 0 < value < math.inf, f"{name} must be above 0, got {value}")
     require(0 <= config.seed < 2**32, f"seed must be from 0 to 2^32 - 1, got {config.seed}")
     check_algorithm(config)
+    require(
+        config.score_samples is not False
+        or (config.top_k is None and config.top_p == 1 and config.importance_cap is None),
+        f"top_k={config.top_k}, top_p={config.top_p} and importance_cap={config.importance_cap} make the sampler's "
+        "log-probabilities others than the policy's: leave out --no-score-samples",
+    )
     weights = config.reward_weights
     require(
         len(config.rewards) >= 1 or config.reward_model is not None,
@@ -154,6 +160,17 @@ def check(config: Config) -> None:
         math.isfinite(config.reward_model_weight),
         f"reward_model_weight must be finite, got {config.reward_model_weight}",
     )
+
+
+def scores_samples(config: Config) -> bool:
+    """Say whether the policy scores its completions by a pass of their own, or what the sampler said of them will do.
+
+    With one update a rollout it will: the ratio is 1 by definition. With more, the sampler's rounding would enter the ratio.
+    """
+    as_sampled = config.top_k is None and config.top_p == 1 and config.importance_cap is None
+    if config.score_samples is None:
+        return not as_sampled or config.epochs * config.minibatches > 1
+    return config.score_samples
 
 
 def check_mesh(config: Config, mesh: Mesh | None) -> None:

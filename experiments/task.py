@@ -15,6 +15,7 @@ from experiments.devices import put_rows
 from experiments.model_judge import REWARD_MODEL, ModelJudge
 from pgjax import data, distributed, rewards
 from pgjax.models.tokenizer import stop_ids
+from pgjax.rollout import Scored, sample_scored
 
 Row = dict[str, Any]  # a prompt with its further columns
 
@@ -71,14 +72,22 @@ class Task(NamedTuple):
 
         All prompts are padded to the longest of all: one shape, so that nothing compiles once training is under way.
         """
-        tokens, mask = data.left_pad([prompt.ids for prompt in prompts], self.pad_id, length=self.longest)
-        if self.mesh is not None:
-            tokens, mask = put_rows(self.mesh, (tokens, mask))
         return pg.sample(
-            self.lm, params, tokens, mask, key,
+            self.lm, params, *self._padded(prompts), key,
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
             eos_ids=self.eos_ids, pad_id=self.pad_id,
         )  # fmt: skip
+
+    def generate_scored(self, params: Any, prompts: Sequence[Encoded], key: jax.Array) -> tuple[pg.Rollout, Scored]:
+        """Sample likewise, without filters, from {"lm", "value"}, and keep what these said on the way."""
+        return sample_scored(
+            self.lm, params, *self._padded(prompts), key,
+            max_new_tokens=self.max_new_tokens, temperature=self.temperature, eos_ids=self.eos_ids, pad_id=self.pad_id,
+        )  # fmt: skip
+
+    def _padded(self, prompts: Sequence[Encoded]) -> tuple[Any, Any]:
+        tokens, mask = data.left_pad([prompt.ids for prompt in prompts], self.pad_id, length=self.longest)
+        return (tokens, mask) if self.mesh is None else put_rows(self.mesh, (tokens, mask))
 
     def judge(self, prompts: Sequence[Encoded], rollout: pg.Rollout, asked: jax.Array | None = None) -> Judged:
         """Decode the completions and put them before the black boxes; `asked` is what `ask` has queued, for its score.

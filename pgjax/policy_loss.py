@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     tokens: jax.Array  # [B, T] int32
     attention_mask: jax.Array  # [B, T]
     mask: jax.Array  # [B, W], True on sampled tokens; so are all that follow
-    old_logprobs: jax.Array
+    old_logprobs: jax.Array | None  # of the policy that sampled; None: the present one did, its ratio is 1
     old_values: jax.Array
     returns: jax.Array
     advantages: jax.Array
@@ -110,6 +110,8 @@ def ppo_loss(
     hidden = lm.hidden(params["lm"], batch.tokens, batch.attention_mask)[:, -window:]
     unembedding, tokens = lm.unembedding(params["lm"]), batch.tokens[:, -window:]
     logprobs = head_logprobs(hidden, unembedding, tokens, temperature=temperature)
+    if batch.old_logprobs is None:
+        batch = batch._replace(old_logprobs=jax.lax.stop_gradient(logprobs))
 
     def weighted(x: jax.Array) -> jax.Array:
         return x if batch.weights is None else x * batch.weights

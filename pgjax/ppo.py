@@ -8,7 +8,7 @@ frozen reference in the rewards (Ziegler et al. 2019). RLOO, GRPO, Dr. GRPO and 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,16 +27,8 @@ from pgjax.masking import masked_mean, masked_whiten, where_mask
 from pgjax.models.causal_lm import CausalLM, logits_of
 from pgjax.models.heads import token_values
 from pgjax.policy_loss import Batch, ppo_loss, token_weights
-from pgjax.rollout import Rollout
+from pgjax.rollout import Rollout, Scored
 from pgjax.sharding import ambient_mesh, check_batch, constrain, constrain_batch
-
-
-class Scored(NamedTuple):
-    """What one model says of a batch, each [B, W]."""
-
-    logprobs: jax.Array
-    values: jax.Array
-    entropy: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "window", "parts"))

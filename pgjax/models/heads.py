@@ -73,5 +73,21 @@ def token_values(head: dict[str, jax.Array], hidden: jax.Array) -> jax.Array:
     >>> token_values(head, jnp.array([[[1.0], [2.0], [3.0]]])).tolist()
     [[0.0, 1.5, 2.5]]
     """
-    values = jnp.sum(hidden.astype(jnp.float32) * head["kernel"][None, None, :], axis=-1) + head["bias"]
-    return token_frame(values)
+    return token_frame(state_values(head, hidden))
+
+
+def state_values(head: dict[str, jax.Array], hidden: jax.Array) -> jax.Array:
+    """Estimate the return from the next token on: kernel . hidden + bias, at the position of the state.
+
+    Args:
+        head: of `init_value_head`.
+        hidden: [..., D].
+
+    Returns:
+        [...] float32.
+
+    >>> state_values({"kernel": jnp.array([1.0]), "bias": jnp.array(0.5)}, jnp.array([[1.0], [2.0]])).tolist()
+    [1.5, 2.5]
+    """
+    kernel = head["kernel"].reshape((1,) * (hidden.ndim - 1) + head["kernel"].shape)
+    return jnp.sum(hidden.astype(jnp.float32) * kernel, axis=-1) + head["bias"]
