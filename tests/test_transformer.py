@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from pgjax.models.architecture import Rope
+from pgjax.models.attention import attention
 from pgjax.models.causal_lm import causal_lm, decode_params, logits_of, positions_of
-from pgjax.models.transformer import attention, rope_frequencies, rotary_table, rotate
+from pgjax.models.transformer import rope_frequencies, rotary_table, rotate
 from tests.tiny import ARCHITECTURES, FAMILIES, LLAMA3_ROPE, close, left_padded, tiny_apply, tiny_lm, tiny_params
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

@@ -11,13 +11,25 @@ import jax
 import jax.numpy as jnp
 
 from pgjax.models.architecture import Architecture
-from pgjax.models.transformer import Block, KeyValue, Norm, attention, fuse, rotary_table
+from pgjax.models.attention import (
+    Kernel,
+    attention,
+    causal_attention,
+    cuda_capability,
+    cudnn_takes,
+    left_by_cudnn,
+    permuted,
+    real_first,
+)
+from pgjax.models.transformer import Block, KeyValue, Norm, fuse, rotary_table
 from pgjax.sharding import constrain, gathered, splits
 
 Params = dict[str, Any]
 # Without `remat` the backward pass reads the products of weights and computes what lies between them again: a third of the
 # memory, and less time too on a CPU, where storing the activations of a scan costs more than computing them (benchmarks/).
-PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, left_by_cudnn
+)
 Cache = tuple[KeyValue, ...]  # one pair a layer: separate buffers, so that a decode step writes each in place
 
 
@@ -121,7 +133,12 @@ def segment_positions(attention_mask: jax.Array, segment_ids: jax.Array) -> jax.
 
 @functools.lru_cache(maxsize=64)  # one architecture, one set of functions, so that compiled programs are shared
 def causal_lm(
-    arch: Architecture, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, remat: bool = False
+    arch: Architecture,
+    *,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    remat: bool = False,
+    kernel: Kernel | None = None,
 ) -> CausalLM:
     """Build the pure functions of a decoder-only transformer.
 
@@ -130,6 +147,8 @@ def causal_lm(
         dtype: of activations; bfloat16 on TPU and GPU, float32 where it must be exact.
         param_dtype: of the parameters that `init` makes. Keep float32 for training: bfloat16 loses small updates.
         remat: recompute each layer in the backward pass, for memory of one layer's activations instead of all.
+        kernel: what computes the attention of whole sequences (`attention.causal_attention`). None: cuDNN's where it can,
+            scores under a mask elsewhere; say "xla" to keep cuDNN out. Packed rows are always computed under a mask.
 
     Returns:
         A `CausalLM`. Parameters are nested dicts; leaves under "layers" are stacked over depth.
@@ -186,16 +205,28 @@ def causal_lm(
                 )
             attention_mask = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
         attention_mask = attention_mask.astype(bool)
+        chosen = kernel or ("cudnn" if cudnn_takes(dtype, arch.head_dim, cuda_capability()) else None)
+        if chosen is not None and segment_ids is None:
+            there, back = real_first(attention_mask)
+            positions = positions_of(permuted(attention_mask, there))
+            seeing = functools.partial(causal_attention, kernel=chosen)
+            x, kv = layers(params, permuted(tokens, there), positions, seeing)
+            return permuted(x, back), jax.tree.map(lambda x: jax.vmap(lambda x: permuted(x, back, axis=2))(x), kv)
         positions = positions_of(attention_mask)
         mask = jnp.tril(jnp.ones((1, length, length), bool)) & attention_mask[:, None, :]
         if segment_ids is not None:
             positions = segment_positions(attention_mask, segment_ids)
             mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
+        return layers(params, tokens, positions, lambda q, k, v: attention(q, k, v, mask))
+
+    def layers(
+        params: Params, tokens: jax.Array, positions: jax.Array, seeing: Callable[..., jax.Array]
+    ) -> tuple[jax.Array, KeyValue]:
         table = _table(arch, positions)
 
         def layer(x: jax.Array, layer_params: Params) -> tuple[jax.Array, KeyValue]:
             def attend(query, key, value):
-                return attention(query, key, value, mask), (key, value)
+                return seeing(query, key, value), (key, value)
 
             x, kv = run(block, layer_params, x.astype(dtype), table, attend)
             return constrain(x.astype(jnp.float32), "batch"), kv

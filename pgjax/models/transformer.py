@@ -71,28 +71,6 @@ def rotate(x: jax.Array, table: KeyValue) -> jax.Array:
     return turned.astype(x.dtype)
 
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-    """Attend from query [B, H, T, hd] to key and value [B, Hkv, S, hd] where mask [B, T, S] is True.
-
-    softmax(q k / sqrt(hd)) v with the softmax and the sums in float32; the H / Hkv queries of a group share keys (Ainslie
-    et al. 2023) and are multiplied as one block of rows. A query that may see nothing (padding) gets a finite value.
-
-    >>> import jax.numpy as jnp
-    >>> q, kv = jnp.ones((1, 4, 3, 8)), jnp.ones((1, 2, 3, 8))
-    >>> attention(q, kv, kv, jnp.tril(jnp.ones((1, 3, 3), bool))).shape
-    (1, 4, 3, 8)
-    """
-    batch, heads, length, head_dim = query.shape
-    kv_heads, slots = key.shape[1], key.shape[2]
-    rows = query.reshape(batch, kv_heads, -1, head_dim)
-    scores = jnp.einsum("bnrd,bnsd->bnrs", rows, key, preferred_element_type=jnp.float32) / math.sqrt(head_dim)
-    scores = scores.reshape(batch, heads, length, slots)
-    scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype).reshape(batch, kv_heads, -1, slots)
-    seen = jnp.einsum("bnrs,bnsd->bnrd", weights, value, preferred_element_type=jnp.float32)
-    return seen.astype(query.dtype).reshape(query.shape)
-
-
 def rows_dot(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
     """Multiply x [..., D] by kernel [D, F] as one matrix product of rows.
 

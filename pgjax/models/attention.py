@@ -1,0 +1,124 @@
+"""What a query sees: any slots under a mask, or a whole sequence by a kernel that keeps no scores."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.extend.backend
+import jax.numpy as jnp
+
+from pgjax.sharding import ambient_mesh, constrain, fitting
+
+Kernel = Literal["xla", "cudnn"]  # the implementations of `jax.nn.dot_product_attention`
+
+
+def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+    """Attend from query [B, H, T, hd] to key and value [B, Hkv, S, hd] where mask [B, T, S] is True.
+
+    softmax(q k / sqrt(hd)) v with the softmax and the sums in float32; the H / Hkv queries of a group share keys (Ainslie
+    et al. 2023) and are multiplied as one block of rows. A query that may see nothing (padding) gets a finite value.
+
+    >>> import jax.numpy as jnp
+    >>> q, kv = jnp.ones((1, 4, 3, 8)), jnp.ones((1, 2, 3, 8))
+    >>> attention(q, kv, kv, jnp.tril(jnp.ones((1, 3, 3), bool))).shape
+    (1, 4, 3, 8)
+    """
+    batch, heads, length, head_dim = query.shape
+    kv_heads, slots = key.shape[1], key.shape[2]
+    rows = query.reshape(batch, kv_heads, -1, head_dim)
+    scores = jnp.einsum("bnrd,bnsd->bnrs", rows, key, preferred_element_type=jnp.float32) / math.sqrt(head_dim)
+    scores = scores.reshape(batch, heads, length, slots)
+    scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype).reshape(batch, kv_heads, -1, slots)
+    seen = jnp.einsum("bnrs,bnsd->bnrd", weights, value, preferred_element_type=jnp.float32)
+    return seen.astype(query.dtype).reshape(query.shape)
+
+
+def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, kernel: Kernel) -> jax.Array:
+    """Attend from query [B, H, T, hd] to key and value [B, Hkv, T, hd] up to each query's own place.
+
+    As `attention` under a lower triangle, without a mask. "cudnn" never holds the [B, H, T, T] scores, forward or backward
+    (FlashAttention-2, Dao 2023). Its backward pass adds in any order unless XLA_FLAGS has
+    --xla_gpu_exclude_nondeterministic_ops=true: without it, two runs on one GPU differ by rounding.
+
+    >>> import jax.numpy as jnp
+    >>> q, kv = jnp.ones((1, 4, 3, 8)), jnp.ones((1, 2, 3, 8))
+    >>> causal_attention(q, kv, kv, kernel="xla").shape
+    (1, 4, 3, 8)
+    """
+    mesh, heads, kv_heads = ambient_mesh(), query.shape[1], key.shape[1]
+    if mesh is not None and fitting(mesh, heads, "heads") != fitting(mesh, kv_heads, "heads"):
+        # The kernel wants keys split over the devices as queries are; where there are too few for that, one a query head.
+        key, value = (jnp.repeat(x, heads // kv_heads, axis=1) for x in (key, value))
+    rows = (constrain(x.swapaxes(1, 2), "batch", None, "heads") for x in (query, key, value))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # JAX's function wants both
+        seen = jax.nn.dot_product_attention(*rows, is_causal=True, implementation=kernel)
+    return seen.swapaxes(1, 2)
+
+
+def cudnn_takes(dtype: Any, head_dim: int, capability: tuple[int, int] | None) -> bool:
+    """Say whether cuDNN's fused attention computes heads of this kind on a GPU of this compute capability, both ways.
+
+    16-bit floats, from Ampere (8.0) on, heads of up to 128 in steps of 8: what every version of cuDNN 9 can do.
+
+    >>> cudnn_takes(jnp.bfloat16, 64, (8, 0)), cudnn_takes(jnp.float32, 64, (8, 0)), cudnn_takes(jnp.bfloat16, 64, None)
+    (True, False, False)
+    """
+    half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+    return capability is not None and capability >= (8, 0) and half and head_dim <= 128 and head_dim % 8 == 0
+
+
+def cuda_capability() -> tuple[int, int] | None:
+    """Return the compute capability of the default device; None where it is no NVIDIA GPU (AMD's are "gpu" to JAX too).
+
+    >>> cuda_capability() is None or jax.default_backend() == "gpu"
+    True
+    """
+    if "cuda" not in jax.extend.backend.get_backend().platform_version:
+        return None
+    major, minor = jax.local_devices()[0].compute_capability.split(".")
+    return int(major), int(minor)
+
+
+def left_by_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Say whether a value is what cuDNN's forward pass leaves to its backward pass: a policy of `jax.checkpoint`.
+
+    The name is JAX's own; under another one, the backward pass computes the forward pass again and gets the same.
+
+    >>> left_by_cudnn(jax.lax.sin_p)
+    False
+    """
+    return primitive.name == "dot_product_attention_fwd_wrapper"
+
+
+def real_first(attention_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Order the columns of each row so that real tokens come first, as they stood, and padding after them.
+
+    Where padding comes last, plain causal attention keeps every real token from seeing any.
+
+    Args:
+        attention_mask: [B, T] bool; padding may stand on either side, and between.
+
+    Returns:
+        [B, T] int32 columns for `permuted`: there, and back.
+
+    >>> there, back = real_first(jnp.array([[False, True, True, False]]))
+    >>> there.tolist(), back.tolist()
+    ([[1, 2, 0, 3]], [[2, 0, 1, 3]])
+    """
+    there = jnp.argsort(~attention_mask, axis=1, stable=True)
+    return there.astype(jnp.int32), jnp.argsort(there, axis=1).astype(jnp.int32)
+
+
+def permuted(x: jax.Array, order: jax.Array, axis: int = 1) -> jax.Array:
+    """Put the columns of each row in the row's own order: x [B, ..., T, ...] along `axis`, order [B, T], a permutation.
+
+    >>> permuted(jnp.array([[5, 6, 7]]), jnp.array([[2, 0, 1]])).tolist()
+    [[7, 5, 6]]
+    """
+    # Unique, so that the backward pass writes each column once and has nothing to add up.
+    take = functools.partial(jnp.take, axis=axis - 1, mode="clip", unique_indices=True)
+    return jax.vmap(take)(x, order)
