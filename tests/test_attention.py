@@ -79,9 +79,9 @@ def test_states_and_gradients_are_those_under_a_mask_wherever_the_padding_stands
     assert np.abs(unmasked - hidden)[1][MASK[1]].max() > 0.01  # so the above can fail
 
 
-@pytest.mark.parametrize("kernel", [None, "xla"])
-def test_in_16_bits_states_are_near_those_of_32(kernel):
-    hidden, gradient = states_and_gradient(lm_of("llama", kernel=kernel, dtype=jnp.bfloat16), params_of("llama"))
+def test_in_16_bits_states_are_near_those_of_32():
+    with jax.numpy_dtype_promotion("standard"):  # the gradient of JAX's own einsum wants it; cuDNN's does not
+        hidden, gradient = states_and_gradient(lm_of("llama", kernel="xla", dtype=jnp.bfloat16), params_of("llama"))
     expected, wanted = states_and_gradient(lm_of("llama"), params_of("llama"))
     close(hidden[MASK], expected[MASK], 0.03 * np.abs(expected).max())
     near(gradient, wanted, 0.05)
@@ -89,13 +89,13 @@ def test_in_16_bits_states_are_near_those_of_32(kernel):
 
 def test_padding_beyond_the_last_position_makes_no_nan():
     # The bug: positions of padding that run on past the table, which is NaN there; it would reach every gradient.
-    tokens, mask = np.tile(TOKENS, (1, 30)), np.pad(MASK, ((0, 0), (0, 29 * T)))
+    tokens, mask = np.tile(TOKENS[1:3], (1, 20)), np.pad(MASK[1:3], ((0, 0), (0, 19 * T)))
     lm, params = lm_of("gpt2", kernel="xla"), params_of("gpt2")
     assert tokens.shape[1] > lm.arch.max_positions
     hidden = np.asarray(jax.jit(lm.hidden)(params, tokens, mask))
     assert np.isfinite(hidden).all()
-    expected = np.asarray(jax.jit(lm.hidden)(params, TOKENS, MASK))
-    close(hidden[:, :T][MASK], expected[MASK], 1e-5 * np.abs(expected).max())
+    expected = np.asarray(jax.jit(lm.hidden)(params, TOKENS[1:3], MASK[1:3]))
+    close(hidden[:, :T][MASK[1:3]], expected[MASK[1:3]], 1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -168,7 +168,7 @@ def learner(lm):
     return jax.grad(lambda params: ppo_loss(params, batch, lm=lm, **options)[0]), params
 
 
-SQUARE = re.compile(rf"x{T}x(?:\d+x)?{T}x")  # a tensor with queries and keys for axes
+SQUARE = re.compile(rf"x({T}|{T + 1})x(?:\d+x)?({T}|{T + 1})x")  # a tensor with queries and keys for axes
 
 
 @pytest.mark.parametrize(("remat", "forward"), [(False, 1), (True, 2)])
@@ -176,7 +176,7 @@ def test_the_learner_on_a_gpu_holds_no_scores(nvidia, remat, forward):
     text = for_cuda(*learner(lm_of("llama", dtype=jnp.bfloat16, remat=remat)))
     assert kernels(text) == ["Softmax"] * forward + ["SoftmaxBackward"]  # in the bodies of the scan over layers
     assert not SQUARE.search(text)
-    assert SQUARE.search(for_cuda(*learner(lm_of("llama", dtype=jnp.bfloat16, kernel="xla"))))
+    assert SQUARE.search(for_cuda(*learner(lm_of("llama", dtype=jnp.bfloat16, kernel="masked"))))
     assert "mask_type\\22: \\22CAUSAL" in text
 
 
@@ -184,7 +184,7 @@ def test_scoring_and_prefill_on_a_gpu_use_the_kernel_and_other_programs_do_not(n
     params, half = params_of("llama"), {"dtype": jnp.bfloat16}
     states = lambda lm: for_cuda(lm.hidden, params, TOKENS, MASK)
     assert kernels(states(lm_of("llama", **half))) == ["Softmax"]
-    assert kernels(states(lm_of("llama", **half, kernel="xla"))) == []
+    assert kernels(states(lm_of("llama", **half, kernel="masked"))) == []
     assert kernels(states(lm_of("llama"))) == []  # float32
     lm = lm_of("llama", **half)
     cache = lm.init_cache(8, T + 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -138,7 +138,7 @@ def causal_lm(
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
     remat: bool = False,
-    kernel: Kernel | None = None,
+    kernel: Literal["masked"] | Kernel | None = None,
 ) -> CausalLM:
     """Build the pure functions of a decoder-only transformer.
 
@@ -147,8 +147,9 @@ def causal_lm(
         dtype: of activations; bfloat16 on TPU and GPU, float32 where it must be exact.
         param_dtype: of the parameters that `init` makes. Keep float32 for training: bfloat16 loses small updates.
         remat: recompute each layer in the backward pass, for memory of one layer's activations instead of all.
-        kernel: what computes the attention of whole sequences (`attention.causal_attention`). None: cuDNN's where it can,
-            scores under a mask elsewhere; say "xla" to keep cuDNN out. Packed rows are always computed under a mask.
+        kernel: what computes the attention of whole sequences: "cudnn" (`attention.causal_attention`), the same rows by
+            "xla", or scores that are "masked". None: cuDNN where the default device and the sizes allow it, else masked.
+            Rows with segment_ids are always masked.
 
     Returns:
         A `CausalLM`. Parameters are nested dicts; leaves under "layers" are stacked over depth.
@@ -205,13 +206,16 @@ def causal_lm(
                 )
             attention_mask = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
         attention_mask = attention_mask.astype(bool)
-        chosen = kernel or ("cudnn" if cudnn_takes(dtype, arch.head_dim, cuda_capability()) else None)
-        if chosen is not None and segment_ids is None:
+        chosen = kernel or ("cudnn" if cudnn_takes(dtype, arch.head_dim, cuda_capability()) else "masked")
+        if chosen != "masked" and segment_ids is None:
+            even = ((0, 0), (0, length % 2))  # what JAX demands of cuDNN's backward pass
+            tokens, attention_mask = jnp.pad(tokens, even), jnp.pad(attention_mask, even)
             there, back = real_first(attention_mask)
             positions = positions_of(permuted(attention_mask, there))
             seeing = functools.partial(causal_attention, kernel=chosen)
             x, kv = layers(params, permuted(tokens, there), positions, seeing)
-            return permuted(x, back), jax.tree.map(lambda x: jax.vmap(lambda x: permuted(x, back, axis=2))(x), kv)
+            put_back = functools.partial(permuted, order=back[:, :length])
+            return put_back(x), jax.tree.map(jax.vmap(functools.partial(put_back, axis=2)), kv)
         positions = positions_of(attention_mask)
         mask = jnp.tril(jnp.ones((1, length, length), bool)) & attention_mask[:, None, :]
         if segment_ids is not None:
