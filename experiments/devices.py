@@ -7,6 +7,9 @@
 
 With several processes each runs the same command. All read the same files and hold the same batches on the host; each feeds
 the rows that its own devices hold, and runs the rewards on its own equal part. Process 0 alone prints and writes the run's logs.
+
+Compiled programs are kept in a folder of the user's, for the next run: --compilation-cache names another, or None for none. Where
+JAX_COMPILATION_CACHE_DIR is set it is that one. The folder may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -17,13 +20,29 @@ import functools
 import hashlib
 import json
 import os
+import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from pgjax import distributed, sharding
+
+
+def users_cache() -> Path:
+    """Say where compiled programs are kept unless told: in pgjax/xla under XDG_CACHE_HOME, or else under ~/.cache.
+
+    Example:
+      >>> users_cache().name
+      'xla'
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "pgjax" / "xla"
+
+
+USERS_CACHE = users_cache()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +55,11 @@ class Flags:
     num_processes: int | None = None  # how many processes; None: likewise, or JAX_NUM_PROCESSES
     process_id: int | None = None  # which one this is, from 0; None: likewise, or JAX_PROCESS_ID
     init_timeout: float = 60.0  # seconds that the processes wait for each other at the start
+    compilation_cache: Path | None = USERS_CACHE  # keeps compiled programs for later runs; None: none are kept
 
 
 MACHINE = tuple(field.name for field in dataclasses.fields(Flags))  # what a run may change when it goes on
-_OWN = {"coordinator", "process_id", "init_timeout"}  # what may differ between processes
+_OWN = {"coordinator", "process_id", "init_timeout", "compilation_cache"}  # what may differ between processes
 
 
 @contextlib.contextmanager
@@ -100,7 +120,40 @@ def start(config: Flags) -> Mesh | None:
         for name in ("coordinator", "num_processes", "process_id"):
             if vars(config)[name] is not None:
                 raise ValueError(f"{name} is for several processes: add --distributed")
+    keep_programs(config.compilation_cache)
     return None if sizes is None else sharding.make_mesh(devices=jax.devices(), **sizes)
+
+
+def keep_programs(folder: Path | None) -> None:
+    """Keep what jax compiles in a folder for later processes, and take from it what earlier ones compiled.
+
+    A program is found by everything it was compiled from, so no result depends on it. Where jax has a folder already, that one
+    stays. Several processes use the folder of process 0, which alone writes: were it not to be seen by all, those that compile
+    would wait for it to do its part, as they do on GPUs. Such a folder, and one that cannot be written, is a warning.
+
+    Args:
+      folder: made if it is not there; None: nothing is kept.
+
+    Example:
+      >>> keep_programs(None)
+    """
+    asked = folder is not None and jax.config.jax_compilation_cache_dir is None
+    if distributed.any_process(not asked):
+        return
+    assert folder is not None
+    mark, wrong = distributed.first(lambda: _mark(folder))
+    if mark is not None and distributed.any_process(not Path(mark).exists()):
+        wrong = f"not all processes see {Path(mark).parent}; name a shared folder by --compilation-cache"
+    if first_of_all():
+        if mark is not None:
+            os.remove(mark)
+        if wrong is not None:
+            print(f"warning: compiled programs are not kept: {wrong}", file=sys.stderr)
+    if mark is not None and wrong is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(mark).parent))
+        # Unless told, jax keeps what takes a second; the hundred smaller programs of a run take as long together
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def check_rows(mesh: Mesh | None, rows: int, name: str) -> None:
@@ -183,6 +236,18 @@ def put_rows(mesh: Mesh | None, tree: Any) -> Any:
       [0, 1]
     """
     return jax.device_put(tree) if mesh is None else sharding.place(tree, sharding.batch_sharding(mesh))
+
+
+def _mark(folder: Path) -> tuple[str | None, str | None]:
+    """Leave an empty file in a folder: its path, or why that cannot be."""
+    try:
+        folder = folder.expanduser().absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, path = tempfile.mkstemp(dir=folder, prefix="seen-by-all-")
+        os.close(handle)
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody's home
+        return None, str(error)
+    return path, None
 
 
 @functools.cache  # once is enough

@@ -1,7 +1,8 @@
-"""Four fake CPU devices and strict promotion for every test; set before jax makes its backend."""
+"""Four fake CPU devices, one folder of compiled programs, strict promotion: for every test, set before jax makes its backend."""
 
 import gc
 import os
+import tempfile
 from pathlib import Path
 
 _flags = os.environ.get("XLA_FLAGS", "")
@@ -9,6 +10,16 @@ if "xla_force_host_platform_device_count" not in _flags:
     os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=4".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# What one test compiles, no other has to: xdist's workers and the processes that tests start inherit the folder. It is a new
+# one for each session, so nothing that is older than the code decides what a test finds.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _programs = tempfile.TemporaryDirectory(
+        prefix="pgjax-programs-", ignore_cleanup_errors=True
+    )  # gone with the session
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax  # noqa: E402  the flags above must come first
 import pytest  # noqa: E402
