@@ -52,3 +52,14 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def no_pictures():
+    """Leave out the picture of a run's curves: for tests of whole scripts that do not look at it, as drawing takes a second."""
+    from experiments import ppo, sft
+
+    with pytest.MonkeyPatch.context() as patch:
+        for script in (ppo, sft):
+            patch.setattr(script, "plot_curves", lambda folder: None)
+        yield

@@ -21,10 +21,11 @@ from experiments import devices
 from experiments import ppo as script
 from pgjax import logs, loop, ppo, rollout, train
 from pgjax.checkpoint import Checkpoints
+from pgjax.curves import plot_curves
 from pgjax.rewards import RewardError
 from tests.tiny_model import save_tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.usefixtures("quick_compiles", "no_pictures")
 
 METRICS = {
     "objective": ["kl", "entropy", "non_score_reward", "rlhf_reward", "scores"],
@@ -105,7 +106,8 @@ def final_state(config: script.Config, folder: Path | None = None):
         return jax.tree.map(np.asarray, state._replace(key=jax.random.key_data(state.key))), extra["step"]
 
 
-def test_it_learns_and_leaves_the_files_that_a_user_expects(config, model):
+def test_it_learns_and_leaves_the_files_that_a_user_expects(config, model, monkeypatch):
+    monkeypatch.setattr(script, "plot_curves", plot_curves)  # this one draws
     config = change(config, steps=20, batch_size=32, learning_rate=1e-2, kl_coef=0.0, eval_samples=16, samples_every=10)
     figures = script.main(config)
     assert figures["eval/rise_in_stderr"] > 4
