@@ -151,7 +151,7 @@ def keep_programs(folder: Path | None) -> None:
             print(f"warning: compiled programs are not kept: {wrong}", file=sys.stderr)
     if mark is not None and wrong is None:
         jax.config.update("jax_compilation_cache_dir", str(Path(mark).parent))
-        # Unless told, jax keeps what takes a second; the hundred smaller programs of a run take as long together
+        # jax itself keeps only what takes a second; a run compiles dozens of smaller programs
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

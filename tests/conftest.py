@@ -56,7 +56,7 @@ def quick_compiles():
 
 @pytest.fixture(scope="module")
 def no_pictures():
-    """Leave out the picture of a run's curves: for tests of whole scripts that do not look at it, as drawing takes a second."""
+    """Leave out the picture of a run's curves: for tests of whole scripts that look at something else."""
     from experiments import ppo, sft
 
     with pytest.MonkeyPatch.context() as patch:
