@@ -28,7 +28,19 @@ import numpy as np
 import tyro
 
 import pgjax as pg
-from benchmarks.timing import Row, Timing, add_ratios, figures, machine, missing_peer, plain, save, show, with_peaks
+from benchmarks.timing import (
+    Row,
+    Timing,
+    add_ratios,
+    figures,
+    machine,
+    missing_peer,
+    plain,
+    save,
+    show,
+    timed,
+    with_peaks,
+)
 from experiments.ppo import Config as PPO
 from pgjax import perf, ppo
 
@@ -59,7 +71,7 @@ def main(config: Config) -> Row:
     report: Row = {"machine": machine(), "config": plain(config), "peer": absent, "peaks": {}, "rows": []}
     for dtype in config.dtypes:
         runs = contenders(config, lm, params, batch, dtype, absent is None)
-        peaks, times = with_peaks(dtype, runs, config.repeats)
+        peaks, times = with_peaks(dtype, {who: timed(run) for who, run in runs.items()}, config.repeats)
         report["peaks"][dtype] = peaks._asdict()
         report["rows"] += [
             {"who": who, "dtype": dtype, "loss": loss_of(run), **measure(config, lm.arch, peaks, times[who])}

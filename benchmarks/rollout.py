@@ -29,7 +29,20 @@ import numpy as np
 import tyro
 
 import pgjax as pg
-from benchmarks.timing import Row, Timing, add_ratios, figures, machine, missing_peer, plain, save, show, with_peaks
+from benchmarks.timing import (
+    Contender,
+    Row,
+    Timing,
+    add_ratios,
+    figures,
+    machine,
+    missing_peer,
+    plain,
+    save,
+    show,
+    timed,
+    with_peaks,
+)
 from pgjax import perf
 
 
@@ -58,11 +71,11 @@ def main(config: Config) -> Row:
     )
     report: Row = {"machine": machine(), "config": plain(config), "peer": absent, "peaks": {}, "rows": []}
     for dtype in config.dtypes:
-        runs: dict[str, Callable[[], object]] = {}
+        runs: dict[str, Contender] = {}
         for who, generate in contenders(config, lm, params, prompts, dtype, absent is None).items():
             runs |= {
-                f"{who} first": functools.partial(generate, 1),
-                f"{who} all": functools.partial(generate, config.new_tokens),
+                f"{who} first": timed(functools.partial(generate, 1)),
+                f"{who} all": timed(functools.partial(generate, config.new_tokens)),
             }
         peaks, times = with_peaks(dtype, runs, config.repeats)
         report["peaks"][dtype] = peaks._asdict()

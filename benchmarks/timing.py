@@ -10,8 +10,9 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -23,27 +24,64 @@ from pgjax import perf
 
 Row = dict[str, Any]
 
+OURS = "pgjax"  # how the names of our own contenders begin
+
+
+class Sample(NamedTuple):
+    """What one run of one contender took, in seconds, and what else it says of it.
+
+    wall: by the clock on the wall.
+    cpu: of all threads of the contender's process together.
+    result: further numbers, such as the loss or the seconds of parts.
+    """
+
+    wall: float
+    cpu: float
+    result: Mapping[str, float] = MappingProxyType({})
+
+
+Contender = Callable[[], Sample]
+
 
 class Timing(NamedTuple):
     """What the repeated runs of one contender took, in seconds, in the order they ran.
 
     wall: by the clock on the wall.
     cpu: of all threads together; on a busy machine it moves less than the wall clock does.
+    results: what else each run says.
     """
 
     wall: list[float]
     cpu: list[float]
+    results: Sequence[Mapping[str, float]] = ()
 
 
-def alternate(
-    runs: Mapping[str, Callable[[], object]], repeats: int, *, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, Timing]:
+def timed(run: Callable[[], object], *, clock: Callable[[], float] = time.perf_counter) -> Contender:
+    """Make a contender of a call in this process; jax arrays that it returns are waited for.
+
+    A dict of Python numbers that it returns is taken as the sample's result.
+
+    >>> ticks = iter([10.0, 12.5])
+    >>> timed(lambda: {"loss": 0.5}, clock=lambda: next(ticks))()[::2]
+    (2.5, {'loss': 0.5})
+    """
+
+    def contender() -> Sample:
+        cpu, start = time.process_time(), clock()
+        told = jax.block_until_ready(run())
+        wall = clock() - start
+        numbers = isinstance(told, dict) and all(isinstance(x, float | int) for x in told.values())
+        return Sample(wall, time.process_time() - cpu, told if numbers else {})
+
+    return contender
+
+
+def alternate(contenders: Mapping[str, Contender], repeats: int) -> dict[str, Timing]:
     """Run the contenders in turn, one warm-up each and then `repeats` rounds, so that all meet the same disturbances.
 
     Args:
-        runs: name to a call; jax arrays that it returns are waited for.
+        contenders: name to a call that runs once and says what that took: of `timed`, or of a worker process.
         repeats: timed rounds.
-        clock: seconds; a test gives its own.
 
     Returns:
         name to its times.
@@ -51,22 +89,25 @@ def alternate(
     Raises:
         ValueError: `repeats` is below 1.
 
-    >>> ticks = iter(range(100))
-    >>> alternate({"one": lambda: next(ticks), "none": lambda: None}, 2, clock=lambda: float(next(ticks)))["one"].wall
-    [2.0, 2.0]
+    >>> samples = iter([Sample(9.0, 9.0), Sample(2.0, 1.0), Sample(3.0, 1.5)])
+    >>> alternate({"one": lambda: next(samples)}, 2)["one"].wall
+    [2.0, 3.0]
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
-    times = {name: Timing([], []) for name in runs}
-    for run in runs.values():
-        jax.block_until_ready(run())
-    for _ in range(repeats):
-        for name, run in runs.items():
-            cpu, start = time.process_time(), clock()
-            jax.block_until_ready(run())
-            times[name].wall.append(clock() - start)
-            times[name].cpu.append(time.process_time() - cpu)
-    return times
+    for contender in contenders.values():
+        contender()
+    rounds = [{name: contender() for name, contender in contenders.items()} for _ in range(repeats)]
+    return {name: Timing(*(list(x) for x in zip(*(turn[name] for turn in rounds), strict=True))) for name in contenders}
+
+
+def median_result(timing: Timing, name: str) -> float:
+    """Give the median of a further number of the runs.
+
+    >>> median_result(Timing([], [], [{"loss": 1.0}, {"loss": 3.0}, {"loss": 2.0}]), "loss")
+    2.0
+    """
+    return statistics.median(result[name] for result in timing.results)
 
 
 def figures(timing: Timing, tokens: float) -> Row:
@@ -85,11 +126,39 @@ def figures(timing: Timing, tokens: float) -> Row:
     }
 
 
-def add_ratios(rows: Iterable[Row], ours: str = "pgjax") -> None:
-    """Write into each of our rows how many times as fast as every peer it is, for the same dtype.
+def roofline(seconds: float, flops: float, read: float, peaks: perf.Peaks) -> Row:
+    """Set a time beside the least that the machine could need: the longer of its products and its reading.
+
+        achieved = max(flops / matmul_flops, bytes / read_bytes) / seconds
+
+    Args:
+        seconds: what it took.
+        flops: operations on paper.
+        read: bytes on paper that must be read.
+        peaks: of the machine, measured.
+
+    Returns:
+        The row's fields of a limit; "limit" names the longer one, "mfu" and "mbu" are the shares of either.
+
+    >>> peaks = perf.Peaks(matmul_flops=100.0, copy_bytes=1.0, read_bytes=10.0)
+    >>> row = roofline(2.0, flops=50.0, read=10.0, peaks=peaks)
+    >>> row["limit"], row["achieved"], row["mfu"]
+    ('memory', 0.5, 0.25)
+    """
+    mfu, mbu = perf.mfu(flops, seconds, peaks.matmul_flops), perf.mbu(read, seconds, peaks.read_bytes)
+    limit = "matrix product" if mfu >= mbu else "memory"
+    return {"flops": flops, "bytes": read, "mfu": mfu, "mbu": mbu, "limit": limit, "achieved": max(mfu, mbu)}
+
+
+def add_ratios(rows: Iterable[Row], versus: Mapping[str, Sequence[str]] | None = None) -> None:
+    """Write into each of our rows how many times as fast as its peers it is, for the same dtype.
 
     ratio = the peer's median seconds / our median seconds, both of the same alternating runs; "cpu" is the same of the
     CPU time of all threads, and "fastest" of each one's fastest run, which a busy machine disturbs least.
+
+    Args:
+        rows: of a report; ours are those whose name begins with "pgjax".
+        versus: name of ours to the peers that do the same work; None: all are compared.
 
     >>> rows = [{"who": "pgjax", "dtype": "float32", "seconds": 1.0, "fastest_seconds": 1.0, "cpu_seconds": 1.0},
     ...         {"who": "torch", "dtype": "float32", "seconds": 3.0, "fastest_seconds": 3.0, "cpu_seconds": 2.0}]
@@ -98,15 +167,16 @@ def add_ratios(rows: Iterable[Row], ours: str = "pgjax") -> None:
     {'torch': {'wall': 3.0, 'fastest': 3.0, 'cpu': 2.0}}
     """
     rows = list(rows)
-    for row in (row for row in rows if row["who"] == ours):
+    peers = [row for row in rows if not row["who"].startswith(OURS)]
+    for row in (row for row in rows if row["who"].startswith(OURS)):
         row["times_as_fast_as"] = {
             peer["who"]: {
                 "wall": peer["seconds"] / row["seconds"],
                 "fastest": peer["fastest_seconds"] / row["fastest_seconds"],
                 "cpu": peer["cpu_seconds"] / max(row["cpu_seconds"], 1e-9),
             }
-            for peer in rows
-            if peer["who"] != ours and peer["dtype"] == row["dtype"]
+            for peer in peers
+            if peer["dtype"] == row["dtype"] and (versus is None or peer["who"] in versus.get(row["who"], ()))
         }
 
 
@@ -120,11 +190,11 @@ def best_peaks(measured: Iterable[perf.Peaks]) -> perf.Peaks:
 
 
 def with_peaks(
-    dtype: DTypeLike, runs: Mapping[str, Callable[[], object]], repeats: int
+    dtype: DTypeLike, contenders: Mapping[str, Contender], repeats: int
 ) -> tuple[perf.Peaks, dict[str, Timing]]:
     """Time alternating runs, and measure the machine's peaks right before and right after them."""
     before = perf.measured_peaks(dtype)
-    times = alternate(runs, repeats)
+    times = alternate(contenders, repeats)
     return best_peaks([before, perf.measured_peaks(dtype)]), times
 
 
@@ -172,7 +242,7 @@ def missing_peer() -> str | None:
 
 
 def show(title: str, report: Row, columns: Mapping[str, Callable[[Row], str]]) -> None:
-    """Print the rows of a report as a table, the machine's limits above it and missing peers below."""
+    """Print the rows of a report as a table, the machine's limits above it, the peers' versions and missing peers below."""
     console = Console(width=None if Console().is_terminal else 160)
     console.print(", ".join(f"{key} {value}" for key, value in report["machine"].items() if value != "not installed"))
     for dtype, peaks in report["peaks"].items():
@@ -184,6 +254,8 @@ def show(title: str, report: Row, columns: Mapping[str, Callable[[Row], str]]) -
     for row in report["rows"]:
         table.add_row(row["who"], row["dtype"], *(column(row) for column in columns.values()))
     console.print(table)
+    for who, versions in report.get("peers", {}).items():
+        console.print(f"{who}: {', '.join(f'{name} {version}' for name, version in versions.items())}")
     for row in report["rows"]:
         for peer, ratio in row.get("times_as_fast_as", {}).items():
             by = f"{ratio['fastest']:.2f} by the fastest runs, {ratio['cpu']:.2f} by CPU time"
@@ -192,9 +264,20 @@ def show(title: str, report: Row, columns: Mapping[str, Callable[[Row], str]]) -
         console.print(report["peer"])
 
 
+SPEED: dict[str, Callable[[Row], str]] = {
+    "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}",
+    "seconds (spread)": lambda row: (
+        f"{row['seconds']:.3f} ({row['fastest_seconds']:.3f} to {row['slowest_seconds']:.3f})"
+    ),
+    "CPU s": lambda row: f"{row['cpu_seconds']:.2f}",
+}
+LIMIT: dict[str, Callable[[Row], str]] = {"of the limit": lambda row: f"{row['achieved']:.0%} of {row['limit']}"}
+
+
 def plain(config: Any) -> Row:
-    """Turn a config dataclass into what JSON can hold."""
-    return {name: str(x) if isinstance(x, Path) else x for name, x in dataclasses.asdict(config).items()}
+    """Turn a config dataclass into what JSON can hold; where other interpreters lie is this machine's own affair."""
+    fields = {name: x for name, x in dataclasses.asdict(config).items() if name != "peer_pythons"}
+    return {name: str(x) if isinstance(x, Path) else x for name, x in fields.items()}
 
 
 def save(report: Row, path: Path | None) -> None:

@@ -1,5 +1,6 @@
 """The benchmarks run from start to end on a tiny model, and their figures follow from their times."""
 
+import functools
 import json
 
 import jax
@@ -32,10 +33,62 @@ def quick_peaks(monkeypatch):
 
 def test_contenders_run_in_turn_after_a_warm_up_each():
     order = []
-    timing.alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
+    contenders = {name: timing.timed(functools.partial(order.append, name)) for name in "ab"}
+    timing.alternate(contenders, 2)
     assert "".join(order) == "ababab"
     with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
-        timing.alternate({"a": lambda: None}, 0)
+        timing.alternate(contenders, 0)
+
+
+def test_contenders_own_samples_are_taken_without_the_warm_up():
+    samples = iter(
+        [timing.Sample(99.0, 99.0, {"loss": 99.0})] + [timing.Sample(x, x / 2, {"loss": -x}) for x in (3.0, 1.0, 8.0)]
+    )
+    found = timing.alternate({"a": lambda: next(samples)}, 3)["a"]
+    assert found.wall == [3.0, 1.0, 8.0] and found.cpu == [1.5, 0.5, 4.0]
+    assert timing.median_result(found, "loss") == -3.0
+    row = timing.figures(found, tokens=6)
+    assert (row["seconds"], row["tokens_per_second"], row["cpu_seconds"]) == (3.0, 2.0, 1.5)
+    assert (row["fastest_seconds"], row["slowest_seconds"]) == (1.0, 8.0)
+
+
+def test_a_call_in_this_process_is_timed_until_its_arrays_are_there():
+    ticks = iter([1.0, 1.75])
+    sample = timing.timed(lambda: {"loss": 2.0, "count": 3}, clock=lambda: next(ticks))()
+    assert sample.wall == 0.75 and sample.cpu >= 0 and sample.result == {"loss": 2.0, "count": 3}
+    assert timing.timed(lambda: jax.numpy.ones(3))().result == {}
+
+
+def test_the_roofline_is_the_longer_of_products_and_reading():
+    # 2 TFLOP at 1 TFLOP/s are 2 s, 5 GB at 10 GB/s half a second: products set the limit, and 4 s are half of it
+    row = timing.roofline(4.0, flops=2e12, read=5e9, peaks=PEAKS)
+    assert row == {"flops": 2e12, "bytes": 5e9, "mfu": 0.5, "mbu": 0.125, "limit": "matrix product", "achieved": 0.5}
+    row = timing.roofline(4.0, flops=2e12, read=30e9, peaks=PEAKS)
+    assert row["limit"] == "memory" and row["achieved"] == pytest.approx(0.75)
+
+
+def test_ratios_are_taken_with_the_peers_that_do_the_same_work():
+    def row(who, seconds, dtype="float32"):
+        return {
+            "who": who,
+            "dtype": dtype,
+            "seconds": seconds,
+            "fastest_seconds": seconds / 2,
+            "cpu_seconds": 3 * seconds,
+        }
+
+    rows = [
+        row("pgjax PPO", 2.0),
+        row("pgjax RLOO", 1.0),
+        row("TRL PPO", 8.0),
+        row("TRL RLOO", 5.0),
+        row("TRL PPO", 1.0, "bfloat16"),
+    ]
+    timing.add_ratios(rows, {"pgjax PPO": ["TRL PPO"], "pgjax RLOO": ["TRL RLOO"]})
+    assert rows[0]["times_as_fast_as"] == {"TRL PPO": {"wall": 4.0, "fastest": 4.0, "cpu": 4.0}}
+    assert rows[1]["times_as_fast_as"] == {"TRL RLOO": {"wall": 5.0, "fastest": 5.0, "cpu": 5.0}}
+    timing.add_ratios(rows)
+    assert set(rows[0]["times_as_fast_as"]) == {"TRL PPO", "TRL RLOO"}
 
 
 def test_rollout_reports_every_dtype_and_writes_what_it_returns(model, tmp_path, capsys):
