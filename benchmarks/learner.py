@@ -1,18 +1,21 @@
-"""Tokens a second of PPO's loss and gradient, beside the machine's matrix peak and beside the same in torch.
+"""Tokens a second of PPO's loss and gradient, beside the machine's limits and beside the same in torch.
 
     python -m benchmarks.learner
-    python -m benchmarks.learner --json benchmarks/results/learner.json
+    python -m benchmarks.learner --peer-pythons ONE/bin/python OTHER/bin/python --json benchmarks/results/learner.json
 
 One run is the forward and backward pass of `pgjax.ppo.ppo_loss` (clipped surrogate + value loss, the value head on
 the shared body) over a batch, without the optimizer:
 
     tokens/s = batch_size * length / seconds
-    MFU      = perf.training_flops(tokens, context = length / 2, head_tokens = batch_size * new_tokens)
-               / (seconds * measured matrix peak of that dtype)
+    FLOPs    = perf.training_flops(tokens, context = length / 2, head_tokens = batch_size * new_tokens)
+    bytes    = every float32 weight once in each of the two passes
+    MFU      = FLOPs / (seconds * measured matrix peak of that dtype)
+    limit    = max(FLOPs / matrix peak, bytes / read bandwidth)
 
 Log-probabilities are computed on the last `new_tokens` tokens only, here as in torch. In bfloat16 parameters stay
 float32 and are cast inside: torch does that by autocast; its model with bfloat16 weights (which training should not
 use: small updates vanish) is shown beside. Losses of all are in the report, so that one sees that the work is the same.
+Peers are processes of their own.
 """
 
 from __future__ import annotations
@@ -29,20 +32,31 @@ import tyro
 
 import pgjax as pg
 from benchmarks.timing import (
+    LIMIT,
+    SPEED,
+    Contender,
     Row,
     Timing,
     add_ratios,
     figures,
     machine,
-    missing_peer,
+    median_result,
     plain,
+    roofline,
     save,
     show,
     timed,
+    weight_bytes,
     with_peaks,
 )
+from benchmarks.worker import Need, Peer, choose, device, model_folder, workers
 from experiments.ppo import Config as PPO
 from pgjax import perf, ppo
+
+PEERS = tuple(
+    Peer(who, "benchmarks.peers.torch_model", (Need("torch"), Need("transformers")))
+    for who in ("torch", "torch autocast", "torch bfloat16 weights")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +69,8 @@ class Config:
     length: int = 128  # tokens a sequence
     new_tokens: int = 64  # of them sampled: the window of the log-probabilities
     repeats: int = 5  # timed rounds
-    peer: bool = True  # alternate with torch where it is installed
+    peer: bool = True  # alternate with the peers that are installed
+    peer_pythons: tuple[str, ...] = ()  # interpreters that are asked, in order, for the peers; none: this one
     peer_threads: int | None = None  # of torch, None for its own choice; 1 may be faster on a busy machine
     seed: int = 0  # of the batch
     json: Path | None = None  # write the report here too
@@ -65,18 +80,21 @@ def main(config: Config) -> Row:
     """Run the benchmark; return and print the report."""
     if not 0 < config.new_tokens < config.length:
         raise ValueError(f"new_tokens={config.new_tokens} must be between 0 and length={config.length}")
+    pythons, absent = choose(PEERS, config.peer_pythons, wanted=config.peer)
     lm, params, _ = pg.load(config.model)
-    absent = missing_peer() if config.peer else "peer left out: --no-peer"
     batch = make_batch(config, lm, params)
-    report: Row = {"machine": machine(), "config": plain(config), "peer": absent, "peaks": {}, "rows": []}
-    for dtype in config.dtypes:
-        runs = contenders(config, lm, params, batch, dtype, absent is None)
-        peaks, times = with_peaks(dtype, {who: timed(run) for who, run in runs.items()}, config.repeats)
-        report["peaks"][dtype] = peaks._asdict()
-        report["rows"] += [
-            {"who": who, "dtype": dtype, "loss": loss_of(run), **measure(config, lm.arch, peaks, times[who])}
-            for who, run in runs.items()
-        ]
+    report: Row = {"machine": machine(), "config": plain(config), "peer": absent, "peers": {}, "peaks": {}, "rows": []}
+    with model_folder(lm, params) as folder:
+        for dtype in config.dtypes:
+            with workers(PEERS, pythons, peer_setups(config, folder, batch, dtype)) as running:
+                report["peers"] |= {who: worker.versions for who, worker in running.items()}
+                runs = {"pgjax": contender(lm, params, batch, dtype)}
+                runs |= {who: worker.run for who, worker in running.items()}
+                peaks, times = with_peaks(dtype, runs, config.repeats)
+            report["peaks"][dtype] = peaks._asdict()
+            report["rows"] += [
+                {"who": who, "dtype": dtype, **measure(config, lm.arch, peaks, times[who])} for who in runs
+            ]
     add_ratios(report["rows"])
     show(f"learner, {config.batch_size} x {config.length} tokens, window {config.new_tokens}", report, COLUMNS)
     save(report, config.json)
@@ -103,39 +121,44 @@ def make_batch(config: Config, lm: pg.CausalLM, params: Any) -> ppo.Batch:
     )
 
 
-def contenders(
-    config: Config, lm: pg.CausalLM, params: Any, batch: ppo.Batch, dtype: str, peer: bool
-) -> dict[str, Callable[[], Any]]:
-    """Give, for each contender, a call that computes the loss and its gradient."""
-    ours = pg.causal_lm(lm.arch, dtype=jnp.dtype(dtype))
-    defaults = PPO()
-    options: dict[str, Any] = {"clip_eps": defaults.clip_eps, "value_coef": defaults.value_coef}
+def contender(lm: pg.CausalLM, params: Any, batch: ppo.Batch, dtype: str) -> Contender:
+    """Give our run: the loss and its gradient, jitted."""
+    ours, defaults = pg.causal_lm(lm.arch, dtype=jnp.dtype(dtype)), PPO()
 
     def loss(params: Any, batch: ppo.Batch) -> jax.Array:
-        return ppo.ppo_loss(params, batch, lm=ours, temperature=1.0, value_clip_eps=None, entropy_coef=0.0, **options)[
-            0
-        ]
+        return ppo.ppo_loss(
+            params, batch, lm=ours, temperature=1.0, clip_eps=defaults.clip_eps, value_clip_eps=None,
+            value_coef=defaults.value_coef, entropy_coef=0.0,
+        )[0]  # fmt: skip
 
     step = jax.jit(jax.value_and_grad(loss))
     both = {"lm": params, "value": pg.init_value_head(lm.arch.width)}
-    runs: dict[str, Callable[[], Any]] = {"pgjax": lambda: step(both, batch)}
-    if peer:
-        from benchmarks.peer import learner, torch_model
 
-        mixed = dtype != "float32"
-        name = "torch autocast" if mixed else "torch"
-        runs[name] = learner(torch_model(lm, params, "float32", config.peer_threads), batch, autocast=mixed, **options)
-        if mixed:
-            runs[f"torch {dtype} weights"] = learner(
-                torch_model(lm, params, dtype, config.peer_threads), batch, autocast=False, **options
-            )
-    return runs
+    def run() -> dict[str, float]:
+        found, _ = jax.block_until_ready(step(both, batch))
+        return {"loss": float(found)}
+
+    return timed(run)
 
 
-def loss_of(run: Callable[[], Any]) -> float:
-    """Read the loss of a run, which is alone or beside a gradient."""
-    result = run()
-    return float(result[0] if isinstance(result, tuple) else result)
+def peer_setups(config: Config, folder: str, batch: ppo.Batch, dtype: str) -> dict[str, Row]:
+    """Write down, for the peers of a dtype, what they need to know.
+
+    Entry 0 of our window is the prompt's last token: nothing is sampled there, and theirs begins after it.
+    """
+    defaults = PPO()
+    shared = {
+        "task": "learner", "folder": folder, "dtype": "float32", "autocast": False, "threads": config.peer_threads,
+        "device": device(), "tokens": np.asarray(batch.tokens).tolist(), "window": config.new_tokens,
+        "clip_eps": defaults.clip_eps, "value_coef": defaults.value_coef,
+        **{
+            name: np.asarray(x)[:, 1:].tolist()
+            for name, x in (("old_logprobs", batch.old_logprobs), ("returns", batch.returns), ("advantages", batch.advantages))
+        },
+    }  # fmt: skip
+    if dtype == "float32":
+        return {"torch": shared}
+    return {"torch autocast": shared | {"autocast": True}, "torch bfloat16 weights": shared | {"dtype": "bfloat16"}}
 
 
 def measure(config: Config, arch: pg.Architecture, peaks: perf.Peaks, timing: Timing) -> Row:
@@ -145,16 +168,14 @@ def measure(config: Config, arch: pg.Architecture, peaks: perf.Peaks, timing: Ti
         arch, tokens=tokens, context=config.length / 2, head_tokens=config.batch_size * config.new_tokens
     )
     row = figures(timing, tokens)
-    return {**row, "flops": flops, "mfu": perf.mfu(flops, row["seconds"], peaks.matmul_flops)}
+    limit = roofline(row["seconds"], flops, weight_bytes(arch, 4, passes=2), peaks)
+    return {"loss": median_result(timing, "loss"), **row, **limit}
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
-    "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}",
-    "seconds (spread)": lambda row: (
-        f"{row['seconds']:.3f} ({row['fastest_seconds']:.3f} to {row['slowest_seconds']:.3f})"
-    ),
-    "CPU s": lambda row: f"{row['cpu_seconds']:.2f}",
+    **SPEED,
     "MFU": lambda row: f"{row['mfu']:.0%}",
+    **LIMIT,
     "loss": lambda row: f"{row['loss']:.5f}",
 }
 

@@ -1,7 +1,7 @@
-"""Tokens a second of sampling, beside the machine's memory bandwidth and beside torch's `generate` on the same weights.
+"""Tokens a second of sampling, beside the machine's limits and beside what one would use instead on the same weights.
 
     python -m benchmarks.rollout
-    python -m benchmarks.rollout --json benchmarks/results/rollout.json
+    python -m benchmarks.rollout --peer-pythons ONE/bin/python OTHER/bin/python --json benchmarks/results/rollout.json
 
 Two programs are timed, one that samples a single token and one that samples them all; what is between them is decode:
 
@@ -10,8 +10,10 @@ Two programs are timed, one that samples a single token and one that samples the
     tokens/s = batch_size * new_tokens / seconds of the whole program
     MBU      = perf.decode_bytes(batch_size, context = prompt + new_tokens / 2) / (decode * measured read bandwidth)
     MFU      = perf.forward_flops of the same step / (decode * measured matrix peak of that dtype)
+    limit    = max(FLOPs / matrix peak, bytes / read bandwidth), of prefill, of a decode step, and of both together
 
-Every round runs each contender once, in turn. A figure is the median of the rounds, with the fastest and slowest.
+Every round runs each contender once, in turn; peers are processes of their own. A figure is the median of the rounds,
+with the fastest and slowest.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +32,26 @@ import tyro
 
 import pgjax as pg
 from benchmarks.timing import (
+    LIMIT,
+    SPEED,
     Contender,
     Row,
     Timing,
     add_ratios,
     figures,
     machine,
-    missing_peer,
     plain,
+    roofline,
     save,
     show,
     timed,
+    weight_bytes,
     with_peaks,
 )
+from benchmarks.worker import Need, Peer, Worker, choose, device, model_folder, workers
 from pgjax import perf
+
+PEERS = (Peer("torch generate", "benchmarks.peers.torch_model", (Need("torch"), Need("transformers"))),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +64,8 @@ class Config:
     prompt_length: int = 16  # tokens a prompt
     new_tokens: int = 64  # sampled for each prompt; none ends early
     repeats: int = 5  # timed rounds
-    peer: bool = True  # alternate with torch where it is installed
+    peer: bool = True  # alternate with the peers that are installed
+    peer_pythons: tuple[str, ...] = ()  # interpreters that are asked, in order, for the peers; none: this one
     peer_threads: int | None = None  # of torch, None for its own choice; 1 may be faster on a busy machine
     seed: int = 0  # of the prompts
     json: Path | None = None  # write the report here too
@@ -64,40 +73,45 @@ class Config:
 
 def main(config: Config) -> Row:
     """Run the benchmark; return and print the report."""
+    if config.new_tokens < 2:
+        raise ValueError(f"new_tokens must be at least 2, to tell decode from prefill, got {config.new_tokens}")
+    pythons, absent = choose(PEERS, config.peer_pythons, wanted=config.peer)
     lm, params, _ = pg.load(config.model)
-    absent = missing_peer() if config.peer else "peer left out: --no-peer"
     prompts = np.random.default_rng(config.seed).integers(
         1, lm.arch.vocab_size, (config.batch_size, config.prompt_length)
     )
-    report: Row = {"machine": machine(), "config": plain(config), "peer": absent, "peaks": {}, "rows": []}
-    for dtype in config.dtypes:
-        runs: dict[str, Contender] = {}
-        for who, generate in contenders(config, lm, params, prompts, dtype, absent is None).items():
-            runs |= {
-                f"{who} first": timed(functools.partial(generate, 1)),
-                f"{who} all": timed(functools.partial(generate, config.new_tokens)),
-            }
-        peaks, times = with_peaks(dtype, runs, config.repeats)
-        report["peaks"][dtype] = peaks._asdict()
-        whose = dict.fromkeys(name.rsplit(" ", 1)[0] for name in runs)
-        report["rows"] += [
-            {
-                "who": who,
-                "dtype": dtype,
-                **measure(config, lm.arch, dtype, peaks, times[f"{who} first"], times[f"{who} all"]),
-            }
-            for who in whose
-        ]
+    report: Row = {"machine": machine(), "config": plain(config), "peer": absent, "peers": {}, "peaks": {}, "rows": []}
+    with model_folder(lm, params) as folder:
+        for dtype in config.dtypes:
+            setups = dict.fromkeys(pythons, peer_setup(config, folder, prompts, dtype))
+            with workers(PEERS, pythons, setups) as running:
+                runs = contenders(config, lm, params, prompts, dtype, running)
+                report["peers"] |= {who: worker.versions for who, worker in running.items()}
+                peaks, times = with_peaks(dtype, runs, config.repeats)
+            report["peaks"][dtype] = peaks._asdict()
+            report["rows"] += [
+                {"who": who, "dtype": dtype}
+                | measure(config, lm.arch, dtype, peaks, times[f"{who} first"], times[f"{who} all"])
+                for who in ("pgjax", *running)
+            ]
     add_ratios(report["rows"])
     show(f"rollout, {config.batch_size} x ({config.prompt_length} + {config.new_tokens}) tokens", report, COLUMNS)
     save(report, config.json)
     return report
 
 
+def peer_setup(config: Config, folder: str, prompts: np.ndarray, dtype: str) -> Row:
+    """Write down what a peer needs to know."""
+    return {
+        "task": "rollout", "folder": folder, "dtype": dtype, "autocast": False, "threads": config.peer_threads,
+        "device": device(), "prompts": prompts.tolist(), "new_tokens": config.new_tokens,
+    }  # fmt: skip
+
+
 def contenders(
-    config: Config, lm: pg.CausalLM, params: Any, prompts: np.ndarray, dtype: str, peer: bool
-) -> dict[str, Callable[[int], object]]:
-    """Give, for each contender, a call that samples so many tokens a prompt."""
+    config: Config, lm: pg.CausalLM, params: Any, prompts: np.ndarray, dtype: str, peers: Mapping[str, Worker]
+) -> dict[str, Contender]:
+    """Give, for each contender, a run that samples one token a prompt and a run that samples all."""
     ours = pg.causal_lm(lm.arch, dtype=jnp.dtype(dtype))
     mask = np.ones(prompts.shape, bool)
     key = jax.random.key(config.seed)
@@ -105,45 +119,62 @@ def contenders(
     def generate(new_tokens: int) -> object:
         return pg.sample(ours, params, prompts, mask, key, max_new_tokens=new_tokens)
 
-    if not peer:
-        return {"pgjax": generate}
-    from benchmarks.peer import generator, torch_model
-
-    return {
-        "pgjax": generate,
-        "torch generate": generator(torch_model(lm, params, dtype, config.peer_threads), prompts),
+    runs = {
+        "pgjax first": timed(functools.partial(generate, 1)),
+        "pgjax all": timed(functools.partial(generate, config.new_tokens)),
     }
+    for who, worker in peers.items():
+        runs[f"{who} first"] = functools.partial(worker.run, new_tokens=1)
+        runs[f"{who} all"] = functools.partial(worker.run, new_tokens=config.new_tokens)
+    return runs
 
 
 def measure(config: Config, arch: pg.Architecture, dtype: str, peaks: perf.Peaks, first: Timing, whole: Timing) -> Row:
     """Turn times into the figures of the table."""
-    size = jnp.dtype(dtype).itemsize
-    context = config.prompt_length + config.new_tokens / 2
+    size, rows, steps = jnp.dtype(dtype).itemsize, config.batch_size, config.new_tokens - 1
     prefill = statistics.median(first.wall)
-    decode = max(statistics.median(whole.wall) - prefill, 1e-9) / (config.new_tokens - 1)
-    cpu = max(statistics.median(whole.cpu) - statistics.median(first.cpu), 0.0) / (config.new_tokens - 1)
-    must_read = perf.decode_bytes(arch, batch=config.batch_size, context=context, weight_bytes=size, cache_bytes=size)
-    must_do = perf.forward_flops(arch, tokens=config.batch_size, context=context, head_tokens=config.batch_size)
+    decode = max(statistics.median(whole.wall) - prefill, 1e-9) / steps
+    cpu = max(statistics.median(whole.cpu) - statistics.median(first.cpu), 0.0) / steps
+    a_step, prompts = decode_work(config, arch, size), prefill_work(config, arch, size)
+    flops, read = (begin + steps * step for begin, step in zip(prompts, a_step, strict=True))
+    row = figures(whole, rows * config.new_tokens)
+    of_decode = roofline(decode, a_step[0], a_step[1], peaks)
     return {
-        **figures(whole, config.batch_size * config.new_tokens),
+        **row,
+        **roofline(row["seconds"], flops, read, peaks),
         "prefill_seconds": prefill,
         "decode_step_seconds": decode,
         "decode_step_cpu_seconds": cpu,
-        "decode_mbu": perf.mbu(must_read, decode, peaks.read_bytes),
-        "decode_mfu": perf.mfu(must_do, decode, peaks.matmul_flops),
+        "decode_mbu": of_decode["mbu"],
+        "decode_mfu": of_decode["mfu"],
+        "parts": {
+            "prefill": {"seconds": prefill, **roofline(prefill, prompts[0], prompts[1], peaks)},
+            "decode": {"seconds": decode, **of_decode},
+        },
     }
 
 
+def prefill_work(config: Config, arch: pg.Architecture, size: int) -> tuple[float, float]:
+    """Count operations and bytes of the prompts' forward pass: logits of the last token only, every weight read once."""
+    tokens = config.batch_size * config.prompt_length
+    flops = perf.forward_flops(arch, tokens=tokens, context=config.prompt_length / 2, head_tokens=config.batch_size)
+    return flops, weight_bytes(arch, size)
+
+
+def decode_work(config: Config, arch: pg.Architecture, size: int) -> tuple[float, float]:
+    """Count operations and bytes of one decode step, the cache half full of new tokens."""
+    rows, context = config.batch_size, config.prompt_length + config.new_tokens / 2
+    flops = perf.forward_flops(arch, tokens=rows, context=context, head_tokens=rows)
+    return flops, perf.decode_bytes(arch, batch=rows, context=context, weight_bytes=size, cache_bytes=size)
+
+
 COLUMNS: dict[str, Callable[[Row], str]] = {
-    "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}",
-    "seconds (spread)": lambda row: (
-        f"{row['seconds']:.3f} ({row['fastest_seconds']:.3f} to {row['slowest_seconds']:.3f})"
-    ),
-    "CPU s": lambda row: f"{row['cpu_seconds']:.2f}",
+    **SPEED,
     "prefill ms": lambda row: f"{1e3 * row['prefill_seconds']:.0f}",
     "decode ms a step": lambda row: f"{1e3 * row['decode_step_seconds']:.1f}",
     "decode MBU": lambda row: f"{row['decode_mbu']:.0%}",
     "decode MFU": lambda row: f"{row['decode_mfu']:.0%}",
+    **LIMIT,
 }
 
 

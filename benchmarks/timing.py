@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pgjax import perf
+from pgjax.models.architecture import Architecture
 
 Row = dict[str, Any]
 
@@ -150,6 +150,12 @@ def roofline(seconds: float, flops: float, read: float, peaks: perf.Peaks) -> Ro
     return {"flops": flops, "bytes": read, "mfu": mfu, "mbu": mbu, "limit": limit, "achieved": max(mfu, mbu)}
 
 
+def weight_bytes(arch: Architecture, itemsize: float, *, passes: float = 1) -> float:
+    """Count the bytes of reading every weight that takes part in matrix products so many times."""
+    once = perf.decode_bytes(arch, batch=0, context=0, weight_bytes=itemsize, cache_bytes=0)
+    return passes * once
+
+
 def add_ratios(rows: Iterable[Row], versus: Mapping[str, Sequence[str]] | None = None) -> None:
     """Write into each of our rows how many times as fast as its peers it is, for the same dtype.
 
@@ -200,7 +206,7 @@ def with_peaks(
 
 def machine() -> Row:
     """Say where and with what the figures were made."""
-    packages = ("pgjax", "jax", "jaxlib", "flax", "torch", "transformers")
+    packages = ("pgjax", "jax", "jaxlib", "flax", "transformers")
     found: dict[str, str] = {}
     for package in packages:
         try:
@@ -229,16 +235,6 @@ def _processor() -> str:
     }
     wanted = ("model name", "cpu family", "model")
     return ", ".join(f"{key} {found[key]}" for key in wanted if key in found)
-
-
-def missing_peer() -> str | None:
-    """Name the packages of the peer that are not installed; None when all are.
-
-    >>> missing_peer() is None or "not installed" in missing_peer()
-    True
-    """
-    absent = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    return f"peer missing: {', '.join(absent)} not installed (pip install 'pgjax[peers]')" if absent else None
 
 
 def show(title: str, report: Row, columns: Mapping[str, Callable[[Row], str]]) -> None:

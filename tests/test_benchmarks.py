@@ -7,7 +7,7 @@ import jax
 import pytest
 
 import pgjax as pg
-from benchmarks import learner, rollout, timing
+from benchmarks import learner, rollout, scoring, timing, worker
 from pgjax import perf
 
 ARCH = pg.Architecture(
@@ -102,12 +102,12 @@ def test_rollout_reports_every_dtype_and_writes_what_it_returns(model, tmp_path,
 
 
 def test_a_peer_that_is_not_installed_is_named(model, monkeypatch, capsys):
-    monkeypatch.setattr(timing.importlib.util, "find_spec", lambda name: None if name == "torch" else object())
+    monkeypatch.setattr(worker, "installed", lambda python, packages: {"python": "3.11.0", "transformers": "5.0"})
     report = rollout.main(
         rollout.Config(model=model, dtypes=("float32",), batch_size=1, prompt_length=2, new_tokens=2, repeats=1)
     )
     assert "torch not installed" in report["peer"] and [row["who"] for row in report["rows"]] == ["pgjax"]
-    assert "torch not installed" in capsys.readouterr().out
+    assert "torch not installed" in " ".join(capsys.readouterr().out.split())
 
 
 def test_learner_gives_the_same_loss_in_both_dtypes(model):
@@ -118,12 +118,42 @@ def test_learner_gives_the_same_loss_in_both_dtypes(model):
 
 def test_learner_in_torch_does_the_same_work(model):
     pytest.importorskip("torch")
-    report = learner.main(
-        learner.Config(model=model, dtypes=("float32",), batch_size=2, length=12, new_tokens=6, repeats=1)
+    report = learner.main(learner.Config(model=model, batch_size=2, length=12, new_tokens=6, repeats=1))
+    ours, theirs, _, autocast, half = report["rows"]
+    assert theirs["who"] == "torch" and theirs["loss"] == pytest.approx(ours["loss"], abs=1e-5)
+    assert (autocast["who"], half["who"]) == ("torch autocast", "torch bfloat16 weights")
+    assert autocast["loss"] == pytest.approx(ours["loss"], abs=0.02) and autocast["loss"] != theirs["loss"]
+    assert half["loss"] == pytest.approx(ours["loss"], abs=0.02) and half["loss"] != autocast["loss"]
+    assert set(ours["times_as_fast_as"]) == {"torch"} and "2" in report["peers"]["torch"]["torch"]
+
+
+def test_scoring_in_torch_gives_the_same_logprobs_and_entropy(model):
+    pytest.importorskip("torch")
+    report = scoring.main(
+        scoring.Config(model=model, dtypes=("float32",), batch_size=2, length=12, new_tokens=6, repeats=1)
     )
     ours, theirs = report["rows"]
-    assert theirs["who"] == "torch" and theirs["loss"] == pytest.approx(ours["loss"], abs=1e-5)
-    assert set(ours["times_as_fast_as"]) == {"torch"}
+    assert theirs["logprob"] == pytest.approx(ours["logprob"], abs=1e-5) and ours["logprob"] < -1
+    assert theirs["entropy"] == pytest.approx(ours["entropy"], abs=1e-5) and ours["entropy"] > 1
+
+
+def test_scoring_reads_every_weight_once_and_half_of_them_in_bfloat16():
+    config = scoring.Config(batch_size=2, length=12, new_tokens=6)
+    timing_of = timing.Timing([2.0], [1.0], [{"logprob": -3.0, "entropy": 3.0}])
+    row = scoring.measure(config, ARCH, PEAKS, timing_of, 4)
+    # a layer: q, o 16 x 16 each, k, v 16 x 8 each, gate, up, down 16 x 32 each; the head is 64 x 16
+    body, head = 2 * (2 * 256 + 2 * 128 + 3 * 512), 1024
+    assert row["bytes"] == 4 * (body + head) and row["tokens_per_second"] == 12
+    assert row["flops"] == 2 * body * 24 + 4 * 2 * 16 * 6 * 24 + 2 * head * 12
+    assert scoring.measure(config, ARCH, PEAKS, timing_of, 2)["bytes"] == row["bytes"] / 2
+
+
+def test_rollout_in_torch_samples_as_many_tokens(model):
+    pytest.importorskip("torch")
+    config = rollout.Config(model=model, dtypes=("float32",), batch_size=2, prompt_length=4, new_tokens=5, repeats=1)
+    ours, theirs = rollout.main(config)["rows"]
+    assert theirs["who"] == "torch generate" and theirs["tokens_per_second"] > 0
+    assert set(ours["times_as_fast_as"]) == {"torch generate"} and set(ours["parts"]) == {"prefill", "decode"}
 
 
 def test_decode_is_what_lies_between_the_two_programs():
@@ -134,6 +164,11 @@ def test_decode_is_what_lies_between_the_two_programs():
     assert row["tokens_per_second"] == pytest.approx(44 / 6)
     read = perf.decode_bytes(ARCH, batch=4, context=16 + 5.5, weight_bytes=2, cache_bytes=2)
     assert row["decode_mbu"] == pytest.approx(read / 0.5 / 1e10)
+    prefill, decode = row["parts"]["prefill"], row["parts"]["decode"]
+    assert (prefill["seconds"], decode["seconds"]) == (1.0, pytest.approx(0.5))
+    assert row["flops"] == pytest.approx(prefill["flops"] + 10 * decode["flops"])
+    assert row["bytes"] == pytest.approx(prefill["bytes"] + 10 * decode["bytes"])
+    assert decode["limit"] == "memory" and decode["achieved"] == row["decode_mbu"]
 
 
 def test_a_window_that_does_not_fit_is_refused():

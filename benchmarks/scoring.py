@@ -1,0 +1,154 @@
+"""Tokens a second of scoring a batch with one model, beside the machine's limits and beside the same in torch.
+
+    python -m benchmarks.scoring
+    python -m benchmarks.scoring --peer-pythons ONE/bin/python OTHER/bin/python --json benchmarks/results/scoring.json
+
+One run is `pgjax.ppo.score`: a forward pass without a gradient, and on the last `new_tokens` tokens log-probabilities,
+entropy and values. PPO runs it twice an iteration, on the policy and on its reference.
+
+    tokens/s = batch_size * length / seconds
+    FLOPs    = perf.forward_flops(tokens, context = length / 2, head_tokens = batch_size * new_tokens)
+    bytes    = every weight once, as it is stored
+    MFU      = FLOPs / (seconds * measured matrix peak of that dtype)
+    limit    = max(FLOPs / matrix peak, bytes / read bandwidth)
+
+torch computes log-probabilities and entropy of the same window, in inference mode, the values left out; in bfloat16 it is
+shown with float32 weights under autocast, as ours are stored, and with bfloat16 weights. The means of both are in the
+report, so that one sees that the work is the same. Peers are processes of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import pgjax as pg
+from benchmarks.timing import (
+    LIMIT,
+    SPEED,
+    Contender,
+    Row,
+    Timing,
+    add_ratios,
+    figures,
+    machine,
+    median_result,
+    plain,
+    roofline,
+    save,
+    show,
+    timed,
+    weight_bytes,
+    with_peaks,
+)
+from benchmarks.worker import Need, Peer, choose, device, model_folder, workers
+from pgjax import perf, ppo
+
+HALF = "torch bfloat16 weights"
+PEERS = tuple(
+    Peer(who, "benchmarks.peers.torch_model", (Need("torch"), Need("transformers")))
+    for who in ("torch", "torch autocast", HALF)
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One benchmark. The defaults are the shapes that the committed table was measured at."""
+
+    model: str = "SmolLM2-135M-Instruct"  # folder, .gguf file, hub id, or a model that an installed package ships
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")  # of activations; parameters are float32
+    batch_size: int = 8  # sequences
+    length: int = 128  # tokens a sequence
+    new_tokens: int = 64  # of them sampled: the window of the log-probabilities
+    parts: int = 1  # into which the batch is split, so that the logits of one part exist at a time
+    repeats: int = 5  # timed rounds
+    peer: bool = True  # alternate with the peers that are installed
+    peer_pythons: tuple[str, ...] = ()  # interpreters that are asked, in order, for the peers; none: this one
+    peer_threads: int | None = None  # of torch, None for its own choice; 1 may be faster on a busy machine
+    seed: int = 0  # of the batch
+    json: Path | None = None  # write the report here too
+
+
+def main(config: Config) -> Row:
+    """Run the benchmark; return and print the report."""
+    if not 0 < config.new_tokens < config.length:
+        raise ValueError(f"new_tokens={config.new_tokens} must be between 0 and length={config.length}")
+    if config.parts < 1 or config.batch_size % config.parts:
+        raise ValueError(f"batch_size={config.batch_size} does not divide into parts={config.parts}")
+    pythons, absent = choose(PEERS, config.peer_pythons, wanted=config.peer)
+    lm, params, _ = pg.load(config.model)
+    tokens = np.random.default_rng(config.seed).integers(1, lm.arch.vocab_size, (config.batch_size, config.length))
+    report: Row = {"machine": machine(), "config": plain(config), "peer": absent, "peers": {}, "peaks": {}, "rows": []}
+    with model_folder(lm, params) as folder:
+        for dtype in config.dtypes:
+            with workers(PEERS, pythons, peer_setups(config, folder, tokens, dtype)) as running:
+                report["peers"] |= {who: worker.versions for who, worker in running.items()}
+                runs = {"pgjax": contender(config, lm, params, tokens, dtype)}
+                runs |= {who: worker.run for who, worker in running.items()}
+                peaks, times = with_peaks(dtype, runs, config.repeats)
+            report["peaks"][dtype] = peaks._asdict()
+            report["rows"] += [
+                {"who": who, "dtype": dtype, **measure(config, lm.arch, peaks, times[who], 2 if who == HALF else 4)}
+                for who in runs
+            ]
+    add_ratios(report["rows"])
+    show(f"scoring, {config.batch_size} x {config.length} tokens, window {config.new_tokens}", report, COLUMNS)
+    save(report, config.json)
+    return report
+
+
+def contender(config: Config, lm: pg.CausalLM, params: Any, tokens: np.ndarray, dtype: str) -> Contender:
+    """Give our run: `ppo.score` on the whole batch."""
+    ours = pg.causal_lm(lm.arch, dtype=jnp.dtype(dtype))
+    both = {"lm": params, "value": pg.init_value_head(lm.arch.width)}
+    ids, temperature = jnp.asarray(tokens, jnp.int32), jnp.float32(1.0)
+    attended = jnp.ones(ids.shape, bool)
+
+    def run() -> dict[str, float]:
+        found = ppo.score(ours, both, ids, attended, temperature, window=config.new_tokens, parts=config.parts)
+        logprobs, _, entropy = jax.device_get(found)
+        return {"logprob": float(logprobs.mean()), "entropy": float(entropy.mean())}
+
+    return timed(run)
+
+
+def peer_setups(config: Config, folder: str, tokens: np.ndarray, dtype: str) -> dict[str, Row]:
+    """Write down, for the peers of a dtype, what they need to know."""
+    shared = {
+        "task": "scoring", "folder": folder, "dtype": "float32", "autocast": False, "threads": config.peer_threads,
+        "device": device(), "tokens": tokens.tolist(), "window": config.new_tokens,
+    }  # fmt: skip
+    if dtype == "float32":
+        return {"torch": shared}
+    return {"torch autocast": shared | {"autocast": True}, HALF: shared | {"dtype": "bfloat16"}}
+
+
+def measure(config: Config, arch: pg.Architecture, peaks: perf.Peaks, timing: Timing, stored: int) -> Row:
+    """Turn times into the figures of the table; `stored` are the bytes of a weight."""
+    tokens = config.batch_size * config.length
+    flops = perf.forward_flops(
+        arch, tokens=tokens, context=config.length / 2, head_tokens=config.batch_size * config.new_tokens
+    )
+    row = figures(timing, tokens)
+    told = {name: median_result(timing, name) for name in ("logprob", "entropy")}
+    return {**told, **row, **roofline(row["seconds"], flops, weight_bytes(arch, stored), peaks)}
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    **SPEED,
+    "MFU": lambda row: f"{row['mfu']:.0%}",
+    **LIMIT,
+    "logprob": lambda row: f"{row['logprob']:.4f}",
+    "entropy": lambda row: f"{row['entropy']:.4f}",
+}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

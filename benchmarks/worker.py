@@ -1,0 +1,215 @@
+"""Run what one would use instead in processes of their own, so that neither side's threads and memory disturb the other.
+
+A peer is a program `PYTHON -m benchmarks.peers.NAME`. It reads one line of JSON, its set-up, says that it is ready, and
+then does its work once for every further line; it answers with the seconds by its own clocks. The parent waits in a
+blocking read meanwhile, and between runs the peer waits in one, so that only one side computes at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+import pgjax as pg
+from benchmarks.timing import Sample
+
+ROOT = Path(__file__).resolve().parent.parent
+ASK = (
+    "import importlib.metadata as m, json, platform, sys\n"
+    "found = {d.name.lower(): d.version for d in m.distributions() if d.name}\n"
+    "print(json.dumps({'python': platform.python_version(), **{p: found[p] for p in sys.argv[1:] if p in found}}))"
+)
+
+
+class Need(NamedTuple):
+    """A package that a peer needs, and the range of its versions; "" is open."""
+
+    package: str
+    at_least: str = ""
+    below: str = ""
+
+    def met_by(self, versions: Mapping[str, str]) -> bool:
+        """Say whether an interpreter with these versions has it.
+
+        >>> Need("trl", below="1.13").met_by({"trl": "1.12.0"}), Need("trl", at_least="1.13").met_by({"trl": "1.9.1"})
+        (True, False)
+        """
+        if self.package not in versions:
+            return False
+        version = numbers(versions[self.package])
+        return numbers(self.at_least) <= version and (not self.below or version < numbers(self.below))
+
+    def __str__(self) -> str:
+        at_least = f" >= {self.at_least}" if self.at_least else ""
+        return self.package + at_least + (f" < {self.below}" if self.below else "")
+
+
+class Peer(NamedTuple):
+    """A program to compare with."""
+
+    who: str  # its name in the tables
+    program: str  # its module
+    needs: tuple[Need, ...]
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """Read the leading numbers of a version.
+
+    >>> numbers("2.13.0+cpu"), numbers("1.12.0rc1"), numbers("")
+    ((2, 13, 0), (1, 12), ())
+    """
+    found: list[int] = []
+    for part in version.split("+")[0].split("."):
+        if not part.isdigit():
+            break
+        found.append(int(part))
+    return tuple(found)
+
+
+@functools.cache
+def installed(python: str, packages: tuple[str, ...]) -> dict[str, str]:
+    """Ask an interpreter for its own version and those of packages; absent ones are left out.
+
+    Raises:
+        ValueError: it does not run.
+    """
+    try:
+        done = subprocess.run([python, "-c", ASK, *packages], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise ValueError(f"peer_pythons: {python} does not run ({error})") from error
+    if done.returncode != 0:
+        raise ValueError(f"peer_pythons: {python} does not run:\n{done.stderr[-1000:]}")
+    return json.loads(done.stdout)
+
+
+def choose(peers: Sequence[Peer], pythons: Sequence[str], *, wanted: bool) -> tuple[dict[str, str], str | None]:
+    """Find for each peer the first interpreter that has all that it needs.
+
+    Args:
+        peers: to look for.
+        pythons: interpreters, asked in this order; none given: this one.
+        wanted: False looks for none.
+
+    Returns:
+        name to interpreter, for the peers that are there; and which are not and why, one line each, None when all are.
+    """
+    if not wanted:
+        return {}, "peers left out: --no-peer"
+    found: dict[str, str] = {}
+    absent: list[str] = []
+    for peer in peers:
+        packages = tuple(need.package for need in peer.needs)
+        asked = [(python, installed(python, packages)) for python in pythons or (sys.executable,)]
+        serving = [python for python, versions in asked if all(need.met_by(versions) for need in peer.needs)]
+        if serving:
+            found[peer.who] = serving[0]
+        else:
+            absent.append(missing(peer, [versions for _, versions in asked]))
+    return found, "\n".join(absent) or None
+
+
+def missing(peer: Peer, asked: Sequence[Mapping[str, str]]) -> str:
+    """Name a peer that is not there, what it needs, and what each interpreter has instead.
+
+    >>> missing(Peer("TRL PPO", "", (Need("trl", below="1.13"), Need("torch"))), [{"python": "3.11.7", "torch": "2.13.0"}])
+    'TRL PPO missing: needs trl < 1.13, torch; Python 3.11.7 has trl not installed, torch 2.13.0 (--peer-pythons names others)'
+    """
+    has = [
+        f"Python {versions['python']} has "
+        + ", ".join(f"{need.package} {versions.get(need.package, 'not installed')}" for need in peer.needs)
+        for versions in asked
+    ]
+    needs = ", ".join(str(need) for need in peer.needs)
+    return f"{peer.who} missing: needs {needs}; {'; '.join(has)} (--peer-pythons names others)"
+
+
+class Worker:
+    """A peer's process; it holds what it has set up until it is closed."""
+
+    def __init__(self, who: str, command: Sequence[str], setup: Mapping[str, Any]) -> None:
+        """Start it and wait until it is ready.
+
+        Raises:
+            RuntimeError: it ended before, with what it printed.
+        """
+        self.who = who
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  of stderr: a pipe that nobody reads would fill up
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, cwd=ROOT,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )  # fmt: skip
+        try:
+            self.versions: dict[str, str] = self._ask(setup)["versions"]
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, **ask: Any) -> Sample:
+        """Let it do its work once."""
+        answer = self._ask(ask)
+        return Sample(answer.pop("wall"), answer.pop("cpu"), answer)
+
+    def _ask(self, line: Mapping[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        answer = ""
+        with contextlib.suppress(BrokenPipeError):  # it has ended: the error below says so
+            self._process.stdin.write(json.dumps(line) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        if answer.endswith("\n"):
+            return json.loads(answer)
+        code = self._process.wait()
+        self._said.seek(0)
+        printed = self._said.read().decode(errors="replace")[-3000:].strip()
+        raise RuntimeError(f"{self.who} ended with status {code}; it printed:\n{printed}")
+
+    def close(self) -> None:
+        """End it: it sees the end of its input, and has ten seconds to go."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._said.close()
+
+
+@contextlib.contextmanager
+def workers(
+    peers: Sequence[Peer], pythons: Mapping[str, str], setups: Mapping[str, Mapping[str, Any]]
+) -> Iterator[dict[str, Worker]]:
+    """Start those of the peers that have an interpreter and a set-up, one after the other; end them afterwards."""
+    with contextlib.ExitStack() as stack:
+        running: dict[str, Worker] = {}
+        for peer in peers:
+            if peer.who in pythons and peer.who in setups:
+                command = [pythons[peer.who], "-m", peer.program]
+                running[peer.who] = Worker(peer.who, command, setups[peer.who])
+                stack.callback(running[peer.who].close)
+        yield running
+
+
+@contextlib.contextmanager
+def model_folder(lm: pg.CausalLM, params: Any) -> Iterator[str]:
+    """Write the model where peers read it, in Hugging Face layout; gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        pg.save_pretrained(Path(folder) / "model", lm, params, None)
+        yield str(Path(folder) / "model")
+
+
+def device() -> str:
+    """Name the device as torch names it."""
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
