@@ -1,0 +1,281 @@
+"""Seconds of one whole iteration, rollout to update, beside the machine's limits and beside TRL's trainers.
+
+    python -m benchmarks.iteration
+    python -m benchmarks.iteration --peer-pythons ONE/bin/python OTHER/bin/python --json benchmarks/results/iteration.json
+
+One iteration is that of experiments/ppo.py, from the same public functions: sample `batch_size` completions, score them
+with the policy and with its reference, judge them on the host (here: the share of odd ids), turn scores into advantages, and
+take one AdamW update from the whole batch in each epoch. The policy is trained on from iteration to iteration.
+
+    pgjax PPO    a critic on the policy's body; peer: TRL's PPO, whose value model is a second network
+    pgjax RLOO   `group_size` completions of each of batch_size / group_size prompts; peer: the newest TRL's RLOO
+    tokens/s     = batch_size * new_tokens / seconds: tokens of completions
+    FLOPs        = rollout + forward passes of scoring + 3 forward passes for each pass of learning (`PASSES`), on paper
+    bytes        = what the decode steps read, every weight once a forward pass and twice a pass of learning, and in AdamW's
+                   step four arrays of its size: weights, gradient, two moments
+    MFU          = FLOPs / (seconds * measured matrix peak)
+
+A peer's FLOPs are those of its own way: TRL's PPO takes old log-probabilities from the logits of sampling, but runs its value
+model too. TRL's times go from one iteration's end to the next one's, by a callback; loading and set-up are outside, and
+so is the first iteration. Every completion has the full length, here as there. Peers are processes of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import pgjax as pg
+from benchmarks.timing import (
+    LIMIT,
+    SPEED,
+    Contender,
+    Row,
+    Timing,
+    add_ratios,
+    figures,
+    machine,
+    median_result,
+    plain,
+    roofline,
+    save,
+    show,
+    timed,
+    weight_bytes,
+    with_peaks,
+)
+from benchmarks.worker import Need, Peer, choose, device, model_folder, workers
+from experiments.ppo import Config as PPO
+from experiments.task import fold_in
+from pgjax import perf, ppo, train
+
+SHARED = tuple(Need(name) for name in ("torch", "transformers", "datasets", "accelerate"))
+PEERS = (
+    Peer("TRL PPO", "benchmarks.peers.trl_ppo", (Need("trl", at_least="1.0", below="1.13"), *SHARED)),
+    Peer("TRL RLOO", "benchmarks.peers.trl_rloo", (Need("trl", at_least="1.13"), *SHARED)),
+)
+VERSUS = {"pgjax PPO": ("TRL PPO",), "pgjax RLOO": ("TRL RLOO",)}
+PARTS = ("rollout", "scoring", "update")
+
+
+class Passes(NamedTuple):
+    """How often a batch goes through a network of the model's size, the sampling left out."""
+
+    scoring: int  # forward
+    learning: int  # forward and backward, in one epoch
+
+
+PASSES = {
+    "pgjax PPO": Passes(2, 1),  # policy with the values, reference
+    "pgjax RLOO": Passes(2, 1),
+    "TRL PPO": Passes(2, 2),  # reference, value model; policy and value model
+    "TRL RLOO": Passes(2, 1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One benchmark. The defaults are the shapes that the committed table was measured at."""
+
+    model: str = "SmolLM2-135M-Instruct"  # folder, .gguf file, hub id, or a model that an installed package ships
+    dtypes: tuple[str, ...] = ("float32",)  # of activations; parameters are float32, TRL casts inside by autocast
+    batch_size: int = 16  # completions an iteration
+    prompt_length: int = 16  # tokens a prompt
+    new_tokens: int = 32  # sampled for each prompt; none ends early
+    group_size: int = 4  # completions of a prompt, for RLOO
+    epochs: int = 1  # passes of learning over an iteration's completions, in PPO; RLOO has one
+    learning_rate: float = 3e-6  # of AdamW
+    kl_coef: float = 0.05  # of the penalty on the log-ratio to the reference
+    parts: int = 1  # of the batch, in scoring and learning, for memory
+    repeats: int = 5  # timed rounds
+    peer: bool = True  # alternate with the peers that are installed
+    peer_pythons: tuple[str, ...] = ()  # interpreters that are asked, in order, for the peers; none: this one
+    peer_threads: int | None = None  # of torch, None for its own choice; 1 may be faster on a busy machine
+    seed: int = 0  # of prompts and sampling
+    json: Path | None = None  # write the report here too
+
+
+def main(config: Config) -> Row:
+    """Run the benchmark; return and print the report."""
+    if config.group_size < 2 or config.batch_size % config.group_size or config.batch_size % config.parts:
+        raise ValueError(
+            f"batch_size={config.batch_size} must be a multiple of group_size={config.group_size}, at least 2, "
+            f"and of parts={config.parts}"
+        )
+    pythons, absent = choose(PEERS, config.peer_pythons, wanted=config.peer)
+    lm, params, _ = pg.load(config.model)
+    prompts = np.random.default_rng(config.seed).integers(
+        1, lm.arch.vocab_size - 1, (config.batch_size, config.prompt_length)
+    )
+    report: Row = {"machine": machine(), "config": plain(config), "peer": absent, "peers": {}, "peaks": {}, "rows": []}
+    with model_folder(lm, params) as folder:
+        for dtype in config.dtypes:
+            runs = contenders(config, pg.causal_lm(lm.arch, dtype=jnp.dtype(dtype)), params, prompts)
+            with workers(PEERS, pythons, peer_setups(config, folder, prompts, dtype)) as running:
+                report["peers"] |= {who: worker.versions for who, worker in running.items()}
+                peaks, times = with_peaks(
+                    dtype, runs | {who: worker.run for who, worker in running.items()}, config.repeats
+                )
+            report["peaks"][dtype] = peaks._asdict()
+            report["rows"] += [
+                {"who": who, "dtype": dtype, **measure(config, lm.arch, dtype, peaks, who, timing)}
+                for who, timing in times.items()
+            ]
+    add_ratios(report["rows"], VERSUS)
+    show(f"iteration, {config.batch_size} x ({config.prompt_length} + {config.new_tokens}) tokens", report, COLUMNS)
+    save(report, config.json)
+    return report
+
+
+def contenders(config: Config, lm: pg.CausalLM, params: Any, prompts: np.ndarray) -> dict[str, Contender]:
+    """Give one iteration of PPO and one of RLOO, each with its own policy."""
+    defaults, group = PPO(), config.group_size
+    shared: dict[str, Any] = {
+        "clip_eps": defaults.clip_eps,
+        "value_clip_eps": defaults.value_clip_eps,
+        "entropy_coef": 0.0,
+    }
+    ppo_flags = {"algorithm": "ppo", "reduce": "token_mean", "value_coef": defaults.value_coef, **shared}
+    rloo_flags = {"algorithm": "reinforce", "reduce": "sequence_sum", "value_coef": 0.0, **shared}
+    grouped = np.repeat(prompts[: len(prompts) // group], group, axis=0)
+    one = functools.partial(Iterations, config, lm, params)
+    return {
+        "pgjax PPO": timed(one(prompts, "value", 1, config.epochs, ppo_flags).run),
+        "pgjax RLOO": timed(one(grouped, "leave-one-out", group, 1, rloo_flags).run),
+    }
+
+
+class Iterations:
+    """A policy that is trained on by every run, as in experiments/ppo.py; it holds what one iteration hands to the next."""
+
+    def __init__(
+        self, config: Config, lm: pg.CausalLM, params: Any, prompts: np.ndarray, advantage: str, group: int, epochs: int,
+        flags: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """Copy the model: updates consume their buffers, and the reference keeps its own."""
+        self.lm, self.prompts, self.new_tokens, self.epochs = lm, prompts, config.new_tokens, epochs
+        optimizer = train.adamw(config.learning_rate, updates=1_000_000)
+        self.reference = {"lm": params, "value": pg.init_value_head(lm.arch.width)}
+        self.learner = train.init_state(jax.tree.map(jnp.copy, self.reference), optimizer)
+        self.key, self.number = jax.random.key(config.seed), 0
+        self.kl_coef, temperature = jnp.float32(config.kl_coef), jnp.float32(1.0)
+        self.score = functools.partial(
+            ppo.score, lm, temperature=temperature, window=config.new_tokens + 1, parts=config.parts
+        )
+        self.experience = functools.partial(
+            ppo.experience, advantage=advantage, group_size=group, discount=1.0, kl_target=None, kl_horizon=1.0
+        )
+        self.update = functools.partial(
+            ppo.update, lm=lm, optimizer=optimizer, microbatches=config.parts, temperature=1.0, **flags
+        )
+
+    def run(self) -> dict[str, float]:
+        """Do one iteration; give the seconds of its parts and the mean score."""
+        self.number += 1
+        sample_key, shuffle_key = jax.random.split(fold_in(self.key, self.number))
+        start = time.perf_counter()
+        rollout = pg.sample(
+            self.lm, self.learner.params["lm"], self.prompts, np.ones(self.prompts.shape, bool), sample_key,
+            max_new_tokens=self.new_tokens,
+        )  # fmt: skip
+        jax.block_until_ready(rollout)
+        rolled_out = time.perf_counter()
+        policy = self.score(self.learner.params, rollout.tokens, rollout.attention_mask)
+        reference = self.score(self.reference, rollout.tokens, rollout.attention_mask)
+        scores = odd_ids(np.asarray(rollout.tokens)[:, -self.new_tokens :])
+        jax.block_until_ready((policy, reference))
+        scored = time.perf_counter()
+        batch, self.kl_coef, _ = self.experience(rollout, policy, reference, jnp.asarray(scores), self.kl_coef)
+        for epoch in range(self.epochs):
+            order = train.minibatches(fold_in(shuffle_key, epoch), len(self.prompts), 1)
+            self.learner, metrics = self.update(self.learner, batch, order, jnp.int32(0))
+        jax.block_until_ready((self.learner.params, metrics))
+        done = time.perf_counter()
+        if not self.learner.healthy:
+            raise FloatingPointError("an update was not finite")
+        return {
+            "rollout": rolled_out - start, "scoring": scored - rolled_out, "update": done - scored,
+            "score": float(scores.mean()),
+        }  # fmt: skip
+
+
+def odd_ids(completions: np.ndarray) -> np.ndarray:
+    """Judge completions on the host by the share of odd ids.
+
+    >>> odd_ids(np.array([[1, 2, 3, 4], [1, 3, 5, 7]])).tolist()
+    [0.5, 1.0]
+    """
+    return (completions % 2).mean(axis=1, dtype=np.float32)
+
+
+def peer_setups(config: Config, folder: str, prompts: np.ndarray, dtype: str) -> dict[str, Row]:
+    """Write down what each peer needs to know."""
+    shared = {
+        "folder": folder, "dtype": dtype, "threads": config.peer_threads, "device": device(), "seed": config.seed,
+        "new_tokens": config.new_tokens, "learning_rate": config.learning_rate, "kl_coef": config.kl_coef,
+    }  # fmt: skip
+    few = prompts[: len(prompts) // config.group_size]
+    return {
+        "TRL PPO": shared | {"prompts": prompts.tolist(), "epochs": config.epochs},
+        "TRL RLOO": shared | {"prompts": few.tolist(), "epochs": 1, "group_size": config.group_size},
+    }
+
+
+def work(config: Config, arch: pg.Architecture, itemsize: int, who: str) -> dict[str, tuple[float, float]]:
+    """Count, on paper, operations and bytes of each part of an iteration."""
+    rows, length, new = config.batch_size, config.prompt_length + config.new_tokens, config.new_tokens
+    passes, epochs = PASSES[who], config.epochs if who.endswith("PPO") else 1
+    begun = perf.forward_flops(
+        arch, tokens=rows * config.prompt_length, context=config.prompt_length / 2, head_tokens=rows
+    )
+    context = config.prompt_length + new / 2
+    step = perf.forward_flops(arch, tokens=rows, context=context, head_tokens=rows)
+    read = perf.decode_bytes(arch, batch=rows, context=context, weight_bytes=itemsize, cache_bytes=itemsize)
+    forward = perf.forward_flops(arch, tokens=rows * length, context=length / 2, head_tokens=rows * new)
+    learned = passes.learning * epochs
+    return {
+        "rollout": (begun + (new - 1) * step, weight_bytes(arch, itemsize) + (new - 1) * read),
+        "scoring": (passes.scoring * forward, weight_bytes(arch, 4, passes=passes.scoring)),
+        "update": (3 * learned * forward, weight_bytes(arch, 4, passes=6 * learned)),
+    }
+
+
+def measure(config: Config, arch: pg.Architecture, dtype: str, peaks: perf.Peaks, who: str, timing: Timing) -> Row:
+    """Turn times into the figures of the table; the parts are known of ours alone."""
+    row = figures(timing, config.batch_size * config.new_tokens)
+    counted = work(config, arch, jnp.dtype(dtype).itemsize, who)
+    flops, read = (sum(part) for part in zip(*counted.values(), strict=True))
+    parts = {
+        name: {"seconds": seconds, **roofline(seconds, *counted[name], peaks)}
+        for name, seconds in (
+            (name, median_result(timing, name)) for name in PARTS if all(name in told for told in timing.results)
+        )
+    }
+    told = {"score": median_result(timing, "score")} if parts else {}
+    return {**row, **roofline(row["seconds"], flops, read, peaks), **told, "parts": parts}
+
+
+def seconds_of(name: str) -> Callable[[Row], str]:
+    """Make the column of a part."""
+    return lambda row: f"{row['parts'][name]['seconds']:.3f}" if row["parts"] else "-"
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    **SPEED,
+    **{f"{name} s": seconds_of(name) for name in PARTS},
+    "MFU": lambda row: f"{row['mfu']:.0%}",
+    **LIMIT,
+}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
