@@ -111,8 +111,8 @@ def main(config: Config) -> Row:
             f"batch_size={config.batch_size} must be a multiple of group_size={config.group_size}, at least 2, "
             f"and of parts={config.parts}"
         )
-    pythons, absent = choose(PEERS, config.peer_pythons, wanted=config.peer)
     lm, params, _ = pg.load(config.model)
+    pythons, absent = choose(PEERS, config.peer_pythons, lm.arch, wanted=config.peer)
     prompts = np.random.default_rng(config.seed).integers(
         1, lm.arch.vocab_size - 1, (config.batch_size, config.prompt_length)
     )

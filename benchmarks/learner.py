@@ -15,7 +15,8 @@ the shared body) over a batch, without the optimizer:
 Log-probabilities are computed on the last `new_tokens` tokens only, here as in torch. In bfloat16 parameters stay
 float32 and are cast inside: torch does that by autocast; its model with bfloat16 weights (which training should not
 use: small updates vanish) is shown beside. Losses of all are in the report, so that one sees that the work is the same.
-Peers are processes of their own.
+Tunix, whose critic is a second network, computes the policy loss alone (benchmarks/peers/tunix.py). Peers are processes of
+their own.
 """
 
 from __future__ import annotations
@@ -49,13 +50,17 @@ from benchmarks.timing import (
     weight_bytes,
     with_peaks,
 )
-from benchmarks.worker import Need, Peer, choose, device, model_folder, workers
+from benchmarks.worker import Need, Peer, beyond_tunix, choose, device, model_folder, workers
 from experiments.ppo import Config as PPO
 from pgjax import perf, ppo
 
-PEERS = tuple(
-    Peer(who, "benchmarks.peers.torch_model", (Need("torch"), Need("transformers")))
-    for who in ("torch", "torch autocast", "torch bfloat16 weights")
+TORCH = (Need("torch"), Need("transformers"))
+PEERS = (
+    *(
+        Peer(who, "benchmarks.peers.torch_model", TORCH)
+        for who in ("torch", "torch autocast", "torch bfloat16 weights")
+    ),
+    Peer("Tunix, policy loss alone", "benchmarks.peers.tunix", (Need("google-tunix"),), beyond_tunix),
 )
 
 
@@ -80,8 +85,8 @@ def main(config: Config) -> Row:
     """Run the benchmark; return and print the report."""
     if not 0 < config.new_tokens < config.length:
         raise ValueError(f"new_tokens={config.new_tokens} must be between 0 and length={config.length}")
-    pythons, absent = choose(PEERS, config.peer_pythons, wanted=config.peer)
     lm, params, _ = pg.load(config.model)
+    pythons, absent = choose(PEERS, config.peer_pythons, lm.arch, wanted=config.peer)
     batch = make_batch(config, lm, params)
     report: Row = {"machine": machine(), "config": plain(config), "peer": absent, "peers": {}, "peaks": {}, "rows": []}
     with model_folder(lm, params) as folder:
@@ -157,7 +162,7 @@ def peer_setups(config: Config, folder: str, batch: ppo.Batch, dtype: str) -> di
         },
     }  # fmt: skip
     if dtype == "float32":
-        return {"torch": shared}
+        return {"torch": shared, "Tunix, policy loss alone": shared}
     return {"torch autocast": shared | {"autocast": True}, "torch bfloat16 weights": shared | {"dtype": "bfloat16"}}
 
 

@@ -48,10 +48,13 @@ from benchmarks.timing import (
     weight_bytes,
     with_peaks,
 )
-from benchmarks.worker import Need, Peer, Worker, choose, device, model_folder, workers
+from benchmarks.worker import Need, Peer, Worker, beyond_tunix, choose, device, model_folder, workers
 from pgjax import perf
 
-PEERS = (Peer("torch generate", "benchmarks.peers.torch_model", (Need("torch"), Need("transformers"))),)
+PEERS = (
+    Peer("torch generate", "benchmarks.peers.torch_model", (Need("torch"), Need("transformers"))),
+    Peer("Tunix sampler", "benchmarks.peers.tunix", (Need("google-tunix"),), beyond_tunix),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +78,8 @@ def main(config: Config) -> Row:
     """Run the benchmark; return and print the report."""
     if config.new_tokens < 2:
         raise ValueError(f"new_tokens must be at least 2, to tell decode from prefill, got {config.new_tokens}")
-    pythons, absent = choose(PEERS, config.peer_pythons, wanted=config.peer)
     lm, params, _ = pg.load(config.model)
+    pythons, absent = choose(PEERS, config.peer_pythons, lm.arch, wanted=config.peer)
     prompts = np.random.default_rng(config.seed).integers(
         1, lm.arch.vocab_size, (config.batch_size, config.prompt_length)
     )

@@ -82,8 +82,8 @@ def main(config: Config) -> Row:
         raise ValueError(f"new_tokens={config.new_tokens} must be between 0 and length={config.length}")
     if config.parts < 1 or config.batch_size % config.parts:
         raise ValueError(f"batch_size={config.batch_size} does not divide into parts={config.parts}")
-    pythons, absent = choose(PEERS, config.peer_pythons, wanted=config.peer)
     lm, params, _ = pg.load(config.model)
+    pythons, absent = choose(PEERS, config.peer_pythons, lm.arch, wanted=config.peer)
     tokens = np.random.default_rng(config.seed).integers(1, lm.arch.vocab_size, (config.batch_size, config.length))
     report: Row = {"machine": machine(), "config": plain(config), "peer": absent, "peers": {}, "peaks": {}, "rows": []}
     with model_folder(lm, params) as folder:

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +60,21 @@ class Peer(NamedTuple):
     who: str  # its name in the tables
     program: str  # its module
     needs: tuple[Need, ...]
+    beyond: Callable[[pg.Architecture], str | None] = lambda arch: None  # why it does not have a model
+
+
+def beyond_tunix(arch: pg.Architecture) -> str | None:
+    """Say why Tunix's Llama is not this model; None where it is.
+
+    Its rope has no scaling, and its projections no biases.
+    """
+    if arch.family != "llama":
+        return f"only its Llama is compared with, and this model is of the family {arch.family}"
+    if arch.rope is None or arch.rope.factor is not None:
+        return "its Llama does not scale its rope, and this model does"
+    if arch.qkv_bias or arch.out_bias or arch.mlp_bias or arch.qk_norm or arch.activation != "silu":
+        return "its Llama has no biases, no norm of queries and keys, and silu alone"
+    return None
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -92,12 +107,15 @@ def installed(python: str, packages: tuple[str, ...]) -> dict[str, str]:
     return json.loads(done.stdout)
 
 
-def choose(peers: Sequence[Peer], pythons: Sequence[str], *, wanted: bool) -> tuple[dict[str, str], str | None]:
+def choose(
+    peers: Sequence[Peer], pythons: Sequence[str], arch: pg.Architecture, *, wanted: bool
+) -> tuple[dict[str, str], str | None]:
     """Find for each peer the first interpreter that has all that it needs.
 
     Args:
         peers: to look for.
         pythons: interpreters, asked in this order; none given: this one.
+        arch: of the model that they are to run.
         wanted: False looks for none.
 
     Returns:
@@ -108,6 +126,9 @@ def choose(peers: Sequence[Peer], pythons: Sequence[str], *, wanted: bool) -> tu
     found: dict[str, str] = {}
     absent: list[str] = []
     for peer in peers:
+        if (why := peer.beyond(arch)) is not None:
+            absent.append(f"{peer.who} left out: {why}")
+            continue
         packages = tuple(need.package for need in peer.needs)
         asked = [(python, installed(python, packages)) for python in pythons or (sys.executable,)]
         serving = [python for python, versions in asked if all(need.met_by(versions) for need in peer.needs)]

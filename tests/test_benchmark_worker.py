@@ -1,10 +1,12 @@
 """Peers in processes of their own: who serves, what a run says, and how one ends that cannot go on."""
 
+import dataclasses
 import subprocess
 import sys
 
 import pytest
 
+import pgjax as pg
 from benchmarks import worker
 from benchmarks.worker import Need, Peer, Worker
 
@@ -20,6 +22,11 @@ def run(times):
     return {"product": parent.setup["factor"] * times}
 parent.serve(run)
 """
+ARCH = pg.Architecture(
+    family="llama", vocab_size=64, width=16, depth=2, heads=2, kv_heads=1, head_dim=8, mlp_width=32, max_positions=64,
+    activation="silu", norm="rms", norm_eps=1e-5, rope=pg.Rope(theta=1e6), gated_mlp=True, qkv_bias=False,
+    out_bias=False, mlp_bias=False, qk_norm=False, tied=True,
+)  # fmt: skip
 TRL = Peer("TRL PPO", "nothing", (Need("trl", below="1.13"), Need("torch")))
 
 
@@ -119,27 +126,27 @@ def test_interpreters_are_asked_in_order_and_the_first_with_the_wanted_versions_
     bare = python("bare", '{"python": "3.11.1", "trl": "1.12.0"}')
     old = python("old", '{"python": "3.11.2", "trl": "1.12.1", "torch": "2.8.0+cpu"}')
     older = python("older", '{"python": "3.11.3", "trl": "0.29.0", "torch": "2.8.0"}')
-    assert worker.choose([TRL], [new, bare, old, older], wanted=True) == ({"TRL PPO": old}, None)
-    assert worker.choose([TRL], [older, old], wanted=True)[0] == {"TRL PPO": older}
+    assert worker.choose([TRL], [new, bare, old, older], ARCH, wanted=True) == ({"TRL PPO": old}, None)
+    assert worker.choose([TRL], [older, old], ARCH, wanted=True)[0] == {"TRL PPO": older}
 
 
 def test_a_peer_that_no_interpreter_has_is_named_with_what_each_has_instead(python):
     new = python("new", '{"python": "3.12.1", "trl": "1.16.0", "torch": "2.13.0"}')
     bare = python("bare", '{"python": "3.11.1"}')
-    found, absent = worker.choose([TRL], [new, bare], wanted=True)
+    found, absent = worker.choose([TRL], [new, bare], ARCH, wanted=True)
     assert found == {} and absent == (
         "TRL PPO missing: needs trl < 1.13, torch; Python 3.12.1 has trl 1.16.0, torch 2.13.0; "
         "Python 3.11.1 has trl not installed, torch not installed (--peer-pythons names others)"
     )
     assert str(new) not in absent  # a report says nothing of where this machine keeps its files
-    assert worker.choose([TRL], [new], wanted=False) == ({}, "peers left out: --no-peer")
+    assert worker.choose([TRL], [new], ARCH, wanted=False) == ({}, "peers left out: --no-peer")
 
 
 def test_without_a_list_this_interpreter_is_asked():
     import numpy
 
     assert worker.installed(sys.executable, ("numpy", "no-such-package"))["numpy"] == numpy.__version__
-    assert worker.choose([Peer("numpy", "", (Need("numpy"),))], (), wanted=True)[0] == {"numpy": sys.executable}
+    assert worker.choose([Peer("numpy", "", (Need("numpy"),))], (), ARCH, wanted=True)[0] == {"numpy": sys.executable}
 
 
 def test_an_interpreter_that_does_not_run_is_the_users_to_mend(tmp_path):
@@ -153,3 +160,17 @@ def test_an_interpreter_that_does_not_run_is_the_users_to_mend(tmp_path):
 def test_versions_are_compared_as_numbers(version, met):
     assert Need("trl", below="1.13").met_by({"trl": version}) is met
     assert Need("trl", at_least="1.13").met_by({"trl": version}) is not met
+
+
+def test_a_model_that_tunix_does_not_have_is_left_out_and_said_so(python):
+    peer = Peer("Tunix", "benchmarks.peers.tunix", (), worker.beyond_tunix)
+    serves = python("serves", '{"python": "3.11.0"}')
+    assert worker.choose([peer], [serves], ARCH, wanted=True) == ({"Tunix": serves}, None)
+    scaled = pg.Rope(theta=1e6, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32)
+    for change, why in (
+        ({"family": "qwen3"}, "family qwen3"),
+        ({"rope": scaled}, "rope"),
+        ({"mlp_bias": True}, "biases"),
+    ):
+        found, absent = worker.choose([peer], [serves], dataclasses.replace(ARCH, **change), wanted=True)
+        assert found == {} and absent.startswith("Tunix left out: ") and why in absent

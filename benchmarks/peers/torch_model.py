@@ -70,7 +70,7 @@ def window_logits(setup: dict[str, Any], model: Any, tokens: Any, window: int) -
             input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False
         ).last_hidden_state
         hidden = hidden[:, -window - 1 : -1]
-        return hidden.float(), model.lm_head(hidden).float()
+        return hidden.float(), model.get_output_embeddings()(hidden).float()
 
 
 def scoring(setup: dict[str, Any]) -> Callable[..., dict[str, float]]:
