@@ -57,7 +57,7 @@ def test_a_peer_answers_with_its_own_clocks_and_results(program):
     serving = Worker("a peer", program(SERVES), {"factor": 3})
     samples = [serving.run(times=times) for times in (2, 5)]
     assert [sample.result for sample in samples] == [{"product": 6}, {"product": 15}]
-    assert all(0.2 <= sample.wall < 5 and 0 <= sample.cpu < 0.2 for sample in samples)  # it slept: no CPU time
+    assert all(sample.wall >= 0.2 > sample.cpu >= 0 for sample in samples)  # it slept: no CPU time
     assert set(serving.versions) == {"python", "numpy"}
     serving.close()
     assert serving._process.returncode == 0
