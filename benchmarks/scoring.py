@@ -112,8 +112,9 @@ def contender(config: Config, lm: pg.CausalLM, params: Any, tokens: np.ndarray, 
     attended = jnp.ones(ids.shape, bool)
 
     def run() -> dict[str, float]:
-        found = ppo.score(ours, both, ids, attended, temperature, window=config.new_tokens, parts=config.parts)
-        logprobs, _, entropy = jax.device_get(found)
+        # entry 0 of the window is the prompt's last token: nothing is sampled there
+        found = ppo.score(ours, both, ids, attended, temperature, window=config.new_tokens + 1, parts=config.parts)
+        logprobs, _, entropy = (np.asarray(x)[:, 1:] for x in found)
         return {"logprob": float(logprobs.mean()), "entropy": float(entropy.mean())}
 
     return timed(run)

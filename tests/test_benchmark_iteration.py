@@ -52,7 +52,7 @@ def test_iterations_climb_the_reward_that_they_are_given(model, advantage):
     prompts = np.repeat(np.random.default_rng(0).integers(1, 64, (8, 3)), 4, axis=0)
     turning = iteration.Iterations(config, lm, params, prompts, advantage, 4, 1, flags)
     scores = [turning.run()["score"] for _ in range(12)]
-    assert abs(scores[0] - 0.5) < 0.2 and np.mean(scores[-2:]) > 0.85
+    assert abs(scores[0] - 0.5) < 0.1 and np.mean(scores[-2:]) > 0.7  # by chance 0.5, with a standard error of 0.03
     assert int(turning.learner.updates) == 12
 
 
