@@ -4,8 +4,9 @@
     python -m benchmarks.iteration --peer-pythons ONE/bin/python OTHER/bin/python --json benchmarks/results/iteration.json
 
 One iteration is that of experiments/ppo.py, from the same public functions: sample `batch_size` completions, score them
-with the policy and with its reference, judge them on the host (here: the share of odd ids), turn scores into advantages, and
-take one AdamW update from the whole batch in each epoch. The policy is trained on from iteration to iteration.
+with the reference, judge them on the host (here: the share of odd ids), turn scores into advantages, and take one AdamW
+update from the whole batch in each epoch. With one epoch the sampler keeps what the policy says of its completions on the
+way; with more the policy scores them by a pass of its own. The policy is trained on from iteration to iteration.
 
     pgjax PPO    a critic on the policy's body; peer: TRL's PPO, whose value model is a second network
     pgjax RLOO   `group_size` completions of each of batch_size / group_size prompts; peer: the newest TRL's RLOO
@@ -17,7 +18,8 @@ take one AdamW update from the whole batch in each epoch. The policy is trained 
 
 A peer's FLOPs are those of its own way: TRL's PPO takes old log-probabilities from the logits of sampling, but runs its value
 model too. TRL's times go from one iteration's end to the next one's, by a callback; loading and set-up are outside, and
-so is the first iteration. Every completion has the full length, here as there. Peers are processes of their own.
+so is the first iteration. Every completion has the full length, here as there. Peers are processes of their own, and
+each pair has the machine's memory to itself.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from benchmarks.timing import (
     Row,
     Timing,
     add_ratios,
+    best_peaks,
     figures,
     machine,
     median_result,
@@ -57,13 +60,14 @@ from benchmarks.worker import Need, Peer, choose, device, model_folder, workers
 from experiments.ppo import Config as PPO
 from experiments.task import fold_in
 from pgjax import perf, ppo, train
+from pgjax.rollout import sample_scored
 
 SHARED = tuple(Need(name) for name in ("torch", "transformers", "datasets", "accelerate"))
 PEERS = (
     Peer("TRL PPO", "benchmarks.peers.trl_ppo", (Need("trl", at_least="1.0", below="1.13"), *SHARED)),
     Peer("TRL RLOO", "benchmarks.peers.trl_rloo", (Need("trl", at_least="1.13"), *SHARED)),
 )
-VERSUS = {"pgjax PPO": ("TRL PPO",), "pgjax RLOO": ("TRL RLOO",)}
+VERSUS = dict(zip(("pgjax PPO", "pgjax RLOO"), PEERS, strict=True))
 PARTS = ("rollout", "scoring", "update")
 
 
@@ -75,8 +79,8 @@ class Passes(NamedTuple):
 
 
 PASSES = {
-    "pgjax PPO": Passes(2, 1),  # policy with the values, reference
-    "pgjax RLOO": Passes(2, 1),
+    "pgjax PPO": Passes(1, 1),  # reference; with more than one epoch the policy too
+    "pgjax RLOO": Passes(1, 1),
     "TRL PPO": Passes(2, 2),  # reference, value model; policy and value model
     "TRL RLOO": Passes(2, 1),
 }
@@ -119,39 +123,41 @@ def main(config: Config) -> Row:
     report: Row = {"machine": machine(), "config": plain(config), "peer": absent, "peers": {}, "peaks": {}, "rows": []}
     with model_folder(lm, params) as folder:
         for dtype in config.dtypes:
-            runs = contenders(config, pg.causal_lm(lm.arch, dtype=jnp.dtype(dtype)), params, prompts)
-            with workers(PEERS, pythons, peer_setups(config, folder, prompts, dtype)) as running:
-                report["peers"] |= {who: worker.versions for who, worker in running.items()}
-                peaks, times = with_peaks(
-                    dtype, runs | {who: worker.run for who, worker in running.items()}, config.repeats
-                )
-            report["peaks"][dtype] = peaks._asdict()
+            ours, found = pg.causal_lm(lm.arch, dtype=jnp.dtype(dtype)), {}
+            setups = peer_setups(config, folder, prompts, dtype)
+            for who, peer in VERSUS.items():
+                run = contender(config, ours, params, prompts, who)
+                with workers((peer,), pythons, setups) as running:
+                    report["peers"] |= {who: worker.versions for who, worker in running.items()}
+                    pair = {who: run} | {who: worker.run for who, worker in running.items()}
+                    peaks, times = with_peaks(dtype, pair, config.repeats)
+                found |= {name: (peaks, timing) for name, timing in times.items()}
+            best = best_peaks(peaks for peaks, _ in found.values())
+            report["peaks"][dtype] = best._asdict()
             report["rows"] += [
-                {"who": who, "dtype": dtype, **measure(config, lm.arch, dtype, peaks, who, timing)}
-                for who, timing in times.items()
+                {"who": who, "dtype": dtype, **measure(config, lm.arch, dtype, best, who, timing)}
+                for who, (_, timing) in found.items()
             ]
-    add_ratios(report["rows"], VERSUS)
+    add_ratios(report["rows"], {who: (peer.who,) for who, peer in VERSUS.items()})
     show(f"iteration, {config.batch_size} x ({config.prompt_length} + {config.new_tokens}) tokens", report, COLUMNS)
     save(report, config.json)
     return report
 
 
-def contenders(config: Config, lm: pg.CausalLM, params: Any, prompts: np.ndarray) -> dict[str, Contender]:
-    """Give one iteration of PPO and one of RLOO, each with its own policy."""
+def contender(config: Config, lm: pg.CausalLM, params: Any, prompts: np.ndarray, who: str) -> Contender:
+    """Give one iteration of PPO or of RLOO, with a policy of its own."""
     defaults, group = PPO(), config.group_size
-    shared: dict[str, Any] = {
+    flags: dict[str, Any] = {
         "clip_eps": defaults.clip_eps,
         "value_clip_eps": defaults.value_clip_eps,
         "entropy_coef": 0.0,
     }
-    ppo_flags = {"algorithm": "ppo", "reduce": "token_mean", "value_coef": defaults.value_coef, **shared}
-    rloo_flags = {"algorithm": "reinforce", "reduce": "sequence_sum", "value_coef": 0.0, **shared}
+    if who == "pgjax PPO":
+        flags |= {"algorithm": "ppo", "reduce": "token_mean", "value_coef": defaults.value_coef}
+        return timed(Iterations(config, lm, params, prompts, "value", 1, config.epochs, flags).run)
+    flags |= {"algorithm": "reinforce", "reduce": "sequence_sum", "value_coef": 0.0}
     grouped = np.repeat(prompts[: len(prompts) // group], group, axis=0)
-    one = functools.partial(Iterations, config, lm, params)
-    return {
-        "pgjax PPO": timed(one(prompts, "value", 1, config.epochs, ppo_flags).run),
-        "pgjax RLOO": timed(one(grouped, "leave-one-out", group, 1, rloo_flags).run),
-    }
+    return timed(Iterations(config, lm, params, grouped, "leave-one-out", group, 1, flags).run)
 
 
 class Iterations:
@@ -183,18 +189,21 @@ class Iterations:
         self.number += 1
         sample_key, shuffle_key = jax.random.split(fold_in(self.key, self.number))
         start = time.perf_counter()
-        rollout = pg.sample(
-            self.lm, self.learner.params["lm"], self.prompts, np.ones(self.prompts.shape, bool), sample_key,
+        rollout, policy = sample_scored(
+            self.lm, self.learner.params, self.prompts, np.ones(self.prompts.shape, bool), sample_key,
             max_new_tokens=self.new_tokens,
         )  # fmt: skip
         jax.block_until_ready(rollout)
         rolled_out = time.perf_counter()
-        policy = self.score(self.learner.params, rollout.tokens, rollout.attention_mask)
+        if self.epochs > 1:
+            policy = self.score(self.learner.params, rollout.tokens, rollout.attention_mask)
         reference = self.score(self.reference, rollout.tokens, rollout.attention_mask)
         scores = odd_ids(np.asarray(rollout.tokens)[:, -self.new_tokens :])
         jax.block_until_ready((policy, reference))
         scored = time.perf_counter()
         batch, self.kl_coef, _ = self.experience(rollout, policy, reference, jnp.asarray(scores), self.kl_coef)
+        if self.epochs == 1:
+            batch = batch._replace(old_logprobs=None)
         for epoch in range(self.epochs):
             order = train.minibatches(fold_in(shuffle_key, epoch), len(self.prompts), 1)
             self.learner, metrics = self.update(self.learner, batch, order, jnp.int32(0))
@@ -234,6 +243,7 @@ def work(config: Config, arch: pg.Architecture, itemsize: int, who: str) -> dict
     """Count, on paper, operations and bytes of each part of an iteration."""
     rows, length, new = config.batch_size, config.prompt_length + config.new_tokens, config.new_tokens
     passes, epochs = PASSES[who], config.epochs if who.endswith("PPO") else 1
+    scoring = passes.scoring + (who == "pgjax PPO" and epochs > 1)
     begun = perf.forward_flops(
         arch, tokens=rows * config.prompt_length, context=config.prompt_length / 2, head_tokens=rows
     )
@@ -244,7 +254,7 @@ def work(config: Config, arch: pg.Architecture, itemsize: int, who: str) -> dict
     learned = passes.learning * epochs
     return {
         "rollout": (begun + (new - 1) * step, weight_bytes(arch, itemsize) + (new - 1) * read),
-        "scoring": (passes.scoring * forward, weight_bytes(arch, 4, passes=passes.scoring)),
+        "scoring": (scoring * forward, weight_bytes(arch, 4, passes=scoring)),
         "update": (3 * learned * forward, weight_bytes(arch, 4, passes=6 * learned)),
     }
 

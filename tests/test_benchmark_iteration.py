@@ -1,5 +1,7 @@
 """One whole iteration on a tiny model: it learns, its parts add up, and its work is counted as by hand."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -66,11 +68,11 @@ def test_rloo_samples_each_prompt_as_often_as_the_group_is_large(model, monkeypa
         given.append(prompts.tolist())
         raise EnoughSeenError
 
-    monkeypatch.setattr(iteration.pg, "sample", sample)
+    monkeypatch.setattr(iteration, "sample_scored", sample)
     prompts = np.arange(1, 13).reshape(4, 3)
-    for run in iteration.contenders(iteration.Config(**SIZES), *model, prompts).values():
+    for who in ("pgjax PPO", "pgjax RLOO"):
         with pytest.raises(EnoughSeenError):
-            run()
+            iteration.contender(iteration.Config(**SIZES), *model, prompts, who)()
     assert given == [prompts.tolist(), [[1, 2, 3], [1, 2, 3], [4, 5, 6], [4, 5, 6]]]
 
 
@@ -84,7 +86,9 @@ def test_the_work_of_an_iteration_on_paper():
     cache = 4 * 2 * 2 * 1 * 8 * 5.5 * 4  # bytes, keys and values, layers, heads, head_dim, positions, rows
     weights = 4 * (body + head)
     assert counted["rollout"] == pytest.approx((prefill + 4 * step, 5 * weights + 4 * cache))
-    assert counted["scoring"] == pytest.approx((2 * forward, 2 * weights))
+    assert counted["scoring"] == pytest.approx((forward, weights))  # the sampler has scored the policy's part
+    more = iteration.work(dataclasses.replace(config, epochs=2), ARCH, 4, "pgjax PPO")
+    assert more["scoring"] == pytest.approx((2 * forward, 2 * weights))
     assert counted["update"] == pytest.approx((3 * forward, 6 * weights))
     second_network = iteration.work(config, ARCH, 4, "TRL PPO")["update"]
     assert second_network == pytest.approx((6 * forward, 12 * weights))
