@@ -3,7 +3,7 @@
     python -m benchmarks.logprobs
     python -m benchmarks.logprobs --json benchmarks/results/logprobs.json
 
-Both compute sum_t w_t log pi(token_t), with fixed random weights w, and its gradients for hidden [B, T, D] and unembedding [V, D]:
+Both compute sum_t w_t log pi(token_t), with fixed random weights w, and its gradients for hidden and unembedding:
 
     pgjax     = pg.linear_token_logprobs(hidden, unembedding, tokens)
     naive jax = pg.token_logprobs(hidden @ unembedding.T, tokens)
