@@ -33,7 +33,21 @@ import numpy as np
 import tyro
 
 import pgjax as pg
-from benchmarks.timing import Row, Timing, add_ratios, figures, machine, plain, save, show, with_peaks
+from benchmarks.timing import (
+    LIMIT,
+    SPEED,
+    Row,
+    Timing,
+    add_ratios,
+    figures,
+    machine,
+    plain,
+    roofline,
+    save,
+    show,
+    timed,
+    with_peaks,
+)
 from pgjax import perf
 
 Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # hidden, unembedding, tokens, weights
@@ -64,9 +78,8 @@ def main(config: Config) -> Row:
             who: jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*inputs).compile()
             for who, loss in losses(config, dtype).items()
         }
-        peaks, times = with_peaks(
-            dtype, {who: functools.partial(program, *inputs) for who, program in programs.items()}, config.repeats
-        )
+        runs = {who: timed(functools.partial(program, *inputs)) for who, program in programs.items()}
+        peaks, times = with_peaks(dtype, runs, config.repeats)
         report["peaks"][dtype] = peaks._asdict()
         exact = programs[NAIVE if dtype == "float32" else WIDE](*inputs)[1]
         report["rows"] += [
@@ -118,13 +131,7 @@ def measure(config: Config, dtype: str, peaks: perf.Peaks, timing: Timing) -> Ro
     flops = 6.0 * tokens * config.vocab_size * config.width
     moved = 2.0 * size * (tokens + config.vocab_size) * config.width
     row = figures(timing, tokens)
-    shares = {
-        "matrix product": perf.mfu(flops, row["seconds"], peaks.matmul_flops),
-        "memory": perf.mbu(moved, row["seconds"], peaks.read_bytes),
-    }
-    limit = max(shares, key=lambda name: shares[name])
-    return {**row, "flops": flops, "bytes": moved, "mfu": shares["matrix product"], "limit": limit,
-            "achieved": shares[limit]}  # fmt: skip
+    return {**row, **roofline(row["seconds"], flops, moved, peaks)}
 
 
 def checks(program: Any, inputs: Inputs, exact: tuple[jax.Array, ...]) -> Row:
@@ -155,14 +162,10 @@ def add_shares(rows: list[Row]) -> None:
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
-    "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}",
-    "seconds (spread)": lambda row: (
-        f"{row['seconds']:.3f} ({row['fastest_seconds']:.3f} to {row['slowest_seconds']:.3f})"
-    ),
-    "CPU s": lambda row: f"{row['cpu_seconds']:.2f}",
+    **SPEED,
     "temporaries MB": lambda row: f"{row['temp_bytes'] / 1e6:.1f}",
     "of the naive": lambda row: f"{row['temp_share']:.1%}",
-    "MFU": lambda row: f"{row['mfu']:.0%}",
+    **LIMIT,
     "value": lambda row: f"{row['value']:.2f}",
     "gradients off by": lambda row: f"{row['gradient_error']:.1e}",
 }

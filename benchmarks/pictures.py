@@ -1,0 +1,269 @@
+"""The benchmarks' reports as two pictures: every row under the machine's roofline, and the curves of growth.
+
+python -m benchmarks.pictures --folder benchmarks/results
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from benchmarks.timing import OURS, Row
+from pgjax.curves import EVAL, GREY, INK, LINE
+
+COLOURS = {"float32": LINE, "bfloat16": EVAL}
+PARTS = {"learner": LINE, "decode": EVAL}
+MEASURES = {"seconds": "seconds", "temp_bytes": "temporaries (MB)"}
+UNITS = {"seconds": 1.0, "temp_bytes": 1e6}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Draw the pictures of reports that are there already."""
+
+    folder: Path = Path("benchmarks/results")  # with the benchmarks' JSON files; the pictures go there too
+
+
+def main(config: Config) -> list[Path]:
+    """Draw what the folder's reports hold; return and print the pictures' paths."""
+    names = ("rollout", "scoring", "learner", "logprobs", "iteration", "scaling")
+    found = {name: config.folder / f"{name}.json" for name in names}
+    reports = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items() if path.is_file()}
+    drawn = draw(config.folder, reports)
+    for path in drawn:
+        print(path)
+    return drawn
+
+
+def draw(folder: Path, reports: Mapping[str, Row]) -> list[Path]:
+    """Draw roofline.png and growth.png, as far as the reports hold what they show.
+
+    Args:
+        folder: of the pictures.
+        reports: name of a benchmark to its report.
+
+    Returns:
+        The pictures' paths; none when matplotlib is not installed, said in one printed line.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no pictures of the benchmarks: matplotlib is not installed (pip install matplotlib)")
+        return []
+    drawn = []
+    if points_of(reports):
+        drawn.append(roofline(folder / "roofline.png", reports))
+    if reports.get("scaling", {}).get("exponents"):
+        drawn.append(growth(folder / "growth.png", reports["scaling"]))
+    return drawn
+
+
+def points_of(reports: Mapping[str, Row]) -> list[Row]:
+    """Collect the rows that have a place under a roof: operations, bytes and seconds.
+
+    intensity = flops / bytes, speed = flops / seconds. A peer's row stands at the operations and bytes of the same work on
+    paper, whatever it really did.
+
+    >>> report = {"rows": [{"who": "pgjax", "dtype": "float32", "flops": 8.0, "bytes": 2.0, "seconds": 4.0}, {"who": "torch"}]}
+    >>> points_of({"learner": report})
+    [{'name': 'learner', 'ours': True, 'dtype': 'float32', 'intensity': 4.0, 'speed': 2.0}]
+    """
+    return [
+        {
+            "name": label(benchmark, row["who"]),
+            "ours": row["who"].startswith(OURS),
+            "dtype": row["dtype"],
+            "intensity": row["flops"] / row["bytes"],
+            "speed": row["flops"] / row["seconds"],
+        }
+        for benchmark, report in reports.items()
+        for row in report["rows"]
+        if {"flops", "bytes", "seconds"} <= set(row) and row["flops"] > 0 and row["bytes"] > 0
+    ]
+
+
+def label(benchmark: str, who: str) -> str:
+    """Name a point.
+
+    >>> label("rollout", "pgjax decode"), label("learner", "pgjax"), label("learner", "torch")
+    ('rollout: decode', 'learner', 'learner: torch')
+    """
+    part = who.removeprefix(OURS).strip(" ,:")
+    return f"{benchmark}: {part}" if part else benchmark
+
+
+def best_roofs(reports: Mapping[str, Row]) -> dict[str, Row]:
+    """Take the best peaks of each dtype over all reports.
+
+    >>> best_roofs({"a": {"peaks": {"float32": {"x": 1.0}}}, "b": {"peaks": {"float32": {"x": 2.0}}}})
+    {'float32': {'x': 2.0}}
+    """
+    roofs: dict[str, Row] = {}
+    for report in reports.values():
+        for dtype, peaks in report["peaks"].items():
+            known = roofs.setdefault(dtype, dict(peaks))
+            roofs[dtype] = {name: max(value, known[name]) for name, value in peaks.items()}
+    return roofs
+
+
+def roofline(path: Path, reports: Mapping[str, Row]) -> Path:
+    """Draw each row at its intensity and speed, a panel a dtype, under min(matrix peak, read bandwidth * intensity)."""
+    from matplotlib.figure import Figure
+
+    points, roofs = points_of(reports), best_roofs(reports)
+    dtypes = list(dict.fromkeys(point["dtype"] for point in points))
+    width = max(7.2, 5.6 * len(dtypes))
+    figure = Figure(figsize=(width, 5.4), dpi=110, layout="constrained")
+    panels = figure.subplots(1, len(dtypes), squeeze=False, sharex=True, sharey=True).ravel()
+    at = [point["intensity"] for point in points]
+    span = np.geomspace(min(at) / 4, max(at) * 6, 200)
+    highest = max(roof["matmul_flops"] for roof in roofs.values()) / 1e9
+    lowest = min(point["speed"] for point in points) / 1e9
+    for axes, dtype in zip(panels, dtypes, strict=True):
+        roof = roofs[dtype]
+        axes.set(xscale="log", yscale="log", xlim=(span[0], span[-1]), ylim=(lowest / 2.5, highest * 2.2))
+        axes.plot(span, np.minimum(roof["matmul_flops"], roof["read_bytes"] * span) / 1e9, color=INK, linewidth=1.4)
+        axes.text(
+            0.985, roof["matmul_flops"] / 1e9 * 1.08, f"matrix product {roof['matmul_flops'] / 1e9:.0f} GFLOP/s",
+            transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8, color=INK,
+        )  # fmt: skip
+        axes.text(
+            0.02, 0.97, f"slope: memory read {roof['read_bytes'] / 1e9:.1f} GB/s", transform=axes.transAxes, ha="left",
+            va="top", fontsize=8, color=INK,
+        )  # fmt: skip
+        axes.set_title(dtype, loc="left", fontsize=10, color=INK)
+        axes.set_xlabel("arithmetic intensity (FLOP a byte that must be read)", fontsize=8.5, color=INK)
+        _scatter(axes, [point for point in points if point["dtype"] == dtype], COLOURS.get(dtype, LINE))
+        tidy(axes)
+    panels[0].set_ylabel("speed (GFLOP/s, work on paper)", fontsize=8.5, color=INK)
+    return save(figure, path)
+
+
+def _scatter(axes: Any, points: list[Row], colour: str) -> None:
+    for ours, marker, name in ((True, "o", "pgjax"), (False, "s", "peers")):
+        chosen = [point for point in points if point["ours"] == ours]
+        axes.scatter(
+            [point["intensity"] for point in chosen], [point["speed"] / 1e9 for point in chosen], marker=marker, s=34,
+            color=colour if ours else "white", edgecolors=colour if ours else GREY, linewidths=1.3, zorder=4,
+            label=name,
+        )  # fmt: skip
+    write_labels(axes, points)
+    axes.legend(loc="lower right", fontsize=8, frameon=False, labelcolor=INK)
+
+
+def write_labels(axes: Any, points: Sequence[Row]) -> None:
+    """Write each point's name to its right or left, moved down or up until no two names overlap, a thin line to its point."""
+    low, high = axes.get_ylim()
+    left, right = axes.get_xlim()
+    step = 0.036  # height of a line of text, of the panel's
+    place = lambda value, a, b: math.log(value / a) / math.log(b / a)
+    spots = sorted(
+        (
+            (place(point["speed"] / 1e9, low, high), place(point["intensity"], left, right), point)
+            for point in points
+        ),
+        key=lambda spot: -spot[0],
+    )  # fmt: skip
+    boxes: list[tuple[float, float, float]] = []  # left, right, middle of the names that stand
+    for y, x, point in spots:
+        length = 0.0145 * len(point["name"])
+        side = -1 if x + length > 0.97 else 1
+        start = x + 0.025 if side > 0 else x - 0.025 - length
+        middle = free_height(y, (start, start + length), boxes, step)
+        boxes.append((start, start + length, middle))
+        axes.annotate(
+            point["name"], (point["intensity"], point["speed"] / 1e9), xytext=(x + 0.025 * side, middle),
+            textcoords="axes fraction", fontsize=7.5, color=INK if point["ours"] else "#6b7785",
+            ha="left" if side > 0 else "right", va="center",
+            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
+        )  # fmt: skip
+
+
+def free_height(
+    wanted: float, span: tuple[float, float], taken: Iterable[tuple[float, float, float]], step: float
+) -> float:
+    """Find the height nearest to the wanted one at which a name overlaps none of those that stand.
+
+    >>> free_height(0.5, (0.0, 0.2), [(0.1, 0.3, 0.5)], 0.04), free_height(0.5, (0.0, 0.2), [(0.3, 0.4, 0.5)], 0.04)
+    (0.46, 0.5)
+    """
+    near = [middle for left, right, middle in taken if left < span[1] and span[0] < right]
+    tries = (wanted + sign * i * step / 4 for i in range(200) for sign in ((-1, 1) if i else (1,)))
+    return next(y for y in tries if all(abs(y - middle) >= step * 0.999 for middle in near))
+
+
+def growth(path: Path, report: Row) -> Path:
+    """Draw time and temporaries against each size, log against log, with the fitted exponents."""
+    from matplotlib.figure import Figure
+
+    dimensions = list(dict.fromkeys(row["dimension"] for row in report["exponents"]))
+    figure = Figure(figsize=(2.75 * len(dimensions), 5.4), dpi=110, layout="constrained")
+    panels = figure.subplots(len(MEASURES), len(dimensions), squeeze=False, sharey="row")
+    for column, dimension in enumerate(dimensions):
+        for row, measure in enumerate(MEASURES):
+            axes = panels[row][column]
+            _curves(axes, report, dimension, measure)
+            if row == 0:
+                axes.set_title(dimension, loc="left", fontsize=10, color=INK)
+            if column == 0:
+                axes.set_ylabel(MEASURES[measure], fontsize=8.5, color=INK)
+        panels[-1][column].set_xlabel(f"{dimension} ({UNIT[dimension]})", fontsize=8.5, color=INK)
+    return save(figure, path)
+
+
+UNIT = {
+    "batch": "rows", "length": "tokens a row", "vocabulary": "tokens", "depth": "layers", "microbatches": "of a batch",
+}  # fmt: skip
+
+
+def _curves(axes: Any, report: Row, dimension: str, measure: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    sizes: list[int] = []
+    for fit in (fit for fit in report["exponents"] if fit["dimension"] == dimension):
+        rows = [row for row in report["rows"] if row["who"] == fit["who"] and row["dimension"] == dimension]
+        sizes = [row["size"] for row in rows]
+        values = np.array([row[measure] for row in rows]) / UNITS[measure]
+        part = fit["who"].removeprefix(OURS).strip()
+        colour = PARTS.get(part, INK)
+        p = fit["exponents"][measure]
+        x = np.array(sizes, np.float64)
+        fitted = np.exp(np.log(values).mean() + p * (np.log(x) - np.log(x).mean()))
+        axes.plot(x, fitted, color=colour, linewidth=1, linestyle="--", alpha=0.7)
+        axes.plot(x, values, color=colour, marker="o", markersize=4.5, linestyle="", label=f"{part}: size^{p:.2f}")
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
+    axes.margins(y=0.25)
+    axes.legend(loc="best", fontsize=7.5, frameon=False, labelcolor=INK, handletextpad=0.2)
+    tidy(axes)
+
+
+def tidy(axes: Any) -> None:
+    """Give a panel the look of the project's other pictures."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["bottom", "left"]].set_color(GREY)
+    axes.tick_params(which="both", colors=INK, labelsize=8)
+    axes.grid(alpha=0.2)
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Write a figure as a small PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image  # matplotlib brings it
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    picture.quantize(128, method=Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
+    return path
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

@@ -1,0 +1,260 @@
+"""How time and memory of the learner and of a decode step grow with batch, length, vocabulary, depth and microbatches.
+
+    python -m benchmarks.scaling
+    python -m benchmarks.scaling --json benchmarks/results/scaling.json
+
+One size at a time is doubled from a small base, a Llama shape with random weights, the others stay. Of each program are told:
+
+    seconds = the median of runs in which all sizes of one dimension take turns
+    temp    = compiled.memory_analysis().temp_size_in_bytes
+    held    = what it is given and its temporaries: weights, batch or cache, activations
+    flops   = on paper: perf.training_flops, perf.forward_flops
+
+and for each an exponent p of y = c * size^p, the least-squares slope of log y over log size:
+
+    p = sum (x - mean x) (log y - mean log y) / sum (x - mean x)^2,   x = log size
+
+0: the size costs nothing; 1: in proportion; 2: by the square; below 1 a part that does not depend on the size is still seen. The
+last exponent is that of the two largest sizes alone, where such a part weighs least. Programs:
+
+    learner = value and gradient of PPO's loss, added up over microbatches (train.accumulate); half the tokens are sampled
+    decode  = one step of the sampler: lm.decode, logits, filter, draw; "length" is the filled cache, half of it prompt
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import pgjax as pg
+from benchmarks.timing import SPEED, Row, Timing, alternate, figures, machine, plain, save, show, timed
+from pgjax import perf, ppo, train
+from pgjax.models.causal_lm import decode_params, logits_of
+from pgjax.sampling import draw, filter_logits
+
+DIMENSIONS = {
+    "learner": ("batch", "length", "vocabulary", "depth", "microbatches"),
+    "decode": ("batch", "length", "vocabulary", "depth"),
+}
+MEASURES = {"seconds": "time", "temp_bytes": "temporaries", "held_bytes": "held", "flops": "flops on paper"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One benchmark: the base, and how often it is doubled."""
+
+    dtype: str = "float32"  # of activations, and of weights while decoding
+    batch: int = 8  # rows
+    length: int = 64  # tokens a row; of the learner's the last half counts as sampled
+    vocabulary: int = 2048  # tokens
+    depth: int = 2  # layers
+    width: int = 128  # of the hidden states: heads of 32, half as many for keys and values, an MLP three times as wide
+    microbatches: int = 1  # of the learner
+    doublings: int = 3  # of each size, from the base
+    repeats: int = 5  # timed rounds
+    programs: tuple[str, ...] = ("learner", "decode")  # of DIMENSIONS
+    seed: int = 0  # of weights and tokens
+    json: Path | None = None  # write the report here too
+
+
+class Sizes(NamedTuple):
+    """One point of a curve."""
+
+    batch: int
+    length: int
+    vocabulary: int
+    depth: int
+    microbatches: int
+
+
+class Program(NamedTuple):
+    """A compiled program with its arguments, and its work on paper."""
+
+    compiled: Any
+    run: Callable[[], Any]
+    flops: float
+    tokens: int
+
+
+def main(config: Config) -> Row:
+    """Run the benchmark; return and print the report, whose "exponents" hold a row for each curve."""
+    base = Sizes(*(getattr(config, name) for name in Sizes._fields))
+    report: Row = {
+        "machine": machine(), "config": plain(config), "peer": None, "peaks": {}, "rows": [], "exponents": [],
+    }  # fmt: skip
+    for name in config.programs:
+        for dimension in DIMENSIONS[name]:
+            curve = measured_curve(config, name, dimension, base)
+            report["rows"] += curve
+            report["exponents"].append(exponents(name, dimension, curve))
+    show("scaling: one size at a time, the others as the base", report, COLUMNS)
+    show("fitted exponents (of the two largest sizes)", {**report, "rows": report["exponents"]}, EXPONENTS)
+    save(report, config.json)
+    return report
+
+
+def measured_curve(config: Config, name: str, dimension: str, base: Sizes) -> list[Row]:
+    """Time one program at each size of one dimension, all sizes in turn."""
+    build = learner_program if name == "learner" else decode_program
+    points = [getattr(base, dimension) * 2**i for i in range(config.doublings + 1)]
+    programs = {point: build(config, base._replace(**{dimension: point})) for point in points}
+    times = alternate({str(point): timed(program.run) for point, program in programs.items()}, config.repeats)
+    return [measure(config, name, dimension, point, programs[point], times[str(point)]) for point in points]
+
+
+def architecture(config: Config, sizes: Sizes) -> pg.Architecture:
+    """Make a small Llama shape."""
+    heads = max(2, config.width // 32)
+    return pg.Architecture(
+        family="llama", vocab_size=sizes.vocabulary, width=config.width, depth=sizes.depth, heads=heads,
+        kv_heads=heads // 2, head_dim=config.width // heads, mlp_width=3 * config.width,
+        max_positions=max(sizes.length, 64), activation="silu", norm="rms", norm_eps=1e-5, rope=pg.Rope(theta=10000.0),
+        gated_mlp=True, qkv_bias=False, out_bias=False, mlp_bias=False, qk_norm=False, tied=True,
+    )  # fmt: skip
+
+
+def learner_program(config: Config, sizes: Sizes) -> Program:
+    """Compile the gradient of PPO's loss over random experience."""
+    arch = architecture(config, sizes)
+    lm = pg.causal_lm(arch, dtype=jnp.dtype(config.dtype))
+    params = {"lm": jax.jit(lm.init)(jax.random.key(config.seed)), "value": pg.init_value_head(arch.width)}
+    batch = experience(np.random.default_rng(config.seed), sizes)
+
+    def loss(params: Any, batch: ppo.Batch) -> tuple[jax.Array, Any]:
+        return ppo.ppo_loss(
+            params, batch, lm=lm, temperature=1.0, clip_eps=0.2, value_clip_eps=None, value_coef=0.5, entropy_coef=0.0
+        )
+
+    def gradient(params: Any, batch: ppo.Batch) -> Any:
+        return train.accumulate(loss, params, batch, batch.mask.sum(1), sizes.microbatches)
+
+    compiled = jax.jit(gradient).lower(params, batch).compile()
+    tokens = sizes.batch * sizes.length
+    flops = perf.training_flops(arch, tokens=tokens, context=sizes.length / 2, head_tokens=tokens / 2)
+    return Program(compiled, lambda: compiled(params, batch), flops, tokens)
+
+
+def experience(draw: np.random.Generator, sizes: Sizes) -> ppo.Batch:
+    """Make random experience, the last half of each row sampled."""
+    rows, window = sizes.batch, sizes.length // 2 + 1
+    noise = lambda: jnp.asarray(draw.standard_normal((rows, window)), jnp.float32)
+    tokens = jnp.asarray(draw.integers(0, sizes.vocabulary, (rows, sizes.length)), jnp.int32)
+    mask = jnp.broadcast_to(jnp.arange(window)[None, :] > 0, (rows, window))
+    guess = jnp.full((rows, window), -math.log(sizes.vocabulary))
+    return ppo.Batch(tokens, jnp.ones(tokens.shape, bool), mask, guess, noise(), noise(), noise())
+
+
+def decode_program(config: Config, sizes: Sizes) -> Program:
+    """Compile one step of the sampler's loop, which writes its cache in place, at the last slot of a full cache."""
+    arch = architecture(config, sizes)
+    lm = pg.causal_lm(arch, dtype=jnp.dtype(config.dtype))
+    weights = jax.jit(lambda key: decode_params(lm.init(key), lm.dtype))(jax.random.key(config.seed))
+    keys = jax.random.split(jax.random.key(config.seed), sizes.batch)
+    place = jnp.full((sizes.batch,), sizes.length - 1, jnp.int32)
+    slots = jnp.ones((sizes.batch, sizes.length), bool)
+
+    def step(cache: Any, weights: Any, token: jax.Array) -> tuple[Any, jax.Array]:
+        hidden, cache = lm.decode(weights, token, place, jnp.int32(sizes.length - 1), slots, cache)
+        logits = logits_of(hidden, lm.unembedding(weights))
+        return cache, draw(filter_logits(logits), keys, place)
+
+    held = [lm.init_cache(sizes.batch, sizes.length), jnp.zeros(sizes.batch, jnp.int32)]
+    compiled = jax.jit(step, donate_argnums=0).lower(held[0], weights, held[1]).compile()
+
+    def run() -> jax.Array:
+        held[:] = compiled(held[0], weights, held[1])
+        return held[1]
+
+    flops = perf.forward_flops(arch, tokens=sizes.batch, context=sizes.length, head_tokens=sizes.batch)
+    return Program(compiled, run, flops, sizes.batch)
+
+
+def measure(config: Config, name: str, dimension: str, size: int, program: Program, timing: Timing) -> Row:
+    """Turn one point into a row."""
+    memory = program.compiled.memory_analysis()
+    return {
+        "who": f"pgjax {name}",
+        "dtype": config.dtype,
+        "dimension": dimension,
+        "size": size,
+        **figures(timing, program.tokens),
+        "temp_bytes": memory.temp_size_in_bytes,
+        "held_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+        "flops": program.flops,
+    }
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """Fit p of y = c * size^p by least squares of the logarithms.
+
+    Raises:
+        ValueError: fewer than two sizes, or a size or a value that is not above 0.
+
+    >>> round(exponent([1, 2, 4, 8], [3, 12, 48, 192]), 12)
+    2.0
+    """
+    if len(sizes) < 2 or min(*sizes, *values) <= 0:
+        raise ValueError(f"an exponent needs two sizes or more, all numbers above 0, got {sizes} and {values}")
+    x, y = np.log(np.asarray(sizes, np.float64)), np.log(np.asarray(values, np.float64))
+    return float((x - x.mean()) @ (y - y.mean()) / ((x - x.mean()) @ (x - x.mean())))
+
+
+def exponents(name: str, dimension: str, curve: list[Row]) -> Row:
+    """Fit the exponents of one curve, over all sizes and over the last two."""
+    sizes = [row["size"] for row in curve]
+    column: Callable[[str], list[float]] = lambda key: [row[key] for row in curve]
+    return {
+        "who": f"pgjax {name}",
+        "dtype": curve[0]["dtype"],
+        "dimension": dimension,
+        "sizes": sizes,
+        "exponents": {key: exponent(sizes, column(key)) for key in MEASURES},
+        "last_exponents": {key: exponent(sizes[-2:], column(key)[-2:]) for key in MEASURES},
+    }
+
+
+def meaning(p: float) -> str:
+    """Say what an exponent means.
+
+    >>> [meaning(p) for p in (-1.0, 0.05, 0.6, 1.02, 1.4)]
+    ['shrinks', 'hardly grows', 'grows, over a fixed part', 'in proportion', 'faster than in proportion']
+    """
+    names = ((-0.15, "shrinks"), (0.15, "hardly grows"), (0.85, "grows, over a fixed part"), (1.15, "in proportion"))
+    return next((name for limit, name in names if p < limit), "faster than in proportion")
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "dimension": lambda row: row["dimension"],
+    "size": lambda row: str(row["size"]),
+    **SPEED,
+    "seconds (spread)": lambda row: (
+        f"{row['seconds']:.5f} ({row['fastest_seconds']:.5f} to {row['slowest_seconds']:.5f})"
+    ),
+    "temporaries MB": lambda row: f"{row['temp_bytes'] / 1e6:.2f}",
+    "held MB": lambda row: f"{row['held_bytes'] / 1e6:.2f}",
+    "GFLOP": lambda row: f"{row['flops'] / 1e9:.3g}",
+}
+
+
+def _fitted(key: str) -> Callable[[Row], str]:
+    return lambda row: f"{row['exponents'][key]:.2f} ({row['last_exponents'][key]:.2f})"
+
+
+EXPONENTS: dict[str, Callable[[Row], str]] = {
+    "dimension": lambda row: row["dimension"],
+    "sizes": lambda row: ", ".join(map(str, row["sizes"])),
+    **{name: _fitted(key) for key, name in MEASURES.items()},
+    "time, at the largest": lambda row: meaning(row["last_exponents"]["seconds"]),
+}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
