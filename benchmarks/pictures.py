@@ -9,7 +9,7 @@ import dataclasses
 import importlib.util
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def points_of(reports: Mapping[str, Row]) -> list[Row]:
     """
     return [
         {
-            "name": label(benchmark, row["who"]),
+            "name": f"{label(benchmark, row['who'])}{share(row)}",
             "ours": row["who"].startswith(OURS),
             "dtype": row["dtype"],
             "intensity": row["flops"] / row["bytes"],
@@ -96,6 +96,15 @@ def label(benchmark: str, who: str) -> str:
     """
     part = who.removeprefix(OURS).strip(" ,:")
     return f"{benchmark}: {part}" if part else benchmark
+
+
+def share(row: Row) -> str:
+    """Say what share of the limit a row achieved, where it says so.
+
+    >>> share({"achieved": 0.625}), share({})
+    (' 62%', '')
+    """
+    return f" {row['achieved']:.0%}" if "achieved" in row else ""
 
 
 def best_roofs(reports: Mapping[str, Row]) -> dict[str, Row]:
@@ -118,8 +127,7 @@ def roofline(path: Path, reports: Mapping[str, Row]) -> Path:
 
     points, roofs = points_of(reports), best_roofs(reports)
     dtypes = list(dict.fromkeys(point["dtype"] for point in points))
-    width = max(7.2, 5.6 * len(dtypes))
-    figure = Figure(figsize=(width, 5.4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(6.6 * len(dtypes), 5.4), dpi=110, layout="constrained")
     panels = figure.subplots(1, len(dtypes), squeeze=False, sharex=True, sharey=True).ravel()
     at = [point["intensity"] for point in points]
     span = np.geomspace(min(at) / 4, max(at) * 6, 200)
@@ -130,12 +138,9 @@ def roofline(path: Path, reports: Mapping[str, Row]) -> Path:
         axes.set(xscale="log", yscale="log", xlim=(span[0], span[-1]), ylim=(lowest / 2.5, highest * 2.2))
         axes.plot(span, np.minimum(roof["matmul_flops"], roof["read_bytes"] * span) / 1e9, color=INK, linewidth=1.4)
         axes.text(
-            0.985, roof["matmul_flops"] / 1e9 * 1.08, f"matrix product {roof['matmul_flops'] / 1e9:.0f} GFLOP/s",
-            transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8, color=INK,
-        )  # fmt: skip
-        axes.text(
-            0.02, 0.97, f"slope: memory read {roof['read_bytes'] / 1e9:.1f} GB/s", transform=axes.transAxes, ha="left",
-            va="top", fontsize=8, color=INK,
+            0.02, 0.98, f"roof: matrix product {roof['matmul_flops'] / 1e9:.0f} GFLOP/s\n"
+            f"slope: memory read {roof['read_bytes'] / 1e9:.1f} GB/s (both measured)",
+            transform=axes.transAxes, ha="left", va="top", fontsize=8, color=INK,
         )  # fmt: skip
         axes.set_title(dtype, loc="left", fontsize=10, color=INK)
         axes.set_xlabel("arithmetic intensity (FLOP a byte that must be read)", fontsize=8.5, color=INK)
@@ -158,44 +163,38 @@ def _scatter(axes: Any, points: list[Row], colour: str) -> None:
 
 
 def write_labels(axes: Any, points: Sequence[Row]) -> None:
-    """Write each point's name to its right or left, moved down or up until no two names overlap, a thin line to its point."""
+    """Write the points' names in a column beside the panel, the fastest at the top, a thin line from each to its point."""
     low, high = axes.get_ylim()
-    left, right = axes.get_xlim()
-    step = 0.036  # height of a line of text, of the panel's
-    place = lambda value, a, b: math.log(value / a) / math.log(b / a)
-    spots = sorted(
-        (
-            (place(point["speed"] / 1e9, low, high), place(point["intensity"], left, right), point)
-            for point in points
-        ),
-        key=lambda spot: -spot[0],
-    )  # fmt: skip
-    boxes: list[tuple[float, float, float]] = []  # left, right, middle of the names that stand
-    for y, x, point in spots:
-        length = 0.0145 * len(point["name"])
-        side = -1 if x + length > 0.97 else 1
-        start = x + 0.025 if side > 0 else x - 0.025 - length
-        middle = free_height(y, (start, start + length), boxes, step)
-        boxes.append((start, start + length, middle))
+    by_speed = sorted(points, key=lambda point: -point["speed"])
+    wanted = [math.log(point["speed"] / 1e9 / low) / math.log(high / low) for point in by_speed]
+    for point, height in zip(by_speed, spread(wanted, 0.042), strict=True):
         axes.annotate(
-            point["name"], (point["intensity"], point["speed"] / 1e9), xytext=(x + 0.025 * side, middle),
-            textcoords="axes fraction", fontsize=7.5, color=INK if point["ours"] else "#6b7785",
-            ha="left" if side > 0 else "right", va="center",
-            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
+            point["name"], (point["intensity"], point["speed"] / 1e9), xytext=(1.03, height),
+            textcoords="axes fraction", fontsize=7.5, color=INK if point["ours"] else "#6b7785", ha="left", va="center",
+            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2,
+                        "relpos": (0, 0.5)},
         )  # fmt: skip
 
 
-def free_height(
-    wanted: float, span: tuple[float, float], taken: Iterable[tuple[float, float, float]], step: float
-) -> float:
-    """Find the height nearest to the wanted one at which a name overlaps none of those that stand.
+def spread(wanted: Sequence[float], step: float) -> list[float]:
+    """Move falling heights apart by at least `step`, none above 1.
 
-    >>> free_height(0.5, (0.0, 0.2), [(0.1, 0.3, 0.5)], 0.04), free_height(0.5, (0.0, 0.2), [(0.3, 0.4, 0.5)], 0.04)
-    (0.46, 0.5)
+    Where names stand too close, the group that they form is centred on what its members wanted.
+
+    >>> [round(y, 3) for y in spread([0.9, 0.5, 0.5, 0.1], 0.1)]
+    [0.9, 0.55, 0.45, 0.1]
     """
-    near = [middle for left, right, middle in taken if left < span[1] and span[0] < right]
-    tries = (wanted + sign * i * step / 4 for i in range(200) for sign in ((-1, 1) if i else (1,)))
-    return next(y for y in tries if all(abs(y - middle) >= step * 0.999 for middle in near))
+    groups: list[tuple[float, int]] = []  # middle and members of names that touch, from the top
+    for height in wanted:
+        middle, count = height, 1
+        while groups and groups[-1][0] - middle < step * (groups[-1][1] + count) / 2 - 1e-12:
+            above, others = groups.pop()
+            middle = (above * others + middle * count) / (others + count)
+            count += others
+        groups.append((middle, count))
+    heights = [middle + step * ((count - 1) / 2 - i) for middle, count in groups for i in range(count)]
+    over = max(0.0, heights[0] - 1.0) if heights else 0.0
+    return [height - over for height in heights]
 
 
 def growth(path: Path, report: Row) -> Path:

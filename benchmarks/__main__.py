@@ -1,0 +1,152 @@
+"""How fast each part is, how far from the machine's limit, and against what one would use instead: all benchmarks in turn.
+
+    python -m benchmarks
+    python -m benchmarks --only rollout learner --output out
+    python -m benchmarks --peer-pythons path/to/one/python path/to/another/python
+
+Each benchmark prints its own table and writes its report as JSON when it ends, so a later one that fails costs nothing; the
+failure is named at the end and the exit status is 1. The peers run in turn with pgjax in the same call. The last table sums up:
+
+    limit    = max(flops on paper / measured matrix peak, bytes on paper / measured read bandwidth), in seconds
+    achieved = limit / seconds
+    times    = the peer's median seconds / ours
+
+The pictures are the roofline with every row on it (roofline.png) and the curves of growth (growth.png).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import compile, iteration, learner, logprobs, pictures, rollout, scaling, scoring
+from benchmarks.timing import OURS, Row
+
+BENCHMARKS: dict[str, Any] = {
+    "rollout": rollout, "scoring": scoring, "learner": learner, "logprobs": logprobs, "iteration": iteration,
+    "compile": compile, "scaling": scaling,
+}  # fmt: skip
+Name = Literal["rollout", "scoring", "learner", "logprobs", "iteration", "compile", "scaling"]
+
+# What SmolLM2-135M should reach on two CPU cores at the default sizes, by benchmark, our row and dtype. They are bounds set before
+# the work began, from what a plain jax program, torch and TRL reached on such a machine.
+TARGETS: dict[tuple[str, str, str], str] = {
+    ("rollout", "decode", "float32"): "60% of the memory's bandwidth",  # weights and cache must be read once a step
+    ("rollout", "", "float32"): "4x torch generate",  # a plain jax loop over unrolled layers is at 2.6x
+    ("rollout", "", "bfloat16"): "1.5x our float32, on jax 0.12",  # half the bytes; some kernels have no half-precision form
+    ("learner", "", "float32"): "2.5x torch, 55% of the matrix peak",  # a plain jax program is at 1.3x and 33%
+    ("iteration", "PPO", "float32"): "5x TRL's PPO",  # with its separate value model
+    ("iteration", "RLOO", "float32"): "3x TRL's RLOO",  # 4 generations, the same number of completions
+    ("logprobs", "", "float32"): "1.1x the naive time at most, 15% of its temporaries",  # logits are computed twice
+    ("logprobs", "", "bfloat16"): "1.1x the naive time at most, 15% of its temporaries",
+    ("compile", "both cold", "float32"): "30 s, on jax 0.12",  # learner and sampler, 30 layers
+    ("compile", "both cached", "float32"): "5 s",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All benchmarks at their default sizes. For other sizes, run one alone: python -m benchmarks.NAME --help."""
+
+    only: tuple[Name, ...] = ()  # benchmarks to run; none given: all
+    peer: bool = True  # alternate with torch, TRL and Tunix where they are installed
+    peer_pythons: tuple[str, ...] = ()  # interpreters that are asked in turn for the peers' packages; none given: this one
+    output: Path = Path("benchmarks/results")  # folder of the JSON files and pictures
+
+
+def main(config: Config) -> int:
+    """Run the benchmarks; return the exit status."""
+    names = [name for name in BENCHMARKS if not config.only or name in config.only]
+    reports, failures = run_all({name: configured(name, config) for name in names}, BENCHMARKS)
+    console = Console(width=None if Console().is_terminal else 160)
+    for path in pictures.draw(config.output, reports):
+        console.print(f"picture: {path}")
+    console.print(summary(reports))
+    for name, message in failures.items():
+        console.print(f"FAILED {name}: {message}", style="bold red", markup=False)
+    return 1 if failures else 0
+
+
+def configured(name: str, config: Config) -> Any:
+    """Make the config of one benchmark: its defaults, its JSON file in the folder, and the peers where it has any."""
+    kind = BENCHMARKS[name].Config
+    shared = {"peer": config.peer, "peer_pythons": config.peer_pythons, "json": config.output / f"{name}.json"}
+    known = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{key: value for key, value in shared.items() if key in known})
+
+
+def run_all(configs: Mapping[str, Any], benchmarks: Mapping[str, Any]) -> tuple[dict[str, Row], dict[str, str]]:
+    """Run benchmarks in turn; one that fails is told with its traceback, and the next one runs.
+
+    Returns:
+        The reports by name, and the failures by name in one line each.
+    """
+    reports: dict[str, Row] = {}
+    failures: dict[str, str] = {}
+    for name, config in configs.items():
+        print(f"\n{name}", flush=True)
+        try:
+            reports[name] = benchmarks[name].main(config)
+        except Exception as error:  # whatever it is, the others' figures must not be lost
+            traceback.print_exc()
+            failures[name] = f"{type(error).__name__}: {error}"
+    return reports, failures
+
+
+def summary(reports: Mapping[str, Row]) -> Table:
+    """Sum up all of our rows that have a speed, a limit, a peer or a target."""
+    table = Table("what", "dtype", "seconds", "tokens/s", "of the limit", "times as fast as", "target on 2 cores",
+                  title="summary")  # fmt: skip
+    for row in summary_rows(reports):
+        table.add_row(*row)
+    return table
+
+
+def summary_rows(reports: Mapping[str, Row]) -> list[tuple[str, ...]]:
+    """Give the cells of the summary, a tuple a row.
+
+    >>> row = {"who": "pgjax", "dtype": "float32", "seconds": 2.0, "tokens_per_second": 8.0, "achieved": 0.5,
+    ...        "limit": "memory", "times_as_fast_as": {"torch": {"wall": 3.0}}}
+    >>> summary_rows({"learner": {"rows": [row, {**row, "who": "torch"}]}})
+    [('learner', 'float32', '2.00', '8', '50% of memory', '3.00 torch', '2.5x torch, 55% of the matrix peak')]
+    """
+    cell: dict[str, Callable[[Row], str]] = {
+        "seconds": lambda row: f"{row['seconds']:.3g}" if row["seconds"] < 1 else f"{row['seconds']:.2f}",
+        "tokens_per_second": lambda row: f"{row['tokens_per_second']:.0f}",
+        "achieved": lambda row: f"{row['achieved']:.0%} of {row['limit']}",
+        "times_as_fast_as": lambda row: ", ".join(
+            f"{ratio['wall']:.2f} {peer}" for peer, ratio in row["times_as_fast_as"].items()
+        ),
+    }
+    rows: list[tuple[str, ...]] = []
+    for benchmark, report in reports.items():
+        for row in report["rows"]:
+            if benchmark == "scaling" or not row["who"].startswith(OURS):
+                continue
+            part = part_of(row)
+            cells = [make(row) if key in row else "" for key, make in cell.items()]
+            target = TARGETS.get((benchmark, part, row["dtype"]), "")
+            rows.append((f"{benchmark} {part}".strip(), row["dtype"], *cells, target))
+    return rows
+
+
+def part_of(row: Row) -> str:
+    """Name the part that a row of ours is about.
+
+    >>> part_of({"who": "pgjax decode"}), part_of({"who": "pgjax", "program": "both", "cache": "cold"})
+    ('decode', 'both cold')
+    """
+    names = (row["who"].removeprefix(OURS), row.get("program", ""), row.get("cache", ""))
+    return " ".join(name.strip() for name in names if name)
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Config, description=__doc__)))
