@@ -83,9 +83,42 @@ def points_of(reports: Mapping[str, Row]) -> list[Row]:
             "speed": row["flops"] / row["seconds"],
         }
         for benchmark, report in reports.items()
-        for row in report["rows"]
+        for row in drawn_rows(benchmark, report["rows"])
         if {"flops", "bytes", "seconds"} <= set(row) and row["flops"] > 0 and row["bytes"] > 0
     ]
+
+
+def drawn_rows(benchmark: str, rows: Sequence[Row]) -> list[Row]:
+    """Choose what is drawn: sampling by its parts, which meet different roofs, all else as a whole."""
+    return [row for row in with_parts(rows) if not row.get("parts")] if benchmark == "rollout" else list(rows)
+
+
+def with_parts(rows: Sequence[Row]) -> list[Row]:
+    """Put behind each row its parts that have a limit of their own, such as prefill and decode, as rows.
+
+    A part of ours is compared with the same part of each peer that its row is compared with.
+
+    >>> ours = {"who": "pgjax", "dtype": "float32", "parts": {"decode": {"seconds": 1.0, "flops": 2.0}},
+    ...         "times_as_fast_as": {"torch": {"wall": 4.0}}}
+    >>> torch = {"who": "torch", "dtype": "float32", "parts": {"decode": {"seconds": 3.0, "flops": 2.0}}}
+    >>> [row["who"] for row in with_parts([ours, torch])], with_parts([ours, torch])[1]["times_as_fast_as"]
+    (['pgjax', 'pgjax decode', 'torch', 'torch decode'], {'torch': {'wall': 3.0}})
+    """
+    found: list[Row] = []
+    for row in rows:
+        found.append(row)
+        for name, part in row.get("parts", {}).items():
+            if "flops" not in part:
+                continue
+            peers = {
+                peer["who"]: {"wall": peer["parts"][name]["seconds"] / part["seconds"]}
+                for peer in rows
+                if peer["who"] in row.get("times_as_fast_as", {})
+                and peer["dtype"] == row["dtype"]
+                and name in peer.get("parts", {})
+            }
+            found.append({**part, "who": f"{row['who']} {name}", "dtype": row["dtype"], "times_as_fast_as": peers})
+    return found
 
 
 def label(benchmark: str, who: str) -> str:
