@@ -1,5 +1,6 @@
 """Log-probabilities, compilation, growth and the whole suite run from start to end on tiny sizes, and say what they measured."""
 
+import itertools
 import json
 import math
 
@@ -90,7 +91,7 @@ def test_growth_of_every_size_is_told_and_drawn(tmp_path):
 
 def test_names_beside_the_roofline_stand_apart_and_inside():
     heights = pictures.spread([1.0, 0.99, 0.98, 0.5, 0.49, 0.0], 0.05)
-    assert all(above - below >= 0.05 - 1e-9 for above, below in zip(heights, heights[1:], strict=False))
+    assert all(above - below >= 0.05 - 1e-9 for above, below in itertools.pairwise(heights))
     assert max(heights) <= 1
 
 
