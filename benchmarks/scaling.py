@@ -166,10 +166,10 @@ def decode_program(config: Config, sizes: Sizes) -> Program:
         logits = logits_of(hidden, lm.unembedding(weights))
         return cache, draw(filter_logits(logits), keys, place)
 
-    held = [lm.init_cache(sizes.batch, sizes.length), jnp.zeros(sizes.batch, jnp.int32)]
+    held: list[Any] = [lm.init_cache(sizes.batch, sizes.length), jnp.zeros(sizes.batch, jnp.int32)]
     compiled = jax.jit(step, donate_argnums=0).lower(held[0], weights, held[1]).compile()
 
-    def run() -> jax.Array:
+    def run() -> Any:
         held[:] = compiled(held[0], weights, held[1])
         return held[1]
 
