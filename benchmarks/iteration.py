@@ -123,7 +123,8 @@ def main(config: Config) -> Row:
     report: Row = {"machine": machine(), "config": plain(config), "peer": absent, "peers": {}, "peaks": {}, "rows": []}
     with model_folder(lm, params) as folder:
         for dtype in config.dtypes:
-            ours, found = pg.causal_lm(lm.arch, dtype=jnp.dtype(dtype)), {}
+            ours = pg.causal_lm(lm.arch, dtype=jnp.dtype(dtype))
+            found: dict[str, tuple[perf.Peaks, Timing]] = {}
             setups = peer_setups(config, folder, prompts, dtype)
             for who, peer in VERSUS.items():
                 run = contender(config, ours, params, prompts, who)

@@ -137,7 +137,7 @@ def keep_programs(folder: Path | None) -> None:
     Example:
       >>> keep_programs(None)
     """
-    asked = folder is not None and jax.config.jax_compilation_cache_dir is None
+    asked = folder is not None and jax.config.values["jax_compilation_cache_dir"] is None
     if distributed.any_process(not asked):
         return
     assert folder is not None

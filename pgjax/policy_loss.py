@@ -110,15 +110,14 @@ def ppo_loss(
     hidden = lm.hidden(params["lm"], batch.tokens, batch.attention_mask)[:, -window:]
     unembedding, tokens = lm.unembedding(params["lm"]), batch.tokens[:, -window:]
     logprobs = head_logprobs(hidden, unembedding, tokens, temperature=temperature)
-    if batch.old_logprobs is None:
-        batch = batch._replace(old_logprobs=jax.lax.stop_gradient(logprobs))
+    old_logprobs = jax.lax.stop_gradient(logprobs) if batch.old_logprobs is None else batch.old_logprobs
 
     def weighted(x: jax.Array) -> jax.Array:
         return x if batch.weights is None else x * batch.weights
 
     if algorithm == "ppo":
         policy = clipped_surrogate_loss(
-            logprobs, batch.old_logprobs, weighted(batch.advantages), batch.mask,
+            logprobs, old_logprobs, weighted(batch.advantages), batch.mask,
             clip_eps=clip_eps, clip_eps_high=clip_eps_high, dual_clip=dual_clip,
         )  # fmt: skip
     elif algorithm == "reinforce":
@@ -126,7 +125,7 @@ def ppo_loss(
     else:
         raise ValueError(f"algorithm must be ppo or reinforce, got {algorithm!r}")
     low, high = (clip_eps, clip_eps_high) if algorithm == "ppo" else (math.inf, None)  # REINFORCE clips nothing
-    metrics = {"loss/policy_avg": policy, **policy_metrics(logprobs, batch, low, high)}
+    metrics = {"loss/policy_avg": policy, **policy_metrics(logprobs, old_logprobs, batch.mask, low, high)}
     loss = policy
     if value_coef != 0:
         values = token_values(params["value"], hidden)
@@ -151,12 +150,15 @@ def ppo_loss(
     return loss, metrics
 
 
-def policy_metrics(logprobs: jax.Array, batch: Batch, clip_eps: float, clip_eps_high: float | None) -> train.Metrics:
-    """Say how far the policy has moved from the one that scored the batch.
+def policy_metrics(
+    logprobs: jax.Array, old_logprobs: jax.Array, mask: jax.Array, clip_eps: float, clip_eps_high: float | None
+) -> train.Metrics:
+    """Say how far the policy has moved from the one that sampled the batch.
 
     Args:
         logprobs: [B, W] nats, of the present policy.
-        batch: of `experience`.
+        old_logprobs: [B, W] of the one that sampled.
+        mask: [B, W] True on sampled tokens.
         clip_eps: range of the ratio.
         clip_eps_high: its upper end; None: `clip_eps`.
 
@@ -164,17 +166,14 @@ def policy_metrics(logprobs: jax.Array, batch: Batch, clip_eps: float, clip_eps_
         Means over sampled tokens.
 
     >>> x = jnp.zeros((1, 2))
-    >>> batch = Batch(x, x, x == 0, x, x, x, x)
-    >>> float(policy_metrics(x, batch, 0.2, None)["val/ratio"])
+    >>> float(policy_metrics(x, x, x == 0, 0.2, None)["val/ratio"])
     1.0
     """
-    moved = surrogate_diagnostics(
-        logprobs, batch.old_logprobs, batch.mask, clip_eps=clip_eps, clip_eps_high=clip_eps_high
-    )
-    ratio = jnp.exp(jnp.where(batch.mask, logprobs - batch.old_logprobs, 0.0))
+    moved = surrogate_diagnostics(logprobs, old_logprobs, mask, clip_eps=clip_eps, clip_eps_high=clip_eps_high)
+    ratio = jnp.exp(jnp.where(mask, logprobs - old_logprobs, 0.0))
     return {
         "policy/approxkl_avg": moved["approx_kl"],
         "policy/clipfrac_avg": moved["clip_fraction"],
         "val/ratio": moved["ratio_mean"],
-        "val/ratio_var": masked_mean(jnp.square(ratio - 1), batch.mask),  # around 1
+        "val/ratio_var": masked_mean(jnp.square(ratio - 1), mask),  # around 1
     }

@@ -181,30 +181,31 @@ def _generate(
     weights = decode_params(params, lm.dtype)
     unembedding = lm.unembedding(weights)
 
-    def choose(hidden: jax.Array, step: jax.Array) -> tuple[jax.Array, Scored]:
+    def choose(hidden: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
         # Every device draws for rows of its own, tensor's too, and needs their logits whole: these change hands here.
         logits = constrain(constrain(columns_dot(unembedding, hidden), "batch", "vocab"), "row")
         logprobs = filter_logits(logits, **options)
         token = draw(logprobs, row_keys, constrain(prompt_lengths + step, "batch"))
         logprob = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
         if value_head is None:
-            return constrain_batch((token, Scored(logprob, (), ())))
+            return constrain_batch((token, logprob, ()))
         entropy = -jnp.sum(jnp.exp(logprobs) * jnp.maximum(logprobs, jnp.finfo(jnp.float32).min), axis=1)
-        return constrain_batch((token, Scored(logprob, state_values(value_head, hidden), entropy)))
+        return constrain_batch((token, logprob, (state_values(value_head, hidden), entropy)))
 
-    def write(step: jax.Array, alive: jax.Array, token: jax.Array, said: Scored, rollout: Rollout, kept: Any) -> Any:
-        said = jax.tree.map(lambda x: jnp.where(alive, x, 0.0), said)
-        column = Rollout(jnp.where(alive, token, pad_id), alive, alive, said.logprobs), said[1:]
+    def write(step: jax.Array, alive: jax.Array, chosen: tuple[Any, ...], written: tuple[Rollout, Any]) -> Any:
+        token, *said = chosen
+        logprob, more = jax.tree.map(lambda x: jnp.where(alive, x, 0.0), said)
+        column = Rollout(jnp.where(alive, token, pad_id), alive, alive, logprob), more
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start + step, axis=1)
-        return constrain_batch(jax.tree.map(lambda x, y: put(x, y[:, None]), (rollout, kept), column))
+        return constrain_batch(jax.tree.map(lambda x, y: put(x, y[:, None]), written, column))
 
     def advance(carry):
-        step, token, alive, (rollout, kept), cache = carry
+        step, token, alive, written, cache = carry
         index = start + step  # where the token that is read now stands; the one drawn goes one further
         slots = jnp.where(columns < start, seen, columns <= index)
         hidden, cache = lm.decode(weights, token, prompt_lengths + step, index, slots, cache)
-        token, said = choose(hidden, step + 1)
-        written = write(step + 1, alive, token, said, rollout, kept)
+        chosen = token, *_ = choose(hidden, step + 1)
+        written = write(step + 1, alive, chosen, written)
         return step + 1, token, alive & ~jnp.isin(token, eos), written, cache
 
     def unfinished(carry):
@@ -219,14 +220,13 @@ def _generate(
     hidden, cache = lm.prefill(params, prompts, prompt_mask, lm.init_cache(batch, length))
     alive = jnp.ones(batch, bool)
     step = jnp.int32(0)
-    token, said = choose(hidden, step)
-    written = write(step, alive, token, said, rollout, jax.tree.map(lambda _: blank, said[1:]))
+    chosen = token, _, more = choose(hidden, step)
+    written = write(step, alive, chosen, (rollout, jax.tree.map(lambda _: blank, more)))
     carry = step, token, alive & ~jnp.isin(token, eos), written, cache
-    rollout, kept = jax.lax.while_loop(unfinished, advance, carry)[3]
+    rollout, more = jax.lax.while_loop(unfinished, advance, carry)[3]
     if value_head is None:
         return rollout, None
-    window = -(max_new_tokens + 1)
-    return rollout, jax.tree.map(lambda x: x[:, window:], Scored(rollout.logprobs, *kept))
+    return rollout, Scored(*(x[:, -(max_new_tokens + 1) :] for x in (rollout.logprobs, *more)))
 
 
 def _with_columns(x: jax.Array | np.ndarray, count: int) -> jax.Array | np.ndarray:
