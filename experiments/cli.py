@@ -26,8 +26,8 @@ def plain_errors(go_on: str = "the same command with --resume goes on") -> Itera
     try:
         try:
             yield
-        except BaseException:
-            distributed.leave_soon()
+        except BaseException as error:
+            distributed.leave_soon(error)
             raise
     except loop.Interrupted as stopped:
         sys.exit(f"{stopped}: {go_on}")

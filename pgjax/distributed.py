@@ -5,22 +5,28 @@ Every function here is collective: all processes call the same ones in the same 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import pickle
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from pgjax.meeting import meet
+from pgjax import alarm
+from pgjax.meeting import detected, meet
 
 T = TypeVar("T")
 
+_DETECTED = (
+    "address and numbers that were not given are those of the TPU pod, SLURM or Open MPI; coordinator, or "
+    "JAX_COORDINATOR_ADDRESS, names another address"
+)
 _SMALLEST = 256  # bytes of the smallest exchange; larger ones are powers of 4 of it, so that few programs are compiled
 
 
@@ -33,9 +39,9 @@ def initialize(
 ) -> None:
     """Join the processes of a run by `jax.distributed.initialize`, before anything is computed; a second call does nothing.
 
-    What is not given comes from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; then the processes meet at the
-    coordinator's port first and compare their counts. What is still missing is left to jax, which asks the TPU pod, SLURM or
-    Open MPI.
+    What is not given comes from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and what is missing still from
+    the TPU pod, SLURM or Open MPI, as jax reads them. Then the processes meet at the coordinator's port first and compare
+    their counts.
 
     Args:
       coordinator: host:port of process 0; the port must be free there.
@@ -59,17 +65,21 @@ def initialize(
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     processes = _from_environment("JAX_NUM_PROCESSES") if processes is None else processes
     process = _from_environment("JAX_PROCESS_ID") if process is None else process
+    given = coordinator, processes, process
+    with _plain_words():
+        coordinator, processes, process = detected(*given, timeout)
     if coordinator is not None and processes is not None and process is not None:
-        meet(coordinator, processes, process, timeout)
-    try:
+        try:
+            meet(coordinator, processes, process, timeout)
+        except ValueError as error:
+            if None not in given:
+                raise
+            raise ValueError(f"{error} ({_DETECTED})") from error
+    with _plain_words():
         jax.distributed.initialize(coordinator, processes, process, initialization_timeout=math.ceil(timeout))
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"the processes could not join: {str(error).splitlines()[0]} Where no TPU pod, SLURM or Open MPI tells them, give "
-            "coordinator (host:port), number of processes and number of this process"
-        ) from error
     if threading.current_thread() is threading.main_thread():  # jax took SIGTERM to itself, and would swallow it
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
+    alarm.watch()
     # Now, while all are here: gloo gives the first exchange of a group 30 seconds, and any later one as long as it takes
     agree("the installation", {"processes": jax.process_count(), "jax": jax.__version__})
 
@@ -260,21 +270,35 @@ def fetch(tree: Any) -> Any:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def leave_soon(seconds: float = 10.0) -> None:
-    """End this process for sure a while from now, after a failure that the others may know nothing of.
+def leave_soon(error: BaseException, seconds: float = 20.0) -> None:
+    """Tell the other processes of a failure, and end this one for sure a while from now.
 
     On its way out jax waits minutes for processes that themselves wait for this one. With one process nothing happens.
 
     Args:
-      seconds: time to say why, and for the others to leave as well.
+      error: what failed; this process says so itself.
+      seconds: time to do that, and for the others to leave as well.
 
     Example:
-      >>> leave_soon()
+      >>> leave_soon(ValueError("no such prompt"))
     """
+    alarm.tell(error)
     if jax.distributed.is_initialized():
         timer = threading.Timer(seconds, os._exit, (1,))
         timer.daemon = True
         timer.start()
+
+
+@contextlib.contextmanager
+def _plain_words() -> Iterator[None]:
+    """Say what jax found amiss in the way that the user can mend it."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, IndexError, OSError) as error:
+        raise ValueError(
+            f"the processes could not join: {(str(error) or type(error).__name__).splitlines()[0]} Where no TPU pod, SLURM or "
+            "Open MPI tells them, give coordinator (host:port), number of processes and number of this process"
+        ) from error
 
 
 def _from_environment(name: str) -> int | None:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pgjax import distributed
+from pgjax import alarm, distributed
 from pgjax.checkpoint import Checkpoints, SaveFailed
 
 Report = Callable[[int, dict[str, float], Any], None]
@@ -54,7 +54,8 @@ def run(
     SIGINT stops at once. A save that failed in the background ends the run as well, one step later at most.
 
     Several processes call this alike. What `check` or `report` raises on one of them, a signal that reaches one, and a
-    save that fails on one stop them all after the same step; what `prepare` and `step` raise must come on all.
+    save that fails on one stop them all after the same step. What `prepare` or `step` raises on all of them does so too; raised
+    on one alone, it ends all within seconds, and nothing more is saved.
 
     Args:
         state: a tree of arrays; `step` may donate the one that it is given, once nothing can fail any more.
@@ -88,6 +89,7 @@ def run(
     3 2.0
     [2, 3]
     """
+    alarm.watch()
     pending: tuple[int, Mapping[str, Any], Any] | None = None
     done = start
     latest_score: float | None = None
@@ -105,10 +107,17 @@ def run(
 
         distributed.together(tell)
 
+    def prepared(i: int) -> Any:
+        try:
+            return prepare(state, i)
+        except Exception:
+            settle()  # the state holds the step before already, so it counts, if its metrics let it
+            raise
+
     with stop_signals() as asked_to_stop:
         for i in range(start, steps):
             try:
-                work = prepare(state, i)
+                work = prepared(i)
                 settle()
                 state, metrics, samples = step(state, i, work)
                 pending = i + 1, metrics, samples
@@ -116,8 +125,9 @@ def run(
                 if stopping or (i + 1) % save_every == 0 or i + 1 == steps:
                     settle()
                     checkpoints.save(done, state, _place(done), score=latest_score)
-            except Exception:
-                _rescue(checkpoints, done, state)
+            except Exception as error:
+                if alarm.failed_alike(error):
+                    _rescue(checkpoints, done, state)
                 raise
             if stopping:
                 checkpoints.wait()

@@ -4,12 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import socket
 import time
 from typing import Any
 
 _GRACE = 3.0  # seconds in which the coordinator still hears the others out once two processes disagree
+
+
+def detected(
+    coordinator: str | None, processes: int | None, process: int | None, timeout: float
+) -> tuple[str | None, int | None, int | None]:
+    """Fill in what is not given from a TPU pod, SLURM or Open MPI, as `jax.distributed.initialize` itself would.
+
+    Args:
+      coordinator: host:port of process 0, or None.
+      processes: how many they are, or None.
+      process: the number of this one, or None.
+      timeout: seconds that a TPU pod has for its first host to be known.
+
+    Returns:
+      The three; None is left where nothing tells.
+
+    Example:
+      >>> detected("10.0.0.1:8476", 2, 1, 1.0)
+      ('10.0.0.1:8476', 2, 1)
+    """
+    if coordinator is not None and processes is not None and process is not None:
+        return coordinator, processes, process
+    from jax._src.clusters import ClusterEnv  # there is no public name for it
+
+    return ClusterEnv.auto_detect_unset_distributed_params(
+        coordinator, processes, process, None, None, math.ceil(timeout)
+    )[:3]
 
 
 def meet(coordinator: str, processes: int, process: int, timeout: float) -> None:
@@ -92,8 +120,8 @@ def _problem(address: str, counts: dict[int, int], processes: int, timeout: floa
     if not missing:
         return ""
     return (
-        f"of {processes} processes, these did not reach the coordinator {address} within {timeout:g} s: "
-        f"{', '.join(missing)}; start them all, with the same address"
+        f"{len(counts)} of {processes} processes came to the coordinator {address} within {timeout:g} s; these did not: "
+        f"{', '.join(missing)}; start them all, with the same address, or give them longer (init_timeout)"
     )
 
 
@@ -118,8 +146,8 @@ def _visit(host: str, port: int, processes: int, process: int, timeout: float) -
         else:
             return
     raise ValueError(
-        f"process {process} could not reach the coordinator {host}:{port} within {timeout:g} s ({reason}): start process 0 "
-        "there, and check the address"
+        f"process {process} of {processes} could not reach the coordinator {host}:{port} within {timeout:g} s ({reason}): "
+        "start process 0 there, and check the address"
     )
 
 

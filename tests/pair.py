@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -25,10 +26,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(arguments: list[str], *, devices: int = 2) -> subprocess.Popen:
+def start(arguments: list[str], *, devices: int = 2, variables: Mapping[str, str] | None = None) -> subprocess.Popen:
     """Start a Python process with fake devices of its own, in which little time goes into compiling."""
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **(variables or {})}
     return subprocess.Popen(
         [sys.executable, *arguments], env=environment, cwd=Path(__file__).parents[1], text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -137,6 +137,56 @@ def test_a_failure_of_one_stops_both(found):
         assert "no such judge" in mine["broken"][1]
 
 
+ALONE = """
+import sys
+import jax
+from experiments.cli import plain_errors
+from experiments.devices import put
+from pgjax import distributed, loop, sharding
+from pgjax.checkpoint import Checkpoints
+
+def step(state, i, work):
+    if i in (2, 4) and jax.process_index() == failing:
+        raise ValueError(f"no step {i}")
+    if i == 2:
+        distributed.gather(i)  # the other waits here
+    return {"x": state["x"] + 1}, {"x": state["x"]}, None
+
+def prepare(state, i):
+    if both and i == 1:
+        raise KeyError("on both")
+
+def run():
+    state = {"x": put(sharding.make_mesh(data=-1), 0.0)}
+    return loop.run(state, steps=5, save_every=2, prepare=prepare, step=step, check=lambda done, metrics: None,
+                    report=lambda done, metrics, samples: None, checkpoints=checkpoints)
+
+failing, both = int(sys.argv[4]), True
+with plain_errors():
+    distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+    with Checkpoints(sys.argv[3]) as checkpoints:
+        try:
+            run()
+        except KeyError as error:
+            print(error, checkpoints.steps(), flush=True)
+    both = False
+    with Checkpoints(sys.argv[3] + "-alone") as checkpoints:
+        run()
+"""
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_step_that_fails_on_one_process_alone_ends_both_with_its_words(tmp_path, failing):
+    address = f"localhost:{pair.free_port()}"
+    processes = [pair.start(["-c", ALONE, address, str(i), str(tmp_path / "run"), str(failing)]) for i in range(2)]
+    ended = pair.finish(processes, seconds=200)
+    for process, (code, printed, errors) in enumerate(ended):
+        assert code == 1 and "'on both' [1]" in printed.splitlines()  # first: what all raise is saved by all
+        alone = f"process {failing} failed, so all stop: ValueError: no step 2"
+        assert f"error: {'no step 2' if process == failing else alone}" in errors.splitlines(), ended
+    assert [path.name for path in (tmp_path / "run-alone").iterdir() if path.name.isdecimal()] == ["2"]
+
+
 def test_a_signal_to_one_stops_both_after_the_same_step(found, folder):
     assert found[0]["stopped"] == found[1]["stopped"] == ["Interrupted", "stopped after step 2; its state is saved"]
     assert (folder / "stopped" / "checkpoints" / "2").is_dir()
@@ -170,6 +220,57 @@ def test_processes_that_disagree_about_their_number_are_told_so():
     assert first == second and "process 0 says 2, process 1 says 3" in first
 
 
+def of_slurm(host, port, process, processes):
+    """The variables that `srun` sets for a task, as far as jax reads them; the first host of the list is process 0's."""
+    return {
+        "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": host, "SLURM_NTASKS": str(processes), "SLURM_PROCID": str(process),
+        "SLURM_LOCALID": str(process), "JAX_COORDINATOR_PORT": str(port),
+    }  # fmt: skip
+
+
+JOIN_SLURM = """
+import sys, time
+from pgjax import distributed
+begin = time.monotonic()
+try:
+    distributed.initialize(timeout=float(sys.argv[1]))
+except ValueError as error:
+    print(error)
+    sys.exit(1 if time.monotonic() - begin < float(sys.argv[1]) + 5 else 2)
+print(distributed.gather(distributed.jax.process_index()))
+"""
+
+
+def join_slurm(*variables, timeout=60):
+    """Let the tasks of a SLURM job join: exit code and last line of each; 2 where it took longer than it should."""
+    tasks = [pair.start(["-c", JOIN_SLURM, str(timeout)], variables=one) for one in variables]
+    return [(code, *printed.splitlines()[-1:]) for code, printed, _ in pair.finish(tasks, seconds=300)]
+
+
+def test_tasks_of_slurm_find_each_other():
+    port = pair.free_port()
+    assert join_slurm(*(of_slurm("localhost", port, i, 2) for i in range(2))) == [(0, "[0, 1]")] * 2
+
+
+def test_a_task_of_slurm_that_never_comes_is_named_on_all_that_are_there():
+    port = pair.free_port()
+    first, second = join_slurm(*(of_slurm("localhost", port, i, 3) for i in range(2)), timeout=20)
+    assert first == second and first[0] == 1
+    assert first[1].startswith(
+        f"2 of 3 processes came to the coordinator localhost:{port} within 20 s; these did not: 2;"
+    )
+    assert first[1].endswith("JAX_COORDINATOR_ADDRESS, names another address)") and "SLURM" in first[1]
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "127.0.0.1"])
+def test_a_first_host_of_slurm_that_is_not_there_is_named(host):
+    """No such name, and a host where nobody listens."""
+    port = pair.free_port()
+    ((code, told),) = join_slurm(of_slurm(f"{host},b", port, 1, 2), timeout=4)
+    assert code == 1
+    assert told.startswith(f"process 1 of 2 could not reach the coordinator {host}:{port} within 4 s (")
+
+
 def meet_at(process, port, processes=2, timeout=2.0):
     """What a process of a run is told at the coordinator's port; nothing of jax is touched."""
     try:
@@ -181,9 +282,9 @@ def meet_at(process, port, processes=2, timeout=2.0):
 
 def test_an_unreachable_coordinator_is_a_message_and_no_hang():
     begin, port = time.monotonic(), pair.free_port()
-    assert "process 1 could not reach the coordinator localhost" in meet_at(1, port)
-    assert "did not reach the coordinator" in meet_at(0, port)
-    assert "process 3 could not reach the coordinator" in meet_at(3, port, processes=4)
+    assert "process 1 of 2 could not reach the coordinator localhost" in meet_at(1, port)
+    assert "1 of 2 processes came to the coordinator" in meet_at(0, port)
+    assert "process 3 of 4 could not reach the coordinator" in meet_at(3, port, processes=4)
     assert time.monotonic() - begin < 12
 
 

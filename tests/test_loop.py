@@ -18,6 +18,7 @@ def run(
     steps=5,
     start=0,
     save_every=2,
+    on_prepare=lambda i: None,
     on_step=lambda i: None,
     on_report=lambda done: None,
     on_check=lambda done: None,
@@ -26,6 +27,7 @@ def run(
     log = [] if log is None else log
 
     def prepare(state, i):
+        on_prepare(i)
         log.append(f"prepare {i}")
 
     def step(state, i, work):
@@ -88,6 +90,17 @@ def test_a_step_that_fails_saves_the_state_before_it(tmp_path):
 
     with pytest.raises(RuntimeError, match="the reward is down"):
         run(tmp_path, save_every=100, on_step=fail)
+    assert saved(tmp_path) == (3.0, 3)
+
+
+def test_work_that_fails_before_a_step_saves_all_steps_before_it(tmp_path):
+    # The bug: the state holds step 3 already, and was saved as that after step 2, so that a run that went on did it twice.
+    def fail(i):
+        if i == 3:
+            raise KeyError("no such prompt")
+
+    with pytest.raises(KeyError, match="no such prompt"):
+        run(tmp_path, save_every=100, on_prepare=fail)
     assert saved(tmp_path) == (3.0, 3)
 
 

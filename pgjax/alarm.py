@@ -1,0 +1,188 @@
+"""How a failure of one process reaches the others, which wait for it in an exchange meanwhile and would hear of nothing.
+
+A process that fails writes that down at jax's coordinator, and a thread of each process reads there once a second. Where all fail
+within some seconds they fail alike, and can still do things together; else that thread ends its process with the error's words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+import jax
+
+_SECONDS = 10.0  # that the others have to fail as well
+_POLL = 1.0  # seconds from one look to the next
+
+
+def watch() -> Alarm | None:
+    """Look out for failures of the other processes from now on.
+
+    Returns:
+      What tells them of one here; None where jax has not joined any.
+
+    Example:
+      >>> watch() is None
+      True
+    """
+    from jax._src.distributed import global_state  # there is no public way to the coordinator
+
+    return None if global_state.client is None else _alarm(global_state.client)
+
+
+def failed_alike(error: Exception) -> bool:
+    """Tell the other processes of a failure here, and see whether all of them fail.
+
+    Args:
+      error: what was raised here.
+
+    Returns:
+      True where all fail within ten seconds, or where there is one process. Otherwise False, and every process ends a few
+      seconds later, with this error's words, whatever it waits for.
+
+    Example:
+      >>> failed_alike(ValueError("no such prompt"))
+      True
+    """
+    alarm = watch()
+    return alarm is None or alarm.failed_alike(_words(error))
+
+
+def tell(error: BaseException) -> None:
+    """Tell the other processes that this one is about to end, and why.
+
+    Args:
+      error: what was raised here; this process says so itself.
+
+    Example:
+      >>> tell(ValueError("no such prompt"))
+    """
+    alarm = watch()
+    if alarm is not None:
+        alarm.said = True
+        alarm.ring(_words(error))
+
+
+def note(where: str, words: str) -> None:
+    """Write something down at the coordinator, for processes that look there while they wait; with one process nowhere.
+
+    Args:
+      where: a name for it, with slashes.
+      words: the rest.
+
+    Example:
+      >>> note("unsaved/4", "No space left on device")
+    """
+    alarm = watch()
+    if alarm is not None:
+        alarm.note(where, words)
+
+
+def barrier(name: str, seconds: float, *, unless: str) -> None:
+    """Wait until all processes are here, or until one has noted why it never will be.
+
+    Args:
+      name: of the barrier.
+      seconds: that it may take.
+      unless: where such a note would be, as in `note`.
+
+    Raises:
+      RuntimeError: with the words of the note, a second or two after it was written.
+      JaxRuntimeError: the time is over.
+
+    Example:
+      >>> barrier("written/4", 60.0, unless="unsaved/4")
+    """
+    alarm = watch()
+    if alarm is not None:
+        alarm.barrier(name, seconds, unless)
+
+
+class Alarm:
+    """The failures of a run's processes, by number: those that all had are over, the next one is looked out for."""
+
+    def __init__(self, client: Any) -> None:
+        self.said = False  # this process tells of its failure itself
+        self._client = client
+        self._over = 0
+        threading.Thread(target=self._look_out, daemon=True).start()
+
+    def ring(self, words: str) -> None:
+        """Write down that this process fails."""
+        self.note(f"failed/{self._over}", words)
+
+    def failed_alike(self, words: str) -> bool:
+        """Write down that this process fails, and wait a little for all others to do so."""
+        end = time.monotonic() + _SECONDS
+        self.ring(words)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            while time.monotonic() < end:
+                if len(self._failed()) == jax.process_count():
+                    self._over += 1
+                    return True
+                time.sleep(0.05)
+        return False
+
+    def note(self, where: str, words: str) -> None:
+        """Write something down at the coordinator."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # it has gone
+            self._client.key_value_set(f"pgjax/{where}/{jax.process_index()}", words, allow_overwrite=True)
+
+    def barrier(self, name: str, seconds: float, unless: str) -> None:
+        """Wait at a barrier in a thread of its own, and look for the note meanwhile."""
+        here = threading.Event()
+        late: list[jax.errors.JaxRuntimeError] = []
+
+        def wait() -> None:
+            try:
+                self._client.wait_at_barrier(name, int(1000 * seconds))
+            except jax.errors.JaxRuntimeError as error:
+                late.append(error)
+            here.set()
+
+        threading.Thread(target=wait, daemon=True).start()
+        while not here.wait(_POLL):
+            noted = self._client.key_value_dir_get(f"pgjax/{unless}/")
+            if noted:
+                raise RuntimeError(noted[0][1])
+        if late:
+            raise late[0]
+
+    def _failed(self) -> list[tuple[str, str]]:
+        return sorted(self._client.key_value_dir_get(f"pgjax/failed/{self._over}/"))
+
+    def _look_out(self) -> None:
+        while True:
+            time.sleep(_POLL)
+            number = self._over
+            try:
+                failed = self._failed()
+            except jax.errors.JaxRuntimeError:  # the coordinator has gone
+                return
+            if not failed:
+                continue
+            time.sleep(_SECONDS + 2 * _POLL)
+            if number == self._over:
+                self._end(*failed[0])
+
+    def _end(self, key: str, words: str) -> None:
+        """End this process for sure: its main thread may wait for ever."""
+        if not self.said:
+            print(f"error: process {key.rpartition('/')[2]} failed, so all stop: {words}", file=sys.stderr, flush=True)
+        if jax.process_index() == 0:  # the coordinator is here, and the others may not have looked yet
+            time.sleep(3 * _POLL)
+        os._exit(1)
+
+
+@functools.cache
+def _alarm(client: Any) -> Alarm:
+    return Alarm(client)
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
