@@ -33,7 +33,7 @@ from jax.sharding import Mesh
 import pgjax as pg
 from experiments.cli import plain_errors
 from experiments.devices import MACHINE, Flags, agree_on, check_rows, first_of_all, on_devices, put, put_rows
-from experiments.resume import From, go_on, open_checkpoints, rows_digest
+from experiments.resume import From, go_on, open_checkpoints, rows_digest, to_best
 from experiments.reward_picture import plot_calibration
 from experiments.rows import load_rows
 from pgjax import data, distributed, logs, loop, preferences, reward_learning, sharding, train
@@ -71,9 +71,11 @@ class Config(Flags):
     max_grad_norm: float = 1.0  # clip the gradient to this global norm
     center_coef: float = 0.01  # of the pull of a pair's sum towards 0 (Eisenstein et al. 2023); 0: none
     save_every: int = 50  # updates between checkpoints
+    keep: int = 2  # how many of the latest checkpoints stay
+    keep_best: bool = False  # evaluate at each, keep the one of the lowest held-out loss too, and save its model
 
 
-MAY_CHANGE = {"output", "resume", "resume_from", "save_every", *MACHINE}  # when a run goes on
+MAY_CHANGE = {"output", "resume", "resume_from", "save_every", "keep", "keep_best", *MACHINE}  # when a run goes on
 
 
 def main(config: Config) -> dict[str, float]:
@@ -114,7 +116,10 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     )  # fmt: skip
     state = train.init_state(params, optimizer)
     del params
-    checkpoints = open_checkpoints(folder, dataclasses.asdict(config), MAY_CHANGE, data=rows_digest(train_pairs))
+    checkpoints = open_checkpoints(
+        folder, dataclasses.asdict(config), MAY_CHANGE, keep=config.keep, keep_best=config.keep_best,
+        data=rows_digest(train_pairs),
+    )  # fmt: skip
     state, start = go_on(checkpoints, state, resume=config.resume, resume_from=config.resume_from)
     state = state._replace(healthy=state.healthy | True)
     center_coef = put(mesh, np.float32(config.center_coef))
@@ -125,11 +130,15 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         margin = batch.margin if config.use_margin else np.zeros_like(batch.margin)
         return put_rows(mesh, batch._replace(margin=margin))
 
-    def step(state: train.TrainState, i: int, batch: Any) -> tuple[train.TrainState, train.Metrics, None]:
+    def step(state: train.TrainState, i: int, batch: Any) -> tuple[train.TrainState, dict[str, Any], None]:
         state, metrics = reward_learning.update(
             state, batch, center_coef, rm=rm, optimizer=optimizer, microbatches=config.microbatches
         )
-        return state, metrics, None
+        figures: dict[str, float] = {}
+        if config.keep_best and ((i + 1) % config.save_every == 0 or i + 1 == steps):
+            scores = reward_learning.pair_scores(rm, state.params, held_out, batch_size=config.batch_size)
+            figures = reward_learning.pair_metrics(scores)
+        return state, {**metrics, **{f"eval/{name}": x for name, x in figures.items()}}, None
 
     with (
         distributed.together(lambda: logs.Writer(folder, start_step=log_from, active=first_of_all())) as writer,
@@ -151,31 +160,39 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
             )
             return scores
 
-        try:
-            if start == 0:
-                evaluate(state.params, 0)
-            state = loop.run(
-                state, steps=steps, start=start, prepare=prepare, step=step, check=loop.check_finite, report=report,
-                checkpoints=checkpoints, save_every=config.save_every,
-            )  # fmt: skip
-        finally:
-            checkpoints.close()
-        if not distributed.first(lambda: finished(folder)):
-            scores = evaluate(state.params, steps)
-            hidden = reward_learning.features(rm, state.params, references, batch_size=2 * config.batch_size)
-            params, constants = normalized(state.params, hidden)  # once: nothing is refitted from here on
+        def save(params: Any, to: Path) -> dict[str, float]:
+            hidden = reward_learning.features(rm, params, references, batch_size=2 * config.batch_size)
+            params, constants = normalized(params, hidden)  # once: nothing is refitted from here on
             shifted = reward_learning.pair_scores(rm, params, held_out, batch_size=config.batch_size)
             after = reward_learning.pair_metrics(shifted)
             progress.print(
                 f"scores shifted by {-constants['mean']:.3f} and divided by {constants['std']:.3f}, over {len(references)} "
                 f"references; the shift varies by {constants['shift_spread']:.3f}; accuracy {after['accuracy']:.3f}"
             )
-            if first_of_all():
-                plot_calibration(folder / "calibration.png", np.asarray(scores))
-            pg.save_reward_model(folder / "model", rm, params, tokenizer)
+            pg.save_reward_model(to, rm, params, tokenizer)
             figures = {f"reference/{name}": value for name, value in constants.items()}
-            figures |= {"normalized/accuracy": after["accuracy"], "normalized/margin": after["margin"]}
-            distributed.together(lambda: writer.write(steps, figures))
+            return figures | {"normalized/accuracy": after["accuracy"], "normalized/margin": after["margin"]}
+
+        try:
+            if start == 0:
+                evaluate(state.params, 0)
+            state = loop.run(
+                state, steps=steps, start=start, prepare=prepare, step=step, check=loop.check_finite, report=report,
+                checkpoints=checkpoints, save_every=config.save_every,
+                score=lambda metrics: -metrics["eval/loss"] if "eval/loss" in metrics else None,
+            )  # fmt: skip
+            if not distributed.first(lambda: finished(folder)):
+                scores = evaluate(state.params, steps)
+                if first_of_all():
+                    plot_calibration(folder / "calibration.png", np.asarray(scores))
+                figures = save(state.params, folder / "model")
+                if config.keep_best:
+                    state, best = to_best(checkpoints, state)
+                    progress.print(f"model_best is the model after step {best}")
+                    save(state.params, folder / "model_best")
+                distributed.together(lambda: writer.write(steps, figures))
+        finally:
+            checkpoints.close()
     return distributed.first(lambda: summary(folder))
 
 
@@ -237,7 +254,7 @@ def summary(folder: Path) -> dict[str, float]:
 
 def check(config: Config) -> None:
     """Refuse a run that cannot work, before anything is read or computed."""
-    for name in ("held_out_rows", "reference_rows", "batch_size", "microbatches", "save_every"):
+    for name in ("held_out_rows", "reference_rows", "batch_size", "microbatches", "save_every", "keep"):
         if vars(config)[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {vars(config)[name]}")
     if config.batch_size % config.microbatches:

@@ -33,7 +33,7 @@ from jax.sharding import Mesh
 import pgjax as pg
 from experiments.cli import plain_errors
 from experiments.devices import MACHINE, Flags, agree_on, check_rows, first_of_all, on_devices, put_rows
-from experiments.resume import From, go_on, open_checkpoints
+from experiments.resume import From, go_on, open_checkpoints, to_best
 from experiments.rows import load_rows
 from experiments.scratch import VOCAB_SIZE, read_architecture, small_architecture, texts_of, train_tokenizer
 from pgjax import data, distributed, logs, loop, sharding, supervised, train
@@ -73,9 +73,13 @@ class Config(Flags):
 
     eval_every: int = 300  # updates between held-out perplexities; before and after come anyway
     save_every: int = 300  # updates between checkpoints
+    keep: int = 2  # how many of the latest checkpoints stay
+    keep_best: bool = False  # keep the one of the lowest held-out loss too, and save its model
 
 
-MAY_CHANGE = {"output", "resume", "resume_from", "eval_every", "save_every", *MACHINE}  # when a run goes on
+MAY_CHANGE = {
+    "output", "resume", "resume_from", "eval_every", "save_every", "keep", "keep_best", *MACHINE,
+}  # fmt: skip  # when a run goes on
 
 
 Placed = tuple[str, dict[str, Any]]  # a row and where it stands
@@ -126,7 +130,9 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     )  # fmt: skip
     state = train.init_state(params, optimizer)
     del params  # updates consume their buffers
-    checkpoints = open_checkpoints(folder, dataclasses.asdict(config), MAY_CHANGE)
+    checkpoints = open_checkpoints(
+        folder, dataclasses.asdict(config), MAY_CHANGE, keep=config.keep, keep_best=config.keep_best
+    )
     state, start = go_on(checkpoints, state, resume=config.resume, resume_from=config.resume_from)
     state = state._replace(healthy=state.healthy | True)
     deal = data.batches(range(len(packed.tokens)), config.batch_size, seed=config.seed)
@@ -184,13 +190,18 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
             state = loop.run(
                 state, steps=steps, start=start, prepare=prepare, step=step, check=loop.check_finite, report=report,
                 checkpoints=checkpoints, save_every=config.save_every,
+                score=lambda metrics: -metrics["eval/loss"] if "eval/loss" in metrics else None,
             )  # fmt: skip
+            pg.save_pretrained(folder / "model", lm, state.params, tokenizer)
+            if config.keep_best:
+                state, best = to_best(checkpoints, state)
+                pg.save_pretrained(folder / "model_best", lm, state.params, tokenizer)
+                progress.print(f"model_best is the model after update {best}")
         finally:
             if first_of_all():
                 plot_curves(folder)
             checkpoints.close()
 
-    pg.save_pretrained(folder / "model", lm, state.params, tokenizer)
     return distributed.first(lambda: summary(folder))
 
 
@@ -279,7 +290,7 @@ def check(config: Config) -> None:
         if not ok:
             raise ValueError(message)
 
-    counts = ("held_out_rows", "epochs", "batch_size", "microbatches", "eval_every", "save_every")
+    counts = ("held_out_rows", "epochs", "batch_size", "microbatches", "eval_every", "save_every", "keep")
     for name in counts:
         require(getattr(config, name) >= 1, f"{name} must be at least 1, got {getattr(config, name)}")
     require(config.max_length >= 2, f"max_length must be at least 2, got {config.max_length}")
@@ -291,6 +302,11 @@ def check(config: Config) -> None:
     for name, value in rates.items():
         require(value is None or 0 <= value < math.inf, f"{name} must be finite and not below 0, got {value}")
     require(0 < config.max_grad_norm < math.inf, f"max_grad_norm must be above 0, got {config.max_grad_norm}")
+    require(
+        not config.keep_best or config.save_every % config.eval_every == 0,
+        f"keep_best compares held-out losses, and save_every={config.save_every} is no multiple of eval_every="
+        f"{config.eval_every}: checkpoints without one would not count",
+    )
     require(0 <= config.seed < 2**32, f"seed must be from 0 to 2^32 - 1, got {config.seed}")
     require(
         config.model is None or (config.config is None and config.vocab_size is None),

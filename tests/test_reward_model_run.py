@@ -11,6 +11,7 @@ import pgjax as pg
 from experiments import reward_model
 from experiments.reward_model import Config
 from pgjax import logs, loop, preferences, reward_learning
+from pgjax.checkpoint import Checkpoints
 from tests.tiny_model import save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -103,6 +104,30 @@ def test_a_run_stopped_halfway_ends_with_the_same_bits(whole, tmp_path, monkeypa
         assert np.array_equal(x, y)
 
 
+def test_the_snapshot_of_the_lowest_held_out_loss_and_its_model_are_kept_beside_the_latest(
+    source, tmp_path, monkeypatch
+):
+    metrics, seen = reward_learning.pair_metrics, []
+
+    def scripted(scores):
+        seen.append(scores)
+        return {**metrics(scores), "loss": [9.0, 5.0, 1.0, 3.0][min(len(seen), 4) - 1]}  # before, and at each snapshot
+
+    monkeypatch.setattr(reward_learning, "pair_metrics", scripted)
+    config = dataclasses.replace(source, output=tmp_path / "run", save_every=5, keep=1, keep_best=True)
+    reward_model.main(config)
+    with Checkpoints(config.output / "checkpoints", keep=1, keep_best=True) as checkpoints:
+        assert checkpoints.steps() == [10, 24] and checkpoints.best() == 10
+    pairs = preferences.check_pairs([("", row) for row in rows(32, 1)])
+    for name, before in {"model_best": seen[2], "model": seen[5]}.items():  # as scored after 10 and after 24 updates
+        rm, params, tokenizer = pg.load_reward_model(config.output / name)
+        encoded = preferences.encode_pairs(pairs, tokenizer, chat=False, eos=True, max_length=64).kept
+        after = reward_learning.pair_scores(rm, params, encoded, batch_size=8)
+        slope, shift = np.polyfit(before.ravel(), after.ravel(), 1)  # normalised, and nothing else
+        np.testing.assert_allclose(after, slope * before + shift, atol=1e-4)
+        assert slope > 0
+
+
 def test_a_finished_run_is_read_off_and_not_overwritten(whole):
     config, figures = whole
     before = (config.output / "model" / "model.safetensors").stat().st_mtime_ns
@@ -172,6 +197,7 @@ def test_references_that_are_all_the_same_are_refused_before_training(source, tm
     [
         ({"batch_size": 6, "microbatches": 4}, "does not divide"),
         ({"epochs": 0.0}, "epochs must be above 0"),
+        ({"keep": 0}, "keep must be at least 1"),
         ({"center_coef": -1.0}, "center_coef must be finite"),
         ({"max_length": 65}, "more than the model's 64 positions"),
         ({"pairs": "nowhere.jsonl"}, "nowhere.jsonl"),

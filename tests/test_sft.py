@@ -18,6 +18,7 @@ import pgjax as pg
 from experiments import scratch
 from experiments import sft as script
 from pgjax import logs, loop, supervised
+from pgjax.checkpoint import Checkpoints
 from pgjax.logs import read_metrics
 from pgjax.supervised import Packed
 from tests.tiny_model import save_tiny_model
@@ -109,6 +110,26 @@ def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(config, mon
     names = ("step", "loss/cross_entropy", "eval/loss", "lr")
     numbers = [[{k: row.get(k) for k in names} for row in read_metrics(run)] for run in (config.output, whole)]
     assert numbers[0] == numbers[1] and len(numbers[0]) > 5
+
+
+def test_the_snapshot_of_the_lowest_held_out_loss_and_its_model_are_kept_beside_the_latest(config, monkeypatch):
+    seen = []
+
+    def scripted(lm, params, held_out, batch_size):
+        seen.append(jax.device_get(params))
+        return [9.0, 5.0, 1.0, 3.0, 1.5][min(len(seen), 5) - 1]  # before, and after each update
+
+    monkeypatch.setattr(supervised, "mean_surprise", scripted)
+    script.main(change(config, eval_every=1, save_every=1, keep=1, keep_best=True))
+    last = len(seen) - 1
+    with Checkpoints(config.output / "checkpoints", keep=1, keep_best=True) as checkpoints:
+        assert checkpoints.steps() == [2, last] and checkpoints.best() == 2 and last > 4
+    for name, params in {"model_best": seen[2], "model": seen[last]}.items():
+        saved = jax.tree.leaves(pg.load(config.output / name)[1])
+        assert all(np.array_equal(x, y) for x, y in zip(saved, jax.tree.leaves(params), strict=True))
+    # The best stays the best, and what is kept may change, where the run goes on.
+    script.main(change(config, eval_every=1, save_every=1, keep=3, keep_best=True, resume=True))
+    assert np.array_equal(pg.load(config.output / "model_best")[1]["embed"]["tokens"], seen[2]["embed"]["tokens"])
 
 
 def test_more_updates_compile_nothing_more(config, monkeypatch):
@@ -224,6 +245,8 @@ def test_the_tokenizer_loses_nothing_and_adds_nothing():
     [
         ({"batch_size": 4, "microbatches": 3}, "batch_size=4 does not divide into microbatches=3"),
         ({"epochs": 0}, "epochs must be at least 1"),
+        ({"keep": 0}, "keep must be at least 1"),
+        ({"keep_best": True, "save_every": 10}, "save_every=10 is no multiple of eval_every=100"),
         ({"max_length": 1}, "max_length must be at least 2"),
         ({"max_length": 65}, "max_length=65 is more than the model's 64 positions"),
         ({"learning_rate": math.nan}, "learning_rate must be finite"),
