@@ -69,11 +69,13 @@ def main(config: Config) -> Row:
     report: Row = {
         "machine": machine() | {"libtpu": importlib.metadata.version("libtpu")},
         "config": plain(config),
-        "chips": {name: TOPOLOGIES[name]._asdict() for name in config.topologies},
+        "chips": {},
         "rows": [],
     }
     if config.go_on and config.json is not None and config.json.is_file():
-        report["rows"] = json.loads(config.json.read_text(encoding="utf-8"))["rows"]
+        report["rows"] = rows_of(config.json, report["machine"])
+    there = {row["topology"] for row in report["rows"]}.union(config.topologies)
+    report["chips"] = {name: chip._asdict() for name, chip in TOPOLOGIES.items() if name in there}
     done = {(row["topology"], row["model"], row["program"]) for row in report["rows"]}
     rows = dict(zip(PROGRAMS, (config.sampler_rows, config.scoring_rows, config.learner_rows), strict=True))
     for one in itertools.product(config.topologies, config.models, config.programs):
@@ -83,8 +85,9 @@ def main(config: Config) -> Row:
             save(rounded(report), config.json)
     order = list(itertools.product(TOPOLOGIES, MODELS, PROGRAMS))
     report["rows"].sort(key=lambda row: order.index((row["topology"], row["model"], row["program"])))
+    asked = set(itertools.product(config.topologies, config.models, config.programs)) if config.search else set()
     for row in report["rows"]:
-        if config.search and "largest_rows" not in row:
+        if (row["topology"], row["model"], row["program"]) in asked and "largest_rows" not in row:
             print("searching", row["topology"], row["model"], row["program"], file=sys.stderr, flush=True)
             row["largest_rows"] = largest_rows(case_of(config, row["topology"], row["model"]), row)
             save(rounded(report), config.json)
@@ -93,6 +96,17 @@ def main(config: Config) -> Row:
     if config.picture is not None:
         picture(config.picture, report)
     return report
+
+
+def rows_of(path: Path, here: Row) -> list[Row]:
+    """Read the rows to go on from; those of another compiler do not stand beside new ones."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("libtpu", "jax"):
+        if report["machine"][name] != here[name]:
+            raise ValueError(
+                f"{path} was made with {name} {report['machine'][name]}, here is {here[name]}: leave out --go-on"
+            )
+    return report["rows"]
 
 
 def case_of(config: Config, topology: str, model: str) -> Case:

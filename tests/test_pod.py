@@ -148,6 +148,35 @@ def test_tables_and_picture_show_every_row_and_defect(rows, tmp_path, capsys):
     assert picture(tmp_path / "new" / "pod.png", report).stat().st_size > 5_000
 
 
+def test_it_goes_on_from_what_is_there_and_searches_only_what_is_asked_for(rows, tmp_path, monkeypatch):
+    path = tmp_path / "pod.json"
+    here = {"libtpu": "1", "jax": "2"}
+    old = [{**rows[0], "topology": name, "model": "135M"} for name in ("v5e:4x4", "v5e:16x16")]
+    path.write_text(json.dumps({"machine": here, "rows": [{**old[0], "largest_rows": 64}, old[1]]}))
+    monkeypatch.setattr(pod, "check", lambda config: None)
+    monkeypatch.setattr(pod.importlib.metadata, "version", lambda name: "1")
+    monkeypatch.setattr(pod, "case_of", lambda config, *names: names)
+    judged, searched = [], []
+    monkeypatch.setattr(
+        pod,
+        "judge",
+        lambda case, program, rows_: (
+            judged.append(case) or {**rows[0], "topology": case[0], "model": case[1], "program": program}
+        ),
+    )
+    monkeypatch.setattr(pod, "largest_rows", lambda case, row: searched.append(case) or 512)
+    monkeypatch.setattr(pod, "show", lambda report: None)
+    config = pod.Config(topologies=("v5e:4x4",), models=("135M", "0.5B"), programs=("sampler",), go_on=True, json=path)
+    with pytest.raises(ValueError, match="made with jax 2, here is 3: leave out --go-on"):
+        monkeypatch.setattr(pod, "machine", lambda: {"jax": "3"})
+        pod.main(config)
+    monkeypatch.setattr(pod, "machine", lambda: {"jax": "2"})
+    report = pod.main(config)
+    assert judged == searched == [("v5e:4x4", "0.5B")]
+    assert [row.get("largest_rows") for row in report["rows"]] == [64, 512, None]
+    assert set(report["chips"]) == {"v5e:4x4", "v5e:16x16"}
+
+
 def test_what_cannot_be_compiled_is_refused_at_once(monkeypatch):
     with pytest.raises(ValueError, match=r"models: 3B not known; there are 135M, 0.5B, 1.5B, 8B"):
         pod.main(pod.Config(models=("135M", "3B")))
