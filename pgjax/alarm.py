@@ -32,7 +32,9 @@ def watch() -> Alarm | None:
     """
     from jax._src.distributed import global_state  # there is no public way to the coordinator
 
-    return None if global_state.client is None else _alarm(global_state.client)
+    if global_state.client is None:
+        return None
+    return _alarm(global_state.client, global_state.process_id, global_state.num_processes)
 
 
 def failed_alike(error: Exception) -> bool:
@@ -106,10 +108,12 @@ def barrier(name: str, seconds: float, *, unless: str) -> None:
 class Alarm:
     """The failures of a run's processes, by number: those that all had are over, the next one is looked out for."""
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Any, process: int, processes: int) -> None:
         self.said = False  # this process tells of its failure itself
         self._client = client
+        self._process, self._processes = process, processes  # jax itself says neither once it has shut down
         self._over = 0
+        self._seen: float | None = None  # when the failure at hand was
         threading.Thread(target=self._look_out, daemon=True).start()
 
     def ring(self, words: str) -> None:
@@ -118,11 +122,13 @@ class Alarm:
 
     def failed_alike(self, words: str) -> bool:
         """Write down that this process fails, and wait a little for all others to do so."""
+        if self._late():  # it is their end that broke something here: this process ends as well
+            threading.Event().wait()
         end = time.monotonic() + _SECONDS
         self.ring(words)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             while time.monotonic() < end:
-                if len(self._failed()) == jax.process_count():
+                if len(self._failed()) == self._processes:
                     self._over += 1
                     return True
                 time.sleep(0.05)
@@ -131,7 +137,7 @@ class Alarm:
     def note(self, where: str, words: str) -> None:
         """Write something down at the coordinator."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # it has gone
-            self._client.key_value_set(f"pgjax/{where}/{jax.process_index()}", words, allow_overwrite=True)
+            self._client.key_value_set(f"pgjax/{where}/{self._process}", words, allow_overwrite=True)
 
     def barrier(self, name: str, seconds: float, unless: str) -> None:
         """Wait at a barrier in a thread of its own, and look for the note meanwhile."""
@@ -156,6 +162,9 @@ class Alarm:
     def _failed(self) -> list[tuple[str, str]]:
         return sorted(self._client.key_value_dir_get(f"pgjax/failed/{self._over}/"))
 
+    def _late(self) -> bool:
+        return self._seen is not None and time.monotonic() > self._seen + _SECONDS - 2 * _POLL
+
     def _look_out(self) -> None:
         while True:
             time.sleep(_POLL)
@@ -166,22 +175,24 @@ class Alarm:
                 return
             if not failed:
                 continue
+            self._seen = time.monotonic()
             time.sleep(_SECONDS + 2 * _POLL)
             if number == self._over:
                 self._end(*failed[0])
+            self._seen = None
 
     def _end(self, key: str, words: str) -> None:
         """End this process for sure: its main thread may wait for ever."""
         if not self.said:
             print(f"error: process {key.rpartition('/')[2]} failed, so all stop: {words}", file=sys.stderr, flush=True)
-        if jax.process_index() == 0:  # the coordinator is here, and the others may not have looked yet
+        if self._process == 0:  # the coordinator is here, and the others may not have looked yet
             time.sleep(3 * _POLL)
         os._exit(1)
 
 
 @functools.cache
-def _alarm(client: Any) -> Alarm:
-    return Alarm(client)
+def _alarm(client: Any, process: int, processes: int) -> Alarm:
+    return Alarm(client, process, processes)
 
 
 def _words(error: BaseException) -> str:
