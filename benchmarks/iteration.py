@@ -60,7 +60,6 @@ from benchmarks.worker import Need, Peer, choose, device, model_folder, workers
 from experiments.ppo import Config as PPO
 from experiments.task import fold_in
 from pgjax import perf, ppo, train
-from pgjax.rollout import sample_scored
 
 SHARED = tuple(Need(name) for name in ("torch", "transformers", "datasets", "accelerate"))
 PEERS = (
@@ -190,7 +189,7 @@ class Iterations:
         self.number += 1
         sample_key, shuffle_key = jax.random.split(fold_in(self.key, self.number))
         start = time.perf_counter()
-        rollout, policy = sample_scored(
+        rollout, policy = pg.sample_scored(
             self.lm, self.learner.params, self.prompts, np.ones(self.prompts.shape, bool), sample_key,
             max_new_tokens=self.new_tokens,
         )  # fmt: skip

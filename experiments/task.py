@@ -15,7 +15,6 @@ from experiments.devices import put_rows
 from experiments.model_judge import REWARD_MODEL, ModelJudge
 from pgjax import data, distributed, rewards
 from pgjax.models.tokenizer import stop_ids
-from pgjax.rollout import Scored, sample_scored
 
 Row = dict[str, Any]  # a prompt with its further columns
 
@@ -78,9 +77,9 @@ class Task(NamedTuple):
             eos_ids=self.eos_ids, pad_id=self.pad_id,
         )  # fmt: skip
 
-    def generate_scored(self, params: Any, prompts: Sequence[Encoded], key: jax.Array) -> tuple[pg.Rollout, Scored]:
+    def generate_scored(self, params: Any, prompts: Sequence[Encoded], key: jax.Array) -> tuple[pg.Rollout, pg.Scored]:
         """Sample likewise, without filters, from {"lm", "value"}, and keep what these said on the way."""
-        return sample_scored(
+        return pg.sample_scored(
             self.lm, params, *self._padded(prompts), key,
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, eos_ids=self.eos_ids, pad_id=self.pad_id,
         )  # fmt: skip

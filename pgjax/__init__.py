@@ -31,7 +31,7 @@ from pgjax.models.classifier import load_reward_model, save_reward_model
 from pgjax.models.heads import init_value_head, token_values
 from pgjax.models.load import load, save_pretrained
 from pgjax.models.reward_model import RewardModel, reward_model
-from pgjax.rollout import Rollout, sample
+from pgjax.rollout import Rollout, Scored, sample, sample_scored
 from pgjax.trust_region import fisher_vector_product, trust_region_step
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "RewardModel",
     "Rollout",
     "Rope",
+    "Scored",
     "adaptive_kl_coef",
     "categorical_kl",
     "causal_lm",
@@ -65,6 +66,7 @@ __all__ = [
     "preference_loss",
     "reward_model",
     "sample",
+    "sample_scored",
     "save_pretrained",
     "save_reward_model",
     "surrogate_diagnostics",

@@ -68,7 +68,7 @@ def test_rloo_samples_each_prompt_as_often_as_the_group_is_large(model, monkeypa
         given.append(prompts.tolist())
         raise EnoughSeenError
 
-    monkeypatch.setattr(iteration, "sample_scored", sample)
+    monkeypatch.setattr(iteration.pg, "sample_scored", sample)
     prompts = np.arange(1, 13).reshape(4, 3)
     for who in ("pgjax PPO", "pgjax RLOO"):
         with pytest.raises(EnoughSeenError):
