@@ -18,6 +18,7 @@ import jax
 
 _SECONDS = 10.0  # that the others have to fail as well
 _POLL = 1.0  # seconds from one look to the next
+_FOLDER = "pgjax/failed"  # at the coordinator: /NUMBER OF THE FAILURE/PROCESS
 
 
 def watch() -> Alarm | None:
@@ -70,41 +71,6 @@ def tell(error: BaseException) -> None:
         alarm.ring(_words(error))
 
 
-def note(where: str, words: str) -> None:
-    """Write something down at the coordinator, for processes that look there while they wait; with one process nowhere.
-
-    Args:
-      where: a name for it, with slashes.
-      words: the rest.
-
-    Example:
-      >>> note("unsaved/4", "No space left on device")
-    """
-    alarm = watch()
-    if alarm is not None:
-        alarm.note(where, words)
-
-
-def barrier(name: str, seconds: float, *, unless: str) -> None:
-    """Wait until all processes are here, or until one has noted why it never will be.
-
-    Args:
-      name: of the barrier.
-      seconds: that it may take.
-      unless: where such a note would be, as in `note`.
-
-    Raises:
-      RuntimeError: with the words of the note, a second or two after it was written.
-      JaxRuntimeError: the time is over.
-
-    Example:
-      >>> barrier("written/4", 60.0, unless="unsaved/4")
-    """
-    alarm = watch()
-    if alarm is not None:
-        alarm.barrier(name, seconds, unless)
-
-
 class Alarm:
     """The failures of a run's processes, by number: those that all had are over, the next one is looked out for."""
 
@@ -118,7 +84,8 @@ class Alarm:
 
     def ring(self, words: str) -> None:
         """Write down that this process fails."""
-        self.note(f"failed/{self._over}", words)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator has gone
+            self._client.key_value_set(f"{_FOLDER}/{self._over}/{self._process}", words, allow_overwrite=True)
 
     def failed_alike(self, words: str) -> bool:
         """Write down that this process fails, and wait a little for all others to do so."""
@@ -134,33 +101,8 @@ class Alarm:
                 time.sleep(0.05)
         return False
 
-    def note(self, where: str, words: str) -> None:
-        """Write something down at the coordinator."""
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # it has gone
-            self._client.key_value_set(f"pgjax/{where}/{self._process}", words, allow_overwrite=True)
-
-    def barrier(self, name: str, seconds: float, unless: str) -> None:
-        """Wait at a barrier in a thread of its own, and look for the note meanwhile."""
-        here = threading.Event()
-        late: list[jax.errors.JaxRuntimeError] = []
-
-        def wait() -> None:
-            try:
-                self._client.wait_at_barrier(name, int(1000 * seconds))
-            except jax.errors.JaxRuntimeError as error:
-                late.append(error)
-            here.set()
-
-        threading.Thread(target=wait, daemon=True).start()
-        while not here.wait(_POLL):
-            noted = self._client.key_value_dir_get(f"pgjax/{unless}/")
-            if noted:
-                raise RuntimeError(noted[0][1])
-        if late:
-            raise late[0]
-
     def _failed(self) -> list[tuple[str, str]]:
-        return sorted(self._client.key_value_dir_get(f"pgjax/failed/{self._over}/"))
+        return sorted(self._client.key_value_dir_get(f"{_FOLDER}/{self._over}/"))
 
     def _late(self) -> bool:
         return self._seen is not None and time.monotonic() > self._seen + _SECONDS - 2 * _POLL

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from pgjax import alarm, distributed
+from pgjax import distributed
 from pgjax.digest import leaf_digests
 from pgjax.leaves import Leaf, differences, recommit, shared, shorten, stored_leaves, target
 
@@ -168,12 +168,7 @@ class Checkpoints:
         self._saving: int | None = None  # the step whose save was begun last
         self._failure: str | None = None  # why it did not get to the disk
         policy = _LatestAndBest(keep, self.best if keep_best else lambda: None)
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy,
-            create=True,
-            cleanup_tmp_directories=True,
-            async_options=ocp.AsyncOptions(barrier_sync_fn=self._meet_the_others),
-        )
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, create=True, cleanup_tmp_directories=True)
         # handlers by name: without them a new manager cannot read the tree of a checkpoint it did not write
         handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
@@ -342,17 +337,9 @@ class Checkpoints:
         if self._saving is not None and jax.process_index() == 0:
             _note_sizes(self.folder / str(self._saving))
 
-    def _meet_the_others(self, *, key: str, timeout_ms: int) -> None:
-        """Wait for the other processes in a save, as long as none has said that its part could not be written."""
-        alarm.barrier(key, timeout_ms / 1000, unless=self._notes())
-
-    def _notes(self) -> str:
-        return f"unsaved{self.folder}/{self._saving}"
-
     def _give_up(self, error: Exception) -> None:
-        """Take note of a save that failed, tell the others, remove its pieces, and take in what is on disk."""
+        """Take note of a save that failed, remove its pieces, and take in what is on disk."""
         self._failure = _reason(error)
-        alarm.note(self._notes(), self._failure)
         error.__traceback__ = error.__context__ = error.__cause__ = None
         gc.collect()  # the writers of the other arrays hang on those, and would fail again when Python ends
         self._scores.pop(self._saving or 0, None)

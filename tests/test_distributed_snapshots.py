@@ -18,11 +18,10 @@ def test_two_processes_save_restore_and_stop_as_one(tmp_path):
             "last good True 1 [1]",
             "interrupted after 4 4",
             "failed: True 6",
-            "not saved: True 7",  # at once, not after the twenty minutes that orbax waits for a process
             "done",
         ]
-    assert sorted(path.name for path in folder.iterdir()) == ["1", "2.damaged", "6", "7"]
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2.damaged", "4", "6"]
     with Checkpoints(folder, made_from={"seed": 0}) as checkpoints:  # in one process
-        restored, extra = checkpoints.restore(state_of(None, 0), 6)
+        restored, extra = checkpoints.restore(state_of(None, 0))
     expected = {**state_of(None, 1), "n": restored["n"]}
     assert digest(restored) == digest(expected) and int(restored["n"]) == extra["step"] == 6
