@@ -79,7 +79,7 @@ class Alarm:
         self._client = client
         self._process, self._processes = process, processes  # jax itself says neither once it has shut down
         self._over = 0
-        self._seen: float | None = None  # when the failure at hand was
+        self._seen = -1, 0.0  # the failure seen last: its number, and when
         threading.Thread(target=self._look_out, daemon=True).start()
 
     def ring(self, words: str) -> None:
@@ -105,7 +105,8 @@ class Alarm:
         return sorted(self._client.key_value_dir_get(f"{_FOLDER}/{self._over}/"))
 
     def _late(self) -> bool:
-        return self._seen is not None and time.monotonic() > self._seen + _SECONDS - 2 * _POLL
+        number, at = self._seen
+        return number == self._over and time.monotonic() > at + _SECONDS - 2 * _POLL
 
     def _look_out(self) -> None:
         while True:
@@ -117,11 +118,10 @@ class Alarm:
                 return
             if not failed:
                 continue
-            self._seen = time.monotonic()
+            self._seen = number, time.monotonic()
             time.sleep(_SECONDS + 2 * _POLL)
             if number == self._over:
                 self._end(*failed[0])
-            self._seen = None
 
     def _end(self, key: str, words: str) -> None:
         """End this process for sure: its main thread may wait for ever."""
