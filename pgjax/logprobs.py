@@ -165,8 +165,9 @@ def token_entropy(logits: jax.Array, *, temperature: jax.typing.ArrayLike = 1.0)
 
 
 def _block_logits(hidden: jax.Array, block: jax.Array, temperature: jax.Array) -> jax.Array:
-    logits = jnp.einsum("btd,vd->btv", hidden, block, preferred_element_type=temperature.dtype)
-    return logits / temperature
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    logits = jnp.einsum("nd,vd->nv", rows, block, preferred_element_type=temperature.dtype)
+    return logits.reshape(*hidden.shape[:-1], -1) / temperature
 
 
 def _over_blocks(step: Callable[[_State, jax.Array, int], _State], state: _State, total: int, size: int) -> _State:
@@ -235,8 +236,9 @@ def _linear_backward(
         hit = jax.lax.broadcasted_iota(ids.dtype, logits.shape, 2) == (here - start)[..., None]
         d_logits = weights[..., None] * (hit.astype(dtype) - jnp.exp(logits - normalizer[..., None]))
         d_logits = d_logits.astype(h.dtype)
-        d_hidden += jnp.einsum("btv,vd->btd", d_logits, block, preferred_element_type=dtype)
-        d_block = jnp.einsum("btv,btd->vd", d_logits, h, preferred_element_type=dtype)
+        flat = d_logits.reshape(-1, size)
+        d_hidden += jnp.einsum("nv,vd->nd", flat, block, preferred_element_type=dtype).reshape(h.shape)
+        d_block = jnp.einsum("nv,nd->vd", flat, h.reshape(-1, h.shape[-1]), preferred_element_type=dtype)
         return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_unembedding, d_block, start, axis=0)
 
     # Both sums stay wide until the end: XLA on CPU would rewrite all of a 16-bit d_unembedding at every block.
