@@ -1,1 +1,1 @@
-"""Speeds beside their limits and beside what one would use instead; `python -m benchmarks.rollout`, `.learner`."""
+"""Speeds beside their limits and beside what one would use instead; `python -m benchmarks` runs them all."""

@@ -83,9 +83,7 @@ class Config(Flags):
     reduce: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"  # how the policy loss is averaged
     epochs: int = 1  # passes over an iteration's completions
     minibatches: int = 2  # optimizer updates in an epoch
-    score_samples: bool | None = (
-        None  # score completions by a pass of their own; None: where the sampler's word won't do
-    )
+    score_samples: bool | None = None  # by a pass of the policy; None: where the sampler's own word won't do
     microbatches: int = 2  # parts of a minibatch, for memory; the gradient is the same
     learning_rate: float = 3e-5  # of AdamW, reached after the warm-up
     warmup_updates: int = 4  # updates over which the rate rises linearly

@@ -14,6 +14,8 @@ from pgjax import logs, policy_loss, ppo, rollout
 from tests.tiny import FAMILIES, close, left_padded, tiny_lm, tiny_params
 from tests.tiny_model import save_tiny_model
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 PROMPTS, PROMPT_MASK = left_padded((7, 4, 1, 5), 7)
 NEW, EOS = 9, (3, 8, 17, 21, 5)
 KEY = jax.random.key(11)
@@ -93,7 +95,6 @@ def config(tmp_path) -> script.Config:
     )  # fmt: skip
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("flags", [{}, REINFORCE], ids=["PPO", "RLOO"])
 def test_a_script_with_one_update_a_rollout_skips_the_pass_and_learns_the_same(config, monkeypatch, flags):
     passes = []
