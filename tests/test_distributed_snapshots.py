@@ -10,7 +10,9 @@ def test_two_processes_save_restore_and_stop_as_one(tmp_path):
     folder, address = tmp_path / "checkpoints", f"localhost:{free_port()}"
     pair = [start(["-m", "tests.snapshots_process", str(process), address, str(folder)]) for process in (0, 1)]
     for code, said, errors in finish(pair, seconds=120):
-        lines = [line for line in said.splitlines() if line and not line.startswith(("[Gloo]", "stopping"))]
+        # what gloo prints comes from several threads, so that a line of it may be broken anywhere
+        said = [line for line in said.splitlines() if line and not line.startswith(("[Gloo]", "stopping"))]
+        lines = [line for line in said if "peer ranks" not in line]
         assert code == 0, errors
         assert lines == [
             "restored True True 1",
