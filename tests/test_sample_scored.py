@@ -41,7 +41,8 @@ def test_what_the_sampler_says_equals_a_pass_of_its_own(name, temperature):
     options = {"max_new_tokens": NEW, "eos_ids": EOS, "temperature": temperature}
     rolled, said = rollout.sample_scored(lm, params, PROMPTS, PROMPT_MASK, KEY, **options)
     plain = rollout.sample(lm, params["lm"], PROMPTS, PROMPT_MASK, KEY, **options)
-    jax.tree.map(np.testing.assert_array_equal, rolled, plain)
+    jax.tree.map(np.testing.assert_array_equal, rolled[:3], plain[:3])
+    close(rolled.logprobs, plain.logprobs, 1e-6)  # two programs may round a sum in two ways
     temperature = jnp.float32(temperature)
     scored = ppo.score(lm, params, rolled.tokens, rolled.attention_mask, temperature, window=NEW + 1, parts=1)
     mask = np.asarray(rolled.mask[:, -(NEW + 1) :])
