@@ -271,8 +271,8 @@ LIMIT: dict[str, Callable[[Row], str]] = {"of the limit": lambda row: f"{row['ac
 
 
 def plain(config: Any) -> Row:
-    """Turn a config dataclass into what JSON can hold; where other interpreters lie is this machine's own affair."""
-    fields = {name: x for name, x in dataclasses.asdict(config).items() if name != "peer_pythons"}
+    """Turn a config dataclass into what JSON can hold; where interpreters and reports lie is this machine's own affair."""
+    fields = {name: x for name, x in dataclasses.asdict(config).items() if name not in ("peer_pythons", "json")}
     return {name: str(x) if isinstance(x, Path) else x for name, x in fields.items()}
 
 

@@ -142,8 +142,7 @@ def check(config: Config) -> None:
     require(0 <= config.seed < 2**32, f"seed must be from 0 to 2^32 - 1, got {config.seed}")
     check_algorithm(config)
     require(
-        config.score_samples is not False
-        or (config.top_k is None and config.top_p == 1 and config.importance_cap is None),
+        config.score_samples is not False or samples_itself(config),
         f"top_k={config.top_k}, top_p={config.top_p} and importance_cap={config.importance_cap} make the sampler's "
         "log-probabilities others than the policy's: leave out --no-score-samples",
     )
@@ -167,10 +166,14 @@ def scores_samples(config: Config) -> bool:
 
     With one update a rollout it will: the ratio is 1 by definition. With more, the sampler's rounding would enter the ratio.
     """
-    as_sampled = config.top_k is None and config.top_p == 1 and config.importance_cap is None
     if config.score_samples is None:
-        return not as_sampled or config.epochs * config.minibatches > 1
+        return not samples_itself(config) or config.epochs * config.minibatches > 1
     return config.score_samples
+
+
+def samples_itself(config: Config) -> bool:
+    """Say whether the sampler draws from the policy as it is, so that its log-probabilities are the policy's."""
+    return config.top_k is None and config.top_p == 1 and config.importance_cap is None
 
 
 def check_mesh(config: Config, mesh: Mesh | None) -> None:
