@@ -38,7 +38,7 @@ import pgjax as pg
 from benchmarks.timing import SPEED, Row, Timing, alternate, figures, machine, plain, save, show, timed
 from pgjax import perf, ppo, train
 from pgjax.models.causal_lm import decode_params, logits_of
-from pgjax.sampling import draw, filter_logits
+from pgjax.sampling import draw
 
 DIMENSIONS = {
     "learner": ("batch", "length", "vocabulary", "depth", "microbatches"),
@@ -164,7 +164,7 @@ def decode_program(config: Config, sizes: Sizes) -> Program:
     def step(cache: Any, weights: Any, token: jax.Array) -> tuple[Any, jax.Array]:
         hidden, cache = lm.decode(weights, token, place, jnp.int32(sizes.length - 1), slots, cache)
         logits = logits_of(hidden, lm.unembedding(weights))
-        return cache, draw(filter_logits(logits), keys, place)
+        return cache, draw(logits, keys, place)[0]
 
     held: list[Any] = [lm.init_cache(sizes.batch, sizes.length), jnp.zeros(sizes.batch, jnp.int32)]
     compiled = jax.jit(step, donate_argnums=0).lower(held[0], weights, held[1]).compile()

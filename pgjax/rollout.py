@@ -14,7 +14,7 @@ from pgjax.data import bucket_length
 from pgjax.models.causal_lm import CausalLM, Params, decode_params
 from pgjax.models.heads import state_values
 from pgjax.models.transformer import columns_dot
-from pgjax.sampling import draw, filter_logits
+from pgjax.sampling import draw, kept_logits
 from pgjax.sharding import (
     batch_sharding,
     check_batch,
@@ -184,11 +184,11 @@ def _generate(
     def choose(hidden: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
         # Every device draws for rows of its own, tensor's too, and needs their logits whole: these change hands here.
         logits = constrain(constrain(columns_dot(unembedding, hidden), "batch", "vocab"), "row")
-        logprobs = filter_logits(logits, **options)
-        token = draw(logprobs, row_keys, constrain(prompt_lengths + step, "batch"))
-        logprob = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
+        kept, divisor = kept_logits(logits, **options)
+        token, logprob = draw(kept / divisor, row_keys, constrain(prompt_lengths + step, "batch"))
         if value_head is None:
             return constrain_batch((token, logprob, ()))
+        logprobs = jax.nn.log_softmax(kept / divisor)
         entropy = -jnp.sum(jnp.exp(logprobs) * jnp.maximum(logprobs, jnp.finfo(jnp.float32).min), axis=1)
         return constrain_batch((token, logprob, (state_values(value_head, hidden), entropy)))
 

@@ -41,33 +41,60 @@ def filter_logits(
     >>> filter_logits(logits, temperature=0.0).tolist()
     [[0.0, -inf, -inf]]
     """
+    kept, temperature = kept_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    return jax.nn.log_softmax(kept / temperature)
+
+
+def kept_logits(
+    logits: jax.Array,
+    *,
+    temperature: jax.typing.ArrayLike = 1.0,
+    top_k: jax.typing.ArrayLike | None = None,
+    top_p: jax.typing.ArrayLike | None = None,
+    min_p: jax.typing.ArrayLike | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Put -inf where `filter_logits` filters a token out, and touch nothing else.
+
+    filter_logits = log_softmax(kept / divisor): where nothing is filtered, a sampler needs no copy of the logits.
+
+    Args:
+        logits, temperature, top_k, top_p, min_p: as of `filter_logits`.
+
+    Returns:
+        kept [B, V] float32 and divisor [] float32, the temperature, or 1 for greedy.
+
+    >>> kept, divisor = kept_logits(jnp.array([[1.0, 3.0]]), temperature=0.0)
+    >>> kept.tolist(), float(divisor)
+    ([[-inf, 3.0]], 1.0)
+    """
     chex.assert_rank(logits, 2)
     vocab = logits.shape[1]
     temperature = jnp.asarray(temperature, jnp.float32)
     top_k = jnp.asarray(vocab if top_k is None else top_k, jnp.int32)
     top_p = jnp.asarray(1.0 if top_p is None else top_p, jnp.float32)
     min_p = jnp.asarray(0.0 if min_p is None else min_p, jnp.float32)
+    divisor = jnp.where(temperature == 0, 1.0, temperature)
 
-    logits = logits.astype(jnp.float32)
-    z = jax.nn.log_softmax(logits / jnp.where(temperature == 0, 1.0, temperature))
     filtered = (top_k < vocab) | (top_p < 1) | (min_p > 0)
     which = jnp.where(temperature == 0, 2, filtered.astype(jnp.int32))
-    ways = [lambda z: z, lambda z: _truncate(z, top_k, top_p, min_p), lambda _: _only_best(logits)]
-    return jax.lax.switch(which, ways, z)
+    ways = [
+        lambda logits: logits,
+        lambda logits: jnp.where(_likely(jax.nn.log_softmax(logits / divisor), top_k, top_p, min_p), logits, -jnp.inf),
+        lambda logits: jnp.where(_best(logits), logits, -jnp.inf),
+    ]
+    return jax.lax.switch(which, ways, logits.astype(jnp.float32)), divisor
 
 
-def _only_best(logits: jax.Array) -> jax.Array:  # not of log-softmax, which rounds near ones to a tie
-    best = jnp.arange(logits.shape[1])[None, :] == jnp.argmax(logits, axis=1)[:, None]
-    return jnp.where(best, 0.0, -jnp.inf)
+def _best(logits: jax.Array) -> jax.Array:  # not of log-softmax, which rounds near ones to a tie
+    return jnp.arange(logits.shape[1])[None, :] == jnp.argmax(logits, axis=1)[:, None]
 
 
-def _truncate(z: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
-    keep = at_or_above_threshold(z, lambda keep: keep.sum(1) >= top_k)
-    z = jax.nn.log_softmax(jnp.where(keep, z, -jnp.inf))
-    keep = at_or_above_threshold(z, lambda keep: jnp.where(keep, jnp.exp(z), 0.0).sum(1) >= top_p)
-    keep |= top_p >= 1  # a rounded sum reaches 1 before the unlikely tokens are in it
-    keep &= z >= z.max(1, keepdims=True) + jnp.log(min_p)
-    return jax.nn.log_softmax(jnp.where(keep, z, -jnp.inf))
+def _likely(z: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
+    largest = at_or_above_threshold(z, lambda keep: keep.sum(1) >= top_k)
+    z = jax.nn.log_softmax(jnp.where(largest, z, -jnp.inf))
+    nucleus = at_or_above_threshold(z, lambda keep: jnp.where(keep, jnp.exp(z), 0.0).sum(1) >= top_p)
+    nucleus |= top_p >= 1  # a rounded sum reaches 1 before the unlikely tokens are in it
+    return largest & nucleus & (z >= z.max(1, keepdims=True) + jnp.log(min_p))
 
 
 def at_or_above_threshold(x: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -102,30 +129,38 @@ def at_or_above_threshold(x: jax.Array, enough: Callable[[jax.Array], jax.Array]
     return ordered >= low[:, None]
 
 
-def draw(logprobs: jax.Array, row_keys: jax.Array, positions: jax.Array, *, block: int = 256) -> jax.Array:
-    """Draw a token for each row from its own key and position: [B] int32.
+def draw(
+    logits: jax.Array, row_keys: jax.Array, positions: jax.Array, *, block: int = 256
+) -> tuple[jax.Array, jax.Array]:
+    """Draw a token for each row from its own key and position: [B] int32, and its log-probability, [B] float32.
 
     First the block of tokens, by the sum of its probabilities, then the token within it, both by Gumbel-max: as exact as
     one Gumbel a token, which for a large vocabulary costs more than the model's last product. Row i's randomness is
-    fold_in(row_keys[i], positions[i]); nothing else of the batch enters.
+    fold_in(row_keys[i], positions[i]); nothing else of the batch enters. The logits are read twice and never copied.
 
     Args:
-        logprobs: [B, V], normalised or not; -inf is never drawn.
+        logits: [B, V], normalised or not; -inf is never drawn.
         row_keys: [B] typed keys.
         positions: [B] int32, the position of the token to draw.
         block: tokens a block.
 
     >>> import jax, jax.numpy as jnp
     >>> keys = jax.random.split(jax.random.key(0), 2)
-    >>> draw(jnp.log(jnp.array([[0.0, 1.0], [1.0, 0.0]])), keys, jnp.array([3, 7])).tolist()
-    [1, 0]
+    >>> token, logprob = draw(jnp.array([[-jnp.inf, 5.0], [7.0, -jnp.inf]]), keys, jnp.array([3, 7]))
+    >>> token.tolist(), logprob.tolist()
+    ([1, 0], [0.0, 0.0])
     """
-    batch, vocab = logprobs.shape
+    batch, vocab = logits.shape
     block = min(block, vocab)
-    padded = jnp.pad(logprobs, ((0, 0), (0, -vocab % block)), constant_values=-jnp.inf) if vocab % block else logprobs
+    padded = jnp.pad(logits, ((0, 0), (0, -vocab % block)), constant_values=-jnp.inf) if vocab % block else logits
     blocks = padded.reshape(batch, -1, block)
+    top = blocks.max(axis=(1, 2), keepdims=True)
+    # Behind a barrier, as XLA would sum all entries anew for the row's total.
+    sums = jax.lax.optimization_barrier(jnp.exp(blocks - top).sum(2))
     keys = jax.vmap(lambda key, position: jax.random.split(jax.random.fold_in(key, position)))(row_keys, positions)
     categorical = jax.vmap(jax.random.categorical)
-    chosen = categorical(keys[:, 0], jax.nn.logsumexp(blocks, axis=2))
-    within = jnp.take_along_axis(blocks, chosen[:, None, None], axis=1)[:, 0]
-    return (chosen * block + categorical(keys[:, 1], within)).astype(jnp.int32)
+    chosen = categorical(keys[:, 0], jnp.log(sums))
+    within = jnp.take_along_axis(blocks, chosen[:, None, None], axis=1)[:, 0] - top[:, 0]
+    inside = categorical(keys[:, 1], within)
+    picked = jnp.take_along_axis(within, inside[:, None], axis=1)[:, 0]
+    return (chosen * block + inside).astype(jnp.int32), picked - jnp.log(sums.sum(1))

@@ -1,6 +1,7 @@
 """Operations and bytes on paper agree with the model's own arrays and with XLA's count."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,7 @@ def test_decode_bytes_are_those_of_kernels_and_cache(arch):
 
 
 def test_peaks_count_a_copy_twice_and_a_read_once(monkeypatch):
-    monkeypatch.setattr(perf, "_median_seconds", lambda run, **_: 0.5)
+    monkeypatch.setattr(perf, "_median_seconds", lambda run, device: 0.5)
     peaks = perf.measured_peaks(matmul_size=64, buffer_bytes=1 << 20)
     assert peaks == perf.Peaks(matmul_flops=4.0 * 64**3, copy_bytes=4.0 * (1 << 20), read_bytes=2.0 * (1 << 20))
 
@@ -101,7 +102,8 @@ def test_peaks_are_measured_on_the_device_asked_for(dtype):
     assert all(peak > 1e6 for peak in peaks)
 
 
-def test_timing_waits_for_the_device_and_leaves_out_the_warm_up(monkeypatch):
+@pytest.mark.parametrize(("platform", "together", "seconds"), [("cpu", 1, 3.0), ("gpu", 16, 25.5)])
+def test_timing_waits_for_the_device_and_leaves_out_the_warm_up(monkeypatch, platform, together, seconds):
     clock, calls, waited = [0.0], [], []
 
     def run():
@@ -109,9 +111,11 @@ def test_timing_waits_for_the_device_and_leaves_out_the_warm_up(monkeypatch):
         clock[0] += 100.0 if len(calls) == 1 else len(calls)  # the first call compiles
 
     monkeypatch.setattr(perf.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(perf.jax, "block_until_ready", lambda x: waited.append(1))
-    assert perf._median_seconds(run, repeats=3, budget=1e9) == 3.0  # of 2, 3 and 4 seconds
-    assert len(waited) == 4
+    monkeypatch.setattr(perf.jax, "block_until_ready", lambda x: waited.append(len(calls)))
+    device = types.SimpleNamespace(platform=platform)
+    # On a CPU the median of 2, 3 and 4 seconds; elsewhere of the means of 2 to 17, 18 to 33 and 34 to 49.
+    assert perf._median_seconds(run, device, repeats=3, budget=1e9) == seconds
+    assert waited == [1, *(1 + together * i for i in (1, 2, 3))]
 
 
 def test_share_of_a_peak_refuses_no_time_and_no_peak():

@@ -147,7 +147,7 @@ def draws(logprobs, key, count):
     """Draw `count` rows at two positions each, with the row's own key."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
     rows = jnp.broadcast_to(logprobs, (count, logprobs.shape[0]))
-    return [draw(rows, keys, jnp.full(count, p, jnp.int32)) for p in (3, 4)]
+    return [draw(rows, keys, jnp.full(count, p, jnp.int32))[0] for p in (3, 4)]
 
 
 LOGITS = np.array([0.6, -1.5, 2.4, 0.0, -0.7, 1.4, -3.0, 1.0], np.float32)
@@ -206,7 +206,8 @@ def test_a_draw_is_a_function_of_its_row_key_and_position():
     keys = jax.random.split(jax.random.key(0), 64)
     rows = jnp.broadcast_to(jnp.asarray(filtered(LOGITS)), (64, 8))
     positions = jnp.arange(64, dtype=jnp.int32)
-    draw = jax.jit(sampling.draw)
+    draw = lambda *args: jitted(*args)[0]
+    jitted = jax.jit(sampling.draw)
     tokens = draw(rows, keys, positions)
     assert np.array_equal(draw(rows[::-1], keys[::-1], positions[::-1]), tokens[::-1])
     elsewhere = jnp.where(positions[:, None] == 5, rows, rows[:, ::-1])  # the other rows want other tokens

@@ -21,14 +21,15 @@ from pgjax.models.attention import (
     permuted,
     real_first,
 )
-from pgjax.models.transformer import Block, KeyValue, Norm, fuse, rotary_table
+from pgjax.models.slot_attention import slot_attention, takes
+from pgjax.models.transformer import PRODUCT, Block, KeyValue, Norm, fuse, rotary_table
 from pgjax.sharding import constrain, gathered, splits
 
 Params = dict[str, Any]
 # Without `remat` the backward pass reads the products of weights and computes what lies between them again: a third of the
 # memory, and less time too on a CPU, where storing the activations of a scan costs more than computing them (benchmarks/).
 PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, left_by_cudnn
+    jax.checkpoint_policies.save_only_these_names(PRODUCT), left_by_cudnn
 )
 Cache = tuple[KeyValue, ...]  # one pair a layer: separate buffers, so that a decode step writes each in place
 
@@ -149,7 +150,7 @@ def causal_lm(
         remat: recompute each layer in the backward pass, for memory of one layer's activations instead of all.
         kernel: what computes the attention of whole sequences: "cudnn" (`attention.causal_attention`), the same rows by
             "xla", or scores that are "masked". None: cuDNN where the default device and the sizes allow it, else masked.
-            Rows with segment_ids are always masked.
+            Rows with segment_ids are always masked. Beside "cudnn" a decode step reads its cache by `slot_attention`.
 
     Returns:
         A `CausalLM`. Parameters are nested dicts; leaves under "layers" are stacked over depth.
@@ -167,6 +168,9 @@ def causal_lm(
     block = Block(arch, dtype=dtype, param_dtype=param_dtype)
     decode_block = block.clone(fused=True)
     final_norm = Norm(arch.norm, arch.norm_eps, dtype, param_dtype)
+
+    def chosen() -> Literal["masked"] | Kernel:  # asked while tracing: building a model must not start JAX's backend
+        return kernel or ("cudnn" if cudnn_takes(dtype, arch.head_dim, cuda_capability()) else "masked")
 
     def init(key: jax.Array) -> Params:
         token_key, position_key, layer_key, head_key = jax.random.split(key, 4)
@@ -206,13 +210,13 @@ def causal_lm(
                 )
             attention_mask = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
         attention_mask = attention_mask.astype(bool)
-        chosen = kernel or ("cudnn" if cudnn_takes(dtype, arch.head_dim, cuda_capability()) else "masked")
-        if chosen != "masked" and segment_ids is None:
+        whole = chosen()
+        if whole != "masked" and segment_ids is None:
             even = ((0, 0), (0, length % 2))  # what JAX demands of cuDNN's backward pass
             tokens, attention_mask = jnp.pad(tokens, even), jnp.pad(attention_mask, even)
             there, back = real_first(attention_mask)
             positions = positions_of(permuted(attention_mask, there))
-            seeing = functools.partial(causal_attention, kernel=chosen)
+            seeing = functools.partial(causal_attention, kernel=whole)
             x, kv = layers(params, permuted(tokens, there), positions, seeing)
             put_back = functools.partial(permuted, order=back[:, :length])
             return put_back(x), jax.tree.map(jax.vmap(functools.partial(put_back, axis=2)), kv)
@@ -282,6 +286,7 @@ def causal_lm(
         params: Params, token: jax.Array, position: jax.Array, index: jax.Array, slots: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
         params = decode_params(params, dtype)
+        by_one_kernel = chosen() == "cudnn" and takes(arch.head_dim)
         positions = constrain(position[:, None], "batch")
         table = _table(arch, positions)
         x = constrain(embed(params, token[:, None], positions), "batch")
@@ -290,6 +295,8 @@ def causal_lm(
 
             def attend(query, key, value, keys=keys, values=values):
                 kv = _split(write_slot(keys, key, index)), _split(write_slot(values, value, index))
+                if by_one_kernel:
+                    return slot_attention(query, *kv, slots, index), kv
                 return attention(query, *kv, slots[:, None, :]), kv
 
             x, kv = run(decode_block if "q_k_v" in layer_params else block, layer_params, x, table, attend)

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pgjax.models.architecture import Architecture, Rope
 from pgjax.sharding import constrain
@@ -71,17 +72,22 @@ def rotate(x: jax.Array, table: KeyValue) -> jax.Array:
     return turned.astype(x.dtype)
 
 
+PRODUCT = "product"  # the name of what a weight's product gives
+
+
 def rows_dot(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
     """Multiply x [..., D] by kernel [D, F] as one matrix product of rows.
 
-    XLA on CPU runs the backward products of the flattened form 1.5 times as fast as those of the batched one.
+    XLA on CPU runs the backward products of the flattened form 1.5 times as fast as those of the batched one. The result bears
+    the name `PRODUCT`, by which a policy of `jax.checkpoint` finds it in the type that is read.
 
     >>> import jax.numpy as jnp
     >>> rows_dot(jnp.ones((2, 3, 4)), jnp.ones((4, 5))).shape
     (2, 3, 5)
     """
     product = jnp.matmul if x.dtype == jnp.float32 else half_matmul
-    return product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[1])
+    y = product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[1])
+    return checkpoint_name(y, PRODUCT)
 
 
 @jax.custom_vjp
@@ -89,7 +95,8 @@ def half_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Multiply x [R, D] by kernel [D, F] of a 16-bit type, all sums in float32, forward and backward.
 
     The gradients are written out because autodiff would multiply float32 cotangents by 16-bit factors, which no fast
-    kernel does, and because XLA on CPU multiplies a transposed 16-bit left side 3 times as slowly as a copied one.
+    kernel does, and because XLA on CPU multiplies a transposed 16-bit left side 3 times as slowly as a copied one. There a
+    16-bit result has no fast kernel either: it is rounded afterwards. A GPU and a TPU round what they have summed.
 
     >>> import jax.numpy as jnp
     >>> half_matmul(jnp.ones((2, 4), jnp.bfloat16), jnp.ones((4, 5), jnp.bfloat16)).dtype.name
@@ -99,8 +106,12 @@ def half_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _product(a: jax.Array, b: jax.Array, over_a: int, over_b: int) -> jax.Array:
-    contract = (((over_a,), (over_b,)), ((), ()))
-    return jax.lax.dot_general(a, b, contract, preferred_element_type=jnp.float32).astype(a.dtype)
+    def giving(dtype: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+        contract = (((over_a,), (over_b,)), ((), ()))
+        return jax.lax.dot_general(a, b, contract, preferred_element_type=dtype).astype(a.dtype)
+
+    rounded_later, at_once = (functools.partial(giving, dtype) for dtype in (jnp.float32, a.dtype))
+    return jax.lax.platform_dependent(a, b, cpu=rounded_later, default=at_once)
 
 
 def _half_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -119,19 +130,29 @@ def _half_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> 
 half_matmul.defvjp(lambda x, kernel: (_product(x, kernel, 1, 0), (x, kernel)), _half_backward)
 
 
-def columns_dot(kernel: jax.Array, x: jax.Array) -> jax.Array:
-    """Multiply kernel [F, D] by the few rows of x [..., D]: sums [..., F] in float32.
+def columns_dot(kernel: jax.Array, x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    """Multiply kernel [F, D] by the few rows of x [..., D]: [..., F] in `dtype`, summed in float32.
 
-    The form in which a step of decoding reads its weights fastest: along the sum, and as the product's left side. Without
-    the barrier XLA turns the sides around again, and its CPU kernel packs the right side, here the weights, at every step.
+    The form in which a step of decoding reads its weights fastest: along the sum. On a CPU also as the product's left side,
+    rounded afterwards. Without the barrier XLA turns the sides around again, and its CPU kernel packs the right side, here
+    the weights, at every step.
 
     >>> import jax.numpy as jnp
     >>> columns_dot(jnp.ones((5, 4)), jnp.ones((2, 3, 4))).shape
     (2, 3, 5)
     """
     contract = (((1,), (1,)), ((), ()))
-    product = jax.lax.dot_general(kernel, x.reshape(-1, x.shape[-1]), contract, preferred_element_type=jnp.float32)
-    return jax.lax.optimization_barrier(product).T.reshape(*x.shape[:-1], kernel.shape[0])
+
+    def on_the_left(kernel: jax.Array, rows: jax.Array) -> jax.Array:
+        product = jax.lax.dot_general(kernel, rows, contract, preferred_element_type=jnp.float32)
+        return jax.lax.optimization_barrier(product).T.astype(dtype)
+
+    def on_the_right(kernel: jax.Array, rows: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(rows, kernel, contract, preferred_element_type=dtype)
+
+    rows = x.reshape(-1, x.shape[-1])
+    y = jax.lax.platform_dependent(kernel, rows, cpu=on_the_left, default=on_the_right)
+    return y.reshape(*x.shape[:-1], kernel.shape[0])
 
 
 class Norm(nn.Module):
@@ -241,7 +262,7 @@ class FusedDense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.features, x.shape[-1])
         kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.param_dtype)
-        y = columns_dot(kernel.astype(self.dtype), x.astype(self.dtype)).astype(self.dtype)
+        y = columns_dot(kernel.astype(self.dtype), x.astype(self.dtype), self.dtype)
         if not self.use_bias:
             return y
         return y + along_last(self.param("bias", nn.initializers.zeros, shape[:1], self.param_dtype), y)
