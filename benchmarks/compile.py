@@ -31,7 +31,7 @@ import tyro
 
 from benchmarks.compile_once import PROGRAMS, Sizes
 from benchmarks.pod_programs import MODELS
-from benchmarks.timing import Row, machine, plain, save, show
+from benchmarks.timing import Row, begun, save, show
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHES = ("cold", "cached")
@@ -59,7 +59,7 @@ def main(config: Config) -> Row:
     """Run the benchmark; return and print the report."""
     if config.repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {config.repeats}")
-    report: Row = {"machine": machine(), "config": plain(config), "peer": None, "peaks": {}, "rows": []}
+    report = begun(config, None)
     for dtype in config.dtypes:
         rounds = [one_round(config, dtype) for _ in range(config.repeats)]
         report["rows"] += [

@@ -28,7 +28,6 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -44,11 +43,10 @@ from benchmarks.timing import (
     Row,
     Timing,
     add_ratios,
+    begun,
     best_peaks,
     figures,
-    machine,
     median_result,
-    plain,
     roofline,
     save,
     show,
@@ -56,7 +54,7 @@ from benchmarks.timing import (
     weight_bytes,
     with_peaks,
 )
-from benchmarks.worker import Need, Peer, choose, device, model_folder, workers
+from benchmarks.worker import Beside, Need, Peer, choose, device, model_folder, workers
 from experiments.ppo import Config as PPO
 from experiments.task import fold_in
 from pgjax import perf, ppo, train
@@ -86,10 +84,9 @@ PASSES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Beside):
     """One benchmark. The defaults are the shapes that the committed table was measured at."""
 
-    model: str = "SmolLM2-135M-Instruct"  # folder, .gguf file, hub id, or a model that an installed package ships
     dtypes: tuple[str, ...] = ("float32",)  # of activations; parameters are float32, TRL casts inside by autocast
     batch_size: int = 16  # completions an iteration
     prompt_length: int = 16  # tokens a prompt
@@ -99,12 +96,6 @@ class Config:
     learning_rate: float = 3e-6  # of AdamW
     kl_coef: float = 0.05  # of the penalty on the log-ratio to the reference
     parts: int = 1  # of the batch, in scoring and learning, for memory
-    repeats: int = 5  # timed rounds
-    peer: bool = True  # alternate with the peers that are installed
-    peer_pythons: tuple[str, ...] = ()  # interpreters that are asked, in order, for the peers; none: this one
-    peer_threads: int | None = None  # of torch, None for its own choice; 1 may be faster on a busy machine
-    seed: int = 0  # of prompts and sampling
-    json: Path | None = None  # write the report here too
 
 
 def main(config: Config) -> Row:
@@ -119,7 +110,7 @@ def main(config: Config) -> Row:
     prompts = np.random.default_rng(config.seed).integers(
         1, lm.arch.vocab_size - 1, (config.batch_size, config.prompt_length)
     )
-    report: Row = {"machine": machine(), "config": plain(config), "peer": absent, "peers": {}, "peaks": {}, "rows": []}
+    report = begun(config, absent)
     with model_folder(lm, params) as folder:
         for dtype in config.dtypes:
             ours = pg.causal_lm(lm.arch, dtype=jnp.dtype(dtype))

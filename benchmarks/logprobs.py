@@ -39,9 +39,8 @@ from benchmarks.timing import (
     Row,
     Timing,
     add_ratios,
+    begun,
     figures,
-    machine,
-    plain,
     roofline,
     save,
     show,
@@ -71,7 +70,7 @@ class Config:
 
 def main(config: Config) -> Row:
     """Run the benchmark; return and print the report."""
-    report: Row = {"machine": machine(), "config": plain(config), "peer": None, "peaks": {}, "rows": []}
+    report = begun(config, None)
     for dtype in config.dtypes:
         inputs = make_inputs(config, dtype)
         programs = {

@@ -22,7 +22,6 @@ import dataclasses
 import functools
 import statistics
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,9 +37,8 @@ from benchmarks.timing import (
     Row,
     Timing,
     add_ratios,
+    begun,
     figures,
-    machine,
-    plain,
     roofline,
     save,
     show,
@@ -48,7 +46,7 @@ from benchmarks.timing import (
     weight_bytes,
     with_peaks,
 )
-from benchmarks.worker import Need, Peer, Worker, beyond_tunix, choose, device, model_folder, workers
+from benchmarks.worker import Beside, Need, Peer, Worker, beyond_tunix, choose, device, model_folder, workers
 from pgjax import perf
 
 PEERS = (
@@ -58,20 +56,13 @@ PEERS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Beside):
     """One benchmark. The defaults are the shapes that the committed table was measured at."""
 
-    model: str = "SmolLM2-135M-Instruct"  # folder, .gguf file, hub id, or a model that an installed package ships
     dtypes: tuple[str, ...] = ("float32", "bfloat16")  # of activations, weights while decoding, and the cache
     batch_size: int = 16  # prompts
     prompt_length: int = 16  # tokens a prompt
     new_tokens: int = 64  # sampled for each prompt; none ends early
-    repeats: int = 5  # timed rounds
-    peer: bool = True  # alternate with the peers that are installed
-    peer_pythons: tuple[str, ...] = ()  # interpreters that are asked, in order, for the peers; none: this one
-    peer_threads: int | None = None  # of torch, None for its own choice; 1 may be faster on a busy machine
-    seed: int = 0  # of the prompts
-    json: Path | None = None  # write the report here too
 
 
 def main(config: Config) -> Row:
@@ -83,7 +74,7 @@ def main(config: Config) -> Row:
     prompts = np.random.default_rng(config.seed).integers(
         1, lm.arch.vocab_size, (config.batch_size, config.prompt_length)
     )
-    report: Row = {"machine": machine(), "config": plain(config), "peer": absent, "peers": {}, "peaks": {}, "rows": []}
+    report = begun(config, absent)
     with model_folder(lm, params) as folder:
         for dtype in config.dtypes:
             setups = dict.fromkeys(pythons, peer_setup(config, folder, prompts, dtype))

@@ -35,7 +35,7 @@ import numpy as np
 import tyro
 
 import pgjax as pg
-from benchmarks.timing import SPEED, Row, Timing, alternate, figures, machine, plain, save, show, timed
+from benchmarks.timing import SPEED, Row, Timing, alternate, begun, figures, save, show, timed
 from pgjax import perf, ppo, train
 from pgjax.models.causal_lm import decode_params, logits_of
 from pgjax.sampling import draw
@@ -87,9 +87,7 @@ class Program(NamedTuple):
 def main(config: Config) -> Row:
     """Run the benchmark; return and print the report, whose "exponents" hold a row for each curve."""
     base = Sizes(*(getattr(config, name) for name in Sizes._fields))
-    report: Row = {
-        "machine": machine(), "config": plain(config), "peer": None, "peaks": {}, "rows": [], "exponents": [],
-    }  # fmt: skip
+    report = begun(config, None) | {"exponents": []}
     for name in config.programs:
         for dimension in DIMENSIONS[name]:
             curve = measured_curve(config, name, dimension, base)

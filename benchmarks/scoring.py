@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,10 +35,9 @@ from benchmarks.timing import (
     Row,
     Timing,
     add_ratios,
+    begun,
     figures,
-    machine,
     median_result,
-    plain,
     roofline,
     save,
     show,
@@ -47,7 +45,7 @@ from benchmarks.timing import (
     weight_bytes,
     with_peaks,
 )
-from benchmarks.worker import Need, Peer, choose, device, model_folder, workers
+from benchmarks.worker import Beside, Need, Peer, choose, device, model_folder, workers
 from pgjax import perf, ppo
 
 HALF = "torch bfloat16 weights"
@@ -58,21 +56,14 @@ PEERS = tuple(
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Beside):
     """One benchmark. The defaults are the shapes that the committed table was measured at."""
 
-    model: str = "SmolLM2-135M-Instruct"  # folder, .gguf file, hub id, or a model that an installed package ships
     dtypes: tuple[str, ...] = ("float32", "bfloat16")  # of activations; parameters are float32
     batch_size: int = 8  # sequences
     length: int = 128  # tokens a sequence
     new_tokens: int = 64  # of them sampled: the window of the log-probabilities
     parts: int = 1  # into which the batch is split, so that the logits of one part exist at a time
-    repeats: int = 5  # timed rounds
-    peer: bool = True  # alternate with the peers that are installed
-    peer_pythons: tuple[str, ...] = ()  # interpreters that are asked, in order, for the peers; none: this one
-    peer_threads: int | None = None  # of torch, None for its own choice; 1 may be faster on a busy machine
-    seed: int = 0  # of the batch
-    json: Path | None = None  # write the report here too
 
 
 def main(config: Config) -> Row:
@@ -84,7 +75,7 @@ def main(config: Config) -> Row:
     lm, params, _ = pg.load(config.model)
     pythons, absent = choose(PEERS, config.peer_pythons, lm.arch, wanted=config.peer)
     tokens = np.random.default_rng(config.seed).integers(1, lm.arch.vocab_size, (config.batch_size, config.length))
-    report: Row = {"machine": machine(), "config": plain(config), "peer": absent, "peers": {}, "peaks": {}, "rows": []}
+    report = begun(config, absent)
     with model_folder(lm, params) as folder:
         for dtype in config.dtypes:
             with workers(PEERS, pythons, peer_setups(config, folder, tokens, dtype)) as running:

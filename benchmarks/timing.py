@@ -276,6 +276,11 @@ def plain(config: Any) -> Row:
     return {name: str(x) if isinstance(x, Path) else x for name, x in fields.items()}
 
 
+def begun(config: Any, absent: str | None) -> Row:
+    """Begin a report: where, with what, and which peers are not there."""
+    return {"machine": machine(), "config": plain(config), "peer": absent, "peers": {}, "peaks": {}, "rows": []}
+
+
 def save(report: Row, path: Path | None) -> None:
     """Write a report as JSON, where a path was given."""
     if path is not None:

@@ -8,6 +8,7 @@ blocking read meanwhile, and between runs the peer waits in one, so that only on
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -29,6 +30,19 @@ ASK = (
     "found = {d.name.lower(): d.version for d in m.distributions() if d.name}\n"
     "print(json.dumps({'python': platform.python_version(), **{p: found[p] for p in sys.argv[1:] if p in found}}))"
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """What every benchmark beside peers asks."""
+
+    model: str = "SmolLM2-135M-Instruct"  # folder, .gguf file, hub id, or a model that an installed package ships
+    repeats: int = 5  # timed rounds
+    peer: bool = True  # alternate with the peers that are installed
+    peer_pythons: tuple[str, ...] = ()  # interpreters that are asked, in order, for the peers; none: this one
+    peer_threads: int | None = None  # of torch, None for its own choice; 1 may be faster on a busy machine
+    seed: int = 0  # of what is drawn
+    json: Path | None = None  # write the report here too
 
 
 class Need(NamedTuple):
