@@ -108,7 +108,10 @@ def start(config: ppo.Config, log: Path) -> int:
     """Begin the training, or go on with it, in a process of its own."""
 
     def work() -> None:
-        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={1 if config.mesh is None else 4}"
+        devices = 1 if config.mesh is None else 4
+        os.environ["XLA_FLAGS"] = (
+            f"--xla_force_host_platform_device_count={devices} --xla_cpu_use_fusion_emitters=false"
+        )
         ppo.machine_peaks = lambda dtype: perf.Peaks(1e9, 1e9, 1e9)  # measuring takes seconds, and so does drawing
         ppo.plot_curves = lambda folder: None
         begun = (config.output / logs.CONFIG).exists()

@@ -15,8 +15,6 @@ from experiments import ch5_ppo as ch5
 from experiments import haiku, small_lm
 from pgjax import train
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 SIZES = {"pretrain_steps": 60, "steps": 3, "topics": 2, "repeat": 4, "max_new_tokens": 24}
 
 

@@ -14,8 +14,6 @@ from pgjax import logs, policy_loss, ppo, rollout
 from tests.tiny import FAMILIES, close, left_padded, tiny_lm, tiny_params
 from tests.tiny_model import save_tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 PROMPTS, PROMPT_MASK = left_padded((7, 4, 1, 5), 7)
 NEW, EOS = 9, (3, 8, 17, 21, 5)
 KEY = jax.random.key(11)
