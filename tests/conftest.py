@@ -5,11 +5,13 @@ import os
 import tempfile
 from pathlib import Path
 
-# The tests run thousands of small programs once or twice, so that XLA's passes and its newest generator of CPU code would take
-# most of their time. Neither changes what a program means. Who sets these says otherwise, as the last part of .ci/run does.
-for _flag in ("--xla_force_host_platform_device_count=4", "--xla_cpu_use_fusion_emitters=false"):
-    if _flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
+from tests.compiling import xla_flags
+
+# Neither what XLA leaves out nor how it makes code changes what a program means. Who sets these variables wants it otherwise, as
+# the last part of .ci/run does.
+_flags = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in _flags:
+    os.environ["XLA_FLAGS"] = f"{_flags} {xla_flags(4)}".strip()
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -14,6 +14,7 @@ import jax
 
 from experiments import ppo as script
 from pgjax import distributed, perf
+from tests.compiling import xla_flags
 
 MESH = "data=2,fsdp=2"
 CALLS: list[int] = []  # completions in each call of a reward, in this process
@@ -28,10 +29,9 @@ def free_port() -> int:
 
 def start(arguments: list[str], *, devices: int = 2, variables: Mapping[str, str] | None = None) -> subprocess.Popen:
     """Start a Python process with fake devices of its own, in which little time goes into compiling."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_use_fusion_emitters=false"
     environment = {
         **os.environ,
-        "XLA_FLAGS": flags,
+        "XLA_FLAGS": xla_flags(devices),
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         **(variables or {}),

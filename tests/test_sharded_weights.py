@@ -26,6 +26,7 @@ from pgjax.models.load import laid_out
 from pgjax.models.save import named_tensors, write_folder
 from pgjax.models.weights import read_params, safetensors_of
 from pgjax.sharding import make_mesh, param_shardings
+from tests.compiling import xla_flags
 from tests.test_gguf import Q, write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -233,7 +234,7 @@ def test_two_processes_read_a_half_each_and_save_one_model(tmp_path):
     env = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_cpu_use_fusion_emitters=false",
+        "XLA_FLAGS": xla_flags(2),
     }
     pair = [
         subprocess.Popen(
