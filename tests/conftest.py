@@ -54,7 +54,7 @@ def smollm2():
 @pytest.fixture(scope="module")
 def full_compiles():
     """Let XLA run all its passes: for tests that look at compiled programs, or that compute much with few of them."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
