@@ -14,6 +14,8 @@ from pgjax.policy_loss import Batch
 from pgjax.sharding import batch_sharding, make_mesh, param_shardings, replicated
 from tests.tiny import ARCHITECTURES
 
+pytestmark = pytest.mark.usefixtures("full_compiles")
+
 ROWS, PROMPT, NEW = 16, 8, 7
 SHAPE = {"width": 64, "head_dim": 16, "kv_heads": 4, "mlp_width": 160}
 CHUNKS = 3

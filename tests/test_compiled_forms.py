@@ -5,11 +5,14 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pgjax.logprobs import linear_token_logprobs
 from pgjax.models.causal_lm import write_slot
 from pgjax.models.transformer import columns_dot
 from tests.tiny import tiny_lm, tiny_params
+
+pytestmark = pytest.mark.usefixtures("full_compiles")
 
 HALF = jnp.bfloat16
 

@@ -17,6 +17,8 @@ from benchmarks.compile_once import Sizes, lower_learner, lower_sampler
 from pgjax import perf
 from tests.tiny import ARCHITECTURES
 
+pytestmark = pytest.mark.usefixtures("full_compiles")
+
 # Wide enough that products are nearly all there is.
 ARCH = dataclasses.replace(
     ARCHITECTURES["llama"], width=256, heads=8, kv_heads=4, head_dim=32, mlp_width=768, vocab_size=512, depth=1

@@ -7,6 +7,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 from benchmarks.hlo import bytes_of, collectives, cycles
 
+pytestmark = pytest.mark.usefixtures("full_compiles")
+
 P = PartitionSpec
 
 

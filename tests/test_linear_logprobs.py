@@ -12,6 +12,8 @@ from jax.test_util import check_grads
 
 from pgjax.logprobs import linear_token_logprobs, token_logprobs
 
+pytestmark = pytest.mark.usefixtures("full_compiles")  # some look at memory and at what is sent
+
 RNG = np.random.default_rng(0)
 BATCH, LENGTH, VOCAB, WIDTH = 4, 6, 11, 3
 HIDDEN = jnp.asarray(RNG.standard_normal((BATCH, LENGTH, WIDTH)), jnp.float32)
