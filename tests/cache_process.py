@@ -27,7 +27,6 @@ def train(root: Path, name: str) -> None:
     """Train for two steps and write down jax's own counts."""
     counts: collections.Counter[str] = collections.Counter()
     jax.monitoring.register_event_listener(lambda event, **_: counts.update([event.rpartition("/")[2]]))
-    jax.config.update("jax_disable_most_optimizations", True)  # which takes most of a compilation's time
     ppo.machine_peaks = lambda dtype: perf.Peaks(1e9, 1e9, 1e9)
     ppo.plot_curves = lambda folder: None
     if name == "without":

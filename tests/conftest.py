@@ -1,13 +1,18 @@
-"""Four fake CPU devices, one folder of compiled programs, strict promotion: for every test, set before jax makes its backend."""
+"""Four fake CPU devices, quick compilations, strict promotion: for every test, set before jax makes its backend."""
 
 import gc
 import os
 import tempfile
 from pathlib import Path
 
+from tests.compiling import xla_flags
+
+# Neither what XLA leaves out nor how it makes code changes what a program means. Who sets these variables wants it otherwise, as
+# the last part of .ci/run does.
 _flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in _flags:
-    os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=4".strip()
+    os.environ["XLA_FLAGS"] = f"{_flags} {xla_flags(4)}".strip()
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -47,11 +52,12 @@ def smollm2():
 
 
 @pytest.fixture(scope="module")
-def quick_compiles():
-    """Leave out the compiler's costly passes: for tests of whole scripts on tiny models, which mostly compile."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def full_compiles():
+    """Let XLA run all its passes: for tests that look at compiled programs, or that compute much with few of them."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

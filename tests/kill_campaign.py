@@ -38,6 +38,7 @@ from transformers import AutoTokenizer  # noqa: F401
 from experiments import ppo
 from experiments.cli import plain_errors
 from pgjax import logs, perf
+from tests.compiling import xla_flags
 from tests.tiny_model import save_tiny_model
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -108,7 +109,7 @@ def start(config: ppo.Config, log: Path) -> int:
     """Begin the training, or go on with it, in a process of its own."""
 
     def work() -> None:
-        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={1 if config.mesh is None else 4}"
+        os.environ["XLA_FLAGS"] = xla_flags(1 if config.mesh is None else 4)
         ppo.machine_peaks = lambda dtype: perf.Peaks(1e9, 1e9, 1e9)  # measuring takes seconds, and so does drawing
         ppo.plot_curves = lambda folder: None
         begun = (config.output / logs.CONFIG).exists()

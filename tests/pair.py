@@ -14,6 +14,7 @@ import jax
 
 from experiments import ppo as script
 from pgjax import distributed, perf
+from tests.compiling import xla_flags
 
 MESH = "data=2,fsdp=2"
 CALLS: list[int] = []  # completions in each call of a reward, in this process
@@ -28,8 +29,13 @@ def free_port() -> int:
 
 def start(arguments: list[str], *, devices: int = 2, variables: Mapping[str, str] | None = None) -> subprocess.Popen:
     """Start a Python process with fake devices of its own, in which little time goes into compiling."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **(variables or {})}
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": xla_flags(devices),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        **(variables or {}),
+    }
     return subprocess.Popen(
         [sys.executable, *arguments], env=environment, cwd=Path(__file__).parents[1], text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,

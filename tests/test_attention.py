@@ -16,8 +16,6 @@ from pgjax.policy_loss import Batch, ppo_loss
 from pgjax.sharding import make_mesh, param_shardings, place
 from tests.tiny import ARCHITECTURES, close, tiny_lm, tiny_params
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 T = 13  # a number that nothing else has
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, 23, (8, T)).astype(np.int32)

@@ -10,8 +10,6 @@ import pgjax as pg
 from benchmarks import iteration, timing
 from pgjax import perf
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 ARCH = pg.Architecture(
     family="llama", vocab_size=64, width=16, depth=2, heads=2, kv_heads=1, head_dim=8, mlp_width=32, max_positions=64,
     activation="silu", norm="rms", norm_eps=1e-5, rope=pg.Rope(theta=10000.0), gated_mlp=True, qkv_bias=False,

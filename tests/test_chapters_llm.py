@@ -1,6 +1,7 @@
 """Chapters 3 to 5 and their small language model: they run, their worked numbers hold, and each new line does what is said."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +16,21 @@ from experiments import ch5_ppo as ch5
 from experiments import haiku, small_lm
 from pgjax import train
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 SIZES = {"pretrain_steps": 60, "steps": 3, "topics": 2, "repeat": 4, "max_new_tokens": 24}
 
 
-@pytest.fixture(scope="session")
-def small():
+@pytest.fixture(scope="module", autouse=True)
+def pretrained_once():
+    """Let the scripts share one pretraining: it is the same for the same number of steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(small_lm, "load", functools.cache(small_lm.load))
+        yield
+
+
+@pytest.fixture(scope="module")
+def small(pretrained_once):
     """The small model after a short pretraining, and a rollout of it: lm, params, tokenizer, rollout, scores."""
-    lm, weights, tokenizer = small_lm.load(pretrain_steps=SIZES["pretrain_steps"], verbose=False)
+    lm, weights, tokenizer = small_lm.load("small", seed=0, pretrain_steps=SIZES["pretrain_steps"])
     params = {"lm": weights, "value": pg.init_value_head(lm.arch.width)}
     asked = small_lm.prompts(tokenizer, SIZES["topics"], repeat=SIZES["repeat"])
     rollout, _, scores = small_lm.play(

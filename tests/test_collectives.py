@@ -12,7 +12,10 @@ from pgjax import ppo, rollout, train
 from pgjax.models.causal_lm import causal_lm
 from pgjax.policy_loss import Batch
 from pgjax.sharding import batch_sharding, make_mesh, param_shardings, replicated
+from tests.compiling import AS_FOR_USERS
 from tests.tiny import ARCHITECTURES
+
+pytestmark = pytest.mark.usefixtures("full_compiles")
 
 ROWS, PROMPT, NEW = 16, 8, 7
 SHAPE = {"width": 64, "head_dim": 16, "kv_heads": 4, "mlp_width": 160}
@@ -59,7 +62,7 @@ def compiled(program: str, arch: pg.Architecture, rows: int, **axes: int):
                 state, batch, order, index, lm=lm, optimizer=OPTIMIZER, microbatches=2, temperature=1.0, clip_eps=0.2,
                 value_clip_eps=None, value_coef=0.5, entropy_coef=0.0,
             )  # fmt: skip
-        return lowered.compile()
+        return lowered.compile(AS_FOR_USERS)
 
 
 @pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2}, {"fsdp": 2, "tensor": 2}], ids=str)

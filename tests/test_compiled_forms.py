@@ -5,18 +5,22 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pgjax.logprobs import linear_token_logprobs
 from pgjax.models.causal_lm import write_slot
 from pgjax.models.transformer import columns_dot
+from tests.compiling import AS_FOR_USERS
 from tests.tiny import tiny_lm, tiny_params
+
+pytestmark = pytest.mark.usefixtures("full_compiles")
 
 HALF = jnp.bfloat16
 
 
 def compiled(function, *args, **options) -> str:
     """Return the optimised program's text."""
-    return jax.jit(function, **options).lower(*args).compile().as_text()
+    return jax.jit(function, **options).lower(*args).compile(AS_FOR_USERS).as_text()
 
 
 def test_the_kernel_stays_the_left_side_of_a_decode_product():

@@ -15,7 +15,10 @@ import pytest
 import pgjax as pg
 from benchmarks.compile_once import Sizes, lower_learner, lower_sampler
 from pgjax import perf
+from tests.compiling import AS_FOR_USERS
 from tests.tiny import ARCHITECTURES
+
+pytestmark = pytest.mark.usefixtures("full_compiles")
 
 # Wide enough that products are nearly all there is.
 ARCH = dataclasses.replace(
@@ -31,7 +34,7 @@ SIZES = Sizes(
 
 def counted(function, lm: pg.CausalLM) -> float:
     params = jax.eval_shape(lm.init, jax.random.key(0))
-    return jax.jit(function).lower(params, TOKENS).compile().cost_analysis()["flops"]
+    return jax.jit(function).lower(params, TOKENS).compile(AS_FOR_USERS).cost_analysis()["flops"]
 
 
 def attention_once() -> float:
@@ -62,7 +65,7 @@ def test_a_gradient_is_what_paper_says_and_what_is_computed_again(remat):
 
 @pytest.mark.parametrize("lower", [lower_sampler, lower_learner])
 def test_a_compiled_program_never_turns_to_the_host(lower):
-    text = lower(pg.causal_lm(ARCHITECTURES["llama"]), SIZES).compile().as_text()
+    text = lower(pg.causal_lm(ARCHITECTURES["llama"]), SIZES).compile(AS_FOR_USERS).as_text()
     assert re.search(r"= .* while\(", text)  # there is a loop that could
     assert not re.search(r"callback|outfeed|infeed|\bsend\(|\brecv\(|MoveToHost", text)
 
@@ -72,4 +75,4 @@ def test_a_callback_would_be_seen():
         jax.debug.callback(lambda x: None, x)
         return x + 1
 
-    assert "callback" in jax.jit(told).lower(jnp.zeros(3)).compile().as_text()
+    assert "callback" in jax.jit(told).lower(jnp.zeros(3)).compile(AS_FOR_USERS).as_text()

@@ -9,8 +9,6 @@ import pytest
 from pgjax.models.architecture import Rope
 from pgjax.models.families import DEFAULTS, architecture_of, config_of
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 GOLDENS = Path(__file__).parent / "goldens"
 MODELS = ("llama", "llama3_rope", "qwen2", "qwen3", "gpt2")
 LLAMA = {

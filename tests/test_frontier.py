@@ -12,8 +12,6 @@ import pgjax as pg
 from benchmarks import frontier, frontier_report
 from tests.tiny_model import save_tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 WORDS = ("good", "bad", "fine", "awful", "great", "sad", "nice", "ugly")
 
 

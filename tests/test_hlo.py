@@ -6,6 +6,9 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from benchmarks.hlo import bytes_of, collectives, cycles
+from tests.compiling import AS_FOR_USERS
+
+pytestmark = pytest.mark.usefixtures("full_compiles")
 
 P = PartitionSpec
 
@@ -15,7 +18,7 @@ def compiled(function, axes, *args):
     mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
     rows = P(tuple(axes))
     spread = jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
-    return jax.jit(spread).lower(*args).compile().as_text()
+    return jax.jit(spread).lower(*args).compile(AS_FOR_USERS).as_text()
 
 
 def test_every_kind_is_found_with_the_size_of_its_larger_side():

@@ -11,6 +11,9 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from pgjax.logprobs import linear_token_logprobs, token_logprobs
+from tests.compiling import AS_FOR_USERS
+
+pytestmark = pytest.mark.usefixtures("full_compiles")  # some look at memory and at what is sent
 
 RNG = np.random.default_rng(0)
 BATCH, LENGTH, VOCAB, WIDTH = 4, 6, 11, 3
@@ -121,7 +124,7 @@ def test_a_traced_temperature_traces_once():
 
 
 def _temporaries(function, *shapes):
-    compiled = jax.jit(jax.value_and_grad(function, argnums=(0, 1))).lower(*shapes).compile()
+    compiled = jax.jit(jax.value_and_grad(function, argnums=(0, 1))).lower(*shapes).compile(AS_FOR_USERS)
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -212,7 +215,7 @@ def test_no_collective_inside_the_loop_with_a_mesh():
         return linear_loss(*args, chunk_size=16, mesh=mesh)
 
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-    loops, inside, outside = _collectives_inside_loops(step.lower(*shapes).compile().as_text())
+    loops, inside, outside = _collectives_inside_loops(step.lower(*shapes).compile(AS_FOR_USERS).as_text())
     assert loops == 2 and inside == 0 and outside >= 2
 
 

@@ -15,8 +15,6 @@ import pytest
 from pgjax.models.load import load, save_pretrained
 from pgjax.models.tokenizer import STOP_IDS, gguf_tokenizer, stop_ids
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 GOLDENS = Path(__file__).parent / "goldens"
 MODELS = ("llama", "llama3_rope", "qwen2", "qwen3", "gpt2")
 

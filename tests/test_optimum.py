@@ -10,6 +10,8 @@ import pytest
 from experiments import optimum
 from experiments import token_mdp as mdp
 
+pytestmark = pytest.mark.usefixtures("full_compiles")  # many steps with few programs
+
 FULL = optimum.Config(seeds=2)
 SHORT = dataclasses.replace(FULL, steps=8)
 LIMITS = {"REINFORCE": 0.02, "leave-one-out": 0.02, "actor-critic": 0.02, "PPO": 0.08, "TRPO": 0.08}

@@ -14,7 +14,7 @@ from experiments.overoptimisation import Curve, best_of, best_of_kl, fit_best_of
 from experiments.stages import finished
 from pgjax import logs
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def test_best_of_is_the_mean_over_all_subsets():

@@ -25,7 +25,7 @@ from pgjax.curves import plot_curves
 from pgjax.rewards import RewardError
 from tests.tiny_model import save_tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 METRICS = {
     "objective": ["kl", "entropy", "non_score_reward", "rlhf_reward", "scores"],

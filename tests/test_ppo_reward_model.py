@@ -22,7 +22,7 @@ from pgjax.preferences import TEMPLATED
 from pgjax.rewards import RewardError
 from tests.tiny_model import save_tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 RLOO = {"advantage": "leave-one-out", "algorithm": "reinforce", "reduce": "sequence_sum"}
 

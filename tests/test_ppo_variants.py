@@ -18,7 +18,7 @@ from pgjax import logs, ppo, train
 from tests import reference
 from tests.tiny_model import save_tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def vowels(prompts, completions, **columns):

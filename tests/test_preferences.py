@@ -25,8 +25,6 @@ from pgjax.reward_learning import calibration, features, pair_batch, pair_metric
 from tests.goldens.reward_cases import END, end_padded_tokenizer, random_params
 from tests.tiny import ARCHITECTURES
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 RM = pg.reward_model(ARCHITECTURES["llama"])
 USER = {"role": "user", "content": "Sky?"}
 TEMPLATE = (

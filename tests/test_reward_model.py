@@ -17,8 +17,6 @@ from pgjax.models.reward_model import from_causal_lm, init_score_head, last_inde
 from tests.goldens.reward_cases import END, FAMILIES, TEXTS, end_padded_tokenizer, random_params, saved_case
 from tests.tiny import ARCHITECTURES, tiny_lm, tiny_params
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 GOLDENS = Path(__file__).parent / "goldens"
 GOLDEN = np.load(GOLDENS / "reward_models.npz")
 ROWS = [GOLDEN[f"row{i}"] for i in range(3)]

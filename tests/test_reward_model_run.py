@@ -14,8 +14,6 @@ from pgjax import logs, loop, preferences, reward_learning
 from pgjax.checkpoint import Checkpoints
 from tests.tiny_model import save_tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 WORDS = ["sun", "rain", "fog", "wind", "snow", "ice", "dew", "hail"]
 
 

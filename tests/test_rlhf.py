@@ -11,7 +11,7 @@ from experiments import ppo, reward_model, rlhf, rlhf_report, sft
 from experiments.stages import finished, put_aside, run_stage
 from pgjax.loop import Interrupted
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def stage(folder, config, calls, *, made_from=(), fail=None):

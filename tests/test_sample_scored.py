@@ -14,8 +14,6 @@ from pgjax import logs, policy_loss, ppo, rollout
 from tests.tiny import FAMILIES, close, left_padded, tiny_lm, tiny_params
 from tests.tiny_model import save_tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 PROMPTS, PROMPT_MASK = left_padded((7, 4, 1, 5), 7)
 NEW, EOS = 9, (3, 8, 17, 21, 5)
 KEY = jax.random.key(11)
@@ -42,7 +40,8 @@ def test_what_the_sampler_says_equals_a_pass_of_its_own(name, temperature):
     rolled, said = rollout.sample_scored(lm, params, PROMPTS, PROMPT_MASK, KEY, **options)
     plain = rollout.sample(lm, params["lm"], PROMPTS, PROMPT_MASK, KEY, **options)
     jax.tree.map(np.testing.assert_array_equal, rolled[:3], plain[:3])
-    close(rolled.logprobs, plain.logprobs, 1e-6)  # two programs may round a sum in two ways
+    # Two programs round a float32 sum in two ways, by up to 5.5e-6 on another kind of CPU; a column too early is off by nats.
+    close(rolled.logprobs, plain.logprobs, 2e-5)
     temperature = jnp.float32(temperature)
     scored = ppo.score(lm, params, rolled.tokens, rolled.attention_mask, temperature, window=NEW + 1, parts=1)
     mask = np.asarray(rolled.mask[:, -(NEW + 1) :])
@@ -80,8 +79,9 @@ def test_without_old_logprobs_the_ratio_is_1_and_the_gradient_is_reinforces():
     assert metrics["val/ratio"] == 1 and metrics["val/ratio_var"] == 0 and metrics["policy/clipfrac_avg"] == 0
     _, plain = gradient(batch, "reinforce")
     _, scored = gradient(batch._replace(old_logprobs=said.logprobs), "ppo")  # the sampler's rounding in the ratio
+    # Three programs: the sampler's log-probabilities may be off by 1e-5 from the learner's, and the ratio hands that on.
     for known in (plain, scored):
-        jax.tree.map(lambda x, y: close(x, y, 1e-5 * max(1.0, float(jnp.abs(y).max()))), clipped, known)
+        jax.tree.map(lambda x, y: close(x, y, 1e-4 * max(1.0, float(jnp.abs(y).max()))), clipped, known)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from experiments import devices, ppo, reward_model, rlhf, rlhf_pairs, sft
 from pgjax import logs, sharding
 from tests.tiny_model import save_tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 MESH = "data=2,fsdp=2"
 CLOCKED = ("timing/", "perf/")  # what no two runs share

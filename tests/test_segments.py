@@ -8,8 +8,6 @@ import pytest
 from pgjax.models.causal_lm import segment_positions
 from tests.tiny import FAMILIES, close, tiny_apply, tiny_lm, tiny_params
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 LENGTHS = (5, 3, 4)
 SEGMENTS = np.array([[1] * 5 + [2] * 3 + [3] * 4 + [0] * 3], np.int32)
 TOKENS = np.random.default_rng(0).permutation(23)[None, :15].astype(np.int32)  # all different: a token is a position

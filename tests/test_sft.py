@@ -23,8 +23,6 @@ from pgjax.logs import read_metrics
 from pgjax.supervised import Packed
 from tests.tiny_model import save_tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 ADJECTIVES = ("fine", "dull", "long", "short", "odd", "kind")
 NOUNS = ("film", "play", "book", "song")
 CONFIG = {

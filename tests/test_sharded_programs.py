@@ -29,14 +29,6 @@ from tests.sharded import (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    """The partitioner is on trial here, and it always runs; XLA's other passes take half of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def without_key_bias(params):
     """Leave out the keys' bias: it moves all scores of a query alike, so its gradient is rounding, and Adam follows it."""
     layers = params["lm"]["layers"]

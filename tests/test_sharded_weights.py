@@ -26,9 +26,8 @@ from pgjax.models.load import laid_out
 from pgjax.models.save import named_tensors, write_folder
 from pgjax.models.weights import read_params, safetensors_of
 from pgjax.sharding import make_mesh, param_shardings
+from tests.compiling import xla_flags
 from tests.test_gguf import Q, write
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDENS = ROOT / "tests" / "goldens"
@@ -232,7 +231,11 @@ def test_the_host_holds_one_file_of_a_model_that_it_saves(deep, tmp_path):
 def test_two_processes_read_a_half_each_and_save_one_model(tmp_path):
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": xla_flags(2),
+    }
     pair = [
         subprocess.Popen(
             [sys.executable, ROOT / "tests" / "weights_process.py", str(port), str(process), tmp_path],

@@ -16,8 +16,6 @@ from pgjax import data, supervised, train
 from pgjax.supervised import Example, Packed, check_examples, encode_examples, pack
 from tests.tiny import close, tiny_lm, tiny_params
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 TOKENIZER = train_tokenizer(["a film that is a fine film, and a dull one"] * 3, 280)  # chat turns end with eos
 END = TOKENIZER.eos_token_id
 USER, BOT = ({"role": role, "content": text} for role, text in (("user", "is it fine?"), ("assistant", "a fine film")))

@@ -9,8 +9,6 @@ import pytest
 import pgjax as pg
 from pgjax import train
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def uneven_batch() -> tuple[jax.Array, jax.Array]:
     mask = jnp.arange(6)[None, :] < jnp.array([1, 6, 3, 2, 0, 5, 4, 6])[:, None]

@@ -14,8 +14,6 @@ from pgjax.models.causal_lm import causal_lm, decode_params, logits_of, position
 from pgjax.models.transformer import rope_frequencies, rotary_table, rotate
 from tests.tiny import ARCHITECTURES, FAMILIES, LLAMA3_ROPE, close, left_padded, tiny_apply, tiny_lm, tiny_params
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 RNG = np.random.default_rng(0)
 
 

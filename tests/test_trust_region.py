@@ -196,7 +196,10 @@ def test_devices_take_the_step_of_the_whole_batch(name):
     # MASK is as uneven as it gets: 3, 4, 0 and 1 tokens a device.
     params, batch = draw(7)
     vector, _ = draw(8)
-    same(TRANSFORMS[name]()(params, vector, batch), both(params, vector, batch), rtol=1e-3, atol=1e-5)
+    found, known = TRANSFORMS[name]()(params, vector, batch), both(params, vector, batch)
+    # What conjugate gradients leave over is rounding, which no two programs share.
+    assert max(of_step[1].pop("cg_residual") for _, of_step in (found, known)) < 1e-4
+    same(found, known, rtol=1e-3, atol=1e-5)
 
 
 def test_many_problems_at_once_are_each_one():

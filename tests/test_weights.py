@@ -13,8 +13,6 @@ from safetensors.numpy import load_file, save_file
 from pgjax.models.load import load
 from pgjax.models.save import named_tensors
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 GOLDENS = Path(__file__).parent / "goldens"
 MODELS = ("llama", "llama3_rope", "qwen2", "qwen3", "gpt2")
 

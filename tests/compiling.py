@@ -1,0 +1,14 @@
+"""How the tests compile: thousands of small programs run once or twice, so that XLA's efforts would take most of the time."""
+
+import importlib.metadata
+
+# Newer ones have one generator of CPU code, and no such option. A program that a test looks at is compiled with these options,
+# and under the fixture `full_compiles`: then it is the one that a user gets.
+_CHOICE = importlib.metadata.version("jaxlib").startswith("0.10.")
+AS_FOR_USERS = {"xla_cpu_use_fusion_emitters": True} if _CHOICE else {}
+
+
+def xla_flags(devices: int) -> str:
+    """Ask for fake devices, and for the older generator of CPU code where XLA has the choice: it takes half of the time."""
+    older = "--xla_cpu_use_fusion_emitters=false" if _CHOICE else ""
+    return f"--xla_force_host_platform_device_count={devices} {older}".strip()
