@@ -15,7 +15,10 @@ from pgjax.models.slot_attention import slot_attention
 from tests.test_slot_attention import case, plainly
 from tests.tiny import ARCHITECTURES, close, left_padded
 
-pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu" or cuda_capability() is None, reason="no NVIDIA GPU")
+pytestmark = [
+    pytest.mark.skipif(jax.default_backend() != "gpu" or cuda_capability() is None, reason="no NVIDIA GPU"),
+    pytest.mark.usefixtures("full_compiles"),
+]
 
 ARCH = dataclasses.replace(ARCHITECTURES["qwen3"], head_dim=64, width=64, mlp_width=96, vocab_size=600)
 PROMPTS, PROMPT_MASK = left_padded((30, 4, 1, 17), 30, vocab=600)
