@@ -6,6 +6,7 @@ within some seconds they fail alike, and can still do things together; else that
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import os
@@ -80,7 +81,10 @@ class Alarm:
         self._process, self._processes = process, processes  # jax itself says neither once it has shut down
         self._over = 0
         self._seen = -1, 0.0  # the failure seen last: its number, and when
-        threading.Thread(target=self._look_out, daemon=True).start()
+        self._leaving = threading.Event()
+        self._thread = threading.Thread(target=self._look_out, daemon=True)
+        self._thread.start()
+        atexit.register(self._leave)
 
     def ring(self, words: str) -> None:
         """Write down that this process fails."""
@@ -108,9 +112,13 @@ class Alarm:
         number, at = self._seen
         return number == self._over and time.monotonic() > at + _SECONDS - 2 * _POLL
 
+    def _leave(self) -> None:
+        """Stop looking out: a thread that Python's end meets inside the coordinator's client aborts the process."""
+        self._leaving.set()
+        self._thread.join(2 * _POLL)
+
     def _look_out(self) -> None:
-        while True:
-            time.sleep(_POLL)
+        while not self._leaving.wait(_POLL):
             number = self._over
             try:
                 failed = self._failed()
@@ -119,8 +127,7 @@ class Alarm:
             if not failed:
                 continue
             self._seen = number, time.monotonic()
-            time.sleep(_SECONDS + 2 * _POLL)
-            if number == self._over:
+            if not self._leaving.wait(_SECONDS + 2 * _POLL) and number == self._over:
                 self._end(*failed[0])
 
     def _end(self, key: str, words: str) -> None:

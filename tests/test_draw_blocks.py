@@ -18,20 +18,22 @@ def test_draws_over_many_blocks_have_the_distribution_of_the_row():
     logprobs[20], logprobs[42] = 2.0, 1.0
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(rows))
     by_blocks = jax.jit(draw, static_argnames="block")
-    tokens = by_blocks(jnp.broadcast_to(logprobs, (rows, 43)), keys, jnp.zeros(rows, jnp.int32), block=8)
+    logits = jnp.broadcast_to(logprobs + 3, (rows, 43))  # not normalised
+    tokens, told = by_blocks(logits, keys, jnp.zeros(rows, jnp.int32), block=8)
     counts, p = np.bincount(np.asarray(tokens), minlength=43), np.exp(np.float64(logprobs))
     p /= p.sum()
     assert counts.shape == (43,) and counts[8:16].sum() == 0
     expected = rows * p[p > 0]
     assert expected.min() > 5
     assert ((counts[p > 0] - expected) ** 2 / expected).sum() < chi2.isf(1e-4, (p > 0).sum() - 1)
+    np.testing.assert_allclose(told, np.log(p[np.asarray(tokens)]), atol=2e-6)
 
 
 def test_block_and_token_within_it_are_drawn_independently():
     # The bug: one key for both draws ties the place within the block to the block.
     rows = 20_000
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(1), jnp.arange(rows))
-    tokens = np.asarray(draw(jnp.zeros((rows, 64)), keys, jnp.zeros(rows, jnp.int32), block=8))
+    tokens = np.asarray(draw(jnp.zeros((rows, 64)), keys, jnp.zeros(rows, jnp.int32), block=8)[0])
     counts = np.bincount(tokens, minlength=64)
     assert ((counts - rows / 64) ** 2 / (rows / 64)).sum() < chi2.isf(1e-4, 63)
 
