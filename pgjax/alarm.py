@@ -80,6 +80,7 @@ class Alarm:
         self._client = client
         self._process, self._processes = process, processes  # jax itself says neither once it has shut down
         self._over = 0
+        self._rung = -1  # the number of the failure that this process told of last
         self._seen = -1, 0.0  # the failure seen last: its number, and when
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._look_out, daemon=True)
@@ -88,6 +89,7 @@ class Alarm:
 
     def ring(self, words: str) -> None:
         """Write down that this process fails."""
+        self._rung = self._over
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator has gone
             self._client.key_value_set(f"{_FOLDER}/{self._over}/{self._process}", words, allow_overwrite=True)
 
@@ -113,9 +115,13 @@ class Alarm:
         return number == self._over and time.monotonic() > at + _SECONDS - 2 * _POLL
 
     def _leave(self) -> None:
-        """Stop looking out: a thread that Python's end meets inside the coordinator's client aborts the process."""
-        self._leaving.set()
-        self._thread.join(2 * _POLL)
+        """Stop looking out: a thread that Python's end meets inside the coordinator's client aborts the process.
+
+        Not where this process fails: it is the thread that ends it then, before jax gives up waiting for the others.
+        """
+        if self._rung != self._over:
+            self._leaving.set()
+            self._thread.join(2 * _POLL)
 
     def _look_out(self) -> None:
         while not self._leaving.wait(_POLL):
