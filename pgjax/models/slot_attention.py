@@ -14,11 +14,8 @@ from jax.sharding import PartitionSpec
 
 from pgjax.sharding import ambient_mesh, fitting
 
-BLOCK, WARPS, STAGES = (
-    64,
-    4,
-    3,
-)  # slots that a program reads at a time, and how: the best of fourteen on an H200, all in all
+# Slots that a program reads at a time, and how: the best of fourteen on an H200, all in all.
+BLOCK, WARPS, STAGES = 64, 4, 3
 LEAST_ROWS = 16  # of a product on tensor cores
 
 
