@@ -184,11 +184,11 @@ def _generate(
     def choose(hidden: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
         # Every device draws for rows of its own, tensor's too, and needs their logits whole: these change hands here.
         logits = constrain(constrain(columns_dot(unembedding, hidden), "batch", "vocab"), "row")
-        kept, divisor = kept_logits(logits, **options)
-        token, logprob = draw(kept / divisor, row_keys, constrain(prompt_lengths + step, "batch"))
+        kept = kept_logits(logits, **options)
+        token, logprob = draw(kept, row_keys, constrain(prompt_lengths + step, "batch"))
         if value_head is None:
             return constrain_batch((token, logprob, ()))
-        logprobs = jax.nn.log_softmax(kept / divisor)
+        logprobs = jax.nn.log_softmax(kept)
         entropy = -jnp.sum(jnp.exp(logprobs) * jnp.maximum(logprobs, jnp.finfo(jnp.float32).min), axis=1)
         return constrain_batch((token, logprob, (state_values(value_head, hidden), entropy)))
 

@@ -41,8 +41,8 @@ def filter_logits(
     >>> filter_logits(logits, temperature=0.0).tolist()
     [[0.0, -inf, -inf]]
     """
-    kept, temperature = kept_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    return jax.nn.log_softmax(kept / temperature)
+    kept = kept_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    return jax.nn.log_softmax(kept)
 
 
 def kept_logits(
@@ -52,20 +52,19 @@ def kept_logits(
     top_k: jax.typing.ArrayLike | None = None,
     top_p: jax.typing.ArrayLike | None = None,
     min_p: jax.typing.ArrayLike | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Put -inf where `filter_logits` filters a token out, and touch nothing else.
+) -> jax.Array:
+    """Divide by the temperature, and put -inf where `filter_logits` filters a token out: its result, not normalised.
 
-    filter_logits = log_softmax(kept / divisor): where nothing is filtered, a sampler needs no copy of the logits.
+    Where nothing is filtered, a sampler needs no copy of the logits.
 
     Args:
         logits, temperature, top_k, top_p, min_p: as of `filter_logits`.
 
     Returns:
-        kept [B, V] float32 and divisor [] float32, the temperature, or 1 for greedy.
+        [B, V] float32; greedy divides by 1.
 
-    >>> kept, divisor = kept_logits(jnp.array([[1.0, 3.0]]), temperature=0.0)
-    >>> kept.tolist(), float(divisor)
-    ([[-inf, 3.0]], 1.0)
+    >>> kept_logits(jnp.array([[1.0, 3.0]]), temperature=0.0).tolist()
+    [[-inf, 3.0]]
     """
     chex.assert_rank(logits, 2)
     vocab = logits.shape[1]
@@ -82,7 +81,7 @@ def kept_logits(
         lambda logits: jnp.where(_likely(jax.nn.log_softmax(logits / divisor), top_k, top_p, min_p), logits, -jnp.inf),
         lambda logits: jnp.where(_best(logits), logits, -jnp.inf),
     ]
-    return jax.lax.switch(which, ways, logits.astype(jnp.float32)), divisor
+    return jax.lax.switch(which, ways, logits.astype(jnp.float32)) / divisor
 
 
 def _best(logits: jax.Array) -> jax.Array:  # not of log-softmax, which rounds near ones to a tie

@@ -111,15 +111,14 @@ def _half_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax
 
 
 def _product(a: jax.Array, b: jax.Array, over_a: int, over_b: int) -> jax.Array:
-    contract = (((over_a,), (over_b,)), ((), ()))
-    at_once = lambda a, b: jax.lax.dot_general(a, b, contract, preferred_element_type=a.dtype)
-    rounded_later = functools.partial(_rounded_later, over_a=over_a, over_b=over_b)
+    rounded_later = functools.partial(_dot, over_a=over_a, over_b=over_b)
+    at_once = functools.partial(rounded_later, result=a.dtype)
     return jax.lax.platform_dependent(a, b, cpu=rounded_later, default=at_once)
 
 
-def _rounded_later(a: jax.Array, b: jax.Array, over_a: int, over_b: int) -> jax.Array:
+def _dot(a: jax.Array, b: jax.Array, over_a: int, over_b: int, result: Any = jnp.float32) -> jax.Array:
     contract = (((over_a,), (over_b,)), ((), ()))
-    return jax.lax.dot_general(a, b, contract, preferred_element_type=jnp.float32).astype(a.dtype)
+    return jax.lax.dot_general(a, b, contract, preferred_element_type=result).astype(a.dtype)
 
 
 def _half_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -128,11 +127,11 @@ def _half_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> 
     def copied(x: jax.Array, cotangent: jax.Array) -> jax.Array:
         # The narrower factor is the one to copy; a row of padding keeps XLA from folding the copy into the product.
         left, right = (x, cotangent) if x.shape[1] <= cotangent.shape[1] else (cotangent, x)
-        product = _rounded_later(jnp.pad(left.T, ((0, 1), (0, 0))), right, 1, 0)[:-1]
+        product = _dot(jnp.pad(left.T, ((0, 1), (0, 0))), right, 1, 0)[:-1]
         return product if left is x else product.T
 
     # Rounded when the sums of all devices are together: XLA on TPU scatters those of float32, and reduces 16-bit ones whole.
-    plain = functools.partial(_rounded_later, over_a=0, over_b=0)
+    plain = functools.partial(_dot, over_a=0, over_b=0)
     by_kernel = jax.lax.platform_dependent(x, cotangent, cpu=copied, default=plain)
     return _product(cotangent, kernel, 1, 1), by_kernel
 
