@@ -14,7 +14,7 @@ parameters and Adam moments with bfloat16 arithmetic, prompts of 256 and complet
     compiler     the compiler's own estimate: its cycles of every fusion, times the loops' trips, at the chip's clock;
                  collectives have none. (`optimal_seconds` of its cost analysis counts the body of a loop once, and is -1 and less
                  where something has no estimate: it goes to the JSON where it is above 0.)
-    largest      rows at once that fit, by doubling
+    largest      rows at once that fit, found by compiling again with more
 
 A decode step is one iteration of the sampler's loop, prefill all that comes before it, the gather of the parameters included.
 What does not fit, and a collective where none should stand, is a defect: it is named, and the benchmark ends with an error.

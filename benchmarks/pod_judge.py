@@ -115,11 +115,11 @@ def used_by(case: Case, program: str, rows: int) -> float:
         return math.inf
 
 
-def largest(used: Callable[[int], float], limit: float, rows: int, first: float, fixed: float, most: int = 1024) -> int:
-    """Find by doubling how many rows fit; the line through two sizes says where to look, and saves compilations.
+def largest(used: Callable[[int], float], limit: float, rows: int, first: float, fixed: float, most: int = 4096) -> int:
+    """Find how many rows fit, by lines through the sizes compiled so far: two or three compilations, mostly.
 
     Args:
-        used: rows -> bytes, a compilation.
+        used: rows -> bytes, a compilation; infinity where it finds no room.
         limit: bytes.
         rows: where to start.
         first: used(rows).
@@ -127,27 +127,38 @@ def largest(used: Callable[[int], float], limit: float, rows: int, first: float,
         most: rows beyond which nothing is tried.
 
     Returns:
-        `rows` times a power of two, or 0 where not even one row fits.
+        Rows of three significant bits (8, 10, 12, 14, 16, 20, ...) that fit, where the next such number does not, by a
+        compilation or by the line through the last two; `rows` where no more fit, or the half of it, or half of that, that
+        does; 0 where not even one row fits.
 
     >>> asked = []
-    >>> largest(lambda n: asked.append(n) or 10.0 + n, 100.0, 2, 12.0, 10.0), asked
-    (64, [64])
+    >>> largest(lambda n: asked.append(n) or 20.0 + n, 100.0, 2, 22.0, 10.0), asked
+    (80, [14, 80])
     """
     if first > limit:
         smaller = (rows >> i for i in range(1, rows.bit_length()))
         return next((n for n in smaller if used(n) <= limit), 0)
-    good, size, bad = rows, first, 2 * most
-    at = rows << int(math.log2(max(2.0, (limit - fixed) / max(first - fixed, 1.0))))
-    at = max(2 * rows, min(at, most))
-    while good < at < bad:
+    good, size, bad, a_row = rows, first, most + 1, max(first - fixed, 1.0) / rows
+    while (at := three_bits(min(good + (limit - size) / a_row, bad - 1))) > good:
         there = used(at)
+        # Without a size the line is turned so that it leads halfway.
+        rise = there - size if there < math.inf else 2 * (limit - size)
+        a_row = max(rise / (at - good), 1.0)
         if there > limit:
-            at, bad = at // 2, at
-            continue
-        a_row = (there - size) / (at - good)
-        good, size = at, there
-        at = 2 * at if there + at * a_row <= limit else at
+            bad = at
+        else:
+            good, size = at, there
     return good
+
+
+def three_bits(x: float) -> int:
+    """Round down to a whole number of three significant bits.
+
+    >>> [three_bits(x) for x in (7.9, 9.0, 31.0, 100.0)]
+    [7, 8, 28, 96]
+    """
+    low = max(0, int(x).bit_length() - 3)
+    return int(x) >> low << low
 
 
 def phases(case: Case, program: str, rows: int, text: str, found: Sequence[hlo.Collective]) -> list[Row]:

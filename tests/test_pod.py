@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -127,9 +128,11 @@ def test_what_is_misplaced_is_named(case, mesh, program, found, defects):
 @pytest.mark.parametrize(
     ("used", "rows", "limit", "expected", "compilations"),
     [
-        (lambda n: 10 + n, 2, 100, 64, 1),  # the line leads there at once
-        (lambda n: 10 + n * n, 2, 100, 8, 3),  # it leads too far, and halves
-        (lambda n: 10 + (n > 16) * 1000, 4, 100, 16, 5),  # what was found to be free goes on to be tried
+        (lambda n: 10 + n, 2, 100, 80, 1),  # the line leads there at once; 96 would be too many
+        (lambda n: 20 + n, 2, 100, 80, 2),  # what was taken to grow is fixed in part
+        (lambda n: 10 + n * n, 2, 100, 8, 6),  # it leads too far, and is corrected
+        (lambda n: 10 + n if n < 17 else math.inf, 4, 100, 16, 5),  # no room, and nobody says how much is missing
+        (lambda n: 10.0, 4, 1e6, 4096, 1),  # nothing grows: the most that is tried
         (lambda n: 200 if n > 1 else 50, 8, 100, 1, 3),  # the first is too large already
         (lambda n: 200, 4, 100, 0, 2),  # not even one
     ],
