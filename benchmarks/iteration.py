@@ -9,7 +9,8 @@ update from the whole batch in each epoch. With one epoch the sampler keeps what
 way; with more the policy scores them by a pass of its own. The policy is trained on from iteration to iteration.
 
     pgjax PPO    a critic on the policy's body; peer: TRL's PPO, whose value model is a second network
-    pgjax RLOO   `group_size` completions of each of batch_size / group_size prompts; peer: the newest TRL's RLOO
+    pgjax RLOO   `group_size` completions of each of batch_size / group_size prompts, each prompt computed once; peer: the
+                 newest TRL's RLOO, which computes it for every completion
     tokens/s     = batch_size * new_tokens / seconds: tokens of completions
     FLOPs        = rollout + forward passes of scoring + 3 forward passes for each pass of learning (`PASSES`), on paper
     bytes        = what the decode steps read, every weight once a forward pass and twice a pass of learning, and in AdamW's
@@ -58,6 +59,7 @@ from benchmarks.worker import Beside, Need, Peer, choose, device, model_folder, 
 from experiments.ppo import Config as PPO
 from experiments.task import fold_in
 from pgjax import perf, ppo, train
+from pgjax.sharding import whole_groups
 
 SHARED = tuple(Need(name) for name in ("torch", "transformers", "datasets", "accelerate"))
 PEERS = (
@@ -159,20 +161,21 @@ class Iterations:
         flags: dict[str, Any],
     ) -> None:  # fmt: skip
         """Copy the model: updates consume their buffers, and the reference keeps its own."""
-        self.lm, self.prompts, self.new_tokens, self.epochs = lm, prompts, config.new_tokens, epochs
+        self.lm, self.prompts, self.new_tokens, self.epochs, self.group = lm, prompts, config.new_tokens, epochs, group
+        shared = {"group_size": whole_groups(None, len(prompts) // config.parts, group)}
         optimizer = train.adamw(config.learning_rate, updates=1_000_000)
         self.reference = {"lm": params, "value": pg.init_value_head(lm.arch.width)}
         self.learner = train.init_state(jax.tree.map(jnp.copy, self.reference), optimizer)
         self.key, self.number = jax.random.key(config.seed), 0
         self.kl_coef, temperature = jnp.float32(config.kl_coef), jnp.float32(1.0)
         self.score = functools.partial(
-            ppo.score, lm, temperature=temperature, window=config.new_tokens + 1, parts=config.parts
+            ppo.score, lm, temperature=temperature, window=config.new_tokens + 1, parts=config.parts, **shared
         )
         self.experience = functools.partial(
             ppo.experience, advantage=advantage, group_size=group, discount=1.0, kl_target=None, kl_horizon=1.0
         )
         self.update = functools.partial(
-            ppo.update, lm=lm, optimizer=optimizer, microbatches=config.parts, temperature=1.0, **flags
+            ppo.update, lm=lm, optimizer=optimizer, microbatches=config.parts, temperature=1.0, **shared, **flags
         )
 
     def run(self) -> dict[str, float]:
@@ -182,7 +185,7 @@ class Iterations:
         start = time.perf_counter()
         rollout, policy = pg.sample_scored(
             self.lm, self.learner.params, self.prompts, np.ones(self.prompts.shape, bool), sample_key,
-            max_new_tokens=self.new_tokens,
+            max_new_tokens=self.new_tokens, group_size=self.group,
         )  # fmt: skip
         jax.block_until_ready(rollout)
         rolled_out = time.perf_counter()
@@ -196,7 +199,7 @@ class Iterations:
         if self.epochs == 1:
             batch = batch._replace(old_logprobs=None)
         for epoch in range(self.epochs):
-            order = train.minibatches(fold_in(shuffle_key, epoch), len(self.prompts), 1)
+            order = train.minibatches(fold_in(shuffle_key, epoch), len(self.prompts), 1, self.group)
             self.learner, metrics = self.update(self.learner, batch, order, jnp.int32(0))
         jax.block_until_ready((self.learner.params, metrics))
         done = time.perf_counter()
@@ -232,16 +235,19 @@ def peer_setups(config: Config, folder: str, prompts: np.ndarray, dtype: str) ->
 
 def work(config: Config, arch: pg.Architecture, itemsize: int, who: str) -> dict[str, tuple[float, float]]:
     """Count, on paper, operations and bytes of each part of an iteration."""
-    rows, length, new = config.batch_size, config.prompt_length + config.new_tokens, config.new_tokens
+    rows, new = config.batch_size, config.new_tokens
+    shared = config.group_size if who == "pgjax RLOO" else 1  # rows whose prompt is computed once
+    in_parts = whole_groups(None, rows // config.parts, shared)
     passes, epochs = PASSES[who], config.epochs if who.endswith("PPO") else 1
     scoring = passes.scoring + (who == "pgjax PPO" and epochs > 1)
     begun = perf.forward_flops(
-        arch, tokens=rows * config.prompt_length, context=config.prompt_length / 2, head_tokens=rows
+        arch, tokens=rows * config.prompt_length / shared, context=config.prompt_length / 2, head_tokens=rows
     )
     context = config.prompt_length + new / 2
     step = perf.forward_flops(arch, tokens=rows, context=context, head_tokens=rows)
     read = perf.decode_bytes(arch, batch=rows, context=context, weight_bytes=itemsize, cache_bytes=itemsize)
-    forward = perf.forward_flops(arch, tokens=rows * length, context=length / 2, head_tokens=rows * new)
+    sizes = perf.sequence_sizes(rows, prompt_length=config.prompt_length, new_tokens=new, group_size=in_parts)
+    forward = perf.forward_flops(arch, **sizes, head_tokens=rows * new)
     learned = passes.learning * epochs
     return {
         "rollout": (begun + (new - 1) * step, weight_bytes(arch, itemsize) + (new - 1) * read),

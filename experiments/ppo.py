@@ -48,6 +48,7 @@ from pgjax import data, distributed, logs, loop, ppo, rewards, train
 from pgjax.curves import plot_curves
 from pgjax.progress import Progress
 from pgjax.prompts import check_rows
+from pgjax.sharding import whole_groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,16 +161,18 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         reward_model = load_judge(
             config.reward_model, config.reward_model_weight, lm, tokenizer, chat=config.chat, mesh=mesh
         )
+    group = config.group_size if config.advantage in ("leave-one-out", "group") else 1
+    parts = config.minibatches * config.microbatches
     task = make_task(
         lm, tokenizer, judges, config.reward_weights or None, row_sets, chat=config.chat, max_new_tokens=config.max_new_tokens,
         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, reward_model=reward_model, mesh=mesh,
+        group_size=whole_groups(mesh, config.batch_size, group),
     )  # fmt: skip
     agree_on(f"what the tokenizer of {config.model} makes of the rows", task.prompt_sets)
     folder = distributed.first(
         lambda: logs.open_run(config.output, dataclasses.asdict(config), resume=config.resume, may_change=MAY_CHANGE)
     )
     train_prompts, held_out = task.prompt_sets
-    group = config.group_size if config.advantage in ("leave-one-out", "group") else 1
     deal = data.batches(train_prompts, config.batch_size // group, seed=config.seed)
     peaks = machine_peaks(jnp.dtype(lm.dtype).name)
 
@@ -195,15 +198,18 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         raise ValueError(f"steps={config.steps} lies below the {start} steps that {folder} has done already")
 
     key = state.key
-    parts = config.minibatches * config.microbatches
+    unsplit = whole_groups(None, config.batch_size // config.minibatches, group)  # by minibatches, on any mesh
+    shared = whole_groups(mesh, config.batch_size // parts, group)  # whose prompt is computed once
     temperature = put(mesh, np.float32(config.temperature))
-    scorer = functools.partial(ppo.score, lm, temperature=temperature, window=config.max_new_tokens + 1, parts=parts)
+    scorer = functools.partial(
+        ppo.score, lm, temperature=temperature, window=config.max_new_tokens + 1, parts=parts, group_size=shared
+    )
     take_update = functools.partial(
         ppo.update, lm=lm, optimizer=optimizer, microbatches=config.microbatches, temperature=config.temperature,
         algorithm=config.algorithm, reduce=config.reduce, kl_loss_coef=config.kl_loss_coef,
         clip_eps=config.clip_eps, clip_eps_high=config.clip_eps_high, dual_clip=config.dual_clip,
         value_coef=config.value_coef if config.advantage == "value" else 0.0, value_clip_eps=config.value_clip_eps,
-        entropy_coef=config.entropy_coef,
+        entropy_coef=config.entropy_coef, group_size=shared,
     )  # fmt: skip
     minibatch_numbers = put(mesh, list(np.arange(config.minibatches, dtype=np.int32)))
     log_from = start + 1 if start else 0
@@ -251,7 +257,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
                 batch = batch._replace(old_logprobs=None)
         taken: list[train.Metrics] = []
         for epoch in range(config.epochs):
-            order = train.minibatches(fold_in(shuffle_key, epoch), config.batch_size, config.minibatches)
+            order = train.minibatches(fold_in(shuffle_key, epoch), config.batch_size, config.minibatches, unsplit)
             for number in minibatch_numbers:
                 learner, of_update = take_update(learner, batch, order, number)
                 taken.append(of_update)
@@ -290,7 +296,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     ):
 
         def report(done: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
-            metrics |= speed(lm, config, peaks, metrics, mesh)
+            metrics |= speed(lm, config, peaks, metrics, mesh, shared)
             writer.write(done, metrics)
             progress.update(done, metrics)
             if done % config.samples_every == 0 or done == 1:
@@ -301,8 +307,10 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
             if step in distributed.first(lambda: [x["step"] for x in logs.read_metrics(folder) if "eval/scores" in x]):
                 return  # done before the run was stopped
 
+            scored = functools.partial(scorer, group_size=whole_groups(None, config.eval_samples, shared))
+
             def kl(rollout: pg.Rollout) -> jax.Array:
-                policy, frozen = (scorer(x, rollout.tokens, rollout.attention_mask) for x in (params, reference))
+                policy, frozen = (scored(x, rollout.tokens, rollout.attention_mask) for x in (params, reference))
                 return ppo.sequence_kl(policy, frozen, rollout.mask)
 
             progress.print(f"sampling {len(held_out)} held-out prompts, {config.eval_samples} times each")

@@ -28,17 +28,27 @@ def machine_peaks(dtype: str) -> perf.Peaks:
 
 
 def speed(
-    lm: pg.CausalLM, config: Config, peaks: perf.Peaks, metrics: dict[str, float], mesh: Mesh | None = None
+    lm: pg.CausalLM,
+    config: Config,
+    peaks: perf.Peaks,
+    metrics: dict[str, float],
+    mesh: Mesh | None = None,
+    shared: int = 1,
 ) -> dict[str, float]:
-    """Work out tokens a second, and the share of the devices' measured peaks that learner and sampler reach."""
+    """Work out tokens a second, and the share of the devices' measured peaks that learner and sampler reach.
+
+    `shared` rows have their prompt computed once.
+    """
     devices, tensor = (1, 1) if mesh is None else (mesh.size, dict(mesh.shape).get("tensor", 1))
     replicas = devices // tensor  # each reads the parameters for itself while it decodes
     length, completion = metrics["completions/padded_length"], metrics["completions/mean_length"]
     seconds = metrics["timing/rollout"] + metrics["timing/score"] + metrics["timing/update"]
     rows, window = config.batch_size * metrics["train/updates"] / config.minibatches, config.max_new_tokens + 1
-    flops = perf.training_flops(lm.arch, tokens=rows * length, context=length / 2, head_tokens=rows * window)
+    new = config.max_new_tokens
+    sizes = perf.sequence_sizes(rows, prompt_length=length - new, new_tokens=new, group_size=shared)
+    flops = perf.training_flops(lm.arch, **sizes, head_tokens=rows * window)
     size = jnp.dtype(lm.dtype).itemsize
-    context = length - config.max_new_tokens + completion / 2
+    context = length - new + completion / 2
     a_step = replicas * perf.decode_bytes(
         lm.arch, batch=config.batch_size / replicas, context=context, weight_bytes=size, cache_bytes=size
     )

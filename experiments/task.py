@@ -15,6 +15,7 @@ from experiments.devices import put_rows
 from experiments.model_judge import REWARD_MODEL, ModelJudge
 from pgjax import data, distributed, rewards
 from pgjax.models.tokenizer import stop_ids
+from pgjax.sharding import whole_groups
 
 Row = dict[str, Any]  # a prompt with its further columns
 
@@ -65,6 +66,7 @@ class Task(NamedTuple):
     pad_id: int  # never looked at: masks say what is padding
     reward_model: ModelJudge | None = None  # one more judge, on the device
     mesh: Mesh | None = None  # over which the rows of a batch are spread
+    group_size: int = 1  # so many adjacent rows of a batch have one prompt, whose prefill they share
 
     def generate(self, params: Any, prompts: Sequence[Encoded], key: jax.Array) -> pg.Rollout:
         """Sample a completion for each prompt; returns while the device is still at it.
@@ -74,7 +76,7 @@ class Task(NamedTuple):
         return pg.sample(
             self.lm, params, *self._padded(prompts), key,
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
-            eos_ids=self.eos_ids, pad_id=self.pad_id,
+            eos_ids=self.eos_ids, pad_id=self.pad_id, group_size=self.group_size,
         )  # fmt: skip
 
     def generate_scored(self, params: Any, prompts: Sequence[Encoded], key: jax.Array) -> tuple[pg.Rollout, pg.Scored]:
@@ -82,6 +84,7 @@ class Task(NamedTuple):
         return pg.sample_scored(
             self.lm, params, *self._padded(prompts), key,
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, eos_ids=self.eos_ids, pad_id=self.pad_id,
+            group_size=self.group_size,
         )  # fmt: skip
 
     def _padded(self, prompts: Sequence[Encoded]) -> tuple[Any, Any]:
@@ -141,12 +144,13 @@ class Task(NamedTuple):
 
         `kl` gives nats a sequence [B], to the reference.
         """
+        task = self._replace(group_size=whole_groups(None, samples, self.group_size))
         repeated = [prompt for prompt in prompts for _ in range(samples)]
         found: dict[str, list[np.ndarray]] = {}
         for begin in range(0, len(repeated), batch_size):
             wanted = repeated[begin : begin + batch_size]
             filled = (wanted * batch_size)[:batch_size]  # one shape, one program: a short last batch is filled up
-            rollout = self.generate(params, filled, fold_in(key, begin))
+            rollout = task.generate(params, filled, fold_in(key, begin))
             judged = self.judge(filled, rollout, self.ask(filled, rollout))
             figures = {"scores": judged.scores, **{f"rewards/{name}": part for name, part in judged.parts.items()}}
             if kl is not None:
@@ -176,6 +180,7 @@ def make_task(
     top_p: float = 1.0,
     reward_model: ModelJudge | None = None,
     mesh: Mesh | None = None,
+    group_size: int = 1,
 ) -> Task:
     """Encode the prompts of every row set, refusing any that the model's positions cannot hold."""
     if tokenizer is None:
@@ -197,7 +202,7 @@ def make_task(
     eos_ids = stop_ids(tokenizer)
     return Task(
         lm, tokenizer, judges, weights, encoded, longest, max_new_tokens, temperature, top_k, top_p, eos_ids, pad_id,
-        reward_model, mesh,
+        reward_model, mesh, group_size,
     )  # fmt: skip
 
 

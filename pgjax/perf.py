@@ -106,6 +106,30 @@ def forward_flops(arch: Architecture, *, tokens: float, context: float, head_tok
     return 2.0 * counts.body * tokens + attention + 2.0 * counts.head * head_tokens
 
 
+def sequence_sizes(rows: float, *, prompt_length: float, new_tokens: float, group_size: int = 1) -> dict[str, float]:
+    """Count the tokens of rows whose prompt each group computes once, and what they see on average: see `forward_flops`.
+
+    A prompt's tokens, P / G a row, see P / 2 positions; the N sampled ones P + N / 2.
+
+    Args:
+      rows: B.
+      prompt_length: P, in tokens.
+      new_tokens: N, sampled for each row.
+      group_size: G, rows that have a prompt in common.
+
+    Returns:
+      `tokens` and `context` of `forward_flops`.
+
+    Example:
+      >>> from pgjax.perf import sequence_sizes
+      >>> sequence_sizes(8, prompt_length=4, new_tokens=2), sequence_sizes(8, prompt_length=4, new_tokens=2, group_size=2)
+      ({'tokens': 48.0, 'context': 3.0}, {'tokens': 32.0, 'context': 3.5})
+    """
+    prompts = prompt_length / group_size
+    seen = prompts * prompt_length / 2 + new_tokens * (prompt_length + new_tokens / 2)
+    return {"tokens": rows * (prompts + new_tokens), "context": seen / (prompts + new_tokens)}
+
+
 def training_flops(arch: Architecture, *, tokens: float, context: float, head_tokens: float) -> float:
     """Count the operations of a forward and a backward pass.
 

@@ -64,7 +64,7 @@ def token_weights(mask: jax.Array, reduce: str) -> jax.Array | None:
 def ppo_loss(
     params: Any, batch: Batch, *, lm: CausalLM, temperature: float, clip_eps: float, value_clip_eps: float | None,
     value_coef: float, entropy_coef: float, algorithm: str = "ppo", clip_eps_high: float | None = None,
-    dual_clip: float | None = None, kl_loss_coef: float = 0.0,
+    dual_clip: float | None = None, kl_loss_coef: float = 0.0, group_size: int = 1,
 ) -> tuple[jax.Array, train.Metrics]:  # fmt: skip
     """Compute the loss: policy loss + value_coef * value loss - entropy_coef * entropy + kl_loss_coef * k3.
 
@@ -86,6 +86,8 @@ def ppo_loss(
         clip_eps_high: range of the ratio above 1; None: `clip_eps`.
         dual_clip: bound of the ratio where the advantage is below 0; None: no bound.
         kl_loss_coef: weight of k3 to the reference, in units of the advantage a nat; 0 does not compute it.
+        group_size: completions a prompt, adjacent rows with the same prompt, which is computed once; 1 where rows have nothing
+            in common.
 
     Returns:
         The loss [], and metrics, each a mean over the batch's sampled tokens.
@@ -107,7 +109,8 @@ def ppo_loss(
     (0.25, 0.5)
     """
     window = batch.mask.shape[1]
-    hidden = lm.hidden(params["lm"], batch.tokens, batch.attention_mask)[:, -window:]
+    group = {"prompt_length": batch.tokens.shape[1] - window + 1, "group_size": group_size}
+    hidden = lm.hidden(params["lm"], batch.tokens, batch.attention_mask, **group)[:, -window:]
     unembedding, tokens = lm.unembedding(params["lm"]), batch.tokens[:, -window:]
     logprobs = head_logprobs(hidden, unembedding, tokens, temperature=temperature)
     old_logprobs = jax.lax.stop_gradient(logprobs) if batch.old_logprobs is None else batch.old_logprobs

@@ -31,7 +31,7 @@ from pgjax.rollout import Rollout, Scored
 from pgjax.sharding import ambient_mesh, check_batch, constrain, constrain_batch
 
 
-@functools.partial(jax.jit, static_argnames=("lm", "window", "parts"))
+@functools.partial(jax.jit, static_argnames=("lm", "window", "parts", "group_size"))
 def score(
     lm: CausalLM,
     params: Any,
@@ -41,6 +41,7 @@ def score(
     *,
     window: int,
     parts: int,
+    group_size: int = 1,
 ) -> Scored:
     """Teacher-force a batch with one model: the same program for the policy and for its reference.
 
@@ -55,6 +56,8 @@ def score(
         temperature: [] above 0, the sampler's.
         window: W, how many entries of the frame are wanted; the first of them may be an entry of the prompt.
         parts: divides B; the logits of one part exist at a time.
+        group_size: completions a prompt, adjacent rows with the same T - W + 1 first entries, which are computed once; each
+            part holds whole groups. 1 where rows have nothing in common.
 
     Returns:
         Each [B, W] float32, in nats and in units of reward.
@@ -72,7 +75,7 @@ def score(
 
     def part(xs: tuple[jax.Array, jax.Array]) -> Scored:
         tokens, attention_mask = xs
-        hidden = lm.hidden(params["lm"], tokens, attention_mask)[:, -window:]
+        hidden = lm.hidden(params["lm"], tokens, attention_mask, **group)[:, -window:]
         logits = constrain(logits_of(hidden, unembedding), "batch", None, "vocab")
         return constrain_batch(
             Scored(
@@ -82,7 +85,8 @@ def score(
             )
         )
 
-    check_batch(ambient_mesh(), len(tokens) // parts, "each part")
+    group = {"prompt_length": tokens.shape[1] - window + 1, "group_size": group_size}
+    check_batch(ambient_mesh(), len(tokens) // parts // group_size, "each part")
     # Gathered over fsdp once: XLA on TPU would do it again in each part.
     unembedding = constrain(lm.unembedding(params["lm"]).astype(lm.dtype), "vocab")
     split = jax.tree.map(lambda x: x.reshape(parts, -1, x.shape[1]), (tokens, attention_mask))
@@ -253,7 +257,7 @@ def sequence_kl(policy: Scored, reference: Scored, mask: jax.Array) -> jax.Array
 STATIC = (
     "optimizer", "microbatches", "reduce",
     "lm", "temperature", "clip_eps", "value_clip_eps", "value_coef", "entropy_coef",
-    "algorithm", "clip_eps_high", "dual_clip", "kl_loss_coef",
+    "algorithm", "clip_eps_high", "dual_clip", "kl_loss_coef", "group_size",
 )  # fmt: skip
 
 

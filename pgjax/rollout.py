@@ -12,6 +12,7 @@ import numpy as np
 
 from pgjax.data import bucket_length
 from pgjax.models.causal_lm import CausalLM, Params, decode_params
+from pgjax.models.groups import check_groups, firsts, repeated
 from pgjax.models.heads import state_values
 from pgjax.models.transformer import columns_dot
 from pgjax.sampling import draw, kept_logits
@@ -58,6 +59,7 @@ def sample(
     min_p: jax.typing.ArrayLike | None = None,
     eos_ids: Sequence[int] = (),
     pad_id: int = 0,
+    group_size: int = 1,
 ) -> Rollout:
     """Continue left-padded prompts until each row's end-of-sequence token or the length limit.
 
@@ -78,6 +80,7 @@ def sample(
         top_k, top_p, min_p: see `sampling.filter_logits`; None is off.
         eos_ids: ids that end a sequence; none: every completion has the full length.
         pad_id: written where there is no token.
+        group_size: completions a prompt: so many adjacent rows hold the same one, and its prefill is computed once.
 
     Returns:
         A `Rollout`.
@@ -96,7 +99,7 @@ def sample(
     [[False, False, True, True, True]]
     """
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    return _run(lm, params, None, prompts, prompt_mask, key, max_new_tokens, options, eos_ids, pad_id)[0]
+    return _run(lm, params, None, prompts, prompt_mask, key, max_new_tokens, options, eos_ids, pad_id, group_size)[0]
 
 
 def sample_scored(
@@ -110,6 +113,7 @@ def sample_scored(
     temperature: jax.typing.ArrayLike = 1.0,
     eos_ids: Sequence[int] = (),
     pad_id: int = 0,
+    group_size: int = 1,
 ) -> tuple[Rollout, Scored]:
     """Sample as `sample` does, and keep what the policy said on the way: no second pass over its own completions.
 
@@ -118,7 +122,7 @@ def sample_scored(
 
     Args:
         params: {"lm": parameters, "value": a value head}.
-        lm, prompts, prompt_mask, key, max_new_tokens, temperature, eos_ids, pad_id: as of `sample`.
+        lm, prompts, prompt_mask, key, max_new_tokens, temperature, eos_ids, pad_id, group_size: as of `sample`.
 
     Returns:
         The rollout of `sample` with the same key, and what the policy said of its last max_new_tokens + 1 entries; 0 where
@@ -138,16 +142,16 @@ def sample_scored(
     """
     options = {"temperature": temperature, "top_k": None, "top_p": None, "min_p": None}
     head = params["value"]
-    return _run(lm, params["lm"], head, prompts, prompt_mask, key, max_new_tokens, options, eos_ids, pad_id)
+    return _run(lm, params["lm"], head, prompts, prompt_mask, key, max_new_tokens, options, eos_ids, pad_id, group_size)
 
 
-def _run(lm, params, value_head, prompts, prompt_mask, key, max_new_tokens, options, eos_ids, pad_id):
+def _run(lm, params, value_head, prompts, prompt_mask, key, max_new_tokens, options, eos_ids, pad_id, group_size):
     """Check what was asked, and run the one program of it."""
     prompts, prompt_mask = _as_array(prompts, np.int32), _as_array(prompt_mask, np.bool_)
-    _check_prompts(lm, prompts, prompt_mask, max_new_tokens)
+    _check_prompts(lm, prompts, prompt_mask, max_new_tokens, group_size)
     _check_options(lm.arch.vocab_size, **options, eos_ids=eos_ids)
     mesh = mesh_of(params)
-    check_batch(mesh, len(prompts), "prompts")
+    check_batch(mesh, len(prompts) // group_size, "prompts")
     length = prompts.shape[1]
     extra = bucket_length(length) - length
     off = {"temperature": 1.0, "top_k": lm.arch.vocab_size, "top_p": 1.0, "min_p": 0.0}
@@ -164,14 +168,25 @@ def _run(lm, params, value_head, prompts, prompt_mask, key, max_new_tokens, opti
     others = place((options, eos, np.int32(pad_id)), whole)
     with entered(mesh):
         rollout, said = _generate(
-            lm, params, *batch, key, *others, max_new_tokens=max_new_tokens, value_head=value_head
-        )
+            lm, params, *batch, key, *others,
+            max_new_tokens=max_new_tokens, value_head=value_head, group_size=group_size,
+        )  # fmt: skip
         return _without_columns(rollout, extra) if extra else rollout, said
 
 
-@functools.partial(jax.jit, static_argnames=("lm", "max_new_tokens"))
+@functools.partial(jax.jit, static_argnames=("lm", "max_new_tokens", "group_size"))
 def _generate(
-    lm, params, prompts, prompt_mask, key, options, eos, pad_id, max_new_tokens: int, value_head=None
+    lm,
+    params,
+    prompts,
+    prompt_mask,
+    key,
+    options,
+    eos,
+    pad_id,
+    max_new_tokens: int,
+    value_head=None,
+    group_size: int = 1,
 ) -> tuple[Rollout, Scored | None]:
     prompts, prompt_mask = constrain_batch((prompts, prompt_mask))
     batch, start = prompts.shape
@@ -217,7 +232,9 @@ def _generate(
     seen = grow(prompt_mask)
     blank = jnp.zeros((batch, length))
     rollout = Rollout(jnp.where(seen, grow(prompts), pad_id), seen, jnp.zeros_like(seen), blank)
-    hidden, cache = lm.prefill(params, prompts, prompt_mask, lm.init_cache(batch, length))
+    once = (firsts(x, group_size) for x in (prompts, prompt_mask))
+    read = lm.prefill(params, *once, lm.init_cache(batch // group_size, length))
+    hidden, cache = jax.tree.map(lambda x: repeated(x, group_size), read)
     alive = jnp.ones(batch, bool)
     step = jnp.int32(0)
     chosen = token, _, more = choose(hidden, step)
@@ -252,11 +269,14 @@ def _as_scalar(x: jax.typing.ArrayLike, dtype: type[np.generic]) -> jax.Array | 
     return x.astype(dtype) if isinstance(x, jax.Array) else dtype(x)
 
 
-def _check_prompts(lm: CausalLM, prompts: jax.Array | np.ndarray, mask: jax.Array | np.ndarray, new: int) -> None:
+def _check_prompts(
+    lm: CausalLM, prompts: jax.Array | np.ndarray, mask: jax.Array | np.ndarray, new: int, group_size: int
+) -> None:
     if prompts.ndim != 2 or prompts.shape != mask.shape or 0 in prompts.shape:
         raise ValueError(f"prompts and prompt_mask must both be [B, P], got {prompts.shape} and {mask.shape}")
     if new < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {new}")
+    check_groups(prompts.shape, 0, group_size)
     length, limit = prompts.shape[1] + new, lm.arch.max_positions
     if length > limit:
         raise ValueError(
@@ -275,6 +295,13 @@ def _check_prompts(lm: CausalLM, prompts: jax.Array | np.ndarray, mask: jax.Arra
             row, column = np.argwhere(odd)[0]
             raise ValueError(
                 f"row {row} of prompts holds the id {known[row, column]}, outside the vocabulary of {lm.arch.vocab_size}"
+            )
+
+        shown = None if known is None else np.where(known_mask, known, -1)
+        if shown is not None and (odd := (shown != np.repeat(shown[::group_size], group_size, axis=0)).any(1)).any():
+            row = int(np.argmax(odd))
+            raise ValueError(
+                f"row {row} of prompts is not that of row {row - row % group_size}, but group_size={group_size}"
             )
 
 

@@ -106,13 +106,31 @@ def check_batch(mesh: Mesh | AbstractMesh | None, rows: int, name: str) -> None:
 
     >>> check_batch(None, 3, "batch_size")
     """
-    shares = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"] if axis in mesh.shape)
+    shares = _shares(mesh)
     if rows % shares:
         sizes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in RULES["batch"] if axis in mesh.shape)  # type: ignore[union-attr]
         up = rows + -rows % shares
         raise ValueError(
             f"{name}: {rows} rows do not divide over {sizes} of the mesh: make it a multiple of {shares}, as {up}"
         )
+
+
+def whole_groups(mesh: Mesh | AbstractMesh | None, rows: int, group_size: int) -> int:
+    """Say in groups of how many rows a batch may be computed: `group_size` where every device gets whole groups, else 1.
+
+    Args:
+        mesh: or None.
+        rows: of the batch.
+        group_size: adjacent rows that have a prompt in common.
+
+    >>> whole_groups(None, 8, 4), whole_groups(None, 6, 4)
+    (4, 1)
+    """
+    return group_size if rows % (_shares(mesh) * group_size) == 0 else 1
+
+
+def _shares(mesh: Mesh | AbstractMesh | None) -> int:
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"] if axis in mesh.shape)
 
 
 def place(tree: Any, sharding: Any) -> Any:

@@ -183,12 +183,16 @@ def apply_gradient(state: TrainState, grad: Any, loss: jax.Array, optimizer: Opt
     return kept, {"train/grad_norm": norm, "train/healthy": healthy, "lr": rate}
 
 
-def minibatches(key: jax.Array, rows: int, count: int) -> jax.Array:
-    """Shuffle row numbers into `count` equal minibatches: [count, rows / count] int32.
+def minibatches(key: jax.Array, rows: int, count: int, group_size: int = 1) -> jax.Array:
+    """Shuffle row numbers into `count` equal minibatches, rows of one group together: [count, rows / count] int32.
 
     >>> minibatches(jax.random.key(0), 6, 3).shape
     (3, 2)
+    >>> minibatches(jax.random.key(0), 6, 1, group_size=2).tolist()
+    [[0, 1, 2, 3, 4, 5]]
     """
-    if rows % count:
-        raise ValueError(f"{rows} rows do not divide into {count} minibatches")
-    return jax.random.permutation(key, rows).reshape(count, rows // count)
+    if rows % (count * group_size):
+        groups = f" of whole groups of {group_size}" if group_size > 1 else ""
+        raise ValueError(f"{rows} rows do not divide into {count} minibatches{groups}")
+    order = jax.random.permutation(key, rows // group_size)[:, None] * group_size + jnp.arange(group_size)[None, :]
+    return order.reshape(count, rows // count)

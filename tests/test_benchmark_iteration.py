@@ -92,6 +92,15 @@ def test_the_work_of_an_iteration_on_paper():
     assert counted["update"] == pytest.approx((3 * forward, 6 * weights))
     second_network = iteration.work(config, ARCH, 4, "TRL PPO")["update"]
     assert second_network == pytest.approx((6 * forward, 12 * weights))
+    grouped = iteration.work(config, ARCH, 4, "pgjax RLOO")  # two completions of each of two prompts of three tokens
+    prefill = 2 * body * 6 + 4 * heads * 1.5 * 6 + 2 * head * 4
+    forward = 2 * body * 26 + 4 * heads * (6 * 1.5 + 20 * 5.5) + 2 * head * 20
+    assert grouped["rollout"][0] == pytest.approx(prefill + 4 * step) and grouped["scoring"][0] == pytest.approx(
+        forward
+    )
+    assert iteration.work(config, ARCH, 4, "TRL RLOO")["scoring"] == pytest.approx(
+        (2 * counted["scoring"][0], 2 * weights)
+    )
 
 
 def test_a_peers_row_has_no_parts_and_a_batch_that_does_not_divide_is_refused():

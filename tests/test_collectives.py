@@ -1,5 +1,6 @@
 """What the compiled programs of a mesh send, and from inside which loops; read from their text, on four devices."""
 
+import collections
 import functools
 
 import jax
@@ -33,7 +34,7 @@ def shapes(mesh, tree):
     )
 
 
-def compiled(program: str, arch: pg.Architecture, rows: int, **axes: int):
+def compiled(program: str, arch: pg.Architecture, rows: int, *, group_size: int = 1, **axes: int):
     """Compile one of PPO's programs for a mesh, from shapes alone."""
     mesh, lm = make_mesh(**axes), causal_lm(arch)
     state = shapes(
@@ -53,14 +54,14 @@ def compiled(program: str, arch: pg.Architecture, rows: int, **axes: int):
             options = {"temperature": number, "top_k": index, "top_p": number, "min_p": number}
             lowered = rollout._generate.lower(
                 lm, state.params["lm"], prompts, prompt_mask, jax.random.key(0), options, whole((8,), jnp.int32), index,
-                max_new_tokens=NEW,
+                max_new_tokens=NEW, group_size=group_size,
             )  # fmt: skip
         else:
             inside, x = (split((rows, NEW + 1), dtype) for dtype in (jnp.bool_, jnp.float32))
             batch, order = Batch(tokens, mask, inside, x, x, x, x, x), whole((2, rows // 2), jnp.int32)
             lowered = ppo.update.lower(
                 state, batch, order, index, lm=lm, optimizer=OPTIMIZER, microbatches=2, temperature=1.0, clip_eps=0.2,
-                value_clip_eps=None, value_coef=0.5, entropy_coef=0.0,
+                value_clip_eps=None, value_coef=0.5, entropy_coef=0.0, group_size=group_size,
             )  # fmt: skip
         return lowered.compile(AS_FOR_USERS)
 
@@ -97,3 +98,11 @@ def test_fsdp_divides_the_learners_memory():
     memory = compiled("update", arch, 16, fsdp=4).memory_analysis()
     assert memory.argument_size_in_bytes < 1.05 * 3 * size / 4  # parameters and two moments
     assert memory.temp_size_in_bytes < size
+
+
+@pytest.mark.parametrize("program", ["sample", "update"])
+def test_rows_that_share_a_prompt_send_nothing_more(program):
+    found = [collectives(compiled(program, ARCH, 4 * ROWS, data=2, fsdp=2, group_size=g).as_text()) for g in (1, 2)]
+    alone, grouped = (collections.Counter((x.kind, tuple(loop.trips for loop in x.loops)) for x in y) for y in found)
+    assert alone == grouped
+    assert sum(x.bytes for x in found[1]) <= sum(x.bytes for x in found[0])

@@ -21,6 +21,7 @@ from pgjax.models.attention import (
     permuted,
     real_first,
 )
+from pgjax.models.groups import check_groups, group_attention, packed, same_prompts, unpacked
 from pgjax.models.slot_attention import slot_attention, takes
 from pgjax.models.transformer import PRODUCT, Block, KeyValue, Norm, fuse, rotary_table
 from pgjax.sharding import constrain, gathered, splits
@@ -44,9 +45,10 @@ class CausalLM(NamedTuple):
     # int32 a token sees its own segment alone, and positions start again with each one: several texts in one row, each
     # a run of one id, no id used twice; 0 is padding where there is no attention_mask.
     apply: Callable[..., jax.Array]
-    hidden: Callable[
-        ..., jax.Array
-    ]  # (params, tokens, attention_mask=None, segment_ids=None) -> [B,T,D] after the last norm
+    # hidden: (params, tokens, attention_mask=None, segment_ids=None, *, prompt_length=0, group_size=1) -> [B,T,D] after the
+    # last norm. With a group_size the rows of each group, adjacent, are the same in their first prompt_length entries, and
+    # these are computed once (`groups`); a row where they are others is NaN. Beside "cudnn" it changes nothing.
+    hidden: Callable[..., jax.Array]
     unembedding: Callable[..., jax.Array]  # (params) -> [V,D]
     init_cache: Callable[..., Cache]  # (batch, length) -> zeros
     # prefill: (params, tokens[B,P], attention_mask, cache) -> last hidden[B,D], cache
@@ -200,7 +202,11 @@ def causal_lm(
         return x
 
     def forward(
-        params: Params, tokens: jax.Array, attention_mask: jax.Array | None, segment_ids: jax.Array | None = None
+        params: Params,
+        tokens: jax.Array,
+        attention_mask: jax.Array | None,
+        segment_ids: jax.Array | None = None,
+        **group: Any,
     ) -> tuple[jax.Array, KeyValue]:
         length = tokens.shape[1]
         if attention_mask is None:
@@ -225,6 +231,11 @@ def causal_lm(
         if segment_ids is not None:
             positions = segment_positions(attention_mask, segment_ids)
             mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
+        if group:
+            seeing = functools.partial(group_attention, mask=mask, **group)
+            x, kv = layers(params, packed(tokens, **group), packed(positions, **group), seeing)
+            alike = same_prompts(tokens, attention_mask, **group)
+            return jnp.where(alike[:, None, None], unpacked(x, **group), jnp.nan), kv  # never wrong in silence
         return layers(params, tokens, positions, lambda q, k, v: attention(q, k, v, mask))
 
     def layers(
@@ -252,8 +263,14 @@ def causal_lm(
         tokens: jax.Array,
         attention_mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        *,
+        prompt_length: int = 0,
+        group_size: int = 1,
     ) -> jax.Array:
-        x, _ = forward(params, tokens, attention_mask, segment_ids)
+        check_groups(tokens.shape, prompt_length, group_size)
+        in_common = group_size > 1 and prompt_length > 0
+        group = {"prompt_length": prompt_length, "group_size": group_size} if in_common else {}
+        x, _ = forward(params, tokens, attention_mask, segment_ids, **group)
         return run(final_norm, params["norm"], x)
 
     def unembedding(params: Params) -> jax.Array:
