@@ -183,6 +183,7 @@ def apply_gradient(state: TrainState, grad: Any, loss: jax.Array, optimizer: Opt
     return kept, {"train/grad_norm": norm, "train/healthy": healthy, "lr": rate}
 
 
+@functools.partial(jax.jit, static_argnames=("rows", "count", "group_size"))
 def minibatches(key: jax.Array, rows: int, count: int, group_size: int = 1) -> jax.Array:
     """Shuffle row numbers into `count` equal minibatches, rows of one group together: [count, rows / count] int32.
 

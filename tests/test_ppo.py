@@ -222,10 +222,10 @@ def test_from_the_second_step_on_nothing_compiles_and_no_transfer_is_hidden(conf
     compiled: list[str] = []
 
     def guard(call, scores):
-        if call == 2:  # in step 2: everything has been compiled, the report of step 1 included
+        if call == 2:  # in step 2: everything has been compiled, report and snapshot of step 1 included
             jax.config.update("jax_transfer_guard", "disallow")
             jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
-        if call == 5:  # the evaluation at the end: saving and drawing come next
+        if call == 5:  # the evaluation at the end: drawing comes next
             jax.config.update("jax_transfer_guard", "allow")
             jax.monitoring.clear_event_listeners()
         return scores
@@ -233,9 +233,8 @@ def test_from_the_second_step_on_nothing_compiles_and_no_transfer_is_hidden(conf
     fresh_box.act = guard
     before = rollout._generate._cache_size()
     try:
-        script.main(
-            change(config, steps=4, epochs=2, kl_target=1.0, max_new_tokens=5)
-        )  # a length that no other test has
+        # A length that no other test has, and a snapshot a step.
+        script.main(change(config, steps=4, epochs=2, kl_target=1.0, max_new_tokens=5, save_every=1))
         assert rollout._generate._cache_size() - before == 1, "sampler: training and evaluation share one program"
     finally:
         jax.config.update("jax_transfer_guard", "allow")
