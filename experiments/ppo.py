@@ -79,7 +79,7 @@ class Config(Flags):
 
     algorithm: Literal["ppo", "reinforce"] = "ppo"  # the policy loss: the clipped ratio, or log-probabilities
     advantage: Literal["value", "leave-one-out", "group", "none"] = "value"  # what a return is compared with
-    group_size: int = 4  # completions of each prompt, for leave-one-out and group
+    group_size: int = 4  # completions of each prompt, for leave-one-out and group; they share its computation
     normalize_group: bool = True  # in units of the group's standard deviation, as GRPO; Dr. GRPO does not
     reduce: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"  # how the policy loss is averaged
     epochs: int = 1  # passes over an iteration's completions
