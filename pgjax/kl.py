@@ -136,7 +136,7 @@ def categorical_kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
 
     Args:
       logits: [B, T, V] of any floating type; -inf is fine (a forbidden token).
-      ref_logits: [B, T, V]; carries no gradient. -inf where the policy's is finite gives inf.
+      ref_logits: [B, T, V]; carries no gradient. -inf where the policy's is finite gives inf, and no gradient there.
 
     Returns:
       [B, T] float32, in nats; entry 0 is 0.
@@ -157,8 +157,11 @@ def categorical_kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
     logp = z - jnp.log(jnp.sum(jnp.exp(z), axis=-1, keepdims=True))
     logq = ref_z - jnp.log(jnp.sum(jnp.exp(ref_z), axis=-1, keepdims=True))
     possible = ~jnp.isneginf(z)
-    difference = where_mask(possible, logp) - where_mask(possible, logq)
-    kl = jnp.sum(jnp.exp(logp) * difference, axis=-1)
+    # Elsewhere it is inf, and not summed: the gradient of that sum would be 0 * inf, which no mask holds back.
+    covered = ~jnp.any(possible & jnp.isneginf(ref_z), axis=-1)
+    summed = possible & covered[..., None]
+    kl = jnp.sum(jnp.exp(logp) * (where_mask(summed, logp) - where_mask(summed, logq)), axis=-1)
+    kl = jnp.where(covered, kl, jnp.full_like(kl, jnp.inf))
     return token_frame(jnp.where(usable & ref_usable, kl, jnp.full_like(kl, jnp.nan)))
 
 

@@ -48,6 +48,11 @@ def _number_at_least(name: str, x: ArrayLike | None, low: float, *, strict: bool
         )
 
 
+def _ratio_range(clip_eps: ArrayLike, clip_eps_high: ArrayLike | None, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    above = clip_eps if clip_eps_high is None else clip_eps_high
+    return 1.0 - jnp.asarray(clip_eps, dtype), 1.0 + jnp.asarray(above, dtype)
+
+
 def policy_gradient_loss(
     logprobs: ArrayLike,
     advantages: ArrayLike,
@@ -147,16 +152,15 @@ def clipped_surrogate_loss(
     _number_at_least("clip_eps_high", clip_eps_high, 0.0)
     _number_at_least("dual_clip", dual_clip, 1.0, strict=True)
     inside, (new, old, advantages) = _aligned(mask, logprobs, stop_gradient(old_logprobs), stop_gradient(advantages))
-    ratio = jnp.exp(new - old)
-    below, above = clip_eps, clip_eps if clip_eps_high is None else clip_eps_high
-    low = jax.lax.stop_gradient(1.0 - jnp.asarray(below, ratio.dtype))
-    high = jax.lax.stop_gradient(1.0 + jnp.asarray(above, ratio.dtype))
-    # Comparisons, not min and clip: at a tie those share the gradient out in ways of their own.
-    ratio = jnp.where((advantages > 0) & (ratio > high), high, ratio)
-    ratio = jnp.where((advantages < 0) & (ratio < low), low, ratio)
-    if dual_clip is not None:
-        bound = jnp.asarray(dual_clip, ratio.dtype)
-        ratio = jnp.where((advantages < 0) & (ratio > bound), bound, ratio)
+    low, high = _ratio_range(clip_eps, clip_eps_high, new.dtype)
+    upper = jnp.where(advantages > 0, high, jnp.asarray(jnp.inf if dual_clip is None else dual_clip, new.dtype))
+    lower = jnp.where(advantages < 0, low, jnp.full_like(low, -jnp.inf))
+    # Comparisons, not min and clip: at a tie those share the gradient out in ways of their own. And what gets no gradient
+    # goes out before exp: where it overflows, 0 * inf would be NaN.
+    at = jnp.exp(stop_gradient(new - old))
+    stopped = (at < lower) | (at > upper)
+    moving = jnp.exp(where_mask(~stopped & (advantages != 0), new - old))
+    ratio = jnp.where(stopped, stop_gradient(jnp.clip(at, lower, upper)), moving)
     return _reduce(-ratio * advantages, inside, reduce, axis_name)
 
 
@@ -322,9 +326,8 @@ def surrogate_diagnostics(
     if axis_name is not None:
         least, largest = jax.lax.pmin(least, axis_name), jax.lax.pmax(largest, axis_name)
     seen = global_sum(inside.astype(ratio.dtype), axis_name) > 0
-    above = clip_eps if clip_eps_high is None else clip_eps_high
-    bound = jnp.where(ratio > 1.0, jnp.asarray(above, ratio.dtype), jnp.asarray(clip_eps, ratio.dtype))
-    far = (jnp.abs(ratio - 1.0) > bound).astype(ratio.dtype)
+    low, high = _ratio_range(clip_eps, clip_eps_high, ratio.dtype)
+    far = ((ratio < low) | (ratio > high)).astype(ratio.dtype)
     return {
         "approx_kl": masked_mean(jnp.expm1(log_ratio) - log_ratio, inside, axis_name=axis_name),
         "clip_fraction": masked_mean(far, inside, axis_name=axis_name),

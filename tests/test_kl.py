@@ -90,6 +90,17 @@ def test_categorical_kl_gradients():
     np.testing.assert_array_equal(gradient, 0)
 
 
+def test_a_categorical_kl_of_infinity_outside_the_mask_stays_there():
+    mask = np.ones((2, 4), bool)
+    mask[0, 2] = False
+
+    def run(ref_logits):
+        return jax.jit(jax.value_and_grad(lambda z: masked_mean(categorical_kl(z, ref_logits), mask)))(LOGITS)
+
+    ref_logits = jnp.asarray(REF_LOGITS)
+    jax.tree.map(np.testing.assert_array_equal, run(ref_logits.at[0, 1, 2].set(-jnp.inf)), run(ref_logits))
+
+
 @pytest.mark.parametrize("garbage", [np.nan, np.inf])
 def test_categorical_kl_garbage_rows(garbage):
     mask = np.ones((2, 4), bool)

@@ -83,6 +83,16 @@ def test_gradient_is_zero_exactly_where_it_must_be(ratio, advantage, dual_clip):
     assert gradient == 0 if clipped else gradient == pytest.approx(-ratio * advantage, rel=1e-5)
 
 
+@pytest.mark.parametrize("advantage, dual_clip, value", [(0.7, None, -0.84), (0.0, None, 0.0), (-1.5, 3.0, 4.5)])
+def test_a_ratio_that_overflows_gets_no_gradient_where_it_is_clipped(advantage, dual_clip, value):
+    # exp(100) is inf in float32: behind it a gradient of 0 would be 0 * inf.
+    def loss(x):
+        return clipped_surrogate_loss(x, jnp.array([-100.0]), jnp.array([advantage]), dual_clip=dual_clip)
+
+    found, gradient = jax.jit(jax.value_and_grad(loss))(jnp.zeros(1))
+    assert float(found) == pytest.approx(value) and float(gradient[0]) == 0
+
+
 def test_no_clip_is_the_plain_ratio():
     unclipped = clipped_surrogate_loss(NEW, OLD, ADVANTAGES, MASK, clip_eps=float("inf"))
     plain = -(np.exp(NEW.astype(np.float64) - OLD) * ADVANTAGES)[MASK].mean()
@@ -249,6 +259,13 @@ def test_wrong_shapes_are_refused():
         clipped_surrogate_loss(NEW, OLD, ADVANTAGES, MASK[0])
     with pytest.raises(AssertionError):
         preference_loss(NEW[0], NEW[1], margin=NEW[0, :1])
+
+
+def test_clip_fraction_counts_what_the_loss_clips():
+    # By |r - 1| > eps the ratio that rounds to 1 + eps would count, and the loss does not clip it.
+    new = jnp.log(jnp.array([1.2], jnp.float32))
+    assert float(jax.grad(lambda x: clipped_surrogate_loss(x, jnp.zeros(1), jnp.ones(1)))(new)[0]) < 0
+    assert float(surrogate_diagnostics(new, jnp.zeros(1))["clip_fraction"]) == 0
 
 
 def test_clip_fraction_knows_an_upper_bound_of_its_own():
