@@ -61,7 +61,7 @@ def adamw(
         warmup: optimizer steps from rate 0 to the peak; the first one already moves.
         decay: fall linearly to 0 at `updates`; otherwise stay at the peak.
         max_grad_norm: gradients are scaled down to this global norm; None does not clip.
-        weight_decay: decoupled; on tensors of rank 2 and above.
+        weight_decay: decoupled; on matrices alone, not on norms and biases, which are vectors in each layer.
         eps: added to the root of the second moment: where gradients are small beside it, the steps shrink with them.
 
     Returns:
@@ -88,8 +88,12 @@ def adamw(
             rate = rate * jnp.clip((updates - done) / max(updates - warmup, 1), 0.0, 1.0)
         return learning_rate * rate
 
+    def is_matrix(path: tuple[Any, ...], x: jax.Array) -> bool:
+        stacked = jax.tree_util.DictKey("layers") in path  # over depth: a norm's scale is [L, D] there
+        return x.ndim - stacked > 1
+
     def matrices(params: Any) -> Any:
-        return jax.tree.map(lambda x: x.ndim > 1, params)
+        return jax.tree_util.tree_map_with_path(is_matrix, params)
 
     clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
     chain = optax.chain(clip, optax.adamw(schedule, eps=eps, weight_decay=weight_decay, mask=matrices))

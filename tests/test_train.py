@@ -8,6 +8,7 @@ import pytest
 
 import pgjax as pg
 from pgjax import train
+from tests.tiny import ARCHITECTURES
 
 
 def uneven_batch() -> tuple[jax.Array, jax.Array]:
@@ -64,6 +65,17 @@ def test_the_first_step_of_adamw_is_the_rate_times_the_sign_and_decays_matrices_
     np.testing.assert_allclose(state.params["vector"], 2.0 - 0.1, rtol=1e-5)
     np.testing.assert_allclose(state.params["matrix"], 2.0 - 0.1 * (1 + 0.5 * 2.0), rtol=1e-5)
     assert float(metrics["lr"]) == pytest.approx(0.1) and int(state.updates) == 1
+
+
+def test_norms_and_biases_stacked_over_layers_do_not_decay():
+    params = jax.tree.map(jnp.ones_like, pg.causal_lm(ARCHITECTURES["gpt2"]).init(jax.random.key(0)))
+    optimizer = train.adamw(0.1, updates=1, weight_decay=0.5)
+    grad = jax.tree.map(jnp.zeros_like, params)
+    state, _ = train.apply_gradient(train.init_state(params, optimizer), grad, jnp.float32(0.0), optimizer)
+    for path, x in jax.tree_util.tree_leaves_with_path(state.params):
+        np.testing.assert_allclose(
+            x, 0.95 if path[-1].key in ("kernel", "tokens", "positions") else 1.0, err_msg=str(path)
+        )
 
 
 def test_gradients_are_clipped_by_their_global_norm():
