@@ -139,7 +139,8 @@ def accumulate(loss_fn: LossFn, params: Any, batch: Any, weight: jax.Array, micr
     rows = weight.shape[0]
     if rows % microbatches:
         raise ValueError(f"{rows} rows do not divide into {microbatches} microbatches")
-    total = jnp.maximum(weight.sum(), 1).astype(jnp.float32)
+    weights = weight.sum().astype(jnp.float32)
+    total = jnp.where(weights > 0, weights, 1.0)  # where nothing counts, the gradient is 0
 
     def part(batch: Any, weight: jax.Array) -> tuple[Any, Metrics]:
         (loss, metrics), grad = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)

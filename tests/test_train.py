@@ -34,6 +34,14 @@ def test_uneven_microbatches_equal_the_whole_batch(microbatches):
     assert abs(np.mean(equal_shares) - whole[0]) > 1e-3, "a mean of means must differ here, or the test cannot fail"
 
 
+@pytest.mark.parametrize("scale", [0.01, 100.0])
+def test_weights_count_by_their_shares_alone(scale):
+    batch = uneven_batch()
+    weight = batch[1].sum(1).astype(jnp.float32)
+    found, whole = (train.accumulate(loss_fn, jnp.float32(0.7), batch, w, 2) for w in (scale * weight, weight))
+    chex.assert_trees_all_close(found, whole, rtol=1e-6)
+
+
 def test_rows_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="8 rows do not divide into 3 microbatches"):
         train.accumulate(loss_fn, jnp.float32(1.0), uneven_batch(), jnp.ones(8), 3)
