@@ -342,7 +342,8 @@ class Checkpoints:
         self._failure = _reason(error)
         error.__traceback__ = error.__context__ = error.__cause__ = None
         gc.collect()  # the writers of the other arrays hang on those, and would fail again when Python ends
-        self._scores.pop(self._saving or 0, None)
+        if self._saving is not None:
+            self._scores.pop(self._saving, None)
         if jax.process_index() == 0:
             for piece in self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(piece, ignore_errors=True)

@@ -115,7 +115,7 @@ def _finite(value: Any) -> float | None:
 class Writer:
     """Append metrics and samples of a run to its files.
 
-    Metrics go to `metrics.jsonl` (one JSON object a line, on disk when `write` returns) and to TensorBoard
+    Metrics go to `metrics.jsonl` (one JSON object a line, out of this process when `write` returns) and to TensorBoard
     event files in the same folder. JSON has no NaN and no infinity: such a value is written as null.
 
     Args:

@@ -172,7 +172,9 @@ def causal_lm(
     final_norm = Norm(arch.norm, arch.norm_eps, dtype, param_dtype)
 
     def chosen() -> Literal["masked"] | Kernel:  # asked while tracing: building a model must not start JAX's backend
-        return kernel or ("cudnn" if cudnn_takes(dtype, arch.head_dim, cuda_capability()) else "masked")
+        if kernel is not None:
+            return kernel
+        return "cudnn" if cudnn_takes(dtype, arch.head_dim, cuda_capability()) else "masked"
 
     def init(key: jax.Array) -> Params:
         token_key, position_key, layer_key, head_key = jax.random.split(key, 4)
