@@ -18,7 +18,7 @@ and for each an exponent p of y = c * size^p, the least-squares slope of log y o
 last exponent is that of the two largest sizes alone, where such a part weighs least. Programs:
 
     learner = value and gradient of PPO's loss, added up over microbatches (train.accumulate); half the tokens are sampled
-    decode  = one step of the sampler: lm.decode, logits, filter, draw; "length" is the filled cache, half of it prompt
+    decode  = one step of sampling: lm.decode, logits, draw; "length" is the filled cache
 """
 
 from __future__ import annotations

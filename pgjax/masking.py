@@ -123,8 +123,9 @@ def masked_mean(
     of means. An empty mask gives 0. What stands outside the mask, NaN included, changes neither value nor
     gradient.
 
-    Of tokens' losses it is unbiased, up to the number of tokens, where all sequences have the same. Where lengths
-    vary a small batch is biased: the samples in the sum are those that are counted below it.
+    Over the tokens of sampled sequences: where all have T tokens, its gradient is that of the sum over a sequence
+    divided by T, and as unbiased. Where lengths vary it is biased, most in small batches: the samples that are summed
+    also decide what the sum is divided by.
 
     Gradients with `axis_name`: in `jax.shard_map` the gradient with respect to a replicated argument is
     already the gradient of the global mean. In `jax.pmap` (and in `shard_map` with `check_vma=False`) JAX
