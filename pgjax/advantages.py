@@ -4,7 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from pgjax.masking import as_float, as_floats, as_mask, where_mask
+from pgjax.masking import as_float, as_floats, as_mask, check_number, where_mask
 
 _Affine = tuple[jax.Array, jax.Array]  # x -> second + first * x
 
@@ -275,8 +275,7 @@ def truncated_importance_weights(
       >>> print(truncated_importance_weights(policy, sampler, cap=2.0).round(3))
       [0.5 2. ]
     """
-    if isinstance(cap, int | float) and not cap > 0:
-        raise ValueError(f"cap must be above 0, got {cap}")
+    check_number("cap", cap, 0, strict=True)
     new, old, bound = jax.lax.stop_gradient(as_floats(logprobs, sampler_logprobs, cap))
     chex.assert_equal_shape([new, old])
     inside = as_mask(mask, new)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from pgjax.masking import as_float, where_mask
+from pgjax.masking import as_float, check_number, where_mask
 
 _State = TypeVar("_State")
 _Forward = tuple[jax.Array, jax.Array, jax.Array]  # largest logit, sum of exp, the tokens' logits: [B, T] each
@@ -54,12 +54,6 @@ def _next_tokens(tokens: jax.Array) -> jax.Array:
 
 def _scaled(logits: jax.Array, temperature: jax.typing.ArrayLike) -> jax.Array:
     return as_float(logits) / jax.lax.stop_gradient(jnp.asarray(temperature)).astype(as_float(logits).dtype)
-
-
-def _check_temperature(temperature: jax.typing.ArrayLike) -> None:
-    if isinstance(temperature, int | float) and not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-    chex.assert_rank(temperature, 0)
 
 
 def shifted_logits(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -121,7 +115,7 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array, *, temperature: jax.typ
       >>> print(token_logprobs(jnp.zeros((1, 3, 4)), jnp.array([[0, 1, 2]])))
       [[ 0.        -1.3862944 -1.3862944]]
     """
-    _check_temperature(temperature)
+    check_number("temperature", temperature, 0, strict=True)
     chex.assert_rank([logits, tokens], [3, 2])
     chex.assert_equal_shape_prefix([logits, tokens], 2)
     ids = _next_tokens(tokens)
@@ -153,7 +147,7 @@ def token_entropy(logits: jax.Array, *, temperature: jax.typing.ArrayLike = 1.0)
       >>> print(token_entropy(jnp.zeros((1, 2, 4))))
       [[0.        1.3862944]]
     """
-    _check_temperature(temperature)
+    check_number("temperature", temperature, 0, strict=True)
     chex.assert_rank(logits, 3)
     z, usable = shifted_logits(_scaled(logits, temperature))
     weights = jnp.exp(z)
@@ -321,7 +315,7 @@ def linear_token_logprobs(
       >>> print(linear_token_logprobs(hidden, unembedding, jnp.array([[0, 1, 2]])))
       [[ 0.        -1.3862944 -1.3862944]]
     """
-    _check_temperature(temperature)
+    check_number("temperature", temperature, 0, strict=True)
     chex.assert_rank([hidden, unembedding, tokens], [3, 2, 2])
     chex.assert_equal_shape_prefix([hidden, tokens], 2)
     chex.assert_axis_dimension(unembedding, 1, hidden.shape[2])

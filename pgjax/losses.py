@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jax.typing import ArrayLike
 
-from pgjax.masking import AxisName, as_floats, as_mask, global_sum, masked_mean, where_mask
+from pgjax.masking import AxisName, as_floats, as_mask, check_number, global_sum, masked_mean, where_mask
 
 _REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum")
 
@@ -32,20 +32,6 @@ def _reduce(losses: jax.Array, mask: jax.Array, reduce: str, axis_name: AxisName
     counts = jnp.sum(mask.astype(losses.dtype), axis=-1)
     rows = sums / jnp.maximum(counts, jnp.ones_like(counts)) if reduce == "sequence_mean" else sums
     return masked_mean(rows, counts > 0, axis_name=axis_name)
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
-
-
-def _number_at_least(name: str, x: ArrayLike | None, low: float, *, strict: bool = False) -> None:
-    # A traced value can't be checked here; its caller has it from a checked number.
-    if isinstance(x, int | float):
-        _require(
-            x > low if strict else x >= low,
-            f"{name} must be {'above' if strict else 'at least'} {low}, got {x}",
-        )
 
 
 def _ratio_range(clip_eps: ArrayLike, clip_eps_high: ArrayLike | None, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
@@ -148,9 +134,11 @@ def clipped_surrogate_loss(
       >>> print(clipped_surrogate_loss(new, old, advantages, clip_eps=0.2))
       -1.05
     """
-    _number_at_least("clip_eps", clip_eps, 0.0)
-    _number_at_least("clip_eps_high", clip_eps_high, 0.0)
-    _number_at_least("dual_clip", dual_clip, 1.0, strict=True)
+    check_number("clip_eps", clip_eps, 0)
+    if clip_eps_high is not None:
+        check_number("clip_eps_high", clip_eps_high, 0)
+    if dual_clip is not None:
+        check_number("dual_clip", dual_clip, 1, strict=True)
     inside, (new, old, advantages) = _aligned(mask, logprobs, stop_gradient(old_logprobs), stop_gradient(advantages))
     low, high = _ratio_range(clip_eps, clip_eps_high, new.dtype)
     upper = jnp.where(advantages > 0, high, jnp.asarray(jnp.inf if dual_clip is None else dual_clip, new.dtype))
@@ -206,10 +194,10 @@ def value_loss(
     if (old_values is None) != (clip_eps is None):
         given, absent = ("clip_eps", "old_values") if old_values is None else ("old_values", "clip_eps")
         raise ValueError(f"value_loss got {given} without {absent}; give both to clip, neither not to")
-    _number_at_least("clip_eps", clip_eps, 0.0)
     if old_values is None or clip_eps is None:
         inside, (new, target) = _aligned(mask, values, stop_gradient(returns))
         return masked_mean(0.5 * jnp.square(new - target), inside, axis_name=axis_name)
+    check_number("clip_eps", clip_eps, 0)
     inside, (new, target, old) = _aligned(mask, values, stop_gradient(returns), stop_gradient(old_values))
     bound = jax.lax.stop_gradient(jnp.asarray(clip_eps, new.dtype))
     held = old + jnp.clip(new - old, -bound, bound)

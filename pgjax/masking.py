@@ -89,6 +89,35 @@ def where_mask(mask: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(mask, x, jnp.zeros_like(x))
 
 
+def check_number(
+    name: str, x: jax.typing.ArrayLike, low: float, below: float | None = None, *, strict: bool = False
+) -> None:
+    """Refuse a number that is out of its range; one that is traced can't be looked at.
+
+    Args:
+      name: what the caller calls it.
+      x: [] the number.
+      low: the least that it may be.
+      below: what it must be less than; None: any.
+      strict: whether `low` itself is refused.
+
+    Raises:
+      ValueError: with the number and its range.
+
+    Example:
+      >>> check_number("temperature", 0.0, 0, strict=True)
+      Traceback (most recent call last):
+      ValueError: temperature must be above 0, got 0.0
+    """
+    chex.assert_rank(x, 0)
+    if isinstance(x, jax.core.Tracer):
+        return
+    number = float(jax.device_get(x))
+    if not (low < number if strict else low <= number) or not (below is None or number < below):
+        end = "" if below is None else " and finite" if below == jnp.inf else f" and below {below}"
+        raise ValueError(f"{name} must be {'above' if strict else 'at least'} {low}{end}, got {x}")
+
+
 def global_sum(x: jax.Array, axis_name: AxisName) -> jax.Array:
     """Sum an array here, and over the devices of `axis_name` if there is one.
 

@@ -14,20 +14,10 @@ from jax.typing import ArrayLike
 
 from pgjax.kl import categorical_kl
 from pgjax.logprobs import shifted_logits, token_frame
-from pgjax.masking import AxisName, as_float, as_floats, as_mask, global_sum, masked_mean
+from pgjax.masking import AxisName, as_float, as_floats, as_mask, check_number, global_sum, masked_mean
 
 _Tree = TypeVar("_Tree")
 _Search = tuple[jax.Array, jax.Array, _Tree, jax.Array, jax.Array, jax.Array]  # see `_line_search`
-
-
-def _number_within(name: str, x: ArrayLike, low: float, high: float = jnp.inf, *, strict: bool = False) -> None:
-    # A traced value can't be checked here; its caller has it from a checked number.
-    if isinstance(x, jax.core.Tracer):
-        return
-    number = float(jax.device_get(x))
-    if not (low < number < high if strict else low <= number < high):
-        bound = f"{'above' if strict else 'at least'} {low} and " + (f"below {high}" if high < jnp.inf else "finite")
-        raise ValueError(f"{name} must be {bound}, got {x}")
 
 
 def _own(tree: _Tree, axis_name: AxisName) -> _Tree:
@@ -250,11 +240,11 @@ def trust_region_step(
       >>> print(info["accepted"], info["kl"] <= 0.01, info["loss_after"] < info["loss_before"])
       1.0 True True
     """
-    _number_within("max_kl", max_kl, 0.0, strict=True)
-    _number_within("damping", damping, 0.0)
-    _number_within("cg_iterations", cg_iterations, 1)
-    _number_within("backtracks", backtracks, 0)
-    _number_within("shrink", shrink, 0.0, 1.0, strict=True)
+    check_number("max_kl", max_kl, 0, jnp.inf, strict=True)
+    check_number("damping", damping, 0, jnp.inf)
+    check_number("cg_iterations", cg_iterations, 1, jnp.inf)
+    check_number("backtracks", backtracks, 0, jnp.inf)
+    check_number("shrink", shrink, 0, 1, strict=True)
     loss_before, gradient = jax.value_and_grad(loss_fn)(params)
     # In pmap the devices' gradients are not equal, and their mean is what `masking.masked_mean` asks for.
     gradient = _shared(_floats(gradient), axis_name)

@@ -232,9 +232,10 @@ def test_diagnostics_see_no_padding():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"clip_eps": -0.1}, "clip_eps must be at least 0.0, got -0.1"),
-        ({"clip_eps_high": -1}, "clip_eps_high must be at least 0.0, got -1"),
-        ({"dual_clip": 1.0}, "dual_clip must be above 1.0, got 1.0"),
+        ({"clip_eps": -0.1}, "clip_eps must be at least 0, got -0.1"),
+        ({"clip_eps": np.float32(-1)}, "clip_eps must be at least 0, got -1.0"),
+        ({"clip_eps_high": -1}, "clip_eps_high must be at least 0, got -1"),
+        ({"dual_clip": 1.0}, "dual_clip must be above 1, got 1.0"),
         ({"reduce": "mean"}, "token_mean, sequence_mean, sequence_sum, got 'mean'"),
     ],
 )

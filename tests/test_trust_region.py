@@ -136,14 +136,14 @@ def test_a_nan_at_a_trial_is_stepped_back_from():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"max_kl": 0.0}, "max_kl must be above 0.0 and finite, got 0.0"),
-        ({"max_kl": float("nan")}, "max_kl must be above 0.0 and finite, got nan"),
-        ({"max_kl": np.float32(-1)}, "max_kl must be above 0.0 and finite, got -1.0"),
-        ({"max_kl": jnp.float32(-1)}, "max_kl must be above 0.0 and finite, got -1.0"),
-        ({"damping": -0.1}, "damping must be at least 0.0 and finite, got -0.1"),
+        ({"max_kl": 0.0}, "max_kl must be above 0 and finite, got 0.0"),
+        ({"max_kl": float("nan")}, "max_kl must be above 0 and finite, got nan"),
+        ({"max_kl": np.float32(-1)}, "max_kl must be above 0 and finite, got -1.0"),
+        ({"max_kl": jnp.float32(-1)}, "max_kl must be above 0 and finite, got -1.0"),
+        ({"damping": -0.1}, "damping must be at least 0 and finite, got -0.1"),
         ({"cg_iterations": 0}, "cg_iterations must be at least 1 and finite, got 0"),
         ({"backtracks": -1}, "backtracks must be at least 0 and finite, got -1"),
-        ({"shrink": 1.0}, "shrink must be above 0.0 and below 1.0, got 1.0"),
+        ({"shrink": 1.0}, "shrink must be above 0 and below 1, got 1.0"),
     ],
 )
 def test_numbers_out_of_range_are_named(option, message):
