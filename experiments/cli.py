@@ -11,6 +11,7 @@ from pgjax import distributed, loop, rewards
 from pgjax.checkpoint import SaveFailed
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}  # a folder that takes no file
 
 
 @contextlib.contextmanager
@@ -40,6 +41,8 @@ def plain_errors(go_on: str = "the same command with --resume goes on") -> Itera
     except SaveFailed as failed:
         sys.exit(f"error: {failed}: make room; then {go_on}")
     except OSError as error:
+        if error.errno in CLOSED:
+            sys.exit(f"error: {error}")
         if error.errno not in FULL:
             raise
         sys.exit(f"error: {error}: make room; then {go_on}, from the last checkpoint")

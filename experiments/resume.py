@@ -108,7 +108,10 @@ def go_on(checkpoints: Checkpoints, state: Any, *, resume: bool, resume_from: Fr
       going on after step 3
       ({'w': Array([1., 1.], dtype=float32)}, 3)
     """
-    if not resume or checkpoints.latest() is None:
+    if not resume:
+        return state, 0
+    if checkpoints.latest() is None:
+        print(f"{checkpoints.folder} holds no snapshot: the run starts from the beginning")
         return state, 0
     like = _freed(state)
     if resume_from is None:

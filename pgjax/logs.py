@@ -79,7 +79,7 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool, may
         )
     new = json.loads(json.dumps(dict(config), default=str))
     if resume:
-        lines = _changed_fields(json.loads(path.read_text(encoding="utf-8")), new, may_change)
+        lines = _changed_fields(_read_config(path), new, may_change)
         if lines:
             raise ValueError(f"the run in {folder} was started with another config: " + "; ".join(lines))
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,11 +87,21 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool, may
     return folder
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged: it holds no config")
+    return config
+
+
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """Read a JSON Lines file; a last line cut short by a killed run is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     rows = []
     for number, line in enumerate(lines, start=1):
         if number == len(lines) and not line.endswith("\n"):
@@ -100,6 +110,8 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+        if not isinstance(rows[-1], dict) or "step" not in rows[-1]:
+            raise ValueError(f"{path}, line {number} is no row: it has no step")
     return rows
 
 

@@ -1,6 +1,7 @@
 """Damaged, foreign and unsaved checkpoints: each is named, none is used in silence, and the older one stays."""
 
 import contextlib
+import dataclasses
 import gc
 import json
 import resource
@@ -13,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pgjax as pg
 from experiments.cli import plain_errors
 from experiments.resume import go_on
-from pgjax import checkpoint, loop
+from pgjax import checkpoint, logs, loop
 from pgjax.checkpoint import BadCheckpoint, Checkpoints, SaveFailed
 from pgjax.digest import digest, leaf_digests
 from pgjax.leaves import stored_leaves
+from tests.tiny import ARCHITECTURES
 
 RUN = {"config": {"learning_rate": 0.1, "seed": 0}, "reference": "tiny (digest 12)"}
 
@@ -327,3 +330,23 @@ def test_a_digest_takes_keys_and_64_bits():
     x = np.array([1.0, 2.0**-40 + 1.0])
     assert leaf_digests({"x": x}) != leaf_digests({"x": np.array([1.0, 1.0])})
     assert stored_leaves({"x": x})["x"].dtype == np.float64
+
+
+def test_a_model_that_does_not_fit_on_the_disk_is_one_line(tmp_path):
+    arch = dataclasses.replace(ARCHITECTURES["llama"], vocab_size=4000)
+    lm = pg.causal_lm(arch)
+    with full_disk(50_000), pytest.raises(SystemExit, match=r"error: .*File too large.*make room"), plain_errors():
+        pg.save_pretrained(tmp_path / "policy", lm, lm.init(jax.random.key(0)), None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_takes_no_folder_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"error: .*Not a directory"), plain_errors():
+        logs.open_run(tmp_path / "file" / "run", {}, resume=False)
+
+
+def test_going_on_without_a_snapshot_is_said(tmp_path, capsys):
+    with Checkpoints(tmp_path) as checkpoints:
+        assert go_on(checkpoints, {"w": jnp.zeros(2)}, resume=True)[1] == 0
+    assert "holds no snapshot: the run starts from the beginning" in capsys.readouterr().out

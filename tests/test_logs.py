@@ -154,3 +154,18 @@ def event_file(path):
         events.append(Event.FromString(raw[at + 12 : at + 12 + length]))
         at += 16 + length
     return events
+
+
+@pytest.mark.parametrize("text", [b'{"steps": 10', b"[1]", b"\xff\xfe\x00"])
+def test_damaged_config_is_named_on_resume(tmp_path, text):
+    open_run(tmp_path, {"steps": 10}, resume=False)
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        open_run(tmp_path, {"steps": 10}, resume=True)
+
+
+@pytest.mark.parametrize("line", [b"null\n", b"\xff\xfe\n", b"[]\n"])
+def test_a_line_that_is_no_row_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        read_metrics(tmp_path)

@@ -236,6 +236,10 @@ def test_two_processes_read_a_half_each_and_save_one_model(tmp_path):
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": xla_flags(2),
     }
+    lm, params, _ = pg.load(GOLDENS / "qwen3")
+    for process in range(2):  # one number of one layer's matrix differs between the hosts
+        params["layers"]["up"]["kernel"] = params["layers"]["up"]["kernel"].at[1, 2, 3].add(process)
+        pg.save_pretrained(tmp_path / f"other{process}", lm, params, None)
     pair = [
         subprocess.Popen(
             [sys.executable, ROOT / "tests" / "weights_process.py", str(port), str(process), tmp_path],
@@ -254,6 +258,12 @@ def test_two_processes_read_a_half_each_and_save_one_model(tmp_path):
         assert not result["whole"] and 0.5 <= result["numbers"] / result["of"] < 0.52
         assert (
             result["another model"].startswith("ValueError") and "ForSequenceClassification" in result["another model"]
+        )
+        assert (
+            result["other weights"].startswith("ValueError: the weights of") and "layers.up" in result["other weights"]
+        )
+        assert (
+            result["other depth"].startswith("ValueError: the configuration of") and "family" in result["other depth"]
         )
     assert first["absent here"].startswith("FailedElsewhere: process 1 failed") and "none" in first["absent here"]
     assert second["absent here"].startswith("ValueError")

@@ -12,9 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pgjax.distributed import together
 from pgjax.models.families import classifier_config_of, labels_of
-from pgjax.models.load import compute_dtype, laid_out, read_config
+from pgjax.models.load import compute_dtype, laid_out, read_alike, read_config
 from pgjax.models.reward_model import Params, RewardModel, reward_model
 from pgjax.models.save import write_folder
 from pgjax.models.sources import find
@@ -65,7 +64,7 @@ def load_reward_model(
         shapes = laid_out(mesh, jax.eval_shape(rm.init, jax.random.key(0)))
         return rm, read_params(arch, shapes, tensors), tokenizer
 
-    return read() if mesh is None else together(read)
+    return read() if mesh is None else read_alike(source, read)
 
 
 def save_reward_model(folder: str | os.PathLike[str], rm: RewardModel, params: Params, tokenizer: Any | None) -> None:

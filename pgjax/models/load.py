@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
-from pgjax.distributed import together
+from pgjax.digest import leaf_digests, name_of
+from pgjax.distributed import agree, agree_where_shared, together
 from pgjax.models.architecture import Architecture
 from pgjax.models.causal_lm import CausalLM, causal_lm
 from pgjax.models.families import architecture_of, config_of
@@ -18,6 +23,8 @@ from pgjax.models.save import write_folder
 from pgjax.models.sources import find
 from pgjax.models.tokenizer import folder_tokenizer, prepare_tokenizer
 from pgjax.models.weights import Tensors, read_json, read_params, safetensors_of
+
+T = TypeVar("T")
 
 
 def load(
@@ -39,7 +46,7 @@ def load(
 
     Raises:
         ValueError: when the source is of no known kind or cannot be had, holds what is not implemented, or the mesh
-            does not divide it; it names what, before the weights are read.
+            does not divide it; it names what, before the weights are read. Where processes have read different models.
 
     >>> load("no-such-model")
     Traceback (most recent call last):
@@ -55,7 +62,37 @@ def load(
         shapes = laid_out(mesh, jax.eval_shape(lm.init, jax.random.key(0)))
         return lm, read_params(arch, shapes, tensors), tokenizer
 
-    return read() if mesh is None else together(read)
+    return read() if mesh is None else read_alike(source, read)
+
+
+def read_alike(source: str | os.PathLike[str], read: Callable[[], T]) -> T:
+    """Read a model on every process, and refuse one that is not the same on all: each host may have files of its own.
+
+    A process holds the pieces of its own devices; those that several hold are compared.
+
+    Args:
+        source: of the model.
+        read: gives (functions, parameters, tokenizer); each process reads for itself.
+
+    Returns:
+        What it gave.
+
+    Raises:
+        ValueError: on all processes, where they have read other configurations or other weights.
+
+    >>> read_alike("somewhere", lambda: ("functions", {}, None))
+    ('functions', {}, None)
+    """
+    model: Any = together(read)
+    if jax.process_count() > 1:
+        lm, params, _ = model
+        agree(f"the configuration of {source}", dataclasses.asdict(lm.arch))
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        pieces = {f"{name_of(path)} {x.index}": x.data for path, leaf in leaves for x in leaf.addressable_shards}
+        with jax.set_mesh(Mesh(np.empty((), object), ())):  # each piece is read where it lies
+            digests = leaf_digests(pieces)
+        agree_where_shared(f"the weights of {source}", digests)
+    return model
 
 
 def compute_dtype(dtype: Any) -> Any:

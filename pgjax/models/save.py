@@ -195,6 +195,7 @@ def _write_files(
 
 
 def _write_weights(draft: Path, shards: list[list[str]], values: Iterator[tuple[str, np.ndarray]]) -> None:
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     owner: dict[str, str] = {}
@@ -204,7 +205,13 @@ def _write_weights(draft: Path, shards: list[list[str]], values: Iterator[tuple[
         held = dict(next(values) for _ in names)
         owner |= dict.fromkeys(held, file)
         total += sum(value.nbytes for value in held.values())
-        save_file(held, draft / file, metadata={"format": "pt"})
+        try:
+            save_file(held, draft / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            found = re.search(r"os error (\d+)", str(error))
+            if found is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(draft.parent)) from error
         del held  # before the next is filled
     if len(shards) > 1:
         _write_json(draft / _INDEX, {"metadata": {"total_size": total}, "weight_map": owner})
