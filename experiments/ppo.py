@@ -189,7 +189,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     del policy
     checkpoints = open_checkpoints(
         folder, dataclasses.asdict(config), MAY_CHANGE, keep=config.keep, keep_best=config.keep_best,
-        data=rows_digest(train_prompts), reference=frozen(config.model, params),
+        data=rows_digest([train_prompts, held_out]), reference=frozen(config.model, params),
         reward_model=None if reward_model is None else frozen(config.reward_model, reward_model.params),
     )  # fmt: skip
     state, start = go_on(checkpoints, state, resume=config.resume, resume_from=config.resume_from)

@@ -34,7 +34,7 @@ def frozen(source: Any, params: Any) -> str:
 
 
 def rows_digest(rows: Any) -> str:
-    """Fingerprint the rows that a run learns from, in their order: a step's number is its place among them.
+    """Fingerprint the rows that a run learns from, or is judged by, in their order: a step's number is its place among them.
 
     Args:
       rows: as JSON would hold them.

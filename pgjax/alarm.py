@@ -80,16 +80,16 @@ class Alarm:
         self._client = client
         self._process, self._processes = process, processes  # jax itself says neither once it has shut down
         self._over = 0
-        self._rung = -1  # the number of the failure that this process told of last
+        self._rung = -1, 0.0  # the failure that this process told of last: its number, and when
         self._seen = -1, 0.0  # the failure seen last: its number, and when
-        self._leaving = threading.Event()
-        self._thread = threading.Thread(target=self._look_out, daemon=True)
+        self._leaving, self._done_looking = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         atexit.register(self._leave)
 
     def ring(self, words: str) -> None:
         """Write down that this process fails."""
-        self._rung = self._over
+        self._rung = self._over, time.monotonic()
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator has gone
             self._client.key_value_set(f"{_FOLDER}/{self._over}/{self._process}", words, allow_overwrite=True)
 
@@ -115,13 +115,18 @@ class Alarm:
         return number == self._over and time.monotonic() > at + _SECONDS - 2 * _POLL
 
     def _leave(self) -> None:
-        """Stop looking out: a thread that Python's end meets inside the coordinator's client aborts the process.
+        """Stop looking out: a thread that Python's end meets inside the coordinator's client aborts the process."""
+        self._leaving.set()
+        self._done_looking.wait(2 * _POLL)
 
-        Not where this process fails: it is the thread that ends it then, before jax gives up waiting for the others.
-        """
-        if self._rung != self._over:
-            self._leaving.set()
-            self._thread.join(2 * _POLL)
+    def _watch(self) -> None:
+        self._look_out()
+        self._done_looking.set()
+        # Where this process has failed it is this thread that ends it, before jax gives up waiting for the others.
+        while self._rung[0] == self._over:
+            if time.monotonic() > self._rung[1] + _SECONDS + 3 * _POLL:
+                os._exit(1)
+            time.sleep(_POLL / 10)
 
     def _look_out(self) -> None:
         while not self._leaving.wait(_POLL):

@@ -140,30 +140,6 @@ def agree(what: str, value: Any) -> None:
             raise ValueError(f"{what}: not the same on all processes ({told}); give all the same")
 
 
-def agree_where_shared(what: str, values: Mapping[str, Any]) -> None:
-    """Check that what several processes hold under one name is the same.
-
-    Args:
-      what: the values' name.
-      values: those that this process holds.
-
-    Raises:
-      ValueError: on all processes, with the first name that differs and the two processes.
-
-    Example:
-      >>> agree_where_shared("the weights", {"w": 3})
-    """
-    known: dict[str, tuple[int, Any]] = {}
-    for process, held in enumerate(gather(dict(values))):
-        for name, value in held.items():
-            before, other = known.setdefault(name, (process, value))
-            if other != value:
-                raise ValueError(
-                    f"{what}: not the same on all processes ({name} is another on process {process} than on process "
-                    f"{before}); give all the same"
-                )
-
-
 def together(work: Callable[[], T]) -> T:
     """Do work of the host that may fail on one process, and fail on all where it does.
 

@@ -57,7 +57,7 @@ def main(port, process, folder):
         "of": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "whole": kernel.is_fully_addressable,
         "another model": error_of(lambda: pg.load(GOLDENS / "reward_qwen3", mesh=mesh)),
-        "other weights": error_of(lambda: pg.load(folder / f"other{process}", mesh=make_mesh(data=4))),
+        "other weights": error_of(lambda: pg.load(folder / f"other{process}", mesh=mesh)),
         "other depth": error_of(lambda: pg.load(GOLDENS / ("qwen2", "qwen3")[process], mesh=mesh)),
         "absent here": error_of(lambda: pg.load(GOLDENS / ("qwen3" if process == 0 else "none"), mesh=mesh)),
         "not a folder": error_of(lambda: pg.save_pretrained(folder / "file", lm, params, None)),

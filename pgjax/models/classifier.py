@@ -18,7 +18,7 @@ from pgjax.models.reward_model import Params, RewardModel, reward_model
 from pgjax.models.save import write_folder
 from pgjax.models.sources import find
 from pgjax.models.tokenizer import folder_tokenizer, prepare_tokenizer, stop_ids
-from pgjax.models.weights import read_params, safetensors_of
+from pgjax.models.weights import Tensors, read_params, safetensors_of
 
 PAD_TOKEN = "<|pad|>"  # given to a tokenizer that has no token of its own for padding
 
@@ -50,7 +50,7 @@ def load_reward_model(
     ValueError: 'no-such-model' is not a model source; expected a folder in Hugging Face layout, a .gguf file, ...
     """
 
-    def read() -> tuple[RewardModel, Params, Any | None]:
+    def read() -> tuple[tuple[RewardModel, Params, Any | None], Tensors]:
         path = find(source)
         if path.is_file():
             raise ValueError(f"{path} holds a language model, not a reward model: {_TRAIN_ONE}")
@@ -62,9 +62,9 @@ def load_reward_model(
             _prepare(tokenizer, config, arch.vocab_size, path)
         rm = reward_model(arch, dtype=compute_dtype(dtype), param_dtype=param_dtype)
         shapes = laid_out(mesh, jax.eval_shape(rm.init, jax.random.key(0)))
-        return rm, read_params(arch, shapes, tensors), tokenizer
+        return (rm, read_params(arch, shapes, tensors), tokenizer), tensors
 
-    return read() if mesh is None else read_alike(source, read)
+    return read()[0] if mesh is None else read_alike(source, read)
 
 
 def save_reward_model(folder: str | os.PathLike[str], rm: RewardModel, params: Params, tokenizer: Any | None) -> None:

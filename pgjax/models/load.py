@@ -10,11 +10,8 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 
-from pgjax.digest import leaf_digests, name_of
-from pgjax.distributed import agree, agree_where_shared, together
+from pgjax.distributed import agree, together
 from pgjax.models.architecture import Architecture
 from pgjax.models.causal_lm import CausalLM, causal_lm
 from pgjax.models.families import architecture_of, config_of
@@ -22,7 +19,7 @@ from pgjax.models.gguf import read_gguf
 from pgjax.models.save import write_folder
 from pgjax.models.sources import find
 from pgjax.models.tokenizer import folder_tokenizer, prepare_tokenizer
-from pgjax.models.weights import Tensors, read_json, read_params, safetensors_of
+from pgjax.models.weights import Tensors, first_rows_digest, read_json, read_params, safetensors_of
 
 T = TypeVar("T")
 
@@ -53,45 +50,38 @@ def load(
     ValueError: 'no-such-model' is not a model source; expected a folder in Hugging Face layout, a .gguf file, ...
     """
 
-    def read() -> tuple[CausalLM, dict[str, Any], Any | None]:
+    def read() -> tuple[tuple[CausalLM, dict[str, Any], Any | None], Tensors]:
         path = find(source)
         arch, tensors, tokenizer = read_gguf(path) if path.is_file() else _read_folder(path)
         if tokenizer is not None:
             prepare_tokenizer(tokenizer, vocab_size=arch.vocab_size, origin=str(path))
         lm = causal_lm(arch, dtype=compute_dtype(dtype), param_dtype=param_dtype)
         shapes = laid_out(mesh, jax.eval_shape(lm.init, jax.random.key(0)))
-        return lm, read_params(arch, shapes, tensors), tokenizer
+        return (lm, read_params(arch, shapes, tensors), tokenizer), tensors
 
-    return read() if mesh is None else read_alike(source, read)
+    return read()[0] if mesh is None else read_alike(source, read)
 
 
-def read_alike(source: str | os.PathLike[str], read: Callable[[], T]) -> T:
+def read_alike(source: str | os.PathLike[str], read: Callable[[], tuple[T, Tensors]]) -> T:
     """Read a model on every process, and refuse one that is not the same on all: each host may have files of its own.
 
-    A process holds the pieces of its own devices; those that several hold are compared.
+    The configurations are compared, and the first row of every tensor; no process reads the others' parts for that.
 
     Args:
         source: of the model.
-        read: gives (functions, parameters, tokenizer); each process reads for itself.
+        read: gives (functions, parameters, tokenizer), and the checkpoint; each process reads for itself.
 
     Returns:
-        What it gave.
+        The first of the two.
 
     Raises:
         ValueError: on all processes, where they have read other configurations or other weights.
-
-    >>> read_alike("somewhere", lambda: ("functions", {}, None))
-    ('functions', {}, None)
     """
-    model: Any = together(read)
+    model, tensors = together(read)
     if jax.process_count() > 1:
-        lm, params, _ = model
-        agree(f"the configuration of {source}", dataclasses.asdict(lm.arch))
-        leaves = jax.tree_util.tree_leaves_with_path(params)
-        pieces = {f"{name_of(path)} {x.index}": x.data for path, leaf in leaves for x in leaf.addressable_shards}
-        with jax.set_mesh(Mesh(np.empty((), object), ())):  # each piece is read where it lies
-            digests = leaf_digests(pieces)
-        agree_where_shared(f"the weights of {source}", digests)
+        functions: Any = model
+        agree(f"the configuration of {source}", dataclasses.asdict(functions[0].arch))
+        agree(f"the weights of {source}", {"the first rows' digest": together(lambda: first_rows_digest(tensors))})
     return model
 
 
