@@ -238,7 +238,7 @@ def _call(
     try:
         values: Any = reward(prompts=list(prompts), completions=list(completions), **own)
         values = np.asarray(values) if hasattr(values, "__array__") else values
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # one that leaves would end the run in silence, maybe with exit status 0
         # A reward may have effects of its own, so it isn't called again row by row to find the culprit.
         problem = f"raised {_describe(error)} {whole}"
         raise _failure(name, problem, prompts, completions, None) from error

@@ -123,6 +123,14 @@ def test_a_reward_that_raises_is_called_once_and_its_exception_is_chained() -> N
     assert (caught.value.prompt, caught.value.completion, caught.value.value) == ("first prompt", "one", None)
 
 
+def test_a_reward_that_leaves_does_not_end_the_run_in_silence() -> None:
+    def leaving(**arguments: Any) -> list[float]:
+        sys.exit(0)
+
+    with pytest.raises(RewardError, match="'leaving' raised SystemExit: 0"):
+        run(leaving)
+
+
 def test_an_interrupt_is_no_reward_error() -> None:
     def interrupted(**arguments: Any) -> list[float]:
         raise KeyboardInterrupt
