@@ -23,6 +23,10 @@ def plain_errors(go_on: str = "the same command with --resume goes on") -> Itera
       ...     raise ValueError("steps must be at least 1, got 0")
       Traceback (most recent call last):
       SystemExit: error: steps must be at least 1, got 0
+      >>> with plain_errors():
+      ...     raise FloatingPointError("loss or gradient is not finite in step 3")
+      Traceback (most recent call last):
+      SystemExit: error: loss or gradient is not finite in step 3
     """
     try:
         try:
@@ -34,9 +38,11 @@ def plain_errors(go_on: str = "the same command with --resume goes on") -> Itera
         sys.exit(f"{stopped}: {go_on}")
     except KeyboardInterrupt:
         sys.exit(f"stopped: {go_on}, from the last checkpoint")
-    except rewards.RewardError:
-        raise  # with the traceback of the reward's own code
-    except (ValueError, ImportError, FileExistsError, distributed.FailedElsewhere) as error:
+    except rewards.RewardError as error:
+        if error.__cause__ is not None:
+            raise  # with the traceback of the reward's own code
+        sys.exit(f"error: {error}")
+    except (ValueError, ImportError, FileExistsError, FloatingPointError, distributed.FailedElsewhere) as error:
         sys.exit(f"error: {error}")
     except SaveFailed as failed:
         sys.exit(f"error: {failed}: make room; then {go_on}")
