@@ -73,16 +73,17 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool, may
         raise ValueError(f"there is no run to resume in {folder} (no {CONFIG}): leave out --resume to start one")
     left_over = CONFIG + ".part"  # of a run that was killed while it wrote its first file
     if not resume and folder.exists() and any(path.name != left_over for path in folder.iterdir()):
-        raise ValueError(
-            f"the output folder {folder} is not empty: add --resume to go on with the run in it, "
-            "or choose another --output"
-        )
+        go_on = "add --resume to go on with the run in it, or " if path.exists() else ""
+        raise ValueError(f"the output folder {folder} is not empty: {go_on}choose another --output")
     new = json.loads(json.dumps(dict(config), default=str))
     if resume:
         lines = _changed_fields(_read_config(path), new, may_change)
         if lines:
             raise ValueError(f"the run in {folder} was started with another config: " + "; ".join(lines))
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise ValueError(f"the output folder {folder} can't be made ({error}): choose another --output") from error
     _replace(path, json.dumps(new, indent=2) + "\n")
     return folder
 

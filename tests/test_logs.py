@@ -21,7 +21,7 @@ def test_new_run_in_a_used_folder_is_refused_with_both_mends(tmp_path):
 
 def test_folder_with_foreign_files_is_refused_and_left_as_it_is(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is not empty"):
+    with pytest.raises(ValueError, match="is not empty: choose another --output"):  # there is no run to resume
         open_run(tmp_path, CONFIG, resume=False)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -36,6 +36,8 @@ def test_empty_folder_takes_a_run_but_a_file_does_not(tmp_path):
     assert json.loads((run / "config.json").read_text())["ppo"] == {"clip_eps": 0.2, "coefs": [1, 2]}
     with pytest.raises(ValueError, match="is a file"):
         open_run(tmp_path / "config.json", CONFIG, resume=False)
+    with pytest.raises(ValueError, match=r"can't be made .*choose another --output"):
+        open_run(tmp_path / "config.json" / "below", CONFIG, resume=False)
 
 
 def test_resume_without_a_run_is_refused(tmp_path):
