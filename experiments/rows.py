@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,11 +47,14 @@ def load_rows(source: str | Path, check: Callable[[Placed], Checked], *, text_co
         return check(placed)
     try:
         function: Callable[[], list[Any]] = vars(importlib.import_module(module))[name]
-    except ImportError as error:
+    except (ImportError, SyntaxError) as error:
         raise ValueError(f"{source!r}: module {module!r} cannot be imported ({error})") from error
     except KeyError:
         raise ValueError(f"{source!r}: module {module!r} has no function {name!r}") from None
-    rows = list(function())
+    given = function() if callable(function) else None
+    if not isinstance(given, Iterable):
+        raise ValueError(f"{source!r} must be a function that gives a list of rows, and is or gives {function!r}")
+    rows = list(given)
     if not rows:
         raise ValueError(f"{source} gives no rows")
     return check([(f"{source}, row {i}", row) for i, row in enumerate(rows)])

@@ -128,6 +128,9 @@ def test_a_function_gives_rows_and_its_bad_rows_are_named() -> None:
         load_rows(f"{__name__}:nothing", check_rows)
     with pytest.raises(ValueError, match=r"has no function 'no_such_function'"):
         load_rows(f"{__name__}:no_such_function", check_rows)
+    for no_rows in ("Path", "__name__"):  # called without arguments a Path is no list; a name can't be called
+        with pytest.raises(ValueError, match=rf"{__name__}:{no_rows}' must be a function that gives a list of rows"):
+            load_rows(f"{__name__}:{no_rows}", check_rows)
 
 
 @pytest.mark.parametrize(
