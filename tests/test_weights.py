@@ -82,12 +82,24 @@ def test_base_model_checkpoint_without_prefix_is_the_same_model(tmp_path, model,
 
 @pytest.mark.parametrize(
     ("model", "name"),
-    [("gpt2", "transformer.h.0.attn.bias"), ("gpt2", "transformer.h.1.attn.masked_bias"), ("gpt2", "lm_head.weight"),
-     ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"), ("llama", "lm_head.weight")],
+    [("gpt2", "transformer.h.0.attn.bias"), ("gpt2", "transformer.h.1.attn.masked_bias"),
+     ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq")],
 )  # fmt: skip
-def test_known_buffers_and_a_tied_head_are_left_aside(tmp_path, model, name):
+def test_known_buffers_are_left_aside(tmp_path, model, name):
     folder = copy_with(tmp_path, model, put(name, (3, 3)))
     assert equal(load(folder)[1], load(GOLDENS / model)[1])
+
+
+@pytest.mark.parametrize(
+    ("model", "embeddings"), [("gpt2", "transformer.wte.weight"), ("llama", "model.embed_tokens.weight")]
+)
+def test_a_tied_head_is_left_aside_only_where_it_is_the_embeddings(tmp_path, model, embeddings):
+    # With a tied head beside it that differs, transformers computes by the head: other logits than by the embeddings.
+    same = copy_with(tmp_path / "same", model, lambda t: t.update({"lm_head.weight": t[embeddings].copy()}))
+    assert equal(load(same)[1], load(GOLDENS / model)[1])
+    other = copy_with(tmp_path / "other", model, lambda t: t.update({"lm_head.weight": t[embeddings] + 1}))
+    with pytest.raises(ValueError, match=r"tie_word_embeddings is true, but lm_head.weight is not .*set it to false"):
+        load(other)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ _GPT2_NAMES: dict[LeafPath, str] = {
     ("score", "kernel"): "score.weight",
 }
 _HEADS = ("lm_head", "score")  # outside of the base model, whatever its prefix
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 _PARTS = {"q": 0, "k": 1, "v": 2}  # GPT-2 keeps the three side by side in one tensor [in, 3 * out]
 _HARMLESS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # buffers, not parameters
 
@@ -249,6 +250,26 @@ def _check_tensors(arch: Architecture, slots: list[Slot], shapes: list[tuple[int
     if problems:
         raise ValueError(f"{tensors.origin} does not hold a {arch.family} model as configured; {'; '.join(problems)}")
     _check_types(sorted(wanted), tensors)
+    if arch.tied and "score.weight" not in wanted and "lm_head.weight" in tensors.shapes:
+        _check_tied(
+            "lm_head.weight", slots[[slot.name.endswith(_EMBEDDINGS) for slot in slots].index(True)].name, tensors
+        )
+
+
+def _check_tied(head: str, embeddings: str, tensors: Tensors) -> None:
+    """Compare a head with the embeddings that the configuration puts in its place: `transformers` would use the head."""
+    shape = tensors.shapes[embeddings]
+    same = tensors.shapes[head] == shape and all(
+        np.array_equal(
+            *(tensors.read(name, ((row, min(row + 4096, shape[0])), (0, shape[1]))) for name in (head, embeddings))
+        )
+        for row in range(0, shape[0], 4096)
+    )
+    if not same:
+        raise ValueError(
+            f"{tensors.origin}: tie_word_embeddings is true, but {head} is not {embeddings}: set it to false in config.json, "
+            f"or take {head} out of the file"
+        )
 
 
 def _check_types(names: Sequence[str], tensors: Tensors) -> None:
