@@ -259,12 +259,12 @@ def _check_tensors(arch: Architecture, slots: list[Slot], shapes: list[tuple[int
 def _check_tied(head: str, embeddings: str, tensors: Tensors) -> None:
     """Compare a head with the embeddings that the configuration puts in its place: `transformers` would use the head."""
     shape = tensors.shapes[embeddings]
-    same = tensors.shapes[head] == shape and all(
-        np.array_equal(
-            *(tensors.read(name, ((row, min(row + 4096, shape[0])), (0, shape[1]))) for name in (head, embeddings))
-        )
-        for row in range(0, shape[0], 4096)
-    )
+
+    def equal(first: int) -> bool:
+        box = ((first, min(first + 4096, shape[0])), (0, shape[1]))
+        return np.array_equal(tensors.read(head, box), tensors.read(embeddings, box))
+
+    same = tensors.shapes[head] == shape and all(equal(first) for first in range(0, shape[0], 4096))
     if not same:
         raise ValueError(
             f"{tensors.origin}: tie_word_embeddings is true, but {head} is not {embeddings}: set it to false in config.json, "
