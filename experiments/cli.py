@@ -7,10 +7,18 @@ import errno
 import sys
 from collections.abc import Iterator
 
+import jax
+
 from pgjax import distributed, loop, rewards
 from pgjax.checkpoint import SaveFailed
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+GONE = (
+    "Connection reset",
+    "Connection closed",
+    "Connection refused",
+    "Socket closed",
+)  # by the other end of an exchange
 CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}  # a folder that takes no file
 
 
@@ -46,6 +54,10 @@ def plain_errors(go_on: str = "the same command with --resume goes on") -> Itera
         sys.exit(f"error: {error}")
     except SaveFailed as failed:
         sys.exit(f"error: {failed}: make room; then {go_on}")
+    except jax.errors.JaxRuntimeError as error:
+        if not (jax.distributed.is_initialized() and any(sign in str(error) for sign in GONE)):
+            raise
+        sys.exit(f"error: another process has gone ({str(error).splitlines()[0]}): {go_on}, from the last checkpoint")
     except OSError as error:
         if error.errno in CLOSED:
             sys.exit(f"error: {error}")

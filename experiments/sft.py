@@ -11,7 +11,7 @@ rows > examples > packed rows > loss of the learned tokens > update > checkpoint
 A row has `prompt` and `completion` (texts or messages), or `messages`, or `text`. The result, OUTPUT/model, is in Hugging
 Face layout: `experiments.ppo --model OUTPUT/model` goes on from it. The first command makes a Llama of 1.33 million
 parameters with its tokenizer, in 1,297 updates and 4 minutes of CPU time; on 500 reviews that it never saw the perplexity
-falls from 2,109 to 62.8 (seed 0).
+falls from 2,109 to 63.5 (seed 0).
 """
 
 from __future__ import annotations

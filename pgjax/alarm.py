@@ -80,7 +80,7 @@ class Alarm:
         self._client = client
         self._process, self._processes = process, processes  # jax itself says neither once it has shut down
         self._over = 0
-        self._rung = -1, 0.0  # the failure that this process told of last: its number, and when
+        self._rung = -1, 0.0  # the failure that this process told of last: its number, and when it did so first
         self._seen = -1, 0.0  # the failure seen last: its number, and when
         self._leaving, self._done_looking = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -89,7 +89,8 @@ class Alarm:
 
     def ring(self, words: str) -> None:
         """Write down that this process fails."""
-        self._rung = self._over, time.monotonic()
+        if self._rung[0] != self._over:
+            self._rung = self._over, time.monotonic()
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator has gone
             self._client.key_value_set(f"{_FOLDER}/{self._over}/{self._process}", words, allow_overwrite=True)
 
@@ -122,9 +123,11 @@ class Alarm:
     def _watch(self) -> None:
         self._look_out()
         self._done_looking.set()
-        # Where this process has failed it is this thread that ends it, before jax gives up waiting for the others.
+        # Where this process has failed it is this thread that ends it, before jax gives up waiting for the others; where the
+        # coordinator is, when they have ended.
+        patience = _SECONDS + (6 if self._process == 0 else 3) * _POLL
         while self._rung[0] == self._over:
-            if time.monotonic() > self._rung[1] + _SECONDS + 3 * _POLL:
+            if time.monotonic() > self._rung[1] + patience:
                 os._exit(1)
             time.sleep(_POLL / 10)
 

@@ -189,6 +189,28 @@ def test_a_step_that_fails_on_one_process_alone_ends_both_with_its_words(tmp_pat
     assert [path.name for path in (tmp_path / "run-alone").iterdir() if path.name.isdecimal()] == ["2"]
 
 
+GONE = """
+import os, sys
+from experiments.cli import plain_errors
+from pgjax import distributed
+with plain_errors():
+    distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+    if sys.argv[2] == "1":
+        os._exit(7)
+    distributed.gather("still here")
+"""
+
+
+def test_a_process_that_vanishes_is_told_in_a_line_and_without_a_hang():
+    address = f"localhost:{pair.free_port()}"
+    processes = [pair.start(["-c", GONE, address, str(i)]) for i in range(2)]
+    (code, _, errors), (gone, _, _) = pair.finish(processes, seconds=120)
+    assert gone == 7 and code == 1 and "Traceback" not in errors
+    assert errors.startswith("error: another process has gone (") and "--resume goes on, from the last" in errors, (
+        errors
+    )
+
+
 def test_a_signal_to_one_stops_both_after_the_same_step(found, folder):
     assert found[0]["stopped"] == found[1]["stopped"] == ["Interrupted", "stopped after step 2; its state is saved"]
     assert (folder / "stopped" / "checkpoints" / "2").is_dir()
