@@ -109,13 +109,15 @@ def check_reward(reward: Reward, columns: Iterable[str] = ()) -> None:
 
     Raises:
       ValueError: the function's signature does not take ``prompts``, ``completions`` and these columns by
-        name.
+        name, or it is a coroutine, which nobody would await.
 
     Example:
       >>> check_reward(lambda prompts, completions, **columns: [0.0], ["topic"])
     """
     columns = list(columns)
     _check_columns(columns)
+    if inspect.iscoroutinefunction(reward):
+        raise ValueError(f"reward {reward_names([reward])[0]!r} is async: write a plain def that gives the scores")
     try:
         signature = inspect.signature(reward)
     except (TypeError, ValueError):  # a function written in C may have none: the call itself will tell

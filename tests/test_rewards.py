@@ -288,3 +288,11 @@ def test_the_signature_is_checked_before_any_compute() -> None:
         check_reward(lambda prompts, completions, answer: [])
     with pytest.raises(ValueError, match="'prompts'"):
         check_reward(returning([0.5]), ["prompts"])
+
+
+def test_a_coroutine_is_refused_before_any_compute() -> None:
+    async def later(prompts, completions):
+        return [0.0]
+
+    with pytest.raises(ValueError, match="reward 'later' is async: write a plain def"):
+        check_reward(later)
