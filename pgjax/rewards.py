@@ -116,8 +116,9 @@ def check_reward(reward: Reward, columns: Iterable[str] = ()) -> None:
     """
     columns = list(columns)
     _check_columns(columns)
+    name = reward_names([reward])[0]
     if inspect.iscoroutinefunction(reward):
-        raise ValueError(f"reward {reward_names([reward])[0]!r} is async: write a plain def that gives the scores")
+        raise ValueError(f"reward {name!r} is async: write a plain def that gives the scores")
     try:
         signature = inspect.signature(reward)
     except (TypeError, ValueError):  # a function written in C may have none: the call itself will tell
@@ -127,7 +128,7 @@ def check_reward(reward: Reward, columns: Iterable[str] = ()) -> None:
         signature.bind(**arguments)
     except TypeError as error:
         raise ValueError(
-            f"reward {reward_names([reward])[0]!r} has the signature {signature}, but it is called with "
+            f"reward {name!r} has the signature {signature}, but it is called with "
             f"{', '.join(arguments)} ({error}): write def reward(prompts, completions, **columns)"
         ) from error
 
