@@ -13,12 +13,8 @@ from pgjax import distributed, loop, rewards
 from pgjax.checkpoint import SaveFailed
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-GONE = (
-    "Connection reset",
-    "Connection closed",
-    "Connection refused",
-    "Socket closed",
-)  # by the other end of an exchange
+# What an exchange says whose other end has gone.
+GONE = ("Connection reset", "Connection closed", "Connection refused", "Socket closed")
 CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}  # a folder that takes no file
 
 

@@ -251,9 +251,8 @@ def _check_tensors(arch: Architecture, slots: list[Slot], shapes: list[tuple[int
         raise ValueError(f"{tensors.origin} does not hold a {arch.family} model as configured; {'; '.join(problems)}")
     _check_types(sorted(wanted), tensors)
     if arch.tied and "score.weight" not in wanted and "lm_head.weight" in tensors.shapes:
-        _check_tied(
-            "lm_head.weight", slots[[slot.name.endswith(_EMBEDDINGS) for slot in slots].index(True)].name, tensors
-        )
+        embeddings = next(slot.name for slot in slots if slot.name.endswith(_EMBEDDINGS))
+        _check_tied("lm_head.weight", embeddings, tensors)
 
 
 def _check_tied(head: str, embeddings: str, tensors: Tensors) -> None:
