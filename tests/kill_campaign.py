@@ -4,8 +4,9 @@
     python -m tests.kill_campaign --kills 0 --moves        # moved between 1 device, fsdp=4 and data=4 instead
 
 The training is `experiments.ppo` on a tiny model, with Adam and the critic, and a snapshot after every step. It is killed by
-SIGKILL, SIGTERM and SIGINT: at random moments from its first instruction on, and in the middle of saves, which are told by
-the unfinished folder of a snapshot. What it imports is imported once, before it is forked; nothing of jax has run by then.
+SIGKILL, SIGTERM and SIGINT in turn: at random moments from its first instruction on, and every other time in the middle of a
+save, which is told by the unfinished folder of a snapshot. What it imports is imported once, before it is forked; nothing of
+jax has run by then.
 """
 
 from __future__ import annotations
@@ -135,10 +136,11 @@ def steps_saved(run: Path) -> int:
     return max((int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdecimal()), default=0)
 
 
-def one_kill(config: ppo.Config, log: Path, rng: random.Random, seconds: float) -> tuple[Kill | None, int]:
+def one_kill(
+    config: ppo.Config, log: Path, rng: random.Random, seconds: float, by: signal.Signals, in_a_save: bool
+) -> tuple[Kill | None, int]:
     """Start the training and kill it at a random moment or in a save; None where it ended before, and its exit code."""
-    by = rng.choice(SIGNALS)
-    in_a_save, moment = rng.random() < 0.5, rng.uniform(0.0, seconds)
+    moment = rng.uniform(0.0, seconds)
     skip = rng.randrange(6)  # saves to let pass first
     begun, child, left = time.monotonic(), start(config, log), False
     while (code := ended(child)) is None:
@@ -208,7 +210,8 @@ def campaign(
         run = dataclasses.replace(config, output=root / f"run-{number}")
         log, code = root / f"run-{number}.log", STOPPED
         while len(done) < kills:
-            kill, code = one_kill(run, log, rng, seconds)
+            by, in_a_save = SIGNALS[len(done) % 3], len(done) % 2 == 0
+            kill, code = one_kill(run, log, rng, seconds, by, in_a_save)
             if kill is not None:
                 done.append(kill)
                 print(

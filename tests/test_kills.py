@@ -19,7 +19,7 @@ def test_a_training_killed_20_times_ends_with_the_same_bits_and_a_moved_one_with
     assert campaign.returncode == 0, said[-2000:] + campaign.stderr[-4000:]
     kills = re.findall(r"^\d+: (SIG\w+) after .*, saving: (\w+), (\d+) steps", said, re.MULTILINE)
     assert len(kills) == 20 and {"SIGKILL", "SIGTERM", "SIGINT"} == {by for by, _, _ in kills}
-    assert sum(saving == "True" for _, saving, _ in kills) >= 2 and any(int(steps) > 0 for _, _, steps in kills)
+    assert sum(saving == "True" for _, saving, _ in kills) >= 10 and any(int(steps) > 0 for _, _, steps in kills)
     assert "every run ended bit for bit as the undisturbed one" in said
     # 1 device, then fsdp=4, then data=4: the sums round otherwise, and Adam divides by small numbers
     far = json.loads(re.search(r"largest differences: (.*)", said)[1])
