@@ -10,7 +10,9 @@ import socket
 import time
 from typing import Any
 
+_BEYOND = "process {} of {}: there is at least 1, and they are counted from 0"
 _GRACE = 3.0  # seconds in which the coordinator still hears the others out once two processes disagree
+_KNOCKING = 1.0  # seconds in which a coordinator is looked for by a process that fails in any case
 
 
 def detected(
@@ -61,14 +63,17 @@ def meet(coordinator: str, processes: int, process: int, timeout: float) -> None
       Traceback (most recent call last):
       ValueError: process 2 of 2: there is at least 1, and they are counted from 0
     """
-    if processes < 1 or not 0 <= process < processes:
-        raise ValueError(f"process {process} of {processes}: there is at least 1, and they are counted from 0")
     host, port = _address(coordinator)
-    if process == 0:
-        _, port = _address(os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", coordinator))
-        _host(coordinator, port, processes, timeout)
+    if processes < 1 or not 0 <= process < processes:
+        told = _told_there(host, port, processes, process)  # so that the others hear of it
+        raise ValueError(told or _BEYOND.format(process, processes))
+    if process > 0:
+        problem = _visit(host, port, processes, process, timeout)
     else:
-        _visit(host, port, processes, process, timeout)
+        _, port = _address(os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", coordinator))
+        problem = _host(coordinator, port, processes, timeout)
+    if problem:
+        raise ValueError(problem)
 
 
 def _address(text: str) -> tuple[str, int]:
@@ -78,13 +83,15 @@ def _address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _host(address: str, port: int, processes: int, timeout: float) -> None:
-    """Receive the other processes, compare their counts, and tell all of them the verdict."""
+def _host(address: str, port: int, processes: int, timeout: float) -> str:
+    """Receive the other processes, compare their counts, and tell all of them the verdict; give it."""
     deadline = time.monotonic() + timeout
     counts, visitors = {0: processes}, []
     try:
         server = _listen(port)
     except OSError as error:
+        if told := _told_there("localhost", port, processes, 0):  # by another process 0
+            return told
         raise ValueError(f"port {port} of {address} cannot be used here ({error}): choose another one") from error
     problem = ""
     with server:
@@ -102,20 +109,21 @@ def _host(address: str, port: int, processes: int, timeout: float) -> None:
             if said["process"] in counts:
                 problem = f"two processes have the number {said['process']}: each needs its own"
             counts[said["process"]] = said["processes"]
-            if said["processes"] != processes or problem:
+            if said["processes"] != processes or not 0 <= said["process"] < processes or problem:
                 deadline = min(deadline, time.monotonic() + _GRACE)
         problem = problem or _problem(address, counts, processes, timeout)
         for visitor in visitors:
             with visitor, contextlib.suppress(OSError):  # one that has left meanwhile
                 _say(visitor, {"problem": problem})
-    if problem:
-        raise ValueError(problem)
+    return problem
 
 
 def _problem(address: str, counts: dict[int, int], processes: int, timeout: float) -> str:
     if len(set(counts.values())) > 1:
         said = ", ".join(f"process {number} says {count}" for number, count in sorted(counts.items()))
         return f"the processes disagree about how many they are ({said}): give all the same number"
+    if beyond := [number for number in counts if not 0 <= number < processes]:
+        return _BEYOND.format(beyond[0], processes)
     missing = [str(number) for number in range(processes) if number not in counts]
     if not missing:
         return ""
@@ -125,8 +133,16 @@ def _problem(address: str, counts: dict[int, int], processes: int, timeout: floa
     )
 
 
-def _visit(host: str, port: int, processes: int, process: int, timeout: float) -> None:
-    """Knock at the coordinator until it answers, and hear its verdict."""
+def _told_there(host: str, port: int, processes: int, process: int) -> str:
+    """Ask for the coordinator's verdict where there may well be no coordinator: nothing then."""
+    try:
+        return _visit(host, port, processes, process, _KNOCKING)
+    except ValueError:
+        return ""
+
+
+def _visit(host: str, port: int, processes: int, process: int, timeout: float) -> str:
+    """Knock at the coordinator until it answers, and give its verdict: what is amiss, or nothing."""
     deadline = time.monotonic() + timeout
     reason: Exception | str = "no answer"
     while (left := deadline - time.monotonic()) > 0:
@@ -141,10 +157,8 @@ def _visit(host: str, port: int, processes: int, process: int, timeout: float) -
         if verdict is None:
             reason = "what listens there is not the coordinator of this run"
             time.sleep(min(0.2, max(0.0, deadline - time.monotonic())))
-        elif verdict["problem"]:
-            raise ValueError(verdict["problem"])
         else:
-            return
+            return verdict["problem"]
     raise ValueError(
         f"process {process} of {processes} could not reach the coordinator {host}:{port} within {timeout:g} s ({reason}): "
         "start process 0 there, and check the address"

@@ -312,6 +312,43 @@ def test_an_unreachable_coordinator_is_a_message_and_no_hang():
     assert time.monotonic() - begin < 9
 
 
+def meet_all(*given, timeout=20):
+    """What processes that say these (process, processes) are told, once the first of them listens."""
+    told, port = {}, pair.free_port()
+
+    def one(i, process, processes):
+        told[i] = meet_at(process, port, processes, timeout)
+
+    threads = [threading.Thread(target=one, args=(i, *each)) for i, each in enumerate(given)]
+    threads[0].start()
+    knock(port).close()
+    for thread in threads[1:]:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(told) == len(given)
+    return [told[i] for i in range(len(given))]
+
+
+def test_numbers_that_cannot_be_meant_are_told_to_all():
+    """A second process 0 on the first one's host, and processes whose number lies beyond their count."""
+    begin = time.monotonic()
+    assert meet_all((0, 2), (0, 2)) == ["two processes have the number 0: each needs its own"] * 2
+    words = (
+        "the processes disagree about how many they are (process 0 says 2, process 1 says 1): give all the same number"
+    )
+    assert meet_all((0, 2), (1, 1)) == [words] * 2
+    assert meet_all((0, 2), (2, 2)) == ["process 2 of 2: there is at least 1, and they are counted from 0"] * 2
+    assert (
+        meet_all((0, 3), (1, 3), (-1, 3)) == ["process -1 of 3: there is at least 1, and they are counted from 0"] * 3
+    )
+    assert meet_all((0, 2), (1, 2)) == ["", ""]
+    assert time.monotonic() - begin < 20
+    with socket.create_server(("", 0)) as other:  # no coordinator of ours
+        other.settimeout(0.01)
+        assert "cannot be used here" in meet_at(0, other.getsockname()[1])
+
+
 def knock(port):
     """Connect as soon as somebody listens: a thread that was started need not have come that far."""
     for _ in range(500):
