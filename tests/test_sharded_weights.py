@@ -237,8 +237,8 @@ def test_two_processes_read_a_half_each_and_save_one_model(tmp_path):
         "XLA_FLAGS": xla_flags(2),
     }
     lm, params, _ = pg.load(GOLDENS / "qwen3")
-    for process in range(2):  # the files of the hosts differ in one layer's matrix
-        params["layers"]["up"]["kernel"] = params["layers"]["up"]["kernel"].at[1].multiply(1 + process)
+    for process in range(2):  # the files of the hosts differ in the last row of one layer's matrix
+        params["layers"]["up"]["kernel"] = params["layers"]["up"]["kernel"].at[1, :, -1].multiply(1 + process)
         pg.save_pretrained(tmp_path / f"other{process}", lm, params, None)
     pair = [
         subprocess.Popen(
@@ -255,13 +255,14 @@ def test_two_processes_read_a_half_each_and_save_one_model(tmp_path):
     assert [process.returncode for process in pair] == [0, 0], told
     first, second = (json.loads((tmp_path / f"{process}.json").read_text()) for process in range(2))
     for result in (first, second):
-        # A half, the norms whole, and the first row of every tensor, which is compared.
-        assert not result["whole"] and 0.5 <= result["numbers"] / result["of"] < 0.56
+        # A half, the norms whole, and three rows of every tensor, which are compared: the tensors are small.
+        assert not result["whole"] and 0.5 <= result["numbers"] / result["of"] < 0.7
         assert (
             result["another model"].startswith("ValueError") and "ForSequenceClassification" in result["another model"]
         )
         assert (
-            result["other weights"].startswith("ValueError: the weights of") and "first rows" in result["other weights"]
+            result["other weights"].startswith("ValueError: the weights of")
+            and "digest of some rows" in result["other weights"]
         )
         assert (
             result["other depth"].startswith("ValueError: the configuration of") and "family" in result["other depth"]

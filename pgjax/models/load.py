@@ -19,7 +19,7 @@ from pgjax.models.gguf import read_gguf
 from pgjax.models.save import write_folder
 from pgjax.models.sources import find
 from pgjax.models.tokenizer import folder_tokenizer, prepare_tokenizer
-from pgjax.models.weights import Tensors, first_rows_digest, read_json, read_params, safetensors_of
+from pgjax.models.weights import Tensors, read_json, read_params, safetensors_of, some_rows_digest
 
 T = TypeVar("T")
 
@@ -65,7 +65,7 @@ def load(
 def read_alike(source: str | os.PathLike[str], read: Callable[[], tuple[T, Tensors]]) -> T:
     """Read a model on every process, and refuse one that is not the same on all: each host may have files of its own.
 
-    The configurations are compared, and the first row of every tensor; no process reads the others' parts for that.
+    The configurations are compared, and three rows of every tensor; no process reads the others' parts for that.
 
     Args:
         source: of the model.
@@ -81,7 +81,7 @@ def read_alike(source: str | os.PathLike[str], read: Callable[[], tuple[T, Tenso
     if jax.process_count() > 1:
         functions: Any = model
         agree(f"the configuration of {source}", dataclasses.asdict(functions[0].arch))
-        agree(f"the weights of {source}", {"the first rows' digest": together(lambda: first_rows_digest(tensors))})
+        agree(f"the weights of {source}", {"the digest of some rows": together(lambda: some_rows_digest(tensors))})
     return model
 
 
