@@ -33,6 +33,11 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_collection_modifyitems(items):
+    """Let the longest test be the first: last, it would keep one worker busy while the others have nothing left to do."""
+    items.sort(key=lambda item: item.path.name != "test_kills.py")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def few_memory_maps():
     """Let compiled programs go before they fill the process's memory maps: at Linux's limit of 65,530 the compiler crashes."""
