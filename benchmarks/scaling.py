@@ -154,15 +154,16 @@ def decode_program(config: Config, sizes: Sizes) -> Program:
     """Compile one step of the sampler's loop, which writes its cache in place, at the last slot of a full cache."""
     arch = architecture(config, sizes)
     lm = pg.causal_lm(arch, dtype=jnp.dtype(config.dtype))
-    weights = jax.jit(lambda key: decode_params(lm.init(key), lm.dtype))(jax.random.key(config.seed))
+    ready = lambda params: (decode_params(params, lm.dtype), lm.unembedding(params).astype(lm.dtype))
+    weights = jax.jit(lambda key: ready(lm.init(key)))(jax.random.key(config.seed))
     keys = jax.random.split(jax.random.key(config.seed), sizes.batch)
     place = jnp.full((sizes.batch,), sizes.length - 1, jnp.int32)
     slots = jnp.ones((sizes.batch, sizes.length), bool)
 
     def step(cache: Any, weights: Any, token: jax.Array) -> tuple[Any, jax.Array]:
-        hidden, cache = lm.decode(weights, token, place, jnp.int32(sizes.length - 1), slots, cache)
-        logits = logits_of(hidden, lm.unembedding(weights))
-        return cache, draw(logits, keys, place)[0]
+        params, unembedding = weights
+        hidden, cache = lm.decode(params, token, place, jnp.int32(sizes.length - 1), slots, cache)
+        return cache, draw(logits_of(hidden, unembedding), keys, place)[0]
 
     held: list[Any] = [lm.init_cache(sizes.batch, sizes.length), jnp.zeros(sizes.batch, jnp.int32)]
     compiled = jax.jit(step, donate_argnums=0).lower(held[0], weights, held[1]).compile()

@@ -194,7 +194,7 @@ def _generate(
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     prompt_lengths = prompt_mask.sum(1, dtype=jnp.int32)
     weights = decode_params(params, lm.dtype)
-    unembedding = lm.unembedding(weights)
+    unembedding = lm.unembedding(weights).astype(lm.dtype)
 
     def choose(hidden: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
         # Every device draws for rows of its own, tensor's too, and needs their logits whole: these change hands here.

@@ -145,6 +145,9 @@ def nvidia(monkeypatch):
     """Let programs be written for an NVIDIA GPU that is not there."""
     monkeypatch.setattr(causal_lm, "cuda_capability", lambda: (9, 0))
     monkeypatch.setattr(cudnn, "cuda_versions", types.SimpleNamespace(cudnn_get_version=lambda: 91000))
+    causal_lm._built.cache_clear()  # functions that are traced already keep what they chose
+    yield
+    causal_lm._built.cache_clear()
 
 
 def for_cuda(function, *args) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pgjax.logprobs import linear_token_logprobs
-from pgjax.models.causal_lm import write_slot
+from pgjax.models.causal_lm import decode_params, write_slot
 from pgjax.models.transformer import columns_dot
 from tests.compiling import AS_FOR_USERS
 from tests.tiny import tiny_lm, tiny_params
@@ -35,6 +35,16 @@ def test_a_cache_of_half_floats_is_written_without_widening_it():
     cache, x = jnp.zeros((4, 2, 24, 8), HALF), jnp.ones((4, 2, 1, 8), HALF)
     text = compiled(write_slot, cache, x, jnp.int32(3), donate_argnums=0)
     assert "dynamic-update-slice" in text and "f32[4,2,24,8]" not in text
+
+
+def test_a_decode_step_looks_tokens_up_without_rounding_the_embeddings():
+    # The bug: a table of 16-bit floats is widened again as a whole, because XLA on CPU gathers no such rows.
+    lm, params = tiny_lm("llama", "bfloat16"), tiny_params("llama")
+    row, slots = jnp.ones(2, jnp.int32), jnp.ones((2, 5), bool)
+    step = lambda params, cache: lm.decode(decode_params(params, HALF), row, row, jnp.int32(3), slots, cache)
+    text = compiled(step, params, lm.init_cache(2, 5))
+    assert f"f32[{lm.arch.vocab_size},{lm.arch.width}]" in text
+    assert f"bf16[{lm.arch.vocab_size},{lm.arch.width}]" not in text
 
 
 def test_the_backward_pass_stacks_no_half_floats():

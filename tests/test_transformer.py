@@ -10,7 +10,8 @@ import pytest
 
 from pgjax.models.architecture import Rope
 from pgjax.models.attention import attention
-from pgjax.models.causal_lm import causal_lm, decode_params, logits_of, positions_of
+from pgjax.models.causal_lm import causal_lm, decode_params, logits_of
+from pgjax.models.sequences import positions_of
 from pgjax.models.transformer import rope_frequencies, rotary_table, rotate
 from tests.tiny import ARCHITECTURES, FAMILIES, LLAMA3_ROPE, close, left_padded, tiny_apply, tiny_lm, tiny_params
 
@@ -225,6 +226,12 @@ def test_init_is_small_noise_that_differs_everywhere_and_norms_start_as_identity
     firsts = [float(x.reshape(-1)[0]) for x in drawn]
     assert len(firsts) == 3 + 6 * arch.depth and len(set(firsts)) == len(firsts)  # no key was used twice
     assert not np.array_equal(params["embed"]["tokens"], other["embed"]["tokens"])
+
+
+def test_equal_options_give_the_same_functions_so_that_programs_are_shared():
+    arch = ARCHITECTURES["llama"]
+    assert causal_lm(arch) is causal_lm(arch, dtype="float32", remat=False)
+    assert causal_lm(arch) is not causal_lm(arch, dtype=jnp.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])  # every family: in test_rollout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -11,27 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from pgjax.models.architecture import Architecture
-from pgjax.models.attention import (
-    Kernel,
-    attention,
-    causal_attention,
-    cuda_capability,
-    cudnn_takes,
-    left_by_cudnn,
-    permuted,
-    real_first,
-)
-from pgjax.models.groups import check_groups, group_attention, packed, same_prompts, unpacked
+from pgjax.models.attention import Kernel, attention, cuda_capability, cudnn_takes
+from pgjax.models.groups import check_groups
+from pgjax.models.sequences import Params, embed, forward, rotary, run
 from pgjax.models.slot_attention import slot_attention, takes
-from pgjax.models.transformer import PRODUCT, Block, KeyValue, Norm, fuse, rotary_table
+from pgjax.models.transformer import Block, KeyValue, Norm, fuse
 from pgjax.sharding import constrain, gathered, splits
 
-Params = dict[str, Any]
-# Without `remat` the backward pass reads the products of weights and computes what lies between them again: a third of the
-# memory, and less time too on a CPU, where storing the activations of a scan costs more than computing them (benchmarks/).
-PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.save_only_these_names(PRODUCT), left_by_cudnn
-)
 Cache = tuple[KeyValue, ...]  # one pair a layer: separate buffers, so that a decode step writes each in place
 
 
@@ -75,12 +61,13 @@ def per_layer(params: Params) -> Params:
 
 
 def decode_params(params: Params, dtype: Any) -> Params:
-    """Prepare parameters for a decode loop: split by layer, and everything but the norms' scales in `dtype`.
+    """Prepare parameters for a decode loop: split by layer, and all that is multiplied at every step in `dtype`.
 
     The layers would cast at every step what they can read once cast. Norms keep their scales, which they multiply in
-    float32, so that a decode step computes what a whole forward pass computes. Splitting copies anyway, and then lays the
-    kernels out as a decode step reads them fastest (`transformer.fuse`), unless tensor splits them: kernels joined end to
-    end would no longer be split by heads. Over fsdp they are gathered here, once, and in `dtype`. Prepared ones pass through.
+    float32, so that a decode step computes what a whole forward pass computes, and embeddings stay, of which only rows are
+    looked up. Splitting copies anyway, and in the same go casts, and lays the kernels out as a decode step reads them
+    fastest (`transformer.fuse`), unless tensor splits them: kernels joined end to end would no longer be split by heads.
+    Over fsdp all is cast whole instead, and gathered here, once. Prepared ones pass through.
 
     >>> import jax.numpy as jnp
     >>> stacked = {"layers": {name: {"kernel": jnp.zeros((1, 2, 3))} for name in ("q", "k", "v", "o", "up", "down")}}
@@ -89,12 +76,14 @@ def decode_params(params: Params, dtype: Any) -> Params:
     ('bfloat16', (9, 2))
     """
 
-    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        return x if any("norm" in str(step) for step in path) else x.astype(dtype)
+    def cast(params: Params, kept: Sequence[str]) -> Params:
+        keeps = lambda path: any(name in str(step) for step in path for name in kept)
+        return jax.tree_util.tree_map_with_path(lambda path, x: x if keeps(path) else x.astype(dtype), params)
 
     if isinstance(params["layers"], list):
         return params
-    split = per_layer(gathered(jax.tree_util.tree_map_with_path(cast, params)))
+    whole = gathered(cast(params, ("norm",))) if splits("width") else params
+    split = cast(per_layer(whole), ("norm", "embed"))
     return split if splits("heads") else {**split, "layers": [fuse(layer) for layer in split["layers"]]}
 
 
@@ -111,30 +100,6 @@ def write_slot(cache: jax.Array, x: jax.Array, index: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(written, cache.dtype)
 
 
-def positions_of(attention_mask: jax.Array) -> jax.Array:
-    """Count the real tokens before each token: [B, T] int32, so that padding on the left shifts nothing.
-
-    >>> import jax.numpy as jnp
-    >>> positions_of(jnp.array([[False, False, True, True]])).tolist()
-    [[0, 0, 0, 1]]
-    """
-    return jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=1) - 1, 0)
-
-
-def segment_positions(attention_mask: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """Count the real tokens before each token in its own segment: [B, T] int32.
-
-    >>> import jax.numpy as jnp
-    >>> segment_positions(jnp.ones((1, 5), bool), jnp.array([[1, 1, 1, 2, 2]])).tolist()
-    [[0, 1, 2, 0, 1]]
-    """
-    seen = jnp.cumsum(attention_mask.astype(jnp.int32), axis=1)
-    starts = segment_ids != jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, : segment_ids.shape[1]]
-    before = jax.lax.cummax(jnp.where(starts, seen - attention_mask.astype(jnp.int32), 0), axis=1)
-    return jnp.maximum(seen - before - 1, 0)
-
-
-@functools.lru_cache(maxsize=64)  # one architecture, one set of functions, so that compiled programs are shared
 def causal_lm(
     arch: Architecture,
     *,
@@ -167,98 +132,20 @@ def causal_lm(
     >>> lm.apply(params, jax.numpy.array([[1, 2, 3]])).shape
     (1, 3, 11)
     """
+    return _built(arch, jnp.dtype(dtype), jnp.dtype(param_dtype), remat, kernel)
+
+
+@functools.lru_cache(maxsize=64)  # one architecture, one set of functions, so that compiled programs are shared
+def _built(
+    arch: Architecture, dtype: Any, param_dtype: Any, remat: bool, kernel: Literal["masked"] | Kernel | None
+) -> CausalLM:
     block = Block(arch, dtype=dtype, param_dtype=param_dtype)
-    decode_block = block.clone(fused=True)
-    final_norm = Norm(arch.norm, arch.norm_eps, dtype, param_dtype)
+    norm = Norm(arch.norm, arch.norm_eps, dtype, param_dtype)
 
     def chosen() -> Literal["masked"] | Kernel:  # asked while tracing: building a model must not start JAX's backend
         if kernel is not None:
             return kernel
         return "cudnn" if cudnn_takes(dtype, arch.head_dim, cuda_capability()) else "masked"
-
-    def init(key: jax.Array) -> Params:
-        token_key, position_key, layer_key, head_key = jax.random.split(key, 4)
-        normal = nn.initializers.normal(0.02)
-        x = jnp.zeros((1, 1, arch.width), dtype)
-        positions = jnp.zeros((1, 1), jnp.int32)
-
-        def init_layer(layer_key: jax.Array) -> Params:
-            return block.init(layer_key, x, _table(arch, positions), lambda q, k, v: (q, (k, v)))["params"]
-
-        params: Params = {
-            "embed": {"tokens": normal(token_key, (arch.vocab_size, arch.width), param_dtype)},
-            "layers": jax.vmap(init_layer)(jax.random.split(layer_key, arch.depth)),
-            "norm": final_norm.init(key, x)["params"],
-        }
-        if arch.rope is None:
-            params["embed"]["positions"] = normal(position_key, (arch.max_positions, arch.width), param_dtype)
-        if not arch.tied:
-            params["head"] = {"kernel": normal(head_key, (arch.vocab_size, arch.width), param_dtype)}
-        return params
-
-    def embed(params: Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        x = params["embed"]["tokens"][tokens].astype(dtype)
-        if arch.rope is None:
-            # A position beyond the table is NaN: clamped to the last one, it would be wrong in silence.
-            x = x + params["embed"]["positions"].at[positions].get(mode="fill", fill_value=jnp.nan).astype(dtype)
-        return x
-
-    def forward(
-        params: Params,
-        tokens: jax.Array,
-        attention_mask: jax.Array | None,
-        segment_ids: jax.Array | None = None,
-        **group: Any,
-    ) -> tuple[jax.Array, KeyValue]:
-        length = tokens.shape[1]
-        if attention_mask is None:
-            if arch.rope is None and length > arch.max_positions and segment_ids is None:
-                raise ValueError(
-                    f"{length} tokens, but the model has {arch.max_positions} positions: shorten the input"
-                )
-            attention_mask = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
-        attention_mask = attention_mask.astype(bool)
-        whole = chosen()
-        if whole != "masked" and segment_ids is None:
-            even = ((0, 0), (0, length % 2))  # what JAX demands of cuDNN's backward pass
-            tokens, attention_mask = jnp.pad(tokens, even), jnp.pad(attention_mask, even)
-            there, back = real_first(attention_mask)
-            positions = positions_of(permuted(attention_mask, there))
-            seeing = functools.partial(causal_attention, kernel=whole)
-            x, kv = layers(params, permuted(tokens, there), positions, seeing)
-            put_back = functools.partial(permuted, order=back[:, :length])
-            return put_back(x), jax.tree.map(jax.vmap(functools.partial(put_back, axis=2)), kv)
-        positions = positions_of(attention_mask)
-        mask = jnp.tril(jnp.ones((1, length, length), bool)) & attention_mask[:, None, :]
-        if segment_ids is not None:
-            positions = segment_positions(attention_mask, segment_ids)
-            mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
-        if group:
-            seeing = functools.partial(group_attention, mask=mask, **group)
-            x, kv = layers(params, packed(tokens, **group), packed(positions, **group), seeing)
-            alike = same_prompts(tokens, attention_mask, **group)
-            return jnp.where(alike[:, None, None], unpacked(x, **group), jnp.nan), kv  # never wrong in silence
-        return layers(params, tokens, positions, lambda q, k, v: attention(q, k, v, mask))
-
-    def layers(
-        params: Params, tokens: jax.Array, positions: jax.Array, seeing: Callable[..., jax.Array]
-    ) -> tuple[jax.Array, KeyValue]:
-        table = _table(arch, positions)
-
-        def layer(x: jax.Array, layer_params: Params) -> tuple[jax.Array, KeyValue]:
-            def attend(query, key, value):
-                return seeing(query, key, value), (key, value)
-
-            x, kv = run(block, layer_params, x.astype(dtype), table, attend)
-            return constrain(x.astype(jnp.float32), "batch"), kv
-
-        # The carry holds values of `dtype` in 32 bits: XLA on CPU rewrites the whole stack of carries that the backward
-        # pass needs, layer after layer, where they are 16-bit floats.
-        layer = jax.checkpoint(layer, prevent_cse=False, policy=None if remat else PRODUCTS)
-        # Each device of fsdp looks up its part of the width for all of their rows; then rows are exchanged for width.
-        x = constrain(embed(params, tokens, positions), "lookup", None, "width")
-        x, stacked = jax.lax.scan(layer, constrain(x, "batch").astype(jnp.float32), params["layers"])
-        return x.astype(dtype), stacked
 
     def hidden(
         params: Params,
@@ -272,8 +159,8 @@ def causal_lm(
         check_groups(tokens.shape, prompt_length, group_size)
         in_common = group_size > 1 and prompt_length > 0
         group = {"prompt_length": prompt_length, "group_size": group_size} if in_common else {}
-        x, _ = forward(params, tokens, attention_mask, segment_ids, **group)
-        return run(final_norm, params["norm"], x)
+        x, _ = forward(block, params, tokens, attention_mask, segment_ids, kernel=chosen(), remat=remat, **group)
+        return run(norm, params["norm"], x)
 
     def unembedding(params: Params) -> jax.Array:
         return params["embed"]["tokens"] if arch.tied else params["head"]["kernel"]
@@ -293,36 +180,76 @@ def causal_lm(
     def prefill(
         params: Params, tokens: jax.Array, attention_mask: jax.Array | None, cache: Cache
     ) -> tuple[jax.Array, Cache]:
-        x, (keys, values) = forward(params, tokens, attention_mask)
+        x, (keys, values) = forward(block, params, tokens, attention_mask, kernel=chosen(), remat=remat)
         write = jax.lax.dynamic_update_slice_in_dim
         cache = tuple(
             (_split(write(k, keys[i], 0, axis=2)), _split(write(v, values[i], 0, axis=2)))
             for i, (k, v) in enumerate(cache)
         )
-        return run(final_norm, params["norm"], x[:, -1]), cache
+        return run(norm, params["norm"], x[:, -1]), cache
 
     def decode(
         params: Params, token: jax.Array, position: jax.Array, index: jax.Array, slots: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
-        params = decode_params(params, dtype)
         by_one_kernel = chosen() == "cudnn" and takes(arch.head_dim)
-        positions = constrain(position[:, None], "batch")
-        table = _table(arch, positions)
-        x = constrain(embed(params, token[:, None], positions), "batch")
-        written = []
-        for layer_params, (keys, values) in zip(params["layers"], cache, strict=True):
+        x, cache = _decoded(block, params, token, position, index, slots, cache, by_one_kernel=by_one_kernel)
+        return run(norm, params["norm"], x), cache
 
-            def attend(query, key, value, keys=keys, values=values):
-                kv = _split(write_slot(keys, key, index)), _split(write_slot(values, value, index))
-                if by_one_kernel:
-                    return slot_attention(query, *kv, slots, index), kv
-                return attention(query, *kv, slots[:, None, :]), kv
-
-            x, kv = run(decode_block if "q_k_v" in layer_params else block, layer_params, x, table, attend)
-            written.append(kv)
-        return run(final_norm, params["norm"], x[:, 0]), tuple(written)
-
+    init = functools.partial(_initial, block, norm)
     return CausalLM(arch, dtype, init, apply, hidden, unembedding, init_cache, prefill, decode)
+
+
+def _initial(block: Block, norm: Norm, key: jax.Array) -> Params:
+    """Draw parameters: matrices from N(0, 0.02^2), norms and biases as they change nothing."""
+    arch, dtype = block.arch, block.param_dtype
+    token_key, position_key, layer_key, head_key = jax.random.split(key, 4)
+    normal = nn.initializers.normal(0.02)
+    x = jnp.zeros((1, 1, arch.width), block.dtype)
+    table = rotary(arch, jnp.zeros((1, 1), jnp.int32))
+
+    def init_layer(layer_key: jax.Array) -> Params:
+        return block.init(layer_key, x, table, lambda q, k, v: (q, (k, v)))["params"]
+
+    params: Params = {
+        "embed": {"tokens": normal(token_key, (arch.vocab_size, arch.width), dtype)},
+        "layers": jax.vmap(init_layer)(jax.random.split(layer_key, arch.depth)),
+        "norm": norm.init(key, x)["params"],
+    }
+    if arch.rope is None:
+        params["embed"]["positions"] = normal(position_key, (arch.max_positions, arch.width), dtype)
+    if not arch.tied:
+        params["head"] = {"kernel": normal(head_key, (arch.vocab_size, arch.width), dtype)}
+    return params
+
+
+def _decoded(
+    block: Block,
+    params: Params,
+    token: jax.Array,
+    position: jax.Array,
+    index: jax.Array,
+    slots: jax.Array,
+    cache: Cache,
+    *,
+    by_one_kernel: bool,
+) -> tuple[jax.Array, Cache]:
+    """Take one token a row through all layers, and write its keys and values into slot `index`: [B, D], cache."""
+    params, fused = decode_params(params, block.dtype), block.clone(fused=True)
+    positions = constrain(position[:, None], "batch")
+    table = rotary(block.arch, positions)
+    x = constrain(embed(block, params, token[:, None], positions), "batch")
+    written = []
+    for layer_params, (keys, values) in zip(params["layers"], cache, strict=True):
+
+        def attend(query, key, value, keys=keys, values=values):
+            kv = _split(write_slot(keys, key, index)), _split(write_slot(values, value, index))
+            if by_one_kernel:
+                return slot_attention(query, *kv, slots, index), kv
+            return attention(query, *kv, slots[:, None, :]), kv
+
+        x, kv = run(fused if "q_k_v" in layer_params else block, layer_params, x, table, attend)
+        written.append(kv)
+    return x[:, 0], tuple(written)
 
 
 def logits_of(hidden: jax.Array, unembedding: jax.Array) -> jax.Array:
@@ -336,18 +263,5 @@ def logits_of(hidden: jax.Array, unembedding: jax.Array) -> jax.Array:
     return jax.lax.dot_general(hidden, unembedding.astype(hidden.dtype), contract, preferred_element_type=jnp.float32)
 
 
-def run(module: nn.Module, params: Params, *args: Any) -> Any:
-    """Apply a module to its parameters.
-
-    >>> run(nn.Dense(2), {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}, jnp.ones(3)).tolist()
-    [3.0, 3.0]
-    """
-    return module.apply({"params": params}, *args)
-
-
 def _split(cache: jax.Array) -> jax.Array:
     return constrain(cache, "batch", "heads")
-
-
-def _table(arch: Architecture, positions: jax.Array) -> KeyValue | None:
-    return None if arch.rope is None else rotary_table(arch.rope, arch.head_dim, positions)
