@@ -20,9 +20,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from pgjax import distributed
+from pgjax import distributed, unanimous
 from pgjax.digest import leaf_digests
 from pgjax.leaves import Leaf, differences, recommit, shared, shorten, stored_leaves, target
+from pgjax.unanimous import reason
 
 Tree = Any
 _SIZES = "sizes.json"  # in `extra`, of the files of a checkpoint
@@ -51,7 +52,9 @@ def _quiet() -> None:
     Where one file cannot be written, those of the other arrays fail too, or find their event loop gone; each says so.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    logging.getLogger("asyncio").addFilter(lambda record: ".orbax-checkpoint-tmp" not in str(record.exc_info))
+    logging.getLogger("asyncio").addFilter(
+        lambda record: ".orbax-checkpoint-tmp" not in str(record.exc_info) and "orbax" not in record.getMessage()
+    )
     report = sys.unraisablehook
 
     def report_others(raised: Any) -> None:
@@ -104,7 +107,7 @@ def _changed_sizes(folder: Path) -> list[str]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
-        return [f"{_SIZES}: {_reason(error)}"]
+        return [f"{_SIZES}: {reason(error)}"]
     now = _sizes(folder)
     return [f"{name} has {now.get(name, 0)} bytes of {size}" for name, size in noted.items() if now.get(name) != size]
 
@@ -168,9 +171,11 @@ class Checkpoints:
         self._saving: int | None = None  # the step whose save was begun last
         self._failure: str | None = None  # why it did not get to the disk
         policy = _LatestAndBest(keep, self.best if keep_best else lambda: None)
-        options = ocp.CheckpointManagerOptions(preservation_policy=policy, create=True, cleanup_tmp_directories=True)
         # handlers by name: without them a new manager cannot read the tree of a checkpoint it did not write
-        handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
+        handlers, asynchronous = unanimous.parts()
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy, create=True, cleanup_tmp_directories=True, async_options=asynchronous
+        )
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
         found = {step: self._score_on_disk(step) for step in self._manager.all_steps()}
         self._scores = {step: score for step, score in found.items() if score is not None}
@@ -287,7 +292,7 @@ class Checkpoints:
                 continue
             places = {bad: distributed.first(functools.partial(self._put_aside, bad)) for bad in reasons}
             self._manager.reload()
-            return state, extra, [f"{reason}; it lies in {places[step]} now" for step, reason in reasons.items()]
+            return state, extra, [f"{why}; it lies in {places[step]} now" for step, why in reasons.items()]
         raise BadCheckpoint(
             f"no checkpoint in {self.folder} is good, so none is used: "
             + "; ".join(reasons.values())
@@ -339,7 +344,7 @@ class Checkpoints:
 
     def _give_up(self, error: Exception) -> None:
         """Take note of a save that failed, remove its pieces, and take in what is on disk."""
-        self._failure = _reason(error)
+        self._failure = reason(error)
         error.__traceback__ = error.__context__ = error.__cause__ = None
         gc.collect()  # the writers of the other arrays hang on those, and would fail again when Python ends
         if self._saving is not None:
@@ -351,10 +356,10 @@ class Checkpoints:
 
     def _unsaved(self) -> SaveFailed:
         """Say what could not be saved and why, and which older one is there, once."""
-        reason, self._failure = self._failure or "on another process", None
+        why, self._failure = self._failure or "on another process", None
         kept = self.latest()
         older = "no earlier one was there" if kept is None else f"step {kept} is kept and can be restored"
-        return SaveFailed(f"step {self._saving} could not be saved in {self.folder} ({reason}); {older}")
+        return SaveFailed(f"step {self._saving} could not be saved in {self.folder} ({why}); {older}")
 
     def _existing(self, step: int | None) -> int:
         steps = self.steps()
@@ -388,7 +393,7 @@ class Checkpoints:
             record = json.loads(file.read_text(encoding="utf-8"))
             seal = record.pop("seal")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self._unreadable(step, f"{file}: {_reason(error)}") from error
+            raise self._unreadable(step, f"{file}: {reason(error)}") from error
         if seal != _seal(record):
             raise self._unreadable(step, f"{file} is not what was saved")
         return record
@@ -410,7 +415,7 @@ class Checkpoints:
                 if isinstance(leaf, ocp.metadata.ArrayMetadata)
             }
         except Exception as error:  # a damaged index surfaces as KeyError, AttributeError, JSON errors and more
-            raise self._unreadable(step, _reason(error)) from error
+            raise self._unreadable(step, reason(error)) from error
         here = record["made_from"] if self._made_from is None else self._made_from
         name = f"the checkpoint of step {step} in {self.folder}"
         if lines := _other_fields(record["made_from"] or {}, here or {}):
@@ -431,9 +436,9 @@ class Checkpoints:
             )
         except Exception as error:  # orbax raises plain Exception when it meets a truncated file
             found = re.search(r"""'path': '([^/']+)/'|"([^"/]+)/\.zarray\"""", str(error))
-            raise self._unreadable(step, _reason(error), at=found and (found.group(1) or found.group(2))) from error
+            raise self._unreadable(step, reason(error), at=found and (found.group(1) or found.group(2))) from error
 
-    def _unreadable(self, step: int, reason: str, *, at: str | None = None) -> BadCheckpoint:
+    def _unreadable(self, step: int, why: str, *, at: str | None = None) -> BadCheckpoint:
         """Name the damaged checkpoint, the array concerned, and what the user can do."""
         others = [other for other in self.steps() if other < step]
         leaf = f" at {at}" if at else ""
@@ -442,7 +447,7 @@ class Checkpoints:
             if others
             else ""
         )
-        return BadCheckpoint(f"the checkpoint of step {step} in {self.folder} is damaged{leaf}{mend} ({reason})")
+        return BadCheckpoint(f"the checkpoint of step {step} in {self.folder} is damaged{leaf}{mend} ({why})")
 
     def _put_aside(self, step: int) -> str:
         folder = self.folder / str(step)
@@ -451,10 +456,3 @@ class Checkpoints:
             *(folder.with_name(f"{step}.damaged.{i}") for i in range(1, 100)),
         ]
         return str(folder.rename(next(place for place in places if not place.exists())))
-
-
-def _reason(error: BaseException) -> str:
-    """Find the operating system's own words in an error, or else take its first line."""
-    text = str(error) or type(error).__name__
-    found = re.search(r": ([^:\[\]\n]+) \[os_error_code=", text)
-    return found.group(1) if found else text.split("\n")[0][:200]

@@ -1,8 +1,11 @@
 """One of two processes that save and restore together; `tests/test_distributed_snapshots.py` starts both."""
 
+import contextlib
 import os
+import resource
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pgjax import distributed, loop, sharding
-from pgjax.checkpoint import BadCheckpoint, Checkpoints
+from pgjax.checkpoint import BadCheckpoint, Checkpoints, SaveFailed
 from pgjax.digest import digest
 
 
@@ -24,7 +27,7 @@ def state_of(mesh: jax.sharding.Mesh | None, number: int) -> dict[str, Any]:
 
 
 def main(process: int, address: str, folder: Path) -> None:
-    """Save, damage one process's file, go on from the last good, and stop together twice; print what each step found."""
+    """Save, damage one process's file, go on from the last good, and stop together three times; print what each step found."""
     distributed.initialize(address, 2, process)
     mesh = sharding.make_mesh(data=2, fsdp=2)
     with jax.set_mesh(mesh), Checkpoints(folder, made_from={"seed": 0}, keep_best=True) as checkpoints:
@@ -54,10 +57,10 @@ def main(process: int, address: str, folder: Path) -> None:
             if process == 0 and done == full_at:
                 raise OSError(28, "No space left on device")
 
-        def run(state: Any, start: int) -> None:
+        def run(state: Any, start: int, save_every: int = 100) -> None:
             loop.run(
                 state, start=start, steps=9, prepare=lambda state, i: None, step=step, check=lambda done, metrics: None,
-                report=report, checkpoints=checkpoints, save_every=100,
+                report=report, checkpoints=checkpoints, save_every=save_every,
             )  # fmt: skip
 
         try:
@@ -69,7 +72,26 @@ def main(process: int, address: str, folder: Path) -> None:
             run(checkpoints.restore(state_of(mesh, 0))[0], 4)
         except (OSError, distributed.FailedElsewhere) as failed:
             print("failed:", "No space left" in str(failed), checkpoints.latest())
+        full_at, state = -1, checkpoints.restore(state_of(mesh, 0))[0]
+        try:
+            with no_room(process == 1):
+                run(state, 6, save_every=1)
+        except SaveFailed as failed:
+            print(failed)
     print("done", flush=True)
+
+
+@contextlib.contextmanager
+def no_room(here: bool) -> Iterator[None]:
+    """Let no file of this process grow beyond a few bytes, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if here:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def damage(folder: Path) -> None:
