@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from experiments.task import fold_in
 from pgjax import data, distributed, rewards, sharding
 from pgjax.models.tokenizer import stop_ids
 from pgjax.prompts import check_rows
+from pgjax.records import write_whole
 
 Row = dict[str, Any]
 
@@ -160,6 +160,4 @@ def prompt_sets(prompts: str, held_out: str | None, held_out_rows: int) -> tuple
 
 def write_lines(path: Path, rows: Sequence[Row]) -> None:
     """Write a JSON Lines file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

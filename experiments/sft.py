@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -40,6 +39,7 @@ from pgjax import data, distributed, logs, loop, sharding, supervised, train
 from pgjax.curves import plot_curves
 from pgjax.models.tokenizer import folder_tokenizer
 from pgjax.progress import Progress
+from pgjax.records import write_whole
 from pgjax.supervised import Packed, check_examples
 
 
@@ -265,9 +265,7 @@ def pin(folder: Path, packed: Packed, tokenizer: Any) -> None:
             "no longer be its place in the data; give the same --data, or start anew in another --output"
         )
     tokenizer.save_pretrained(folder / "tokenizer")
-    part = folder / "data.sha256.part"
-    part.write_text(digest)
-    os.replace(part, file)  # at once: a run killed in between finds no half a fingerprint
+    write_whole(file, digest)
 
 
 def summary(folder: Path) -> dict[str, float]:

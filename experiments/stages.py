@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import shutil
 import time
 import uuid
@@ -20,6 +19,7 @@ from typing import Any
 import jax
 
 from pgjax import distributed
+from pgjax.records import other_fields, write_whole
 
 COMPLETE = "complete.json"
 RUN_CONFIG = "config.json"  # pgjax.logs.open_run writes it: a folder with it can be gone on with
@@ -201,29 +201,15 @@ def write_json(path: Path, value: Any) -> None:
       ...     read_json(Path(root, "x.json"))
       {'a': 1}
     """
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(dict(value), default=str))
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {name: x for key in value for name, x in _flat(value[key], f"{prefix}.{key}" if prefix else key).items()}
-
-
 def _refuse_other(stage: str, old: Mapping[str, Any], new: Mapping[str, Any], redo: str) -> None:
-    before, after, missing = _flat(old["config"]), _flat(new["config"]), "(not set)"
-    names = sorted(before.keys() | after.keys())
-    other = [
-        f"{name}: {before.get(name, missing)!r} there, {after.get(name, missing)!r} asked for"
-        for name in names
-        if before.get(name, missing) != after.get(name, missing)
-    ]
+    other = other_fields(old["config"], new["config"], ("there", "asked for"))
     stale = [name for name, made in new["made_from"].items() if old["made_from"].get(name) != made]
     other += [f"it was made from another {name} than the one that is there now" for name in stale]
     if other:

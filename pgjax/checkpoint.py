@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from pgjax import distributed, unanimous
 from pgjax.digest import leaf_digests
 from pgjax.leaves import Leaf, differences, recommit, shared, shorten, stored_leaves, target
+from pgjax.records import other_fields, write_whole
 from pgjax.unanimous import reason
 
 Tree = Any
@@ -64,22 +65,6 @@ def _quiet() -> None:
     sys.unraisablehook = report_others
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {name: x for key in value for name, x in _flat(value[key], f"{prefix}.{key}" if prefix else key).items()}
-
-
-def _other_fields(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Name the fields in which two JSON objects differ, with both values."""
-    before, after, missing = _flat(dict(there)), _flat(dict(here)), "(not set)"
-    return [
-        f"{name}: {before.get(name, missing)!r} there, {after.get(name, missing)!r} here"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name, missing) != after.get(name, missing)
-    ]
-
-
 def _seal(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
@@ -94,10 +79,8 @@ def _note_sizes(folder: Path) -> None:
     noted = folder / "extra" / _SIZES
     if not noted.parent.is_dir() or noted.exists():
         return
-    draft = noted.with_suffix(".part")
     with contextlib.suppress(OSError):  # a full disk: the checkpoint itself is whole, and its arrays have digests
-        draft.write_text(json.dumps(_sizes(folder)), encoding="utf-8")
-        draft.rename(noted)
+        write_whole(noted, json.dumps(_sizes(folder)))
 
 
 def _changed_sizes(folder: Path) -> list[str]:
@@ -418,7 +401,7 @@ class Checkpoints:
             raise self._unreadable(step, reason(error)) from error
         here = record["made_from"] if self._made_from is None else self._made_from
         name = f"the checkpoint of step {step} in {self.folder}"
-        if lines := _other_fields(record["made_from"] or {}, here or {}):
+        if lines := other_fields(record["made_from"] or {}, here or {}, ("there", "here")):
             raise BadCheckpoint(f"{name} is of another run: {shorten(lines)}; give what it was started with")
         if lines := differences(wanted, stored):
             raise BadCheckpoint(f"{name} is of another state: {shorten(lines)}")

@@ -4,41 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pgjax.records import other_fields, write_whole
+
 CONFIG, METRICS, SAMPLES = "config.json", "metrics.jsonl", "samples.jsonl"
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested fields to dotted names."""
-    fields: dict[str, Any] = {}
-    for name, value in config.items():
-        nested = isinstance(value, Mapping) and len(value) > 0
-        fields.update(_flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value})
-    return fields
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-def _changed_fields(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Collection[str]) -> list[str]:
-    before, after = _flat(old), _flat(new)
-    missing = "(not set)"
-    return [
-        f"{name}: {before.get(name, missing)!r} in the run, {after.get(name, missing)!r} now"
-        for name in sorted(before.keys() | after.keys())
-        if name.split(".")[0] not in may_change
-        and name not in may_change
-        and before.get(name, missing) != after.get(name, missing)
-    ]
 
 
 def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool, may_change: Collection[str] = ()) -> Path:
@@ -77,14 +50,14 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool, may
         raise ValueError(f"the output folder {folder} is not empty: {go_on}choose another --output")
     new = json.loads(json.dumps(dict(config), default=str))
     if resume:
-        lines = _changed_fields(_read_config(path), new, may_change)
+        lines = other_fields(_read_config(path), new, ("in the run", "now"), may_change)
         if lines:
             raise ValueError(f"the run in {folder} was started with another config: " + "; ".join(lines))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
         raise ValueError(f"the output folder {folder} can't be made ({error}): choose another --output") from error
-    _replace(path, json.dumps(new, indent=2) + "\n")
+    write_whole(path, json.dumps(new, indent=2) + "\n")
     return folder
 
 
@@ -157,7 +130,7 @@ class Writer:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, SAMPLES):
             rows = [row for row in _read_lines(self.folder / name) if row["step"] < start_step]
-            _replace(self.folder / name, "".join(_dump(row) for row in rows))
+            write_whole(self.folder / name, "".join(_dump(row) for row in rows))
         self._metrics = (self.folder / METRICS).open("a", encoding="utf-8")
         self._samples = (self.folder / SAMPLES).open("a", encoding="utf-8")
         purge = start_step if start_step > 0 else None
