@@ -312,7 +312,7 @@ def test_an_unreachable_coordinator_is_a_message_and_no_hang():
     assert time.monotonic() - begin < 9
 
 
-def meet_all(*given, timeout=20):
+def meet_all(*given, timeout=60):
     """What processes that say these (process, processes) are told, once the first of them listens."""
     told, port = {}, pair.free_port()
 
@@ -325,7 +325,7 @@ def meet_all(*given, timeout=20):
     for thread in threads[1:]:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(90)
     assert len(told) == len(given)
     return [told[i] for i in range(len(given))]
 
@@ -343,9 +343,9 @@ def test_numbers_that_cannot_be_meant_are_told_to_all():
         meet_all((0, 3), (1, 3), (-1, 3)) == ["process -1 of 3: there is at least 1, and they are counted from 0"] * 3
     )
     assert meet_all((0, 2), (1, 2)) == ["", ""]
-    assert time.monotonic() - begin < 20
-    with socket.create_server(("", 0)) as other:  # no coordinator of ours
-        other.settimeout(0.01)
+    assert time.monotonic() - begin < 50  # nobody waited for long
+    with socket.socket() as other:  # no coordinator of ours
+        other.bind(("", 0))
         assert "cannot be used here" in meet_at(0, other.getsockname()[1])
 
 
