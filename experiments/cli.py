@@ -41,7 +41,7 @@ def plain_errors(go_on: str = "the same command with --resume goes on") -> Itera
     except loop.Interrupted as stopped:
         sys.exit(f"{stopped}: {go_on}")
     except KeyboardInterrupt:
-        sys.exit(f"stopped: {go_on}, from the last checkpoint")
+        sys.exit(f"stopped; once a step was saved, {go_on} from the last checkpoint")
     except rewards.RewardError as error:
         if error.__cause__ is not None:
             raise  # with the traceback of the reward's own code

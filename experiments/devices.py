@@ -22,6 +22,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,46 @@ def put_rows(mesh: Mesh | None, tree: Any) -> Any:
       [0, 1]
     """
     return jax.device_put(tree) if mesh is None else sharding.place(tree, sharding.batch_sharding(mesh))
+
+
+def shared_folder(folder: Path) -> Path:
+    """Say where the processes write and read together: the folder as process 0 has it, which all must see.
+
+    Args:
+      folder: it need not be there.
+
+    Returns:
+      Its absolute path on process 0; with one process what was given.
+
+    Raises:
+      ValueError: on all processes, where one of them does not see what process 0 writes beside it.
+
+    Example:
+      >>> shared_folder(Path("runs/ppo")).as_posix()
+      'runs/ppo'
+    """
+    if jax.process_count() == 1:
+        return folder
+    path = Path(distributed.first(lambda: str(folder.absolute())))
+    mark, wrong = distributed.first(lambda: _mark(path.parent))
+    if mark is None:
+        raise ValueError(f"no file can be made in {path.parent} ({wrong}): choose another --output")
+    unseen = distributed.any_process(not _appears(Path(mark)))
+    if first_of_all():
+        os.remove(mark)
+    if unseen:
+        raise ValueError(f"not all processes see {path.parent}: name an --output on a disk that they share")
+    return path
+
+
+def _appears(path: Path) -> bool:
+    """Wait some seconds for a file: between hosts it may take that long."""
+    end = time.monotonic() + 10
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def _mark(folder: Path) -> tuple[str | None, str | None]:

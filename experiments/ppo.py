@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import sys
 import time
 from pathlib import Path
@@ -38,7 +39,7 @@ from jax.sharding import Mesh
 
 import pgjax as pg
 from experiments.cli import plain_errors
-from experiments.devices import MACHINE, Flags, agree_on, first_of_all, on_devices, put
+from experiments.devices import MACHINE, Flags, agree_on, first_of_all, on_devices, put, shared_folder
 from experiments.model_judge import load_judge
 from experiments.ppo_run import check, check_mesh, machine_peaks, scores_samples, speed, summary
 from experiments.resume import From, frozen, go_on, open_checkpoints, rows_digest, to_best
@@ -151,8 +152,9 @@ def main(config: Config) -> dict[str, float]:
 
 def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
+    config = dataclasses.replace(config, output=shared_folder(config.output))
     check_mesh(config, mesh)
-    judges = [rewards.load_reward(spec) for spec in config.rewards]
+    judges = distributed.together(lambda: [rewards.load_reward(spec) for spec in config.rewards])
     row_sets = distributed.together(lambda: read_rows(config, judges))
     agree_on(f"the rows of {config.prompts}", row_sets)
     lm, params, tokenizer = pg.load(config.model, mesh=mesh)
@@ -317,6 +319,11 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
             figures = task.evaluate(
                 params["lm"], held_out, config.eval_samples, config.batch_size, fold_in(key, 2**32 - 1), kl
             )
+            if step == 0 and not math.isfinite(figures["kl"]):
+                raise FloatingPointError(
+                    f"the log-probabilities of {config.model} are not finite before the first update: its weights hold NaN or "
+                    f"infinities, or overflow in {jnp.dtype(lm.dtype).name}"
+                )
             distributed.together(lambda: writer.write(step, {f"eval/{name}": x for name, x in figures.items()}))
             progress.print(
                 f"held-out score after {step} steps: {figures['scores']:.3f} +- {figures['scores_stderr']:.3f}, "

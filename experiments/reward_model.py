@@ -32,7 +32,17 @@ from jax.sharding import Mesh
 
 import pgjax as pg
 from experiments.cli import plain_errors
-from experiments.devices import MACHINE, Flags, agree_on, check_rows, first_of_all, on_devices, put, put_rows
+from experiments.devices import (
+    MACHINE,
+    Flags,
+    agree_on,
+    check_rows,
+    first_of_all,
+    on_devices,
+    put,
+    put_rows,
+    shared_folder,
+)
 from experiments.resume import From, go_on, open_checkpoints, rows_digest, to_best
 from experiments.reward_picture import plot_calibration
 from experiments.rows import load_rows
@@ -88,6 +98,7 @@ def main(config: Config) -> dict[str, float]:
 
 def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
+    config = dataclasses.replace(config, output=shared_folder(config.output))
     check_rows(mesh, config.batch_size, "batch_size")
     sharding.check_batch(
         mesh, config.batch_size // config.microbatches,

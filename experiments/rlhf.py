@@ -24,8 +24,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -118,6 +119,8 @@ def main(config: Config) -> dict[str, float]:
 
 def run(config: Config) -> dict[str, float]:
     """Do the work of `main`; all processes of a run call this alike."""
+    # now, since the stages that read them come late
+    distributed.together(lambda: prompt_sets(config.prompts, config.held_out_prompts, config.ppo.held_out_rows))
     folders = {name: config.output / name for name in STAGES}
     done: dict[str, Done] = {}
     for name, made_from in MADE_FROM.items():
@@ -162,14 +165,13 @@ def few_reviews() -> list[Row]:
     return reviews.train_rows()[:1000]
 
 
-def do_sft(config: Config, folder: Path, resume: bool) -> dict[str, float]:
-    """Fine-tune the model, or make one from scratch."""
-    stage = dataclasses.replace(
+def sft_config(config: Config, folder: Path, resume: bool = False) -> sft.Config:
+    """Say how the model is fine-tuned, or made from scratch."""
+    return dataclasses.replace(
         config.sft, model=config.model, data=config.data, held_out=config.held_out_data, chat=config.chat,
         seed=config.seed, output=folder, resume=resume,
         resume_from=config.resume_from if resume else None, **machine(config),
     )  # fmt: skip
-    return sft.main(stage)
 
 
 def do_pairs(config: Config, folder: Path, resume: bool) -> dict[str, float]:
@@ -184,25 +186,24 @@ def do_pairs(config: Config, folder: Path, resume: bool) -> dict[str, float]:
         )  # fmt: skip
 
 
-def do_reward_model(config: Config, folder: Path, resume: bool) -> dict[str, float]:
-    """Learn the reward from the pairs, starting from the fine-tuned model."""
+def reward_model_config(config: Config, folder: Path, resume: bool = False) -> reward_model.Config:
+    """Say how the reward is learned from the pairs, starting from the fine-tuned model."""
     if config.pairs is not None:
         pairs, held_out = config.pairs, config.held_out_pairs
     else:
         pairs, held_out = (str(config.output / "pairs" / f"{name}.jsonl") for name in ("train", "held_out"))
-    stage = dataclasses.replace(
+    return dataclasses.replace(
         config.reward_model, model=str(config.output / "sft" / "model"), pairs=pairs, held_out=held_out,
         eos=config.pairs is not None,  # sampled pairs carry the tokens that ended them
         chat=config.chat, seed=config.seed, output=folder, resume=resume,
         resume_from=config.resume_from if resume else None, **machine(config),
     )  # fmt: skip
-    return reward_model.main(stage)
 
 
-def do_ppo(config: Config, folder: Path, resume: bool) -> dict[str, float]:
-    """Optimise the fine-tuned model against the reward model; the gold score is only watched."""
+def ppo_config(config: Config, folder: Path, resume: bool = False) -> ppo.Config:
+    """Say how the fine-tuned model is optimised against the reward model; the gold score is only watched."""
     watched = () if config.gold is None else (config.gold,)
-    stage = dataclasses.replace(
+    return dataclasses.replace(
         config.ppo, model=str(config.output / "sft" / "model"),
         reward_model=str(config.output / "reward_model" / "model"),
         prompts=config.prompts, held_out=config.held_out_prompts, chat=config.chat, rewards=watched,
@@ -210,10 +211,14 @@ def do_ppo(config: Config, folder: Path, resume: bool) -> dict[str, float]:
         output=folder, resume=resume,
         resume_from=config.resume_from if resume else None, **machine(config),
     )  # fmt: skip
-    return ppo.main(stage)
 
 
-WORK = {"sft": do_sft, "pairs": do_pairs, "reward_model": do_reward_model, "ppo": do_ppo}
+WORK: dict[str, Callable[[Config, Path, bool], dict[str, float]]] = {
+    "sft": lambda *given: sft.main(sft_config(*given)),
+    "pairs": do_pairs,
+    "reward_model": lambda *given: reward_model.main(reward_model_config(*given)),
+    "ppo": lambda *given: ppo.main(ppo_config(*given)),
+}
 
 
 def check(config: Config) -> None:
@@ -237,6 +242,18 @@ def check(config: Config) -> None:
     for name in ("train", "held_out", "batch_size"):
         if vars(config.pair)[name] < 1:
             raise ValueError(f"pair.{name} must be at least 1, got {vars(config.pair)[name]}")
+    for name in ("temperature", "scale"):
+        if not 0 < vars(config.pair)[name] < math.inf:
+            raise ValueError(f"pair.{name} must be finite and above 0, got {vars(config.pair)[name]}")
+    for stage, refuse in {
+        "sft": lambda: sft.check(sft_config(config, config.output / "sft")),
+        "reward_model": lambda: reward_model.check(reward_model_config(config, config.output / "reward_model")),
+        "ppo": lambda: ppo.check(ppo_config(config, config.output / "ppo")),
+    }.items():
+        try:
+            refuse()
+        except ValueError as error:
+            raise ValueError(f"{stage}: {error}") from error
     if config.gold is not None:
         rewards.load_reward(config.gold)
 

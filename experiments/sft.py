@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 
 import pgjax as pg
 from experiments.cli import plain_errors
-from experiments.devices import MACHINE, Flags, agree_on, check_rows, first_of_all, on_devices, put_rows
+from experiments.devices import MACHINE, Flags, agree_on, check_rows, first_of_all, on_devices, put_rows, shared_folder
 from experiments.resume import From, go_on, open_checkpoints, to_best
 from experiments.rows import load_rows
 from experiments.scratch import VOCAB_SIZE, read_architecture, small_architecture, texts_of, train_tokenizer
@@ -103,6 +103,7 @@ def main(config: Config) -> dict[str, float]:
 
 def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
+    config = dataclasses.replace(config, output=shared_folder(config.output))
     check_rows(mesh, config.batch_size, "batch_size")
     sharding.check_batch(
         mesh, config.batch_size // config.microbatches,
@@ -221,7 +222,9 @@ def begin(config: Config, rows: list[Placed], mesh: Mesh | None) -> Start:
             raise ValueError(f"{config.model} holds no tokenizer, and examples are text: add its tokenizer files")
         return Start(lm, params, tokenizer)
     arch = None if config.config is None else read_architecture(config.config)
-    vocab_size = config.vocab_size or (VOCAB_SIZE if arch is None else arch.vocab_size)
+    vocab_size = config.vocab_size
+    if vocab_size is None:
+        vocab_size = VOCAB_SIZE if arch is None else arch.vocab_size
     if arch is not None and vocab_size > arch.vocab_size:
         raise ValueError(f"vocab_size={vocab_size} is more than the {arch.vocab_size} entries that {config.config} has")
     tokenizer = folder_tokenizer(config.output / "tokenizer") if config.resume else None

@@ -100,9 +100,9 @@ def _begin(folder: Path, new: Mapping[str, Any], redo: str) -> tuple[Done | None
         _refuse_other(f"the complete stage {folder}", old, new, redo)
         return Done(folder, old["id"], old["seconds"], old["metrics"], old["config"], skipped=True), False, 0.0
     old = read_json(_begun(folder))
-    if old is not None:
-        _refuse_other(f"the unfinished stage {folder}", old, new, redo)
     resume = old is not None and (folder / RUN_CONFIG).exists()
+    if resume and old is not None:  # of one that has not come that far nothing is kept, so it may be another
+        _refuse_other(f"the unfinished stage {folder}", old, new, redo)
     if not resume:
         _clear(folder)
     spent = old["seconds"] if resume and old is not None else 0.0

@@ -29,7 +29,7 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: Any, *, chat: bool, max
       The ids of each prompt, unpadded.
 
     Raises:
-      ValueError: no chat template, messages without ``chat``, an empty prompt, or one longer than
+      ValueError: no chat template, one that refuses a prompt, messages without ``chat``, an empty prompt, or one longer than
         ``max_length``.
 
     Example:
@@ -211,7 +211,12 @@ def split_rows(rows: Sequence[Any], held_out: int, seed: int) -> tuple[list[Any]
 def _encode(prompt: Prompt, tokenizer: Any, *, chat: bool, place: str) -> list[int]:
     if chat:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        try:
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        except Exception as error:  # a template is a program of its own: it may fail with anything
+            raise ValueError(
+                f"{place}: the chat template refuses it ({error}); it begins {str(prompt)[:80]!r}"
+            ) from error
     elif isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
     else:

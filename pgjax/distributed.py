@@ -11,6 +11,7 @@ import os
 import pickle
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -27,6 +28,9 @@ _DETECTED = (
     "address and numbers that were not given are those of the TPU pod, SLURM or Open MPI; coordinator, or "
     "JAX_COORDINATOR_ADDRESS, names another address"
 )
+_SETTINGS = (  # of jax, on which numbers depend
+    "jax_enable_x64", "jax_threefry_partitionable", "jax_default_prng_impl", "jax_default_matmul_precision",
+)  # fmt: skip
 _SMALLEST = 256  # bytes of the smallest exchange; larger ones are powers of 4 of it, so that few programs are compiled
 
 
@@ -81,7 +85,12 @@ def initialize(
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
     alarm.watch()
     # Now, while all are here: gloo gives the first exchange of a group 30 seconds, and any later one as long as it takes
-    agree("the installation", {"processes": jax.process_count(), "jax": jax.__version__})
+    counts = Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:  # told before any exchange, which would fail on it
+        told = ", ".join(f"{count} on process {number}" for number, count in sorted(counts.items()))
+        raise ValueError(f"the processes must have equally many devices, but there are {told}")
+    settings = {name: jax.config.values[name] for name in _SETTINGS}
+    agree("the installation", {"processes": jax.process_count(), "jax": jax.__version__, **settings})
 
 
 def gather(value: T) -> list[T]:

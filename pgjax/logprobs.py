@@ -217,8 +217,9 @@ def _linear_backward(
     hidden, unembedding, ids, temperature, normalizer, known = saved
     whole = _whole_width(unembedding, hidden.dtype, split)
     here = _ids_here(ids, unembedding, split)
-    # A place without cotangent adds exactly nothing, whatever stands in its hidden state.
-    live = (cotangent != 0) & known
+    # A place without cotangent adds exactly nothing, whatever stands in its hidden state. A good one is computed all the
+    # same: it may have a second derivative.
+    live = ((cotangent != 0) | jnp.isfinite(normalizer)) & known
     h = where_mask(jnp.broadcast_to(live[..., None], hidden.shape), hidden)
     normalizer, weights = where_mask(live, normalizer), where_mask(live, cotangent) / temperature
     dtype = normalizer.dtype

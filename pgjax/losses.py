@@ -267,7 +267,8 @@ def preference_loss(
     if offset.ndim:
         chex.assert_equal_shape([chosen, offset])
     losses = -jax.nn.log_sigmoid(chosen - rejected - offset)
-    return masked_mean(losses) + weight.astype(jnp.float32) * masked_mean(jnp.square(chosen + rejected))
+    sums = jnp.where(weight == 0, 0.0, chosen + rejected)  # without centring, large ones don't overflow either
+    return masked_mean(losses) + weight.astype(jnp.float32) * masked_mean(jnp.square(sums))
 
 
 def surrogate_diagnostics(

@@ -216,6 +216,8 @@ def masked_whiten(
     inside = as_mask(mask, x)
     mean = _mean(x, inside, axis_name)
     centred = where_mask(inside, x - mean)
+    # A second time: of equal entries the mean's rounding would be left, blown up to as much as 1.
+    centred = where_mask(inside, centred - _mean(centred, inside, axis_name))
     variance = _mean(jnp.square(centred), inside, axis_name)
     whitened = centred * jax.lax.rsqrt(variance + 1e-8)
     return whitened if shift_mean else where_mask(inside, whitened + mean)

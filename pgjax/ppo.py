@@ -54,7 +54,7 @@ def score(
         tokens: [B, T] int32.
         attention_mask: [B, T].
         temperature: [] above 0, the sampler's.
-        window: W, how many entries of the frame are wanted; the first of them may be an entry of the prompt.
+        window: W, how many entries of the frame are wanted; the first of them must be an entry of the prompt, and is 0.
         parts: divides B; the logits of one part exist at a time.
         group_size: completions a prompt, adjacent rows with the same T - W + 1 first entries, which are computed once; each
             part holds whole groups. 1 where rows have nothing in common.

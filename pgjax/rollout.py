@@ -230,7 +230,7 @@ def _generate(
     columns = jnp.arange(length)[None, :]
     grow = functools.partial(jnp.pad, pad_width=((0, 0), (0, max_new_tokens)))
     seen = grow(prompt_mask)
-    blank = jnp.zeros((batch, length))
+    blank = jnp.zeros((batch, length), jnp.float32)
     rollout = Rollout(jnp.where(seen, grow(prompts), pad_id), seen, jnp.zeros_like(seen), blank)
     once = (firsts(x, group_size) for x in (prompts, prompt_mask))
     read = lm.prefill(params, *once, lm.init_cache(batch // group_size, length))

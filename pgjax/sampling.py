@@ -89,7 +89,7 @@ def _best(logits: jax.Array) -> jax.Array:  # not of log-softmax, which rounds n
 
 
 def _likely(z: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
-    largest = at_or_above_threshold(z, lambda keep: keep.sum(1) >= top_k)
+    largest = at_or_above_threshold(z, lambda keep: keep.sum(1, dtype=jnp.int32) >= top_k)
     z = jax.nn.log_softmax(jnp.where(largest, z, -jnp.inf))
     nucleus = at_or_above_threshold(z, lambda keep: jnp.where(keep, jnp.exp(z), 0.0).sum(1) >= top_p)
     nucleus |= top_p >= 1  # a rounded sum reaches 1 before the unlikely tokens are in it
@@ -123,7 +123,7 @@ def at_or_above_threshold(x: jax.Array, enough: Callable[[jax.Array], jax.Array]
         holds = enough(ordered >= middle[:, None])
         return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
 
-    low = jnp.zeros(x.shape[:1], jnp.uint32)
+    low = ordered[:, 0] & jnp.uint32(0)  # zeros that vary over the devices of a `shard_map` as x does
     low, _ = jax.lax.fori_loop(0, 32, halve, (low, jnp.full_like(low, 0xFFFFFFFF)))
     return ordered >= low[:, None]
 

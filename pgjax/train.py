@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from pgjax.masking import as_float
 from pgjax.sharding import (
     ambient_mesh,
     check_batch,
@@ -78,6 +79,10 @@ def adamw(
         raise ValueError(f"learning_rate must be finite and not below 0, got {learning_rate}")
     if not 0 <= warmup <= updates:
         raise ValueError(f"warmup must be from 0 to the run's {updates} updates, got {warmup}")
+    if not (eps > 0 and math.isfinite(eps)):
+        raise ValueError(f"eps must be finite and above 0, got {eps}")  # 0 divides 0 by 0 where a gradient is 0
+    if not (weight_decay >= 0 and math.isfinite(weight_decay)):
+        raise ValueError(f"weight_decay must be finite and not below 0, got {weight_decay}")
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be above 0, or None, got {max_grad_norm}")
 
@@ -129,7 +134,10 @@ def accumulate(loss_fn: LossFn, params: Any, batch: Any, weight: jax.Array, micr
         microbatches: how many; divides B.
 
     Returns:
-        The gradient, and the metrics with "loss" among them, as means over the whole batch.
+        The gradient, and the metrics with "loss" among them, as means over the whole batch: floats, summed in float32 at least.
+
+    Raises:
+        ValueError: B does not divide into so many microbatches.
 
     >>> loss = lambda w, x: (jnp.mean(w * x), {})
     >>> grad, metrics = accumulate(loss, jnp.float32(2.0), jnp.arange(4.0), jnp.ones(4), microbatches=2)
@@ -137,7 +145,7 @@ def accumulate(loss_fn: LossFn, params: Any, batch: Any, weight: jax.Array, micr
     (1.5, 3.0)
     """
     rows = weight.shape[0]
-    if rows % microbatches:
+    if microbatches < 1 or rows % microbatches:
         raise ValueError(f"{rows} rows do not divide into {microbatches} microbatches")
     weights = weight.sum().astype(jnp.float32)
     total = jnp.where(weights > 0, weights, 1.0)  # where nothing counts, the gradient is 0
@@ -146,15 +154,18 @@ def accumulate(loss_fn: LossFn, params: Any, batch: Any, weight: jax.Array, micr
         (loss, metrics), grad = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
         share = weight.sum().astype(jnp.float32) / total
         found = constrain_params(grad), {"loss": loss, **metrics}
-        return jax.tree.map(lambda x: x * share.astype(x.dtype), found)
+        return jax.tree.map(lambda x: as_float(x) * share.astype(as_float(x).dtype), found)
+
+    def narrowed(grad: Any, metrics: Metrics) -> tuple[Any, Metrics]:
+        return jax.tree.map(lambda x, of: x.astype(of.dtype), grad, params), metrics
 
     check_batch(ambient_mesh(), rows // microbatches, "each microbatch")
     if microbatches == 1:
-        return part(*constrain_batch((batch, weight)))
+        return narrowed(*part(*constrain_batch((batch, weight))))
     split = jax.tree.map(lambda x: x.reshape(microbatches, rows // microbatches, *x.shape[1:]), (batch, weight))
     split = jax.tree.map(lambda x: constrain(x, None, "batch"), split)  # each part on all devices
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, batch, weight))
-    return jax.lax.scan(lambda total, xs: (jax.tree.map(jnp.add, total, part(*xs)), None), zeros, split)[0]
+    return narrowed(*jax.lax.scan(lambda total, xs: (jax.tree.map(jnp.add, total, part(*xs)), None), zeros, split)[0])
 
 
 def apply_gradient(state: TrainState, grad: Any, loss: jax.Array, optimizer: Optimizer) -> tuple[TrainState, Metrics]:
@@ -197,7 +208,7 @@ def minibatches(key: jax.Array, rows: int, count: int, group_size: int = 1) -> j
     >>> minibatches(jax.random.key(0), 6, 1, group_size=2).tolist()
     [[0, 1, 2, 3, 4, 5]]
     """
-    if rows % (count * group_size):
+    if count < 1 or group_size < 1 or rows % (count * group_size):
         groups = f" of whole groups of {group_size}" if group_size > 1 else ""
         raise ValueError(f"{rows} rows do not divide into {count} minibatches{groups}")
     order = jax.random.permutation(key, rows // group_size)[:, None] * group_size + jnp.arange(group_size)[None, :]

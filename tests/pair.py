@@ -9,9 +9,11 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from unittest import mock
 
 import jax
 
+from experiments import devices
 from experiments import ppo as script
 from pgjax import distributed, perf
 from tests.compiling import xla_flags
@@ -122,6 +124,9 @@ def main(process: int, port: int, folder: Path) -> None:
     other = {"prompts": f"{__name__}:own_rows", "held_out": f"{__name__}:own_rows", **flags}
     found["prompts"] = caught(lambda: script.main(make_config(folder, "never", **other)))
     found["uneven"] = caught(lambda: script.main(make_config(folder, "never", batch_size=6, minibatches=1, **flags)))
+    with mock.patch.object(devices, "_appears", lambda path: process == 0):  # as where process 1 has another disk
+        found["apart"] = caught(lambda: devices.shared_folder(folder / "apart" / "run"))
+    found["shared"] = str(devices.shared_folder(Path(f"{folder}/of{process}/run")))
     found["refused"] = caught(lambda: distributed.first(lambda: [][process]))
     found["figures"] = script.main(make_config(folder, "two", **flags))
     found["calls"], CALLS[:] = list(CALLS), []

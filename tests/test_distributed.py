@@ -16,6 +16,7 @@ from pgjax import distributed, logs, meeting
 from pgjax.models.classifier import with_padding_token
 from pgjax.models.reward_model import from_causal_lm
 from tests import pair
+from tests.compiling import xla_flags
 from tests.pair import script
 from tests.tiny_model import save_tiny_model
 
@@ -119,10 +120,16 @@ def test_both_refuse_with_the_same_words(found):
         "prompts": "the rows of tests.pair:own_rows: not the same on all processes",
         "unfit": "data=3.* needs 3 devices, but there are 4",
         "uneven": "6 rows do not divide",
+        "apart": "not all processes see .*apart: name an --output on a disk that they share",
     }.items():
         kinds, texts = zip(*(mine[name] for mine in found), strict=True)
         assert set(kinds) == {"ValueError"}
         assert texts[0] == texts[1] and re.search(words, texts[0]), texts
+
+
+def test_all_write_where_the_first_one_does(found, folder):
+    assert [mine["shared"] for mine in found] == [f"{folder}/of0/run"] * 2
+    assert not any((folder / name).is_file() for name in ("of0", "of1")) and not list((folder / "of0").iterdir())
 
 
 def test_a_failure_of_one_stops_both(found):
@@ -242,6 +249,21 @@ def test_processes_that_disagree_about_their_number_are_told_so():
     address = f"localhost:{pair.free_port()}"
     first, second = join((address, 2, 0, 60), (address, 3, 1, 60))
     assert first == second and "process 0 says 2, process 1 says 3" in first
+
+
+def test_processes_with_other_devices_or_settings_are_told_so():
+    """Settings on which numbers depend: other random bits trained on in silence."""
+    for differing, words in (
+        ({"XLA_FLAGS": xla_flags(1)}, "equally many devices, but there are 2 on process 0, 1 on process 1"),
+        ({"JAX_ENABLE_X64": "1"}, "jax_enable_x64 is False on process 0, True on process 1"),
+        ({"JAX_THREEFRY_PARTITIONABLE": "0"}, "jax_threefry_partitionable is True on process 0, False on process 1"),
+    ):
+        given = [f"localhost:{pair.free_port()}", "2"]
+        processes = [
+            pair.start(["-c", JOIN, *given, str(i), "60"], variables=differing if i else None) for i in range(2)
+        ]
+        told = [said.splitlines()[-1] for _, said, _ in pair.finish(processes, seconds=120)]
+        assert told[0] == told[1] and words in told[0], told
 
 
 def of_slurm(host, port, process, processes):

@@ -66,6 +66,19 @@ def test_check_grads():
     check_grads(loss, (HIDDEN, UNEMBEDDING), 1, ["rev"], rtol=1e-2)
 
 
+def test_second_derivatives_are_there_where_the_first_is_zero():
+    """At the reference itself every KL has gradient 0, and its second derivative is the Fisher matrix."""
+
+    def product(function):
+        kl = lambda w: jnp.square(function(HIDDEN, w, TOKENS) - function(HIDDEN, UNEMBEDDING, TOKENS)).sum() / 2
+        along = jnp.asarray(np.random.default_rng(1).standard_normal(UNEMBEDDING.shape), jnp.float32)
+        return jax.jit(lambda w: jax.jvp(jax.grad(kl), (w,), (along,))[1])(UNEMBEDDING)
+
+    expected = product(plain)
+    assert np.abs(expected).max() > 1
+    assert_same(product(partial(linear_token_logprobs, chunk_size=4)), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_large_logits_need_the_running_maximum():
     hidden = HIDDEN * 300.0
     logprobs = linear_token_logprobs(hidden, UNEMBEDDING, TOKENS, chunk_size=4)

@@ -82,6 +82,17 @@ def test_tokenizer_json_is_taken_as_it_stands_whatever_class_its_config_names(tm
     assert "Digits" in load(tmp_path / "a")[2].backend_tokenizer.to_str()
 
 
+def test_damaged_tokenizer_files_and_stop_ids_beyond_the_vocabulary_are_named(tmp_path):
+    lm, params, _ = load(GOLDENS / "llama")
+    save_pretrained(tmp_path / "model", lm, params, small_tokenizer())
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": [0, 99999]}')
+    with pytest.raises(ValueError, match="model: eos_token_id holds 99999, outside the model's vocabulary of"):
+        load(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="model: its tokenizer's files cannot be read"):
+        load(tmp_path / "model")
+
+
 def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused(tmp_path):
     lm, params, _ = load(GOLDENS / "llama")
     tokenizer = small_tokenizer()

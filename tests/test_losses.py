@@ -190,6 +190,9 @@ def test_preference_loss_against_numpy():
     d = chosen.astype(np.float64) - rejected
     np.testing.assert_allclose(preference_loss(chosen, rejected), np.log1p(np.exp(-d)).mean(), rtol=1e-5)
     expected = np.log1p(np.exp(-(d - margin))).mean() + 0.1 * ((chosen + rejected) ** 2).mean()
+    assert float(preference_loss(jnp.array([1e20]), jnp.array([1e20]))) == pytest.approx(
+        np.log(2)
+    )  # nothing is squared
     found = preference_loss(chosen, rejected, margin=margin, center_coef=0.1)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     np.testing.assert_allclose(

@@ -74,6 +74,13 @@ def test_whitening_constants_gives_zero_not_nan():
     np.testing.assert_array_equal(masked_whiten(jnp.full((2, 3), 0.1), None), 0)
 
 
+@pytest.mark.parametrize("value", [10.3, 100.3, 1000.1])
+def test_the_rounding_of_a_mean_is_not_taken_for_a_spread(value):
+    """The bug: the float32 mean of equal entries is off by an ulp, which their standard deviation blew up to almost 1."""
+    for size in (3, 7, 1000):
+        np.testing.assert_array_equal(jax.jit(masked_whiten)(jnp.full((3, size), value), jnp.ones((3, size), bool)), 0)
+
+
 def test_gradients():
     check_grads(jax.jit(lambda x: masked_mean(x, MASK)), (jnp.asarray(X),), order=1, modes=["rev"], rtol=1e-2)
     check_grads(jax.jit(lambda x: masked_whiten(x, MASK)), (jnp.asarray(X),), order=1, modes=["rev"], rtol=1e-2)

@@ -195,6 +195,14 @@ def test_pairs_of_ones_own_go_straight_to_the_reward_model(tmp_path, stand_ins):
         ({"sft": sft.Config(seed=3)}, "sft.seed"),
         ({"ppo": dataclasses.replace(rlhf.PPO, rewards=("a:b",))}, "ppo.rewards"),
         ({"pair": rlhf.Pairs(train=0)}, "pair.train"),
+        ({"pair": rlhf.Pairs(temperature=float("nan"))}, "pair.temperature must be finite and above 0, got nan"),
+        ({"ppo": dataclasses.replace(rlhf.PPO, temperature=0.0)}, "ppo: temperature must be above 0"),
+        ({"max_new_tokens": 0}, "ppo: max_new_tokens must be at least 1, got 0"),
+        (
+            {"reward_model": dataclasses.replace(rlhf.REWARD_MODEL, microbatches=3)},
+            "reward_model: batch_size=.* microbatches=3",
+        ),
+        ({"prompts": "nosuch.jsonl", "held_out_prompts": None}, "nosuch.jsonl: there is no such file"),
         ({"gold": "experiments.gold:silver"}, "silver"),
     ],
 )

@@ -121,6 +121,15 @@ def test_none_is_off_and_other_dtypes_become_float32():
         filter_logits(logits[0])
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_inside_a_shard_map_rows_are_filtered_alike(check_vma):
+    logits, options = np.random.default_rng(0).standard_normal((4, 9)).astype(np.float32), {"top_k": 5, "top_p": 0.8}
+    mesh, rows = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,)), jax.P("rows")
+    mapped = functools.partial(jax.shard_map, mesh=mesh, in_specs=rows, out_specs=rows)
+    found = jax.jit(mapped(lambda x: filter_logits(x, **options), check_vma=check_vma))(logits)
+    np.testing.assert_array_equal(found, filter_logits(logits, **options))
+
+
 NUMBERS = st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, 1e-45])
 marked = jax.jit(lambda x, count: at_or_above_threshold(x, lambda keep: keep.sum(1) >= count))
 

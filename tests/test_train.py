@@ -42,6 +42,22 @@ def test_weights_count_by_their_shares_alone(scale):
     chex.assert_trees_all_close(found, whole, rtol=1e-6)
 
 
+@pytest.mark.parametrize("microbatches", [1, 2, 4])
+def test_counts_and_16_bit_gradients_add_up(microbatches):
+    """The bugs: a share in integers is 0, and the sum of many 16-bit parts stands still."""
+    loss = lambda w, x: ((w * x).mean().astype(jnp.float32), {"rows": jnp.sum(x > 0, dtype=jnp.int32)})
+    gradient, metrics = train.accumulate(loss, jnp.bfloat16(1.0), jnp.ones(4, jnp.bfloat16), jnp.ones(4), microbatches)
+    assert gradient.dtype == jnp.bfloat16 and float(gradient) == 1.0
+    assert float(metrics["rows"]) == 4 / microbatches  # a mean over the parts
+
+
+def test_the_sum_of_many_16_bit_gradients_is_taken_in_32():
+    loss = lambda w, x: ((w * x).mean().astype(jnp.float32), {})
+    many = 2048
+    gradient, _ = train.accumulate(loss, jnp.bfloat16(1.0), jnp.ones(many, jnp.bfloat16), jnp.ones(many), many)
+    assert float(gradient) == 1.0
+
+
 def test_rows_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="8 rows do not divide into 3 microbatches"):
         train.accumulate(loss_fn, jnp.float32(1.0), uneven_batch(), jnp.ones(8), 3)
@@ -111,6 +127,8 @@ def test_a_number_that_is_not_finite_changes_nothing_now_or_later(grad, loss):
         ({"learning_rate": -1.0, "updates": 1}, "-1.0"),
         ({"learning_rate": float("nan"), "updates": 1}, "nan"),
         ({"learning_rate": 0.1, "updates": 2, "warmup": 3}, "from 0 to the run's 2 updates, got 3"),
+        ({"learning_rate": 0.1, "updates": 2, "eps": 0.0}, "eps must be finite and above 0, got 0.0"),
+        ({"learning_rate": 0.1, "updates": 2, "weight_decay": float("inf")}, "weight_decay must be finite .* got inf"),
         ({"learning_rate": 0.1, "updates": 2, "max_grad_norm": 0.0}, "max_grad_norm must be above 0, or None, got 0.0"),
     ],
 )

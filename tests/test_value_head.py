@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pgjax.advantages import monte_carlo_returns
 from pgjax.logprobs import token_logprobs
@@ -57,6 +58,18 @@ def test_values_are_float32_from_bfloat16_states():
     values = token_values(HEAD, jnp.asarray(HIDDEN, jnp.bfloat16))
     assert values.dtype == jnp.float32
     close(values, token_values(HEAD, HIDDEN), 0.05)
+
+
+def test_states_that_are_not_finite_stay_at_their_place():
+    head = {"kernel": jnp.array([1.0, 2.0]), "bias": jnp.array(0.5)}
+    states = jnp.array([[[jnp.nan, 2.0], [3.0, 4.0], [1.0, jnp.inf]]])
+    loss = lambda head: value_loss(token_values(head, states), jnp.ones((1, 3)), jnp.array([[False, False, True]]))
+    values, gradient = token_values(head, states), jax.grad(loss)(head)
+    np.testing.assert_array_equal(values, [[0.0, np.nan, 11.5]])
+    np.testing.assert_allclose(gradient["kernel"], [10.5 * 3, 10.5 * 4])
+    np.testing.assert_allclose(gradient["bias"], 10.5)
+    with pytest.raises(AssertionError):
+        token_values(init_value_head(1), states)
 
 
 def test_the_policy_loss_gives_the_head_no_gradient_through_advantages_that_nobody_stopped():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 
 from pgjax.logprobs import linear_token_logprobs, token_frame
+from pgjax.masking import as_floats, where_mask
+from pgjax.models.transformer import along_last
 from pgjax.sharding import ambient_mesh, fitting
 
 
@@ -73,6 +76,7 @@ def token_values(head: dict[str, jax.Array], hidden: jax.Array) -> jax.Array:
     >>> token_values(head, jnp.array([[[1.0], [2.0], [3.0]]])).tolist()
     [[0.0, 1.5, 2.5]]
     """
+    chex.assert_rank(hidden, 3)
     return token_frame(state_values(head, hidden))
 
 
@@ -81,13 +85,19 @@ def state_values(head: dict[str, jax.Array], hidden: jax.Array) -> jax.Array:
 
     Args:
         head: of `init_value_head`.
-        hidden: [..., D].
+        hidden: [..., D]; a state that is not finite gives NaN there and no gradient.
 
     Returns:
         [...] float32.
 
+    Raises:
+        AssertionError: the head is for states of another width.
+
     >>> state_values({"kernel": jnp.array([1.0]), "bias": jnp.array(0.5)}, jnp.array([[1.0], [2.0]])).tolist()
     [1.5, 2.5]
     """
-    kernel = head["kernel"].reshape((1,) * (hidden.ndim - 1) + head["kernel"].shape)
-    return jnp.sum(hidden.astype(jnp.float32) * kernel, axis=-1) + head["bias"]
+    hidden, kernel, bias = as_floats(hidden, head["kernel"], head["bias"])
+    chex.assert_shape(kernel, hidden.shape[-1:])
+    finite = jnp.isfinite(hidden).all(-1)
+    states = where_mask(jnp.broadcast_to(finite[..., None], hidden.shape), hidden)
+    return jnp.where(finite, jnp.sum(states * along_last(kernel, states), axis=-1) + bias, jnp.nan)

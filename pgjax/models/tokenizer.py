@@ -39,6 +39,9 @@ def folder_tokenizer(folder: Path) -> Any | None:
 
     Returns:
         The tokenizer, None where the folder holds none.
+
+    Raises:
+        ValueError: its files are damaged.
     """
     if not any((folder / name).is_file() for name in _WHOLE):
         return None
@@ -48,7 +51,10 @@ def folder_tokenizer(folder: Path) -> Any | None:
     # tokenizer.json says everything, and is taken as it stands. AutoTokenizer may rebuild it as the class that
     # tokenizer_config.json names: as a GPT2Tokenizer, SmolLM2's would no longer cut digits one by one.
     reader = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
-    tokenizer = reader.from_pretrained(str(folder), local_files_only=True)
+    try:
+        tokenizer = reader.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # damaged files surface as errors of JSON, of Rust, KeyError and more
+        raise ValueError(f"{folder}: its tokenizer's files cannot be read ({error})") from error
     for name in ("generation_config.json", "config.json"):
         stops = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
         if stops is not None:
@@ -69,12 +75,18 @@ def prepare_tokenizer(tokenizer: Any, *, vocab_size: int, origin: str) -> Any:
         The same tokenizer.
 
     Raises:
-        ValueError: when it has ids beyond the model's vocabulary, which an embedding would silently clamp.
+        ValueError: when it has ids, or ids that end a completion, beyond the model's vocabulary, which an embedding would
+            silently clamp.
     """
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
         raise ValueError(
             f"{origin}: the tokenizer's largest id is {largest}, the model's vocabulary ends at {vocab_size - 1}"
+        )
+    if odd := [i for i in stop_ids(tokenizer) if not 0 <= i < vocab_size]:
+        raise ValueError(
+            f"{origin}: eos_token_id holds {odd[0]}, outside the model's vocabulary of {vocab_size}: mend its "
+            "generation_config.json or config.json"
         )
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
