@@ -227,7 +227,7 @@ def _generate(
         step, _, alive, _, _ = carry
         return (step + 1 < max_new_tokens) & alive.any()
 
-    columns = jnp.arange(length)[None, :]
+    columns = jnp.arange(length, dtype=jnp.int32)[None, :]
     grow = functools.partial(jnp.pad, pad_width=((0, 0), (0, max_new_tokens)))
     seen = grow(prompt_mask)
     blank = jnp.zeros((batch, length), jnp.float32)

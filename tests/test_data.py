@@ -65,7 +65,9 @@ def test_prompts_that_cannot_be_encoded_are_refused(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="no chat template"):
         encode_prompts(["hi"], make_tokenizer(None), chat=True, max_length=None)
     refusing = make_tokenizer("{{ raise_exception('no system role') }}")
-    with pytest.raises(ValueError, match=r"prompt 0 .*: the chat template refuses it \(no system role\); it begins 'hi'"):
+    with pytest.raises(
+        ValueError, match=r"prompt 0 .*: the chat template refuses it \(no system role\); it begins 'hi'"
+    ):
         encode_prompts(["hi"], refusing, chat=True, max_length=None)
     with pytest.raises(ValueError, match=r"prompt 1 .*list of messages"):
         encode_prompts(["hi", [{"role": "user", "content": "hi"}]], tokenizer, chat=False, max_length=None)

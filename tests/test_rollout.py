@@ -38,6 +38,16 @@ FILTERS_OFF = {"temperature": 1.0, "top_k": 23, "top_p": 1.0, "min_p": 0.0}
 EOS = (3, 8, 17, 21, 5)  # so many that rows stop at different lengths
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 5, "top_p": 0.9, "min_p": 0.01}, {"temperature": 0.0}])
+def test_with_64_bits_enabled_the_same_is_sampled(options):
+    expected = roll("llama", **options)
+    with jax.enable_x64(True):
+        found = roll("llama", **options)
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("pad_id", [3, 0])
 def test_fields_mean_what_they_say_also_when_pad_is_an_end_of_sequence(pad_id):
     # The bugs: mask = tokens != pad loses the real end of sequence; positions after the end that look sampled.
