@@ -41,8 +41,8 @@ import pgjax as pg
 from experiments.cli import plain_errors
 from experiments.devices import MACHINE, Flags, agree_on, first_of_all, on_devices, put, shared_folder
 from experiments.model_judge import load_judge
-from experiments.ppo_run import check, check_mesh, machine_peaks, scores_samples, speed, summary
-from experiments.resume import From, frozen, go_on, open_checkpoints, rows_digest, to_best
+from experiments.ppo_run import check, check_mesh, check_steps, machine_peaks, scores_samples, speed, summary
+from experiments.resume import From, frozen, go_on, last_step, open_checkpoints, rows_digest, to_best
 from experiments.rows import load_rows
 from experiments.task import Row, check_columns, fold_in, make_task
 from pgjax import data, distributed, logs, loop, ppo, rewards, train
@@ -171,9 +171,13 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         group_size=whole_groups(mesh, config.batch_size, group),
     )  # fmt: skip
     agree_on(f"what the tokenizer of {config.model} makes of the rows", task.prompt_sets)
-    folder = distributed.first(
-        lambda: logs.open_run(config.output, dataclasses.asdict(config), resume=config.resume, may_change=MAY_CHANGE)
-    )
+
+    def open_folder() -> Path:
+        if config.resume and config.resume_from is None:  # before the new config is written
+            check_steps(config.steps, last_step(config.output), config.output)
+        return logs.open_run(config.output, dataclasses.asdict(config), resume=config.resume, may_change=MAY_CHANGE)
+
+    folder = distributed.first(open_folder)
     train_prompts, held_out = task.prompt_sets
     deal = data.batches(train_prompts, config.batch_size // group, seed=config.seed)
     peaks = machine_peaks(jnp.dtype(lm.dtype).name)
@@ -196,8 +200,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     )  # fmt: skip
     state, start = go_on(checkpoints, state, resume=config.resume, resume_from=config.resume_from)
     state = state._replace(learner=state.learner._replace(healthy=state.learner.healthy | True))
-    if start > config.steps:
-        raise ValueError(f"steps={config.steps} lies below the {start} steps that {folder} has done already")
+    check_steps(config.steps, start, folder)
 
     key = state.key
     unsplit = whole_groups(None, config.batch_size // config.minibatches, group)  # by minibatches, on any mesh

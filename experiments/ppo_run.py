@@ -67,7 +67,13 @@ def summary(folder: Path) -> dict[str, float]:
     Beside that: all figures of the last evaluation (eval/...) and of the last step.
     """
     rows = logs.read_metrics(folder)
-    before, *_, after = [row for row in rows if "eval/scores" in row]
+    evaluations = [row for row in rows if "eval/scores" in row]
+    if len(evaluations) < 2:
+        raise ValueError(
+            f"{folder / logs.METRICS} holds {len(evaluations)} of the run's evaluations, and the first and the last are "
+            "compared: it was cut or removed"
+        )
+    before, after = evaluations[0], evaluations[-1]
     error = math.hypot(before["eval/scores_stderr"], after["eval/scores_stderr"])
     last = [row for row in rows if "objective/scores" in row][-1]
     rise = after["eval/scores"] - before["eval/scores"]
@@ -78,6 +84,12 @@ def summary(folder: Path) -> dict[str, float]:
         **last,
         **after,
     }
+
+
+def check_steps(steps: int, done: int, folder: Path) -> None:
+    """Refuse to go on to a step that lies behind the run."""
+    if done > steps:
+        raise ValueError(f"steps={steps} lies below the {done} steps that {folder} has done already")
 
 
 def check(config: Config) -> None:

@@ -83,6 +83,16 @@ def open_checkpoints(
     return Checkpoints(folder / "checkpoints", keep=keep, keep_best=keep_best, made_from=plain)
 
 
+def last_step(folder: Path) -> int:
+    """Read the step of a run's last snapshot off the names in its folder; 0 where there is none.
+
+    Example:
+      >>> last_step(Path("no-such-run"))
+      0
+    """
+    return max((int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdecimal()), default=0)
+
+
 def go_on(checkpoints: Checkpoints, state: Any, *, resume: bool, resume_from: From = None) -> tuple[Any, int]:
     """Go on from a run's last state, where one is asked for and there is one; else start from the state given.
 

@@ -379,6 +379,10 @@ def test_a_run_is_resumed_from_where_its_folder_was_moved_to_and_a_finished_one_
     with pytest.raises(ValueError, match="steps=1 lies below the 2 steps"):
         script.main(change(config, steps=2, output=moved, resume=True))
         script.main(change(config, steps=1, output=moved, resume=True))
+    assert json.loads((moved / "config.json").read_text())["steps"] == 2  # what is refused leaves it as it was
+    (moved / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"metrics.jsonl holds 0 of the run's evaluations"):
+        script.summary(moved)
 
 
 def test_a_constant_reward_ends_well(config, fresh_box):
