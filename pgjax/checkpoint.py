@@ -20,11 +20,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from pgjax import distributed, unanimous
+from pgjax import distributed
 from pgjax.digest import leaf_digests
 from pgjax.leaves import Leaf, differences, recommit, shared, shorten, stored_leaves, target
 from pgjax.records import other_fields, write_whole
-from pgjax.unanimous import reason
+from pgjax.unanimous import made_unanimous, reason
 
 Tree = Any
 _SIZES = "sizes.json"  # in `extra`, of the files of a checkpoint
@@ -155,7 +155,11 @@ class Checkpoints:
         self._failure: str | None = None  # why it did not get to the disk
         policy = _LatestAndBest(keep, self.best if keep_best else lambda: None)
         # handlers by name: without them a new manager cannot read the tree of a checkpoint it did not write
-        handlers, asynchronous = unanimous.parts()
+        handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
+        asynchronous = None
+        if jax.process_count() > 1:
+            barrier = made_unanimous(handlers, ocp.multihost.get_barrier_sync_fn())
+            asynchronous = ocp.AsyncOptions(barrier_sync_fn=barrier)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy, create=True, cleanup_tmp_directories=True, async_options=asynchronous
         )

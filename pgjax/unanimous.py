@@ -7,34 +7,27 @@ all meet after writing, and says so; then the save fails on all of them, for the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
-
-import jax
-import orbax.checkpoint as ocp
 
 _WRITTEN = "async_write_complete"  # orbax's name of the place where all meet after writing
 _FOLDER = "pgjax/unsaved"  # at jax's coordinator: /THE SAVE/PROCESS
 
 
-def parts() -> tuple[dict[str, Any], ocp.AsyncOptions | None]:
-    """Make what an `ocp.CheckpointManager` needs so that its saves are unanimous.
+def made_unanimous(handlers: Mapping[str, Any], wait: Callable[..., None]) -> Callable[..., None]:
+    """Let orbax's handlers note what fails, and make the barrier at which the processes tell each other.
+
+    Args:
+      handlers: of what a snapshot holds; their own `async_save` is replaced, as the manager takes none of another class.
+      wait: orbax's barrier, (key, timeout_ms) -> None.
 
     Returns:
-      The handlers of "state" (a tree of arrays) and "extra" (a JSON object), and the options of asynchronous saves; with one
-      process those of orbax.
-
-    Example:
-      >>> handlers, options = parts()
-      >>> sorted(handlers), options
-      (['extra', 'state'], None)
+      A barrier that also raises an OSError on all processes where one could not write.
     """
-    handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
-    if jax.process_count() == 1:
-        return handlers, None
     failures: list[str] = []  # of this process, to write its part of the save under way
-    noting = {name: _noting(handler, failures) for name, handler in handlers.items()}
-    return noting, ocp.AsyncOptions(barrier_sync_fn=_meeting(failures))
+    for handler in handlers.values():
+        handler.async_save = _noting(handler.async_save, failures)
+    return _meeting(failures, wait)
 
 
 def reason(error: BaseException) -> str:
@@ -62,10 +55,7 @@ class _Noted:
             _note(error, self._failures)
 
 
-def _noting(handler: Any, failures: list[str]) -> Any:
-    """Let a handler note what fails. Its own method is replaced: the manager takes no handler of another class."""
-    begin = handler.async_save
-
+def _noting(begin: Callable[..., Any], failures: list[str]) -> Callable[..., Any]:
     async def async_save(*args: Any, **kwargs: Any) -> list[_Noted]:
         try:
             return [_Noted(future, failures) for future in await begin(*args, **kwargs) or ()]
@@ -73,8 +63,7 @@ def _noting(handler: Any, failures: list[str]) -> Any:
             _note(error, failures)
             return []
 
-    handler.async_save = async_save
-    return handler
+    return async_save
 
 
 def _note(error: Exception, failures: list[str]) -> None:
@@ -82,12 +71,11 @@ def _note(error: Exception, failures: list[str]) -> None:
     error.__traceback__ = error.__context__ = error.__cause__ = None  # the writers of the other arrays hang on those
 
 
-def _meeting(failures: list[str]) -> Callable[..., None]:
-    """Make the barrier of a save: after writing, each process also says whether it could."""
+def _meeting(failures: list[str], wait: Callable[..., None]) -> Callable[..., None]:
     from jax._src.distributed import global_state  # there is no public way to the coordinator
 
     client: Any = global_state.client
-    wait, process = ocp.multihost.get_barrier_sync_fn(), jax.process_index()
+    process = global_state.process_id
 
     def meet(*, key: str, timeout_ms: int) -> None:
         if _WRITTEN not in key:

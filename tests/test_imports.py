@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CORE = {"masking", "logprobs", "kl", "advantages", "losses", "trust_region"}
 EDGE = {"mesh", "sharding", "distributed", "meeting", "checkpoint", "digest", "leaves", "logs", "curves", "progress"}
-EDGE |= {"alarm"}
+EDGE |= {"alarm", "records", "unanimous"}
 MIDDLE = {"data", "perf", "policy_loss", "ppo", "preferences", "prompts", "reward_learning", "rewards", "rollout"}
 MIDDLE |= {"sampling", "supervised", "tables", "train"}
 # A room may import from its own floor and from those below it.

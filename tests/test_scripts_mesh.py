@@ -79,8 +79,8 @@ def test_every_stage_runs_where_the_whole_does(folder, monkeypatch):
     for module in (sft, reward_model, ppo):
         monkeypatch.setattr(module, "main", lambda config: asked.append(config))
     config = rlhf.Config(mesh=MESH, init_timeout=7.0, output=folder / "rlhf")
-    for stage in (rlhf.do_sft, rlhf.do_reward_model, rlhf.do_ppo):
-        stage(config, folder / "rlhf", False)
+    for stage in ("sft", "reward_model", "ppo"):
+        rlhf.WORK[stage](config, folder / "rlhf", False)
     assert [(stage.mesh, stage.init_timeout) for stage in asked] == [(MESH, 7.0)] * 3
     assert not set(devices.MACHINE) & {name.split(".")[-1] for name in rlhf.asked(config, "ppo")}
 
