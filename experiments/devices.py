@@ -142,16 +142,13 @@ def keep_programs(folder: Path | None) -> None:
     if distributed.any_process(not asked):
         return
     assert folder is not None
-    mark, wrong = distributed.first(lambda: _mark(folder))
-    if mark is not None and distributed.any_process(not Path(mark).exists()):
-        wrong = f"not all processes see {Path(mark).parent}; name a shared folder by --compilation-cache"
-    if first_of_all():
-        if mark is not None:
-            os.remove(mark)
-        if wrong is not None:
-            print(f"warning: compiled programs are not kept: {wrong}", file=sys.stderr)
-    if mark is not None and wrong is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(mark).parent))
+    kept, wrong, seen = _seen_by_all(folder)
+    if kept is not None and not seen:
+        wrong = f"not all processes see {kept}; name a shared folder by --compilation-cache"
+    if wrong is not None and first_of_all():
+        print(f"warning: compiled programs are not kept: {wrong}", file=sys.stderr)
+    if kept is not None and seen:
+        jax.config.update("jax_compilation_cache_dir", kept)
         # jax itself keeps only what takes a second; a run compiles dozens of smaller programs
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -258,15 +255,23 @@ def shared_folder(folder: Path) -> Path:
     if jax.process_count() == 1:
         return folder
     path = Path(distributed.first(lambda: str(folder.absolute())))
-    mark, wrong = distributed.first(lambda: _mark(path.parent))
-    if mark is None:
+    made, wrong, seen = _seen_by_all(path.parent)
+    if made is None:
         raise ValueError(f"no file can be made in {path.parent} ({wrong}): choose another --output")
-    unseen = distributed.any_process(not _appears(Path(mark)))
-    if first_of_all():
-        os.remove(mark)
-    if unseen:
+    if not seen:
         raise ValueError(f"not all processes see {path.parent}: name an --output on a disk that they share")
     return path
+
+
+def _seen_by_all(folder: Path) -> tuple[str | None, str | None, bool]:
+    """Make a folder on process 0, unless it is there: its path, or why it takes no file; and whether all processes see it."""
+    mark, wrong = distributed.first(lambda: _mark(folder))
+    if mark is None:
+        return None, wrong, False
+    seen = not distributed.any_process(not _appears(Path(mark)))
+    if first_of_all():
+        os.remove(mark)
+    return str(Path(mark).parent), None, seen
 
 
 def _appears(path: Path) -> bool:

@@ -152,8 +152,8 @@ def main(config: Config) -> dict[str, float]:
 
 def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
-    config = dataclasses.replace(config, output=shared_folder(config.output))
     check_mesh(config, mesh)
+    config = dataclasses.replace(config, output=shared_folder(config.output))
     judges = distributed.together(lambda: [rewards.load_reward(spec) for spec in config.rewards])
     row_sets = distributed.together(lambda: read_rows(config, judges))
     agree_on(f"the rows of {config.prompts}", row_sets)

@@ -310,5 +310,6 @@ def _margin(place: str, row: Row) -> float:
 def _prompt_ids(place: str, prompt: Prompt, tokenizer: Any, chat: bool) -> list[int]:
     try:
         return encode_prompts([prompt], tokenizer, chat=chat or not isinstance(prompt, str), max_length=None)[0]
-    except Exception as error:  # a chat template is a program of its own: it may fail with anything
-        raise ValueError(f"{place}: the prompt cannot be encoded ({error}): {str(prompt)[:200]}") from error
+    except Exception as error:
+        words = error.__cause__ or error  # a chat template's own, where it is one that fails
+        raise ValueError(f"{place}: the prompt cannot be encoded ({words}): {str(prompt)[:200]}") from error

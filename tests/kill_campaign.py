@@ -38,6 +38,7 @@ from transformers import AutoTokenizer  # noqa: F401
 
 from experiments import ppo
 from experiments.cli import plain_errors
+from experiments.resume import last_step
 from pgjax import logs, perf
 from tests.compiling import xla_flags
 from tests.tiny_model import save_tiny_model
@@ -131,11 +132,6 @@ def saving(run: Path) -> bool:
     return any((run / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
 
 
-def steps_saved(run: Path) -> int:
-    """Read the last whole snapshot's step off the folders."""
-    return max((int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdecimal()), default=0)
-
-
 def one_kill(
     config: ppo.Config, log: Path, rng: random.Random, seconds: float, by: signal.Signals, in_a_save: bool
 ) -> tuple[Kill | None, int]:
@@ -154,14 +150,14 @@ def one_kill(
         if due:
             os.kill(child, by)
             code = ended(child, wait=True)
-            return Kill(by.name, time.monotonic() - begun, now_saving, steps_saved(config.output)), code or 0
+            return Kill(by.name, time.monotonic() - begun, now_saving, last_step(config.output)), code or 0
         time.sleep(0.002)
     return None, code
 
 
 def results(run: Path) -> dict[str, Any]:
     """Read off a finished run all that must not depend on how often it was killed."""
-    last = steps_saved(run)
+    last = last_step(run)
     record = json.loads((run / "checkpoints" / str(last) / "extra" / "metadata").read_text())
     rows = [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in logs.read_metrics(run)]
     return {
@@ -237,12 +233,12 @@ def campaign(
 def stopped_after(config: ppo.Config, steps: int, log: Path) -> int:
     """Train until at least this step is saved, stop by SIGINT, and give the last step saved."""
     child = start(config, log)
-    while steps_saved(config.output) < steps:
+    while last_step(config.output) < steps:
         assert ended(child) is None, log.read_text()
         time.sleep(0.01)
     os.kill(child, signal.SIGINT)
     assert ended(child, wait=True) == STOPPED, log.read_text()
-    return steps_saved(config.output)
+    return last_step(config.output)
 
 
 def parameters(folder: Path) -> np.ndarray:

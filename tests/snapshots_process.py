@@ -74,7 +74,7 @@ def main(process: int, address: str, folder: Path) -> None:
             print("failed:", "No space left" in str(failed), checkpoints.latest())
         full_at, state = -1, checkpoints.restore(state_of(mesh, 0))[0]
         try:
-            with no_room(process == 1):
+            with full_disk(100) if process == 1 else contextlib.nullcontext():
                 run(state, 6, save_every=1)
         except SaveFailed as failed:
             print(failed)
@@ -82,16 +82,14 @@ def main(process: int, address: str, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def no_room(here: bool) -> Iterator[None]:
-    """Let no file of this process grow beyond a few bytes, as on a full disk."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if here:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+def full_disk(room: int) -> Iterator[None]:
+    """Let no file grow beyond `room` bytes: writing more fails as it does on a full disk."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, old[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def damage(folder: Path) -> None:

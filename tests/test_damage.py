@@ -1,10 +1,8 @@
 """Damaged, foreign and unsaved checkpoints: each is named, none is used in silence, and the older one stays."""
 
-import contextlib
 import dataclasses
 import gc
 import json
-import resource
 import shutil
 import sys
 from pathlib import Path
@@ -21,6 +19,7 @@ from pgjax import checkpoint, logs, loop
 from pgjax.checkpoint import BadCheckpoint, Checkpoints, SaveFailed
 from pgjax.digest import digest, leaf_digests
 from pgjax.leaves import stored_leaves
+from tests.snapshots_process import full_disk
 from tests.tiny import ARCHITECTURES
 
 RUN = {"config": {"learning_rate": 0.1, "seed": 0}, "reference": "tiny (digest 12)"}
@@ -203,17 +202,6 @@ def test_the_best_one_stays_beside_the_latest(tmp_path):
         checkpoints.wait()
         assert checkpoints.steps() == [7, 8, 9] and checkpoints.best() == 7
         np.testing.assert_array_equal(checkpoints.restore({"w": jnp.zeros(2)}, step=7)[0]["w"], 7.0)
-
-
-@contextlib.contextmanager
-def full_disk(room):
-    """Let no file grow beyond `room` bytes: writing more fails as it does on a full disk."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def big(step):
