@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,13 +52,23 @@ def load_rows(source: str | Path, check: Callable[[Placed], Checked], *, text_co
         raise ValueError(f"{source!r}: module {module!r} cannot be imported ({error})") from error
     except KeyError:
         raise ValueError(f"{source!r}: module {module!r} has no function {name!r}") from None
-    given = function() if callable(function) else None
+    given = function() if callable(function) and _needs_nothing(function) else None
     if not isinstance(given, Iterable):
-        raise ValueError(f"{source!r} must be a function that gives a list of rows, and is or gives {function!r}")
+        raise ValueError(
+            f"{source!r} must be a function that gives a list of rows, without arguments, and is or gives {function!r}"
+        )
     rows = list(given)
     if not rows:
         raise ValueError(f"{source} gives no rows")
     return check([(f"{source}, row {i}", row) for i, row in enumerate(rows)])
+
+
+def _needs_nothing(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return False
+    return True
 
 
 def _is_module(name: str) -> bool:

@@ -4,7 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from pgjax.masking import as_float, as_floats, as_mask, check_number, where_mask
+from pgjax.masking import as_float, as_floats, as_mask, check_number, check_whole, where_mask
 
 _Affine = tuple[jax.Array, jax.Array]  # x -> second + first * x
 
@@ -33,9 +33,8 @@ def place_scores(scores: jax.typing.ArrayLike, mask: jax.typing.ArrayLike) -> ja
     scores, mask = as_float(scores), jnp.asarray(mask)
     chex.assert_rank([scores, mask], [1, 2])
     chex.assert_equal_shape_prefix([scores, mask], 1)
-    inside = as_mask(mask, mask)
     places = jax.lax.broadcasted_iota(jnp.int32, mask.shape, 1)
-    last = jnp.max(jnp.where(inside, places, jnp.full_like(places, -1)), axis=1, keepdims=True)
+    last = jnp.max(places, axis=1, keepdims=True, initial=-1, where=as_mask(mask, mask))
     return where_mask(places == last, jnp.broadcast_to(scores[:, None], mask.shape))
 
 
@@ -166,6 +165,7 @@ def _groups(scores: jax.typing.ArrayLike, group_size: int) -> jax.Array:
     chex.assert_rank(scores, 1)
     if group_size < 2:
         raise ValueError(f"group_size must be at least 2, got {group_size}: one sample has none to compare with")
+    check_whole("group_size", group_size, 2)
     if scores.shape[0] % group_size:
         raise ValueError(f"{scores.shape[0]} scores do not divide into groups of group_size {group_size}")
     return scores.reshape(-1, group_size)

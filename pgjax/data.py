@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pgjax.masking import check_whole
 from pgjax.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -173,8 +174,7 @@ def batches(rows: Sequence[Any], batch_size: int, *, seed: int) -> "grain.MapDat
     """
     if len(rows) == 0:
         raise ValueError("there are no rows to make batches of")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size!r}: it must be an integer of at least 1")
+    check_whole("batch_size", batch_size, 1)
     if not 0 <= seed < _UINT32:
         raise ValueError(f"seed is {seed}: it must be in [0, 2^32)")
     import grain  # here, because importing it takes a second that `import pgjax` should not

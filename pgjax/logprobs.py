@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from pgjax.masking import as_float, check_number, where_mask
+from pgjax.masking import as_float, check_number, check_whole, where_mask
 
 _State = TypeVar("_State")
 _Forward = tuple[jax.Array, jax.Array, jax.Array]  # largest logit, sum of exp, the tokens' logits: [B, T] each
@@ -161,7 +161,7 @@ def token_entropy(logits: jax.Array, *, temperature: jax.typing.ArrayLike = 1.0)
 def _block_logits(hidden: jax.Array, block: jax.Array, temperature: jax.Array) -> jax.Array:
     rows = hidden.reshape(-1, hidden.shape[-1])
     logits = jnp.einsum("nd,vd->nv", rows, block, preferred_element_type=temperature.dtype)
-    return logits.reshape(*hidden.shape[:-1], -1) / temperature
+    return logits.reshape(*hidden.shape[:-1], len(block)) / temperature
 
 
 def _over_blocks(step: Callable[[_State, jax.Array, int], _State], state: _State, total: int, size: int) -> _State:
@@ -320,8 +320,7 @@ def linear_token_logprobs(
     chex.assert_rank([hidden, unembedding, tokens], [3, 2, 2])
     chex.assert_equal_shape_prefix([hidden, tokens], 2)
     chex.assert_axis_dimension(unembedding, 1, hidden.shape[2])
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    check_whole("chunk_size", chunk_size, 1)
     scale = jnp.asarray(temperature).astype(as_float(hidden).dtype)
     split = _Split(None, None) if mesh is None else _Split(*unembedding_axes)
 

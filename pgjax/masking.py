@@ -1,5 +1,7 @@
 """Masks, and the only two reductions over them: the mean and whitening, both by the global count."""
 
+import operator
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -116,6 +118,32 @@ def check_number(
     if not (low < number if strict else low <= number) or not (below is None or number < below):
         end = "" if below is None else " and finite" if below == jnp.inf else f" and below {below}"
         raise ValueError(f"{name} must be {'above' if strict else 'at least'} {low}{end}, got {x}")
+
+
+def check_whole(name: str, x: object, least: int) -> None:
+    """Refuse what is no whole number, or one that is too small.
+
+    Args:
+      name: what the caller calls it.
+      x: the number.
+      least: the smallest that it may be.
+
+    Raises:
+      ValueError: with the number and what it must be.
+
+    Example:
+      >>> check_whole("batch_size", 2.0, 1)
+      Traceback (most recent call last):
+      ValueError: batch_size must be a whole number, got 2.0
+    """
+    try:
+        number = None if isinstance(x, bool) else operator.index(x)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None:
+        raise ValueError(f"{name} must be a whole number, got {x!r}")
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
 
 
 def global_sum(x: jax.Array, axis_name: AxisName) -> jax.Array:

@@ -23,7 +23,7 @@ from pgjax.advantages import (
 )
 from pgjax.kl import adaptive_kl_coef, kl_k1
 from pgjax.logprobs import token_entropy, token_logprobs
-from pgjax.masking import masked_mean, masked_whiten, where_mask
+from pgjax.masking import check_whole, masked_mean, masked_whiten, where_mask
 from pgjax.models.causal_lm import CausalLM, logits_of
 from pgjax.models.heads import token_values
 from pgjax.policy_loss import Batch, ppo_loss, token_weights
@@ -62,6 +62,9 @@ def score(
     Returns:
         Each [B, W] float32, in nats and in units of reward.
 
+    Raises:
+        ValueError: rows that do not divide into the parts, or parts into groups or over the mesh, with the numbers.
+
     >>> import pgjax as pg
     >>> lm = pg.causal_lm(pg.Architecture(
     ...     family="gpt2", vocab_size=7, width=4, depth=1, heads=2, kv_heads=2, head_dim=2, mlp_width=8, max_positions=8,
@@ -72,6 +75,9 @@ def score(
     >>> score(lm, params, ones, ones > 0, jnp.float32(1.0), window=3, parts=2).values.shape
     (2, 3)
     """
+    check_whole("parts", parts, 1)
+    if len(tokens) % parts:
+        raise ValueError(f"{len(tokens)} rows do not divide into {parts} parts")
 
     def part(xs: tuple[jax.Array, jax.Array]) -> Scored:
         tokens, attention_mask = xs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pgjax.data import bucket_length
+from pgjax.masking import check_whole
 from pgjax.models.causal_lm import CausalLM, Params, decode_params
 from pgjax.models.groups import check_groups, firsts, repeated
 from pgjax.models.heads import state_values
@@ -147,7 +148,10 @@ def sample_scored(
 
 def _run(lm, params, value_head, prompts, prompt_mask, key, max_new_tokens, options, eos_ids, pad_id, group_size):
     """Check what was asked, and run the one program of it."""
-    prompts, prompt_mask = _as_array(prompts, np.int32), _as_array(prompt_mask, np.bool_)
+    prompts, prompt_mask = (x if isinstance(x, jax.Array) else np.asarray(x) for x in (prompts, prompt_mask))
+    if prompts.dtype.kind not in "iu":
+        raise ValueError(f"prompts must be token ids, whole numbers, got {prompts.dtype}")
+    prompts, prompt_mask = prompts.astype(np.int32), prompt_mask.astype(np.bool_)
     _check_prompts(lm, prompts, prompt_mask, max_new_tokens, group_size)
     _check_options(lm.arch.vocab_size, **options, eos_ids=eos_ids)
     mesh = mesh_of(params)
@@ -261,10 +265,6 @@ def _without_columns(rollout: Rollout, count: int) -> Rollout:
     return constrain_batch(jax.tree.map(lambda x: x[:, count:], rollout))
 
 
-def _as_array(x: jax.typing.ArrayLike, dtype: type[np.generic]) -> jax.Array | np.ndarray:
-    return x.astype(dtype) if isinstance(x, jax.Array) else np.asarray(x, dtype)
-
-
 def _as_scalar(x: jax.typing.ArrayLike, dtype: type[np.generic]) -> jax.Array | np.generic:
     return x.astype(dtype) if isinstance(x, jax.Array) else dtype(x)
 
@@ -274,8 +274,7 @@ def _check_prompts(
 ) -> None:
     if prompts.ndim != 2 or prompts.shape != mask.shape or 0 in prompts.shape:
         raise ValueError(f"prompts and prompt_mask must both be [B, P], got {prompts.shape} and {mask.shape}")
-    if new < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {new}")
+    check_whole("max_new_tokens", new, 1)
     check_groups(prompts.shape, 0, group_size)
     length, limit = prompts.shape[1] + new, lm.arch.max_positions
     if length > limit:
@@ -296,7 +295,6 @@ def _check_prompts(
             raise ValueError(
                 f"row {row} of prompts holds the id {known[row, column]}, outside the vocabulary of {lm.arch.vocab_size}"
             )
-
         shown = None if known is None else np.where(known_mask, known, -1)
         if shown is not None and (odd := (shown != np.repeat(shown[::group_size], group_size, axis=0)).any(1)).any():
             row = int(np.argmax(odd))
@@ -315,13 +313,17 @@ def _known(x: Any) -> np.ndarray | None:
 def _check_options(vocab: int, temperature: Any, top_k: Any, top_p: Any, min_p: Any, eos_ids: Sequence[int]) -> None:
     def check(name: str, value: Any, ok: Callable[[float], bool], meant: str) -> None:
         known = None if value is None else _known(value)
-        if known is not None and not ok(float(known)):
+        if known is not None and (known.ndim or not ok(float(known))):
             raise ValueError(f"{name} must be {meant}, got {value}")
 
     check("temperature", temperature, lambda x: 0 <= x < float("inf"), "a finite number not below 0 (0 is greedy)")
-    check("top_k", top_k, lambda x: x >= 1 and x == int(x), "a whole number of at least 1, or None")
+    check(
+        "top_k", top_k, lambda x: 1 <= x < 2**31 and x == int(x), "a whole number of at least 1 and below 2^31, or None"
+    )
     check("top_p", top_p, lambda x: 0 < x <= 1, "above 0 and at most 1, or None")
     check("min_p", min_p, lambda x: 0 <= x <= 1, "from 0 to 1, or None")
+    if not isinstance(eos_ids, Collection):
+        raise ValueError(f"eos_ids must be a sequence of ids, got {eos_ids!r}")
     for eos in eos_ids:
-        if not 0 <= eos < vocab:
-            raise ValueError(f"eos_ids holds {eos}, outside the vocabulary of {vocab}")
+        if not 0 <= eos < vocab or eos != int(eos):
+            raise ValueError(f"eos_ids holds {eos}, no id of the vocabulary of {vocab}")

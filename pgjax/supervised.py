@@ -13,6 +13,7 @@ import numpy as np
 
 from pgjax import sharding, train
 from pgjax.losses import cross_entropy_loss
+from pgjax.masking import check_whole
 from pgjax.models.causal_lm import CausalLM
 from pgjax.models.heads import head_logprobs
 from pgjax.models.tokenizer import stop_ids
@@ -131,7 +132,7 @@ def encode_examples(
       placed: rows of `check_examples`.
       tokenizer: a Hugging Face tokenizer.
       chat: put a text prompt through the chat template, as one message of the user.
-      max_length: of an example, in tokens.
+      max_length: of an example, in tokens, at least 2: one to learn after another.
       learn_prompt: learn all tokens of an example but its first, not the completion alone.
 
     Returns:
@@ -155,6 +156,7 @@ def encode_examples(
       >>> examples.notes()
       ['left out 1 row, empty: line 2']
     """
+    check_whole("max_length", max_length, 2)
     _check_tokenizer(tokenizer, placed, chat)
     chunked = [(place, _chunks(place, row, tokenizer, chat)) for place, row in placed]
     flat = [chunk for _, chunks in chunked if not isinstance(chunks, str) for chunk in chunks]
@@ -299,7 +301,12 @@ def mean_surprise(lm: CausalLM, params: Any, packed: Packed, batch_size: int) ->
 
     Returns:
       Nats a token; its exponential is the perplexity.
+
+    Raises:
+      ValueError: no token is learned.
     """
+    if not packed.mask.any():
+        raise ValueError(f"none of the {packed.mask.size} tokens is learned: there is no mean")
     mesh = sharding.mesh_of(params)
     spread = None if mesh is None else sharding.batch_sharding(mesh, batch_size)
     total, count = 0.0, 0

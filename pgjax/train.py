@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pgjax.masking import as_float
+from pgjax.masking import as_float, check_whole
 from pgjax.sharding import (
     ambient_mesh,
     check_batch,
@@ -145,7 +145,8 @@ def accumulate(loss_fn: LossFn, params: Any, batch: Any, weight: jax.Array, micr
     (1.5, 3.0)
     """
     rows = weight.shape[0]
-    if microbatches < 1 or rows % microbatches:
+    check_whole("microbatches", microbatches, 1)
+    if rows % microbatches:
         raise ValueError(f"{rows} rows do not divide into {microbatches} microbatches")
     weights = weight.sum().astype(jnp.float32)
     total = jnp.where(weights > 0, weights, 1.0)  # where nothing counts, the gradient is 0

@@ -141,6 +141,13 @@ def test_groups_that_do_not_fit_are_refused(function):
         function(jnp.zeros(6), group_size=4)
     with pytest.raises(ValueError, match="group_size must be at least 2, got 1"):
         function(jnp.zeros(6), group_size=1)
+    with pytest.raises(ValueError, match=r"group_size must be a whole number, got 2\.0"):
+        function(jnp.zeros(6), group_size=2.0)
+
+
+def test_sequences_without_tokens_have_no_rewards():
+    assert place_scores(jnp.zeros(2), jnp.zeros((2, 0), bool)).shape == (2, 0)
+    assert place_scores(jnp.zeros(0), jnp.zeros((0, 3), bool)).shape == (0, 3)
 
 
 def test_wrong_shapes_are_refused():

@@ -98,6 +98,8 @@ def test_scores_loss_and_gradient_of_groups_are_those_of_rows():
         accumulate = jax.jit(lambda params: train.accumulate(loss_fn, params, batch, inside.sum(1), 2))
         return accumulate(params)
 
+    with pytest.raises(ValueError, match="12 rows do not divide into 5 parts"):
+        ppo.score(lm, params, tokens, mask, jnp.float32(0.7), window=window, parts=5)
     sharded.same(scored(G), scored(1), 1e-5)
     (gradient, metrics), (expected, expected_metrics) = learned(G), learned(1)
     same_gradient(gradient, expected)

@@ -13,7 +13,7 @@ MIDDLE = {"data", "perf", "policy_loss", "ppo", "preferences", "prompts", "rewar
 MIDDLE |= {"sampling", "supervised", "tables", "train"}
 # A room may import from its own floor and from those below it.
 FLOORS = dict.fromkeys(CORE, 0) | dict.fromkeys(EDGE, 1) | {"models": 2} | dict.fromkeys(MIDDLE, 3) | {"loop": 4, "": 5}
-STANDARD = {"collections", "dataclasses", "functools", "math", "typing"}
+STANDARD = {"collections", "dataclasses", "functools", "math", "operator", "typing"}
 OWNERS = {
     "flax": ("models/",),
     "transformers": ("models/",),

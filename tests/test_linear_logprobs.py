@@ -275,9 +275,15 @@ def test_under_pmap_vmap_and_scan():
         assert_same((found[0].reshape(HIDDEN.shape), found[1].sum(0)), EXPECTED[1])
 
 
+def test_rows_without_tokens_have_no_logprobs():
+    assert linear_token_logprobs(HIDDEN[:, :0], UNEMBEDDING, TOKENS[:, :0]).shape == (len(HIDDEN), 0)
+
+
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         linear_token_logprobs(HIDDEN, UNEMBEDDING, TOKENS, chunk_size=0)
+    with pytest.raises(ValueError, match=r"chunk_size must be a whole number, got 2\.5"):
+        linear_token_logprobs(HIDDEN, UNEMBEDDING, TOKENS, chunk_size=2.5)
     with pytest.raises(ValueError, match="temperature must be above 0, got -2"):
         linear_token_logprobs(HIDDEN, UNEMBEDDING, TOKENS, temperature=-2)
     with pytest.raises(ValueError, match=r"'rows'.*not axes of the mesh"):

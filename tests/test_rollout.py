@@ -116,6 +116,25 @@ def test_sharding_the_batch_changes_nothing():
     close(rollout.logprobs, expected.logprobs, 1e-5)
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_inside_the_callers_shard_map_each_device_samples_its_rows(check_vma):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+
+    def here(params, prompts, mask):
+        key = jax.random.fold_in(KEY, jax.lax.axis_index("data"))
+        return sample(tiny_lm("llama"), params, prompts, mask, key, max_new_tokens=NEW, eos_ids=EOS)
+
+    mapped = jax.shard_map(here, mesh=mesh, in_specs=(whole, rows, rows), out_specs=rows, check_vma=check_vma)
+    found = jax.jit(mapped)(tiny_params("llama"), PROMPTS, PROMPT_MASK)
+    for device, half in enumerate((slice(2), slice(2, 4))):
+        key = jax.random.fold_in(KEY, device)
+        expected = roll("llama", PROMPTS[half], PROMPT_MASK[half], key, eos_ids=EOS)
+        for x, y in zip(found[:3], expected[:3], strict=True):
+            assert np.array_equal(x[half], y)
+        close(found.logprobs[half], expected.logprobs, 1e-5)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sampled_logprobs_equal_teacher_forcing_at_the_same_temperature(name):
     for temperature in (1.0, 0.7, 2.0):

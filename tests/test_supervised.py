@@ -156,6 +156,8 @@ def test_what_cannot_be_learned_is_left_out_counted_and_named():
     assert encode({"messages": [USER]}, {"messages": [USER, BOT]}).notes() == [
         "left out 1 row, without an answer to learn: line 1"
     ]
+    with pytest.raises(ValueError, match="max_length must be at least 2, got 1"):
+        encode({"text": "ab"}, max_length=1)
     with pytest.raises(ValueError, match="no row is left to learn from: left out 1 row, empty: line 1"):
         encode({"prompt": "a", "completion": ""})
 
@@ -276,3 +278,5 @@ def test_mean_surprise_counts_tokens_not_rows():
     packed = pack(EXAMPLES, 12)
     for batch_size in (2, 8):
         assert abs(supervised.mean_surprise(lm, params, packed, batch_size) - expected) < 1e-5 * expected
+    with pytest.raises(ValueError, match=f"none of the {packed.mask.size} tokens is learned"):
+        supervised.mean_surprise(lm, params, packed._replace(mask=packed.mask & False), 2)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pgjax.masking import check_whole
 from pgjax.models.attention import attention
 
 
@@ -120,7 +121,8 @@ def check_groups(shape: Any, prompt_length: int, group_size: int) -> None:
     ValueError: 4 rows do not divide into groups of group_size=3
     """
     rows, length = shape
-    if group_size < 1 or rows % group_size:
+    check_whole("group_size", group_size, 1)
+    if rows % group_size:
         raise ValueError(f"{rows} rows do not divide into groups of group_size={group_size}")
     if not 0 <= prompt_length <= length:
         raise ValueError(f"prompt_length must be from 0 to the {length} tokens of a row, got {prompt_length}")
