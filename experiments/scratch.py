@@ -69,7 +69,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
 
 def texts_of(rows: Sequence[Row]) -> Iterator[str]:
-    """Give all texts of examples, of every kind that `supervised.check_examples` lets through.
+    """Give all texts of examples, of every kind that `examples.check_examples` lets through.
 
     Example:
       >>> list(texts_of([{"prompt": [{"role": "user", "content": "Hello"}], "completion": "Hi"}]))

@@ -37,10 +37,11 @@ from experiments.rows import load_rows
 from experiments.scratch import VOCAB_SIZE, read_architecture, small_architecture, texts_of, train_tokenizer
 from pgjax import data, distributed, logs, loop, sharding, supervised, train
 from pgjax.curves import plot_curves
+from pgjax.examples import check_examples, encode_examples
 from pgjax.models.tokenizer import folder_tokenizer
+from pgjax.packing import Packed, pack
 from pgjax.progress import Progress
 from pgjax.records import write_whole
-from pgjax.supervised import Packed, check_examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,14 +243,14 @@ def pack_rows(name: str, rows: list[Placed], tokenizer: Any, lm: pg.CausalLM, co
     if config.max_length > lm.arch.max_positions:
         raise ValueError(f"max_length={config.max_length} is more than the model's {lm.arch.max_positions} positions")
     try:
-        examples = supervised.encode_examples(
+        examples = encode_examples(
             rows, tokenizer, chat=config.chat, max_length=config.max_length, learn_prompt=config.learn_prompt
         )
     except ValueError as error:
         raise ValueError(f"{name} data: {error}") from error
     for note in examples.notes():
         print(f"{name} data: {note}")
-    packed = supervised.pack(examples.examples, config.max_length)
+    packed = pack(examples.examples, config.max_length)
     learned, full = packed.mask.sum(), (packed.segment_ids > 0).mean()
     print(
         f"{name} data: {len(examples.examples):,} examples, {learned:,} tokens to learn, "

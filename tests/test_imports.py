@@ -9,7 +9,19 @@ ROOT = Path(__file__).resolve().parents[1]
 CORE = {"masking", "logprobs", "kl", "advantages", "losses", "trust_region"}
 EDGE = {"mesh", "sharding", "distributed", "meeting", "checkpoint", "digest", "leaves", "logs", "curves", "progress"}
 EDGE |= {"alarm", "records", "unanimous"}
-MIDDLE = {"data", "perf", "policy_loss", "ppo", "preferences", "prompts", "reward_learning", "rewards", "rollout"}
+MIDDLE = {
+    "data",
+    "examples",
+    "packing",
+    "perf",
+    "policy_loss",
+    "ppo",
+    "preferences",
+    "prompts",
+    "reward_learning",
+    "rewards",
+    "rollout",
+}
 MIDDLE |= {"sampling", "supervised", "tables", "train"}
 # A room may import from its own floor and from those below it.
 FLOORS = dict.fromkeys(CORE, 0) | dict.fromkeys(EDGE, 1) | {"models": 2} | dict.fromkeys(MIDDLE, 3) | {"loop": 4, "": 5}

@@ -19,8 +19,9 @@ from experiments import scratch
 from experiments import sft as script
 from pgjax import logs, loop, supervised
 from pgjax.checkpoint import Checkpoints
+from pgjax.examples import encode_examples
 from pgjax.logs import read_metrics
-from pgjax.supervised import Packed
+from pgjax.packing import Packed, pack
 from tests.tiny_model import save_tiny_model
 
 ADJECTIVES = ("fine", "dull", "long", "short", "odd", "kind")
@@ -77,10 +78,8 @@ def test_it_learns_and_leaves_the_files_that_a_user_expects(config, capsys):
     assert theirs("the film is odd")["input_ids"] == tokenizer("the film is odd")["input_ids"]
     assert AutoConfig.from_pretrained(config.output / "model").eos_token_id == tokenizer.eos_token_id
     held_out = script.load_rows(config.data, script.check_examples)[:4]
-    examples = supervised.encode_examples(held_out, tokenizer, chat=False, max_length=48).examples
-    assert (
-        supervised.mean_surprise(lm, params, supervised.pack(examples, 48), 4) < 2
-    )  # the saved model is the trained one
+    examples = encode_examples(held_out, tokenizer, chat=False, max_length=48).examples
+    assert supervised.mean_surprise(lm, params, pack(examples, 48), 4) < 2  # the saved model is the trained one
 
 
 def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(config, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 import pgjax as pg
 from pgjax import reward_learning, supervised, train
 from pgjax.models.reward_model import reward_model
+from pgjax.packing import Packed
 from pgjax.preferences import Encoded
 from pgjax.sharding import batch_sharding, init_sharded, make_mesh, param_shardings, place
 from tests.sharded import (
@@ -89,11 +90,11 @@ def fine_tuning(lm, params):
     """Two updates on packed rows, and the held-out loss."""
     rng = np.random.default_rng(2)
     segments = np.sort(rng.integers(1, 4, (8, 12)), axis=1).astype(np.int32)
-    packed = supervised.Packed(rng.integers(0, 24, (8, 12)).astype(np.int32), segments, rng.random((8, 12)) < 0.7)
+    packed = Packed(rng.integers(0, 24, (8, 12)).astype(np.int32), segments, rng.random((8, 12)) < 0.7)
     state = train.init_state(params, OPTIMIZER)
     for _ in range(2):
         state, metrics = supervised.update(state, packed, lm=lm, optimizer=OPTIMIZER, microbatches=2)
-    held_out = supervised.mean_surprise(lm, state.params, supervised.Packed(*(x[:7] for x in packed)), 6)
+    held_out = supervised.mean_surprise(lm, state.params, Packed(*(x[:7] for x in packed)), 6)
     return {"params": state.params, "moments": state.opt_state[1][0], "metrics": metrics, "held_out": held_out}
 
 
