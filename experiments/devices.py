@@ -215,7 +215,7 @@ def put(mesh: Mesh | None, tree: Any) -> Any:
       >>> put(None, np.arange(2)).tolist()
       [0, 1]
     """
-    return jax.device_put(tree) if mesh is None else sharding.place(tree, sharding.replicated(mesh))
+    return sharding.place(tree, sharding.replicated(mesh))
 
 
 def put_rows(mesh: Mesh | None, tree: Any) -> Any:
@@ -233,7 +233,7 @@ def put_rows(mesh: Mesh | None, tree: Any) -> Any:
       >>> put_rows(None, np.arange(2)).tolist()
       [0, 1]
     """
-    return jax.device_put(tree) if mesh is None else sharding.place(tree, sharding.batch_sharding(mesh))
+    return sharding.place(tree, sharding.batch_sharding(mesh))
 
 
 def shared_folder(folder: Path) -> Path:

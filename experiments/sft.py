@@ -17,7 +17,6 @@ falls from 2,109 to 63.5 (seed 0).
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import sys
 import time
@@ -25,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import tyro
 from jax.sharding import Mesh
 
@@ -37,11 +35,11 @@ from experiments.rows import load_rows
 from experiments.scratch import VOCAB_SIZE, read_architecture, small_architecture, texts_of, train_tokenizer
 from pgjax import data, distributed, logs, loop, sharding, supervised, train
 from pgjax.curves import plot_curves
+from pgjax.digest import digest
 from pgjax.examples import check_examples, encode_examples
 from pgjax.models.tokenizer import folder_tokenizer
 from pgjax.packing import Packed, pack
 from pgjax.progress import Progress
-from pgjax.records import write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +115,12 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     held_out = pack_rows("held-out", held_out_rows, tokenizer, lm, config)
     steps = math.ceil(config.epochs * len(packed.tokens) / config.batch_size)
 
-    agree_on("what the tokenizer makes of the rows", [hashlib.sha256(x.tobytes()).hexdigest() for x in packed])
+    fingerprint = digest(packed._asdict())
+    agree_on("what the tokenizer makes of the rows", fingerprint)
 
     def open_folder() -> Path:
         folder = logs.open_run(config.output, dataclasses.asdict(config), resume=config.resume, may_change=MAY_CHANGE)
-        pin(folder, packed, tokenizer)
+        tokenizer.save_pretrained(folder / "tokenizer")  # a run from scratch that goes on must find it
         return folder
 
     folder = distributed.first(open_folder)
@@ -133,7 +132,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     state = train.init_state(params, optimizer)
     del params  # updates consume their buffers
     checkpoints = open_checkpoints(
-        folder, dataclasses.asdict(config), MAY_CHANGE, keep=config.keep, keep_best=config.keep_best
+        folder, dataclasses.asdict(config), MAY_CHANGE, keep=config.keep, keep_best=config.keep_best, data=fingerprint
     )
     state, start = go_on(checkpoints, state, resume=config.resume, resume_from=config.resume_from)
     state = state._replace(healthy=state.healthy | True)
@@ -257,19 +256,6 @@ def pack_rows(name: str, rows: list[Placed], tokenizer: Any, lm: pg.CausalLM, co
         f"in {len(packed.tokens):,} rows of {config.max_length} tokens, {full:.1%} full"
     )
     return packed
-
-
-def pin(folder: Path, packed: Packed, tokenizer: Any) -> None:
-    """Keep the tokenizer and a fingerprint of the data: a run that goes on must find both as they were."""
-    digest = hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in packed)).hexdigest()
-    file = folder / "data.sha256"
-    if file.exists() and file.read_text() != digest:
-        raise ValueError(
-            f"the data or its tokenizer is another one than when the run in {folder} was started: an update's number would "
-            "no longer be its place in the data; give the same --data, or start anew in another --output"
-        )
-    tokenizer.save_pretrained(folder / "tokenizer")
-    write_whole(file, digest)
 
 
 def summary(folder: Path) -> dict[str, float]:

@@ -113,7 +113,7 @@ def monte_carlo_returns(
     rewards, factor = as_floats(rewards, discount)
     chex.assert_rank([rewards, factor], [2, 0])
     inside = as_mask(mask, rewards)
-    factors = jnp.where(inside, factor, jnp.ones_like(rewards))
+    factors = jnp.where(inside, factor, 1.0)
 
     def join(later: _Affine, earlier: _Affine) -> _Affine:
         return earlier[0] * later[0], earlier[1] + earlier[0] * later[1]
@@ -235,7 +235,7 @@ def group_advantages(scores: jax.typing.ArrayLike, *, group_size: int, normalize
         return centred.reshape(-1)
     variance = jnp.sum(jnp.square(centred), axis=1, keepdims=True) / (group_size - 1)
     varied = variance > 0
-    deviation = where_mask(varied, jnp.sqrt(jnp.where(varied, variance, jnp.ones_like(variance))))
+    deviation = where_mask(varied, jnp.sqrt(jnp.where(varied, variance, 1.0)))
     return (centred / (deviation + 1e-4)).reshape(-1)
 
 

@@ -40,13 +40,9 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: Any, *, chat: bool, max
       >>> encode_prompts(["ab", "c"], Letters(), chat=False, max_length=4)
       [[97, 98], [99]]
     """
-    if chat and tokenizer.chat_template is None:
-        raise ValueError("the tokenizer has no chat template: use an instruct model, or encode without chat")
     encoded = []
     for row, prompt in enumerate(prompts):
-        ids = _encode(prompt, tokenizer, chat=chat, place=f"prompt {row} (counted from 0)")
-        if not ids:
-            raise ValueError(f"prompt {row} (counted from 0) has no tokens: {prompt!r}")
+        ids = encode_prompt(prompt, tokenizer, chat=chat, place=f"prompt {row} (counted from 0)")
         if max_length is not None and len(ids) > max_length:
             raise ValueError(
                 f"prompt {row} (counted from 0) has {len(ids)} tokens, the limit is {max_length}: shorten it, "
@@ -208,8 +204,13 @@ def split_rows(rows: Sequence[Any], held_out: int, seed: int) -> tuple[list[Any]
     return train, [rows[index] for index in sorted(chosen)]
 
 
-def _encode(prompt: Prompt, tokenizer: Any, *, chat: bool, place: str) -> list[int]:
+def encode_prompt(prompt: Prompt, tokenizer: Any, *, chat: bool, place: str) -> list[int]:
+    """Turn one prompt into token ids, as `encode_prompts` does; an error says where it stands."""
     if chat:
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                f"{place}: the tokenizer has no chat template: use an instruct model, or encode without chat"
+            )
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         try:
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
@@ -221,4 +222,6 @@ def _encode(prompt: Prompt, tokenizer: Any, *, chat: bool, place: str) -> list[i
         ids = tokenizer(prompt)["input_ids"]
     else:
         raise ValueError(f"{place} is a list of messages: it needs the chat template, or write it as a text")
+    if not ids:
+        raise ValueError(f"{place} has no tokens: {prompt!r}")
     return [int(i) for i in ids]

@@ -37,7 +37,7 @@ def _finite_gradient(function: Callable[[jax.Array], jax.Array], d: jax.Array) -
     # and gets no gradient, because 0 * inf would put NaN into the gradient of everything before it.
     value = jax.lax.stop_gradient(function(d))
     finite = jnp.isfinite(value)
-    return jnp.where(finite, function(jnp.where(finite, d, jnp.zeros_like(d))), value)
+    return jnp.where(finite, function(jnp.where(finite, d, 0.0)), value)
 
 
 def kl_k1(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
@@ -161,8 +161,8 @@ def categorical_kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
     covered = ~jnp.any(possible & jnp.isneginf(ref_z), axis=-1)
     summed = possible & covered[..., None]
     kl = jnp.sum(jnp.exp(logp) * (where_mask(summed, logp) - where_mask(summed, logq)), axis=-1)
-    kl = jnp.where(covered, kl, jnp.full_like(kl, jnp.inf))
-    return token_frame(jnp.where(usable & ref_usable, kl, jnp.full_like(kl, jnp.nan)))
+    kl = jnp.where(covered, kl, jnp.inf)
+    return token_frame(jnp.where(usable & ref_usable, kl, jnp.nan))
 
 
 def adaptive_kl_coef(

@@ -77,18 +77,18 @@ def shifted_logits(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     usable = jnp.isfinite(top)
-    shifted = jnp.where(usable, logits - top, jnp.zeros_like(logits))
+    shifted = jnp.where(usable, logits - top, 0.0)
     return shifted, jnp.squeeze(usable, axis=-1)
 
 
 def _picked(logits: jax.Array, ids: jax.Array) -> jax.Array:
     # A comparison instead of a gather: it fuses with the sums over V beside it, and V may be sharded.
     hit = jax.lax.broadcasted_iota(ids.dtype, logits.shape, logits.ndim - 1) == ids[..., None]
-    return jnp.sum(jnp.where(hit, logits, jnp.zeros_like(logits)), axis=-1)
+    return jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
 
 
 def _or_nan(ok: jax.Array, x: jax.Array) -> jax.Array:
-    return jnp.where(ok, x, jnp.full_like(x, jnp.nan))
+    return jnp.where(ok, x, jnp.nan)
 
 
 def token_logprobs(logits: jax.Array, tokens: jax.Array, *, temperature: jax.typing.ArrayLike = 1.0) -> jax.Array:
@@ -153,7 +153,7 @@ def token_entropy(logits: jax.Array, *, temperature: jax.typing.ArrayLike = 1.0)
     weights = jnp.exp(z)
     total = jnp.sum(weights, axis=-1)
     # exp(-inf) * -inf is NaN where its limit is 0, in the value and in the gradient.
-    finite_z = jnp.where(jnp.isneginf(z), jnp.zeros_like(z), z)
+    finite_z = jnp.where(jnp.isneginf(z), 0.0, z)
     entropy = jnp.log(total) - jnp.sum(weights * finite_z, axis=-1) / total
     return token_frame(_or_nan(usable, entropy))
 

@@ -30,7 +30,7 @@ def _reduce(losses: jax.Array, mask: jax.Array, reduce: str, axis_name: AxisName
         return masked_mean(losses, mask, axis_name=axis_name)
     sums = jnp.sum(where_mask(mask, losses), axis=-1)
     counts = jnp.sum(mask.astype(losses.dtype), axis=-1)
-    rows = sums / jnp.maximum(counts, jnp.ones_like(counts)) if reduce == "sequence_mean" else sums
+    rows = sums / jnp.maximum(counts, 1.0) if reduce == "sequence_mean" else sums
     return masked_mean(rows, counts > 0, axis_name=axis_name)
 
 
@@ -142,7 +142,7 @@ def clipped_surrogate_loss(
     inside, (new, old, advantages) = _aligned(mask, logprobs, stop_gradient(old_logprobs), stop_gradient(advantages))
     low, high = _ratio_range(clip_eps, clip_eps_high, new.dtype)
     upper = jnp.where(advantages > 0, high, jnp.asarray(jnp.inf if dual_clip is None else dual_clip, new.dtype))
-    lower = jnp.where(advantages < 0, low, jnp.full_like(low, -jnp.inf))
+    lower = jnp.where(advantages < 0, low, -jnp.inf)
     # Comparisons, not min and clip: at a tie those share the gradient out in ways of their own. And what gets no gradient
     # goes out before exp: where it overflows, 0 * inf would be NaN.
     at = jnp.exp(stop_gradient(new - old))
@@ -310,8 +310,8 @@ def surrogate_diagnostics(
     inside, (new, old) = _aligned(mask, stop_gradient(logprobs), stop_gradient(old_logprobs))
     log_ratio = new - old
     ratio = jnp.exp(log_ratio)
-    least = jnp.min(jnp.where(inside, ratio, jnp.full_like(ratio, jnp.inf)))
-    largest = jnp.max(jnp.where(inside, ratio, jnp.full_like(ratio, -jnp.inf)))
+    least = jnp.min(jnp.where(inside, ratio, jnp.inf))
+    largest = jnp.max(jnp.where(inside, ratio, -jnp.inf))
     if axis_name is not None:
         least, largest = jax.lax.pmin(least, axis_name), jax.lax.pmax(largest, axis_name)
     seen = global_sum(inside.astype(ratio.dtype), axis_name) > 0

@@ -88,7 +88,7 @@ def where_mask(mask: jax.Array, x: jax.Array) -> jax.Array:
       >>> where_mask(jnp.array([True, False]), jnp.array([2.0, jnp.nan]))
       Array([2., 0.], dtype=float32)
     """
-    return jnp.where(mask, x, jnp.zeros_like(x))
+    return jnp.where(mask, x, 0)
 
 
 def check_number(
@@ -168,7 +168,7 @@ def global_sum(x: jax.Array, axis_name: AxisName) -> jax.Array:
 def _mean(x: jax.Array, mask: jax.Array, axis_name: AxisName) -> jax.Array:
     total = global_sum(where_mask(mask, x), axis_name)
     count = global_sum(mask.astype(x.dtype), axis_name)
-    return total / jnp.maximum(count, jnp.ones_like(count))
+    return total / jnp.maximum(count, 1)
 
 
 def masked_mean(

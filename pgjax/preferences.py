@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pgjax.data import encode_prompts
+from pgjax.data import encode_prompt
 from pgjax.models.tokenizer import stop_ids
 from pgjax.prompts import Prompt, check_prompt
 from pgjax.tables import Placed, Row, as_messages, check_messages, check_same_columns, check_text, left_out_notes
@@ -175,7 +175,8 @@ def _encode(
     for place, answered, ids in zip(places, answers, endings, strict=True):
         key = repr(answered.prompt)
         if key not in prompts:
-            prompts[key] = _prompt_ids(place, answered.prompt, tokenizer, chat)
+            templated = chat or not isinstance(answered.prompt, str)
+            prompts[key] = encode_prompt(answered.prompt, tokenizer, chat=templated, place=place)
         ended = len(ids) > 0 and int(ids[-1]) in stops
         encoded.append((prompts[key], [*map(int, ids), *([] if ended else end)]))
     return encoded
@@ -305,11 +306,3 @@ def _margin(place: str, row: Row) -> float:
     if not 0 <= margin < math.inf:
         raise ValueError(f"{place}: the margin is {given!r}, not a finite number of at least 0")
     return margin
-
-
-def _prompt_ids(place: str, prompt: Prompt, tokenizer: Any, chat: bool) -> list[int]:
-    try:
-        return encode_prompts([prompt], tokenizer, chat=chat or not isinstance(prompt, str), max_length=None)[0]
-    except Exception as error:
-        words = error.__cause__ or error  # a chat template's own, where it is one that fails
-        raise ValueError(f"{place}: the prompt cannot be encoded ({words}): {str(prompt)[:200]}") from error

@@ -1,37 +1,10 @@
 """Prompt files: rows of JSON lines, CSV, parquet, plain text or a data set, checked to the line."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from pgjax.tables import Placed, Row, as_messages, check_messages, check_same_columns, check_text, read_table
+from pgjax.tables import Placed, Row, as_messages, check_messages, check_same_columns, check_text
 
 Prompt = str | Sequence[Mapping[str, str]]
-
-
-def read_rows(path: str | Path) -> list[Row]:
-    """Read the rows of a prompt file, each with a ``prompt`` and maybe further columns for the reward.
-
-    Args:
-      path: a source that `tables.read_table` takes: a file that ends in ``.jsonl``, ``.csv``, ``.parquet`` or
-        ``.txt`` (a prompt a line), or a name for the package ``datasets``. A prompt is a text or a list of
-        messages ``{"role": ..., "content": ...}``, which may be written in JSON, as CSV has it.
-
-    Returns:
-      The rows in file order, all with the same columns.
-
-    Raises:
-      ValueError: no such source, an unknown ending, no rows, no ``prompt`` column, or a malformed line; it
-        names the file and the line.
-      ImportError: the package that reads this kind of source is not installed.
-
-    Example:
-      >>> import tempfile
-      >>> path = Path(tempfile.mkdtemp()) / "prompts.jsonl"
-      >>> _ = path.write_text('{"prompt": "Write a haiku about rain", "topic": "rain"}')
-      >>> read_rows(path)
-      [{'prompt': 'Write a haiku about rain', 'topic': 'rain'}]
-    """
-    return check_rows(read_table(path, required=("prompt",)))
 
 
 def check_rows(placed: Placed) -> list[Row]:

@@ -251,8 +251,7 @@ def _in_batches(
     program: Any, rm: RewardModel, params: Any, rows: Sequence[Sequence[int]], batch_size: int
 ) -> np.ndarray:
     """Run a program over rows of like length together; a short last batch is filled up."""
-    mesh = mesh_of(params)
-    rows_sharding = None if mesh is None else batch_sharding(mesh, batch_size)
+    rows_sharding = batch_sharding(mesh_of(params), batch_size)
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
     out: list[np.ndarray] = [np.empty(0)] * len(rows)
     for begin in range(0, len(order), batch_size):

@@ -167,9 +167,8 @@ def _run(lm, params, value_head, prompts, prompt_mask, key, max_new_tokens, opti
     eos = np.full(room, -1, np.int32)
     eos[: len(eos_ids)] = list(eos_ids)
     prompts, prompt_mask = _with_columns(prompts, extra), _with_columns(prompt_mask, extra)
-    rows, whole = (None, None) if mesh is None else (batch_sharding(mesh), replicated(mesh))
-    batch = place((prompts, prompt_mask), rows)  # in the open: no transfer is hidden
-    others = place((options, eos, np.int32(pad_id)), whole)
+    batch = place((prompts, prompt_mask), batch_sharding(mesh))  # in the open: no transfer is hidden
+    others = place((options, eos, np.int32(pad_id)), replicated(mesh))
     with entered(mesh):
         rollout, said = _generate(
             lm, params, *batch, key, *others,

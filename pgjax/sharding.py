@@ -67,7 +67,7 @@ def param_shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, _param_spec(mesh, path, x)), tree)
 
 
-def batch_sharding(mesh: Mesh, rows: int | None = None) -> NamedSharding:
+def batch_sharding(mesh: Mesh | None, rows: int | None = None) -> NamedSharding | None:
     """Split the first axis of an array over data and fsdp.
 
     Args:
@@ -80,17 +80,19 @@ def batch_sharding(mesh: Mesh, rows: int | None = None) -> NamedSharding:
     >>> batch_sharding(make_mesh(data=-1)).num_devices == jax.device_count()
     True
     """
+    if mesh is None:
+        return None
     axes = _split_by(mesh, "batch") if rows is None else fitting(mesh, rows, "batch")
     return NamedSharding(mesh, PartitionSpec(_entry(axes)))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | None) -> NamedSharding | None:
     """Put an array on every device whole.
 
     >>> replicated(make_mesh(data=-1)).is_fully_replicated
     True
     """
-    return NamedSharding(mesh, PartitionSpec())
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
 def check_batch(mesh: Mesh | AbstractMesh | None, rows: int, name: str) -> None:

@@ -92,8 +92,7 @@ def mean_surprise(lm: CausalLM, params: Any, packed: Packed, batch_size: int) ->
     """
     if not packed.mask.any():
         raise ValueError(f"none of the {packed.mask.size} tokens is learned: there is no mean")
-    mesh = sharding.mesh_of(params)
-    spread = None if mesh is None else sharding.batch_sharding(mesh, batch_size)
+    spread = sharding.batch_sharding(sharding.mesh_of(params), batch_size)
     total, count = 0.0, 0
     for begin in range(0, len(packed.tokens), batch_size):
         rows = [x[begin : begin + batch_size] for x in packed]

@@ -13,9 +13,7 @@ Placed = Sequence[tuple[str, Row]]  # rows, each behind the words that say where
 _MANY = 5  # places that a note lists
 
 
-def read_table(
-    source: str | os.PathLike[str], *, text_column: str = "prompt", required: Sequence[str] = ()
-) -> list[tuple[str, Row]]:
+def read_table(source: str | os.PathLike[str], *, text_column: str = "prompt") -> list[tuple[str, Row]]:
     """Read the rows of a table, each with the words that say where it stands.
 
     Args:
@@ -24,7 +22,6 @@ def read_table(
         folder or a name that the package ``datasets`` knows, as ``NAME``, ``NAME:SPLIT`` or
         ``NAME:CONFIGURATION:SPLIT``; the split is ``train`` where none is given.
       text_column: the column that the lines of a ``.txt`` file come in.
-      required: columns that the header of a ``.csv`` file must name.
 
     Returns:
       The pairs (place, row) in order: ``("rows.jsonl, line 7", {...})``.
@@ -44,7 +41,7 @@ def read_table(
     path = Path(source)
     readers: dict[str, Callable[[Path], list[tuple[str, Row]]]] = {
         ".jsonl": _read_jsonl,
-        ".csv": lambda path: _read_csv(path, required),
+        ".csv": _read_csv,
         ".txt": lambda path: _read_text(path, text_column),
         ".parquet": _read_parquet,
     }
@@ -248,7 +245,7 @@ def _read_text(path: Path, column: str) -> list[tuple[str, Row]]:
     return [(f"line {number}", {column: line.rstrip("\r\n")}) for number, line in _lines(path) if line.strip()]
 
 
-def _read_csv(path: Path, required: Sequence[str]) -> list[tuple[str, Row]]:
+def _read_csv(path: Path) -> list[tuple[str, Row]]:
     # The csv module refuses fields beyond 128 KiB unless told otherwise; a text may well be longer.
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
@@ -260,7 +257,7 @@ def _read_csv(path: Path, required: Sequence[str]) -> list[tuple[str, Row]]:
             if not fields:
                 continue
             if header is None:
-                header = _check_header(path, fields, required)
+                header = _check_header(path, fields)
             elif len(fields) != len(header):
                 raise ValueError(f"{path}, {place}: {len(fields)} fields, but the header names {len(header)} columns")
             else:
@@ -270,11 +267,7 @@ def _read_csv(path: Path, required: Sequence[str]) -> list[tuple[str, Row]]:
     return rows
 
 
-def _check_header(path: Path, header: list[str], required: Sequence[str]) -> list[str]:
-    absent = [name for name in required if name not in header]
-    if absent:
-        listed = ", ".join(map(repr, header))
-        raise ValueError(f"{path}, line 1: there is no column {absent[0]!r}; the columns are {listed}")
+def _check_header(path: Path, header: list[str]) -> list[str]:
     twice = [name for name in header if header.count(name) > 1]
     if twice:
         raise ValueError(f"{path}, line 1: the column {twice[0]!r} is there twice")

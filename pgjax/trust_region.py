@@ -53,7 +53,7 @@ def _position_weights(mask: ArrayLike | None, logits: jax.Array, axis_name: Axis
     """Give each position the share in the mean of the token that it predicts: [B, T], the last one 0."""
     inside = as_mask(mask, logits[:, :, 0]).astype(logits.dtype)
     count = global_sum(inside, axis_name)
-    share = inside / jnp.maximum(count, jnp.ones_like(count))
+    share = inside / jnp.maximum(count, 1.0)
     (weights,) = jax.linear_transpose(token_frame, share)(share)
     return weights
 
@@ -78,7 +78,7 @@ def _fisher(
         (moved,) = push((_own(tangent, axis_name),))
         moved = moved.astype(p.dtype)
         curved = weights * p * (moved - jnp.sum(p * moved, axis=-1, keepdims=True))
-        curved = jnp.where(known, curved, jnp.full_like(curved, jnp.nan))
+        curved = jnp.where(known, curved, jnp.nan)
         found = _floats(pull(curved.astype(logits.dtype))[0])
         return found if axis_name is None else jax.lax.psum(found, axis_name)
 
@@ -150,7 +150,7 @@ def _natural_step(
     scale = jnp.sqrt(2.0 * jnp.asarray(max_kl, curvature.dtype) / curvature)
     left = _plus(_plus(curved, damping, direction), 1.0, gradient)
     size = jnp.sqrt(_dot(gradient, gradient))
-    residual = jnp.sqrt(_dot(left, left)) / jnp.where(size > 0, size, jnp.ones_like(size))
+    residual = jnp.sqrt(_dot(left, left)) / jnp.where(size > 0, size, 1.0)
     return jax.tree.map(lambda x: scale * x, direction), residual
 
 

@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import shutil
-import sys
-import types
 from pathlib import Path
 
 import jax
@@ -143,18 +141,6 @@ def test_parameters_of_another_model_are_not_saved(tmp_path):
     with pytest.raises(ValueError, match="'norm'"):
         save_pretrained(tmp_path / "out", lm, {name: leaf for name, leaf in params.items() if name != "norm"}, None)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_mesh_spreads_the_parameters_as_they_are_read(monkeypatch, tmp_path):
-    mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
-    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
-    rooms = types.SimpleNamespace(param_shardings=lambda mesh, shapes: jax.tree.map(lambda x: spread, shapes))
-    monkeypatch.setitem(sys.modules, "pgjax.sharding", rooms)
-    lm, params, _ = load(GOLDENS / "qwen3", mesh=mesh)
-    assert all(leaf.sharding == spread for leaf in jax.tree.leaves(params))
-    assert equal(params, load(GOLDENS / "qwen3")[1])
-    save_pretrained(tmp_path / "out", lm, params, None)
-    assert equal(load(tmp_path / "out")[1], params)
 
 
 def test_dtype_is_that_of_activations_only():

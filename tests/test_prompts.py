@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 
-from pgjax.prompts import read_rows
+from pgjax.prompts import check_rows
+from pgjax.tables import read_table
+
+
+def read_rows(path):
+    return check_rows(read_table(path))
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:
@@ -77,7 +82,7 @@ GOOD = '{"prompt": "a"}\n'
         ("p.csv", "", "no rows"),
         ("p.csv", "prompt,topic\n", "no rows"),
         ("p.txt", "\n\n", "no rows"),
-        ("p.csv", "question,topic\na,b\n", "line 1: there is no column 'prompt'.*'question', 'topic'"),
+        ("p.csv", "question,topic\na,b\n", "line 2: there is no column 'prompt'.*'question', 'topic'"),
         ("p.csv", "prompt,topic,topic\na,b,c\n", "line 1: the column 'topic' is there twice"),
         ("p.csv", "prompt,topic\na,b\nc\n", "line 3: 1 fields, but the header names 2"),
         ("p.csv", "prompt,topic\na,b,c\n", "line 2: 3 fields, but the header names 2"),

@@ -54,8 +54,6 @@ def per_layer(params: Params) -> Params:
     (3, (2, 2))
     """
     layers = params["layers"]
-    if isinstance(layers, list):
-        return params
     depth = jax.tree.leaves(layers)[0].shape[0]
     return {**params, "layers": [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(depth)]}
 

@@ -20,6 +20,7 @@ from pgjax.models.save import write_folder
 from pgjax.models.sources import find
 from pgjax.models.tokenizer import folder_tokenizer, prepare_tokenizer
 from pgjax.models.weights import Tensors, read_json, read_params, safetensors_of, some_rows_digest
+from pgjax.sharding import param_shardings
 
 T = TypeVar("T")
 
@@ -162,9 +163,7 @@ def laid_out(mesh: Any, shapes: Any) -> Any:
     True
     """
     if mesh is None:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
-    from pgjax.sharding import param_shardings
-
+        return shapes
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
