@@ -15,7 +15,8 @@ from pgjax.advantages import (
     truncated_importance_weights,
 )
 from pgjax.kl import adaptive_kl_coef, categorical_kl, kl_k1, kl_k2, kl_k3
-from pgjax.logprobs import linear_token_logprobs, token_entropy, token_frame, token_logprobs
+from pgjax.linear_logprobs import linear_token_logprobs
+from pgjax.logprobs import token_entropy, token_frame, token_logprobs
 from pgjax.losses import (
     clipped_surrogate_loss,
     cross_entropy_loss,

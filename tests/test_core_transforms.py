@@ -15,6 +15,7 @@ import pgjax.kl as kl
 import pgjax.logprobs as lp
 import pgjax.losses as losses
 import pgjax.masking as masking
+from pgjax.linear_logprobs import linear_token_logprobs
 
 ROWS, LENGTH, VOCAB, WIDTH = 8, 5, 6, 3
 RNG = np.random.default_rng(0)
@@ -39,7 +40,7 @@ def by_row(theta, batch):
     return {
         "token_logprobs": logprobs,
         "token_entropy": lp.token_entropy(logits),
-        "linear": lp.linear_token_logprobs(batch["hidden"], theta, batch["tokens"], chunk_size=4),
+        "linear": linear_token_logprobs(batch["hidden"], theta, batch["tokens"], chunk_size=4),
         "k2": kl.kl_k2(logprobs, old),
         "k3": kl.kl_k3(logprobs, old),
         "categorical_kl": kl.categorical_kl(logits, logits * 0.5),
@@ -59,7 +60,7 @@ def whitened(batch, axis_name=None):
 def over_all(theta, batch, axis_name=None):
     """All that is reduced over the batch, [] each."""
     mask, old = batch["mask"], batch["old"]
-    logprobs = lp.linear_token_logprobs(batch["hidden"], theta, batch["tokens"], chunk_size=4)
+    logprobs = linear_token_logprobs(batch["hidden"], theta, batch["tokens"], chunk_size=4)
     advantages = whitened(batch, axis_name)
     found = {
         "mean": masking.masked_mean(logprobs, mask, axis_name=axis_name),

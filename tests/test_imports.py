@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CORE = {"masking", "logprobs", "kl", "advantages", "losses", "trust_region"}
+CORE = {"masking", "logprobs", "linear_logprobs", "kl", "advantages", "losses", "trust_region"}
 EDGE = {"mesh", "sharding", "distributed", "meeting", "checkpoint", "digest", "leaves", "logs", "curves", "progress"}
 EDGE |= {"alarm", "records", "unanimous"}
 MIDDLE = {

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pgjax.data import left_pad
-from pgjax.logprobs import linear_token_logprobs
+from pgjax.linear_logprobs import linear_token_logprobs
 from pgjax.rollout import sample
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "smollm2_greedy.json").read_text())

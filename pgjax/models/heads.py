@@ -6,7 +6,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from pgjax.logprobs import linear_token_logprobs, token_frame
+from pgjax.linear_logprobs import linear_token_logprobs
+from pgjax.logprobs import token_frame
 from pgjax.masking import as_floats, where_mask
 from pgjax.models.transformer import along_last
 from pgjax.sharding import ambient_mesh, fitting
