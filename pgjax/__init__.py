@@ -1,8 +1,8 @@
 """Policy gradients for language models in JAX and Flax.
 
 `import pgjax as pg`: the pure core (masking, log-probabilities, advantages, KL, losses, the trust region), the causal LM
-behind a bundle of pure functions, and the sampler. The rooms around it are imported by name: `pgjax.data`,
-`pgjax.rewards`, `pgjax.train`, `pgjax.loop`, `pgjax.logs`, `pgjax.checkpoint`, `pgjax.perf`.
+behind a bundle of pure functions, and the sampler. The rooms around it, which README.md lists,
+are imported by name: `pgjax.data`, `pgjax.rewards`, `pgjax.train`, `pgjax.loop`, ...
 """
 
 from pgjax.advantages import (

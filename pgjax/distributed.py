@@ -1,6 +1,7 @@
 """Several processes as one: how they meet, how they agree, and how they all stop where one of them fails.
 
-Every function here is collective: all processes call the same ones in the same order. With one process none costs anything.
+All but `own_rows` and `leave_soon` are collective: all processes call the same ones in the same order. With one process none
+costs anything.
 """
 
 from __future__ import annotations

@@ -92,12 +92,10 @@ def forward_flops(arch: Architecture, *, tokens: float, context: float, head_tok
         Floating-point operations.
 
     Example:
-        >>> from pgjax.models.architecture import Architecture
         >>> from pgjax.perf import forward_flops
-        >>> arch = Architecture(
-        ...     family="gpt2", vocab_size=10, width=4, depth=1, heads=2, kv_heads=2, head_dim=2, mlp_width=16,
-        ...     max_positions=8, activation="gelu_tanh", norm="layer", norm_eps=1e-5, rope=None,
-        ...     gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=False, tied=True)
+        >>> from pgjax.models.families import architecture_of
+        >>> config = {"model_type": "gpt2", "vocab_size": 10, "n_embd": 4, "n_layer": 1, "n_head": 2, "n_positions": 8}
+        >>> arch = architecture_of(config)
         >>> forward_flops(arch, tokens=1, context=0, head_tokens=0)     # 2 * (4 * 4 * 4 + 2 * 4 * 16)
         384.0
     """
@@ -149,12 +147,10 @@ def training_flops(arch: Architecture, *, tokens: float, context: float, head_to
         Floating-point operations.
 
     Example:
-        >>> from pgjax.models.architecture import Architecture
         >>> from pgjax.perf import training_flops
-        >>> arch = Architecture(
-        ...     family="gpt2", vocab_size=10, width=4, depth=1, heads=2, kv_heads=2, head_dim=2, mlp_width=16,
-        ...     max_positions=8, activation="gelu_tanh", norm="layer", norm_eps=1e-5, rope=None,
-        ...     gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=False, tied=True)
+        >>> from pgjax.models.families import architecture_of
+        >>> config = {"model_type": "gpt2", "vocab_size": 10, "n_embd": 4, "n_layer": 1, "n_head": 2, "n_positions": 8}
+        >>> arch = architecture_of(config)
         >>> training_flops(arch, tokens=1, context=0, head_tokens=0)
         1152.0
     """
@@ -180,12 +176,10 @@ def decode_bytes(arch: Architecture, *, batch: float, context: float, weight_byt
         Bytes read a step.
 
     Example:
-        >>> from pgjax.models.architecture import Architecture
         >>> from pgjax.perf import decode_bytes
-        >>> arch = Architecture(
-        ...     family="gpt2", vocab_size=10, width=4, depth=1, heads=2, kv_heads=2, head_dim=2, mlp_width=16,
-        ...     max_positions=8, activation="gelu_tanh", norm="layer", norm_eps=1e-5, rope=None,
-        ...     gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=False, tied=True)
+        >>> from pgjax.models.families import architecture_of
+        >>> config = {"model_type": "gpt2", "vocab_size": 10, "n_embd": 4, "n_layer": 1, "n_head": 2, "n_positions": 8}
+        >>> arch = architecture_of(config)
         >>> decode_bytes(arch, batch=1, context=5, weight_bytes=2, cache_bytes=4)    # 2 * 232 + 4 * 8 * 5
         624.0
     """

@@ -23,7 +23,7 @@ class Batch(NamedTuple):
 
     tokens: jax.Array  # [B, T] int32
     attention_mask: jax.Array  # [B, T]
-    mask: jax.Array  # [B, W], True on sampled tokens; so are all that follow
+    mask: jax.Array  # [B, W] bool, True on sampled tokens; all that follow are [B, W] float32
     old_logprobs: jax.Array | None  # of the policy that sampled; None: the present one did, its ratio is 1
     old_values: jax.Array
     returns: jax.Array
@@ -96,10 +96,9 @@ def ppo_loss(
         ValueError: an unknown algorithm, or `kl_loss_coef` without `batch.ref_logprobs`.
 
     >>> import pgjax as pg
-    >>> lm = pg.causal_lm(pg.Architecture(
-    ...     family="gpt2", vocab_size=7, width=4, depth=1, heads=2, kv_heads=2, head_dim=2, mlp_width=8, max_positions=8,
-    ...     activation="gelu_tanh", norm="layer", norm_eps=1e-5, rope=None, gated_mlp=False, qkv_bias=True,
-    ...     out_bias=True, mlp_bias=True, qk_norm=False, tied=True))
+    >>> from pgjax.models.families import architecture_of
+    >>> config = {"model_type": "gpt2", "vocab_size": 7, "n_embd": 4, "n_layer": 1, "n_head": 2, "n_positions": 8}
+    >>> lm = pg.causal_lm(architecture_of(config))
     >>> params = {"lm": lm.init(jax.random.key(0)), "value": pg.init_value_head(4)}
     >>> x = jnp.zeros((2, 3))
     >>> batch = Batch(jnp.ones((2, 5), jnp.int32), jnp.ones((2, 5), bool), x == 0, x - 2.0, x, x + 1.0, x)

@@ -66,10 +66,9 @@ def score(
         ValueError: rows that do not divide into the parts, or parts into groups or over the mesh, with the numbers.
 
     >>> import pgjax as pg
-    >>> lm = pg.causal_lm(pg.Architecture(
-    ...     family="gpt2", vocab_size=7, width=4, depth=1, heads=2, kv_heads=2, head_dim=2, mlp_width=8, max_positions=8,
-    ...     activation="gelu_tanh", norm="layer", norm_eps=1e-5, rope=None, gated_mlp=False, qkv_bias=True,
-    ...     out_bias=True, mlp_bias=True, qk_norm=False, tied=True))
+    >>> from pgjax.models.families import architecture_of
+    >>> config = {"model_type": "gpt2", "vocab_size": 7, "n_embd": 4, "n_layer": 1, "n_head": 2, "n_positions": 8}
+    >>> lm = pg.causal_lm(architecture_of(config))
     >>> params = {"lm": lm.init(jax.random.key(0)), "value": pg.init_value_head(4)}
     >>> ones = jnp.ones((2, 5), jnp.int32)
     >>> score(lm, params, ones, ones > 0, jnp.float32(1.0), window=3, parts=2).values.shape
@@ -288,10 +287,9 @@ def update(
         The state after it, and the metrics of `ppo_loss` and `train.apply_gradient`.
 
     >>> import pgjax as pg
-    >>> lm = pg.causal_lm(pg.Architecture(
-    ...     family="gpt2", vocab_size=7, width=4, depth=1, heads=2, kv_heads=2, head_dim=2, mlp_width=8, max_positions=8,
-    ...     activation="gelu_tanh", norm="layer", norm_eps=1e-5, rope=None, gated_mlp=False, qkv_bias=True,
-    ...     out_bias=True, mlp_bias=True, qk_norm=False, tied=True))
+    >>> from pgjax.models.families import architecture_of
+    >>> config = {"model_type": "gpt2", "vocab_size": 7, "n_embd": 4, "n_layer": 1, "n_head": 2, "n_positions": 8}
+    >>> lm = pg.causal_lm(architecture_of(config))
     >>> params = {"lm": lm.init(jax.random.key(0)), "value": pg.init_value_head(4)}
     >>> x = jnp.zeros((2, 3))
     >>> batch = Batch(jnp.ones((2, 5), jnp.int32), jnp.ones((2, 5), bool), x == 0, x - 2.0, x, x + 1.0, x)

@@ -91,9 +91,9 @@ def sample(
 
     >>> import jax
     >>> import pgjax as pg
-    >>> lm = pg.causal_lm(pg.Architecture(family="gpt2", vocab_size=11, width=8, depth=1, heads=2, kv_heads=2, head_dim=4,
-    ...     mlp_width=16, max_positions=32, activation="gelu_tanh", norm="layer", norm_eps=1e-5, rope=None,
-    ...     gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=False, tied=True))
+    >>> from pgjax.models.families import architecture_of
+    >>> config = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    >>> lm = pg.causal_lm(architecture_of(config))
     >>> rollout = pg.sample(lm, lm.init(jax.random.key(0)), np.array([[0, 5]]), np.array([[False, True]]),
     ...                     jax.random.key(1), max_new_tokens=3)
     >>> rollout.mask.tolist()
@@ -133,9 +133,9 @@ def sample_scored(
         ValueError: as `sample`.
 
     >>> import pgjax as pg
-    >>> lm = pg.causal_lm(pg.Architecture(family="gpt2", vocab_size=11, width=8, depth=1, heads=2, kv_heads=2, head_dim=4,
-    ...     mlp_width=16, max_positions=32, activation="gelu_tanh", norm="layer", norm_eps=1e-5, rope=None,
-    ...     gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=False, tied=True))
+    >>> from pgjax.models.families import architecture_of
+    >>> config = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    >>> lm = pg.causal_lm(architecture_of(config))
     >>> params = {"lm": lm.init(jax.random.key(0)), "value": pg.init_value_head(8)}
     >>> _, said = sample_scored(lm, params, [[0, 5]], [[False, True]], jax.random.key(1), max_new_tokens=3)
     >>> said.entropy.shape

@@ -119,6 +119,16 @@ def init_state(params: Any, optimizer: Optimizer) -> TrainState:
     return TrainState(params, *init_sharded(fresh, params, mesh=mesh_of(params)))
 
 
+def revived(state: TrainState) -> TrainState:
+    """Let a restored state learn again, after a number that was not finite had stopped it.
+
+    >>> state = init_state(jnp.float32(1.0), adamw(0.1, updates=1))._replace(healthy=jnp.array(False))
+    >>> bool(revived(state).healthy)
+    True
+    """
+    return state._replace(healthy=state.healthy | True)  # not a new array: laid out as the old one
+
+
 def accumulate(loss_fn: LossFn, params: Any, batch: Any, weight: jax.Array, microbatches: int) -> tuple[Any, Metrics]:
     """Compute the gradient of a mean over a whole batch, one microbatch at a time.
 

@@ -156,7 +156,7 @@ def test_a_flipped_byte_in_any_file_is_found_or_changes_nothing(folder):
             else:
                 assert same(restored, state_of(4)) and extra == {"step": 4}, file
             file.write_bytes(whole)
-    assert found >= 5 and found <= len(files)
+    assert found >= 5
 
 
 def test_where_none_is_good_each_is_named_and_nothing_is_moved(folder):
