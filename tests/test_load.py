@@ -7,20 +7,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from pgjax.models.load import load, save_pretrained
 from pgjax.models.tokenizer import STOP_IDS, gguf_tokenizer, stop_ids
+from tests.tiny import equal
 
 GOLDENS = Path(__file__).parent / "goldens"
 MODELS = ("llama", "llama3_rope", "qwen2", "qwen3", "gpt2")
-
-
-def equal(a, b):
-    return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(
-        jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(np.asarray(x), np.asarray(y)), a, b)
-    )
 
 
 def small_tokenizer(stops=(2, 1), **more):

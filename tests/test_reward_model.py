@@ -15,7 +15,7 @@ import pgjax as pg
 from pgjax.models.classifier import PAD_TOKEN, with_padding_token
 from pgjax.models.reward_model import from_causal_lm, init_score_head, last_index, normalized
 from tests.goldens.reward_cases import END, FAMILIES, TEXTS, end_padded_tokenizer, random_params, saved_case
-from tests.tiny import ARCHITECTURES, tiny_lm, tiny_params
+from tests.tiny import ARCHITECTURES, equal, tiny_lm, tiny_params
 
 GOLDENS = Path(__file__).parent / "goldens"
 GOLDEN = np.load(GOLDENS / "reward_models.npz")
@@ -43,12 +43,6 @@ def padded(rows, side, pad_id):
 
 def close(ours, theirs, relative=1e-5):
     assert np.abs(np.asarray(ours, np.float64) - theirs).max() <= relative * np.abs(theirs).max()
-
-
-def equal(a, b):
-    return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(
-        jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(np.asarray(x), np.asarray(y)), a, b)
-    )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

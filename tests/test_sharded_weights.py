@@ -28,6 +28,7 @@ from pgjax.models.weights import read_params, safetensors_of
 from pgjax.sharding import make_mesh, param_shardings
 from tests.compiling import xla_flags
 from tests.test_gguf import Q, write
+from tests.tiny import equal
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDENS = ROOT / "tests" / "goldens"
@@ -49,12 +50,6 @@ def both_ways(model):
     if model.startswith("reward"):
         return pg.load_reward_model, pg.save_reward_model
     return pg.load, pg.save_pretrained
-
-
-def equal(a, b):
-    return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(
-        jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(np.asarray(x), np.asarray(y)), a, b)
-    )
 
 
 def numbers(box):

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from pgjax.models.load import load
 from pgjax.models.save import named_tensors
+from tests.tiny import equal
 
 GOLDENS = Path(__file__).parent / "goldens"
 MODELS = ("llama", "llama3_rope", "qwen2", "qwen3", "gpt2")
@@ -33,12 +34,6 @@ def drop(name):
 
 def put(name, shape, dtype=np.float32):
     return lambda tensors: tensors.update({name: np.ones(shape, dtype)})
-
-
-def equal(a, b):
-    return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(
-        jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(np.asarray(x), np.asarray(y)), a, b)
-    )
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -100,3 +100,10 @@ def close(actual, expected, tolerance: float) -> None:
     assert actual.shape == expected.shape
     worst = np.abs(actual - expected).max()
     assert worst <= tolerance, f"off by {worst}, allowed {tolerance}"
+
+
+def equal(a, b):
+    """Say whether two trees are the same to the bit."""
+    return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(
+        jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(np.asarray(x), np.asarray(y)), a, b)
+    )
