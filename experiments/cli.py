@@ -9,12 +9,10 @@ from collections.abc import Iterator
 
 import jax
 
-from pgjax import distributed, loop, rewards
+from pgjax import alarm, distributed, loop, rewards
 from pgjax.checkpoint import SaveFailed
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# What an exchange says whose other end has gone.
-GONE = ("Connection reset", "Connection closed", "Connection refused", "Socket closed")
 CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}  # a folder that takes no file
 
 
@@ -37,6 +35,9 @@ def plain_errors(go_on: str = "the same command with --resume goes on") -> Itera
             yield
         except BaseException as error:
             distributed.leave_soon(error)
+            if isinstance(error, Exception) and jax.distributed.is_initialized() and alarm.gone(error):
+                said = str(error).splitlines()[0]
+                sys.exit(f"error: another process has gone ({said}): {go_on}, from the last checkpoint")
             raise
     except loop.Interrupted as stopped:
         sys.exit(f"{stopped}: {go_on}")
@@ -50,10 +51,6 @@ def plain_errors(go_on: str = "the same command with --resume goes on") -> Itera
         sys.exit(f"error: {error}")
     except SaveFailed as failed:
         sys.exit(f"error: {failed}: make room; then {go_on}")
-    except jax.errors.JaxRuntimeError as error:
-        if not (jax.distributed.is_initialized() and any(sign in str(error) for sign in GONE)):
-            raise
-        sys.exit(f"error: another process has gone ({str(error).splitlines()[0]}): {go_on}, from the last checkpoint")
     except OSError as error:
         if error.errno in CLOSED:
             sys.exit(f"error: {error}")

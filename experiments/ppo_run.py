@@ -80,7 +80,11 @@ def summary(folder: Path) -> dict[str, float]:
     return {
         "eval/before": before["eval/scores"],
         "eval/after": after["eval/scores"],
-        "eval/rise_in_stderr": rise / error if error > 0 else math.copysign(math.inf, rise) if rise else 0.0,
+        "eval/rise_in_stderr": rise / error
+        if error
+        else math.copysign(math.inf, rise)
+        if rise
+        else 0.0,  # of one sample: NaN
         **last,
         **after,
     }
@@ -161,6 +165,11 @@ def check(config: Config) -> None:
     ):
         value = getattr(config, name)
         require(value is None or 0 < value < math.inf, f"{name} must be above 0, got {value}")
+    require(
+        config.kl_target is None or config.kl_horizon > 0.2 * config.batch_size,
+        f"kl_horizon={config.kl_horizon:g} lets an iteration of batch_size={config.batch_size} turn kl_coef to 0 or below: "
+        f"make it more than {0.2 * config.batch_size:g}",
+    )
     require(0 <= config.seed < 2**32, f"seed must be from 0 to 2^32 - 1, got {config.seed}")
     check_algorithm(config)
     require(

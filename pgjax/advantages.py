@@ -72,7 +72,8 @@ def kl_shaped_rewards(
       >>> print(kl_shaped_rewards(jnp.array([2.0]), kl, mask, kl_coef=0.5))
       [[ 0.   -0.25  1.5 ]]
     """
-    scores, kl, coef = as_floats(scores, kl, kl_coef)
+    scores, kl = as_floats(scores, kl)
+    coef = jnp.asarray(kl_coef).astype(kl.dtype)  # a plain number has no say in the dtype, with 64 bits enabled either
     chex.assert_rank([kl, coef], [2, 0])
     return place_scores(scores, mask) - coef * where_mask(as_mask(mask, kl), kl)
 
@@ -110,7 +111,8 @@ def monte_carlo_returns(
       >>> print(monte_carlo_returns(jnp.array([[7.0, 1.0, 2.0, 7.0]]), mask, discount=0.5))
       [[0. 2. 2. 0.]]
     """
-    rewards, factor = as_floats(rewards, discount)
+    rewards = as_float(rewards)
+    factor = jnp.asarray(discount).astype(rewards.dtype)
     chex.assert_rank([rewards, factor], [2, 0])
     inside = as_mask(mask, rewards)
     factors = jnp.where(inside, factor, 1.0)
@@ -276,7 +278,8 @@ def truncated_importance_weights(
       [0.5 2. ]
     """
     check_number("cap", cap, 0, strict=True)
-    new, old, bound = jax.lax.stop_gradient(as_floats(logprobs, sampler_logprobs, cap))
+    new, old = jax.lax.stop_gradient(as_floats(logprobs, sampler_logprobs))
+    bound = jax.lax.stop_gradient(jnp.asarray(cap).astype(new.dtype))
     chex.assert_equal_shape([new, old])
     inside = as_mask(mask, new)
     # The cap goes on before exp: nothing overflows.

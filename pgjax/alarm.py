@@ -19,6 +19,8 @@ import jax
 
 _SECONDS = 10.0  # that the others have to fail as well
 _POLL = 1.0  # seconds from one look to the next
+# What an exchange says whose other end has gone.
+_GONE = ("Connection reset", "Connection closed", "Connection refused", "Socket closed")
 _FOLDER = "pgjax/failed"  # at the coordinator: /NUMBER OF THE FAILURE/PROCESS
 
 
@@ -68,8 +70,40 @@ def tell(error: BaseException) -> None:
     """
     alarm = watch()
     if alarm is not None:
+        if gone(error) and alarm.explained():  # this only follows from a failure whose words the alarm is about to say
+            time.sleep(2 * _SECONDS)
         alarm.said = True
         alarm.ring(_words(error))
+
+
+def sound(error: BaseException) -> None:
+    """Tell all processes, this one too, to end within seconds with an error's words, where one alone has met it.
+
+    Args:
+      error: what was raised here.
+
+    Example:
+      >>> sound(ValueError("no such prompt"))
+    """
+    alarm = watch()
+    if alarm is not None:
+        alarm.sound(_words(error))
+
+
+def gone(error: BaseException) -> bool:
+    """Say whether an exchange failed because its other end has gone; jax raises that as one kind of error or another.
+
+    Args:
+      error: what was raised here.
+
+    Returns:
+      True where its words are those of a connection that broke.
+
+    Example:
+      >>> gone(ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")), gone(ValueError("no such prompt"))
+      (True, False)
+    """
+    return any(sign in str(error) for sign in _GONE)
 
 
 class Alarm:
@@ -77,6 +111,7 @@ class Alarm:
 
     def __init__(self, client: Any, process: int, processes: int) -> None:
         self.said = False  # this process tells of its failure itself
+        self._explained = -1  # the failure that another process, or `sound` here, gave the words of
         self._client = client
         self._process, self._processes = process, processes  # jax itself says neither once it has shut down
         self._over = 0
@@ -93,6 +128,15 @@ class Alarm:
             self._rung = self._over, time.monotonic()
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator has gone
             self._client.key_value_set(f"{_FOLDER}/{self._over}/{self._process}", words, allow_overwrite=True)
+
+    def sound(self, words: str) -> None:
+        """Write down that this process fails, though its main thread does not know it."""
+        self._explained = self._over
+        self.ring(words)
+
+    def explained(self) -> bool:
+        """Say whether this process is about to be ended with words that are not its main thread's."""
+        return self._explained == self._over
 
     def failed_alike(self, words: str) -> bool:
         """Write down that this process fails, and wait a little for all others to do so."""
@@ -141,6 +185,8 @@ class Alarm:
             if not failed:
                 continue
             self._seen = number, time.monotonic()
+            if any(key.rpartition("/")[2] != str(self._process) for key, _ in failed):
+                self._explained = number
             if not self._leaving.wait(_SECONDS + 2 * _POLL) and number == self._over:
                 self._end(*failed[0])
 
@@ -159,4 +205,5 @@ def _alarm(client: Any, process: int, processes: int) -> Alarm:
 
 
 def _words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    what = "another process has gone; " if gone(error) else ""
+    return f"{what}{type(error).__name__}: {error}"

@@ -334,16 +334,20 @@ class Checkpoints:
         self._failure = reason(error)
         error.__traceback__ = error.__context__ = error.__cause__ = None
         gc.collect()  # the writers of the other arrays hang on those, and would fail again when Python ends
-        if self._saving is not None:
-            self._scores.pop(self._saving, None)
         if jax.process_index() == 0:
             for piece in self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(piece, ignore_errors=True)
         self._manager.reload()
+        if self._saving is not None and self._saving not in self.steps():
+            self._scores.pop(self._saving, None)
 
     def _unsaved(self) -> SaveFailed:
         """Say what could not be saved and why, and which older one is there, once."""
         why, self._failure = self._failure or "on another process", None
+        if self._saving in self.steps():
+            return SaveFailed(
+                f"step {self._saving} is saved in {self.folder}, but an older one cannot be removed ({why})"
+            )
         kept = self.latest()
         older = "no earlier one was there" if kept is None else f"step {kept} is kept and can be restored"
         return SaveFailed(f"step {self._saving} could not be saved in {self.folder} ({why}); {older}")

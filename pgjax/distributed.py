@@ -305,9 +305,10 @@ def _plain_words() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, KeyError, IndexError, OSError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise ValueError(
-            f"the processes could not join: {(str(error) or type(error).__name__).splitlines()[0]} Where no TPU pod, SLURM or "
-            "Open MPI tells them, give coordinator (host:port), number of processes and number of this process"
+            f"the processes could not join: {why}. Where no TPU pod, SLURM or Open MPI tells them, give coordinator "
+            "(host:port), number of processes and number of this process"
         ) from error
 
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from pgjax.logprobs import shifted_logits, token_frame
-from pgjax.masking import as_float, as_floats, where_mask
+from pgjax.masking import as_float, as_floats, check_number, where_mask
 
 
 def _log_ratio(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
@@ -183,7 +183,8 @@ def adaptive_kl_coef(
       kl: [] nats a sequence: the KL summed over each sequence's tokens, then averaged over sequences. A mean
         over tokens here is wrong by the length.
       target: [] nats a sequence.
-      horizon: [] episodes over which an error of 20% or more moves the weight by about 20%.
+      horizon: [] episodes over which an error of 20% or more moves the weight by about 20%; more than a fifth of batch_size,
+        or the weight may fall below 0.
       batch_size: [] episodes since the last change.
 
     Returns:
@@ -191,12 +192,15 @@ def adaptive_kl_coef(
 
     Raises:
       AssertionError: an argument is not a scalar.
+      ValueError: `target` or `horizon` is a number not above 0.
 
     Example:
       >>> print(adaptive_kl_coef(0.1, 9.0, target=6.0, horizon=10000, batch_size=500))
       0.101
     """
     chex.assert_rank([coef, kl, target, horizon, batch_size], 0)
+    check_number("target", target, 0, strict=True)
+    check_number("horizon", horizon, 0, strict=True)
     coef, kl, target, horizon, batch_size = (
         as_float(x).astype(jnp.float32) for x in (coef, kl, target, horizon, batch_size)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -125,7 +126,9 @@ class Writer:
             self._open(start_step)
 
     def _open(self, start_step: int) -> None:
-        from tensorboardX import SummaryWriter
+        # Written here and now: SummaryWriter has a thread for that, and where that thread meets a full disk nobody hears of it
+        # and the next write waits for ever.
+        from tensorboardX.event_file_writer import EventsWriter
 
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, SAMPLES):
@@ -133,9 +136,16 @@ class Writer:
             write_whole(self.folder / name, "".join(_dump(row) for row in rows))
         self._metrics = (self.folder / METRICS).open("a", encoding="utf-8")
         self._samples = (self.folder / SAMPLES).open("a", encoding="utf-8")
-        purge = start_step if start_step > 0 else None
         # the suffix keeps a run that is resumed within the second off the first event file
-        self._events = SummaryWriter(str(self.folder), purge_step=purge, filename_suffix=f".{start_step}")
+        self._events = EventsWriter(str(self.folder / "events"), filename_suffix=f".{start_step}")
+        if start_step > 0:  # TensorBoard then leaves out what older files say of later steps
+            self._event(start_step, file_version="brain.Event:2")
+            self._event(start_step, session_log={"status": 1})
+
+    def _event(self, step: int, **what: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._events.write_event(Event(step=step, wall_time=time.time(), **what))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append the metrics of a step.
@@ -151,7 +161,7 @@ class Writer:
         self._metrics.write(_dump(row))
         self._metrics.flush()
         for name, value in numbers.items():
-            self._events.add_scalar(name, value, int(step))
+            self._event(int(step), summary={"value": [{"tag": name, "simple_value": value}]})
         self._events.flush()
 
     def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -18,6 +18,7 @@ Reward = Callable[..., Sequence[float]]
 RESERVED_COLUMNS = ("prompts", "completions")  # the names of a reward's own arguments
 _SHOWN_CHARACTERS = 600
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+_LARGEST_SCORE = 1e18  # whose square float32 holds, summed over a batch: else advantages would be 0 without a word
 
 
 class RewardError(ValueError):
@@ -158,7 +159,7 @@ def score(
 
     Raises:
       RewardError: a reward raised, returned something else than B numbers, or a NaN, an infinity, or a number
-        too large for float32.
+        too large for float32; or a score is beyond 1e18, whose squares would be.
       ValueError: the lists or the weights don't fit together.
 
     Example:
@@ -178,10 +179,12 @@ def score(
     total = np.zeros(len(prompts), np.float64)
     for name, weight in zip(names, weights, strict=True):
         total += weight * parts[name].astype(np.float64)
-    too_large = np.flatnonzero(~(np.abs(total) <= _FLOAT32_MAX))
+    too_large = np.flatnonzero(~(np.abs(total) <= _LARGEST_SCORE))
     if too_large.size:
         row = int(too_large[0])
-        problem = f"gives a weighted sum of {total[row]} in row {row}, too large for float32: lower the weights"
+        problem = (
+            f"gives a weighted sum of {total[row]} in row {row}, too large for learning in float32: lower the weights"
+        )
         raise _failure(" + ".join(names), problem, prompts, completions, float(total[row]), row)
     return total.astype(np.float32), parts
 

@@ -7,10 +7,16 @@ all meet after writing, and says so; then the save fails on all of them, for the
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+
+from pgjax import alarm
+
 _WRITTEN = "async_write_complete"  # orbax's name of the place where all meet after writing
+_PATIENCE = 20  # seconds that a process whose save has failed gives the others to come to where a save ends
 _FOLDER = "pgjax/unsaved"  # at jax's coordinator: /THE SAVE/PROCESS
 
 
@@ -79,7 +85,15 @@ def _meeting(failures: list[str], wait: Callable[..., None]) -> Callable[..., No
 
     def meet(*, key: str, timeout_ms: int) -> None:
         if _WRITTEN not in key:
-            return wait(key=key, timeout_ms=timeout_ms)
+            # orbax comes here by a `finally`, where process 0 could make no folder, say, or rename none
+            failed = sys.exc_info()[1]
+            if failed is None:
+                return wait(key=key, timeout_ms=timeout_ms)
+            try:
+                return wait(key=key, timeout_ms=min(timeout_ms, 1000 * _PATIENCE))
+            except jax.errors.JaxRuntimeError:  # the others wait for a step of the save that will never come
+                alarm.sound(OSError(f"a snapshot could not be saved ({reason(failed)}); older ones are kept"))
+                raise
         place = f"{_FOLDER}/{key}/"
         if failures:
             client.key_value_set(f"{place}{process}", failures[0])

@@ -201,3 +201,24 @@ def test_float64_stays_float64_inside_and_scalars_stay_float32():
         rows, scalars = jax.eval_shape(lambda *args: (by_row(*args), over_all(*args)), THETA.astype(jnp.float64), wide)
         assert {name: x.dtype.name for name, x in rows.items() if x.dtype != jnp.float64} == {}
         assert {name: x.dtype.name for name, x in scalars.items() if x.dtype != jnp.float32} == {}
+
+
+def test_clean_numbers_pass_where_jax_looks_out_for_nan():
+    # The bug: a constant of NaN made on the way, for what is not there.
+    def everything(theta):
+        return sum(jnp.sum(x) for x in jax.tree.leaves((by_row(theta, BATCH), over_all(theta, BATCH))))
+
+    with jax.debug_nans(True):
+        assert np.isfinite(everything(THETA)) and np.isfinite(jax.grad(everything)(THETA)).all()
+
+
+def test_plain_numbers_have_no_say_in_the_dtype_with_64_bits_enabled():
+    x, mask = BATCH["old"], BATCH["mask"]
+    with jax.enable_x64(True):
+        found = (
+            adv.kl_shaped_rewards(BATCH["scores"], x, mask, kl_coef=0.1),
+            adv.monte_carlo_returns(x, mask, discount=0.9),
+            adv.monte_carlo_advantages(x, x, mask),
+            adv.truncated_importance_weights(x, x, mask, cap=2.0),
+        )
+    assert [y.dtype for y in found] == [jnp.float32] * 4

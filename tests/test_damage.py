@@ -228,6 +228,23 @@ def test_a_full_disk_is_told_in_one_line_and_the_older_one_stays(tmp_path):
         assert checkpoints.steps() == [2]
 
 
+def test_an_older_one_that_cannot_be_removed_is_not_called_a_failed_save(tmp_path, monkeypatch):
+    def refused(*arguments, **options):
+        raise OSError(5, "Input/output error")
+
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, big(1), {}, score=1.0)
+        checkpoints.wait()
+        with monkeypatch.context() as patched:
+            patched.setattr(shutil, "rmtree", refused)
+            checkpoints.save(2, big(2), {}, score=2.0)
+            with pytest.raises(
+                SaveFailed, match=r"step 2 is saved in .* an older one cannot be removed \(Input/output"
+            ):
+                checkpoints.wait()
+        assert (checkpoints.steps(), checkpoints.best()) == ([1, 2], 2)
+
+
 def test_no_other_word_is_said_about_a_full_disk(tmp_path, monkeypatch, caplog):
     # The bug: a traceback of "Event loop is closed" for each array that could not be written either.
     said = []

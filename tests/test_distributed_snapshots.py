@@ -30,3 +30,44 @@ def test_two_processes_save_restore_and_stop_as_one(tmp_path):
         restored, extra = checkpoints.restore(state_of(None, 0))
     expected = {**state_of(None, 1), "n": restored["n"]}
     assert digest(restored) == digest(expected) and int(restored["n"]) == extra["step"] == 6
+
+
+FULL = """
+import os, sys
+import jax
+from experiments.cli import plain_errors
+from pgjax import alarm, distributed, sharding, unanimous
+from pgjax.checkpoint import Checkpoints
+from tests.snapshots_process import state_of
+
+unanimous._PATIENCE, alarm._SECONDS = 2, 3
+make_folder = os.mkdir
+
+def full(path, *arguments, **options):
+    if "orbax-checkpoint-tmp" in str(path):
+        raise OSError(28, "No space left on device", str(path))
+    make_folder(path, *arguments, **options)
+
+with plain_errors():
+    distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+    mesh = sharding.make_mesh(data=2, fsdp=2)
+    with jax.set_mesh(mesh):
+        checkpoints = Checkpoints(sys.argv[3])
+        checkpoints.save(1, state_of(mesh, 1), {})
+        checkpoints.wait()
+        if sys.argv[2] == "0":
+            os.mkdir = full
+        checkpoints.save(2, state_of(mesh, 2), {})
+        checkpoints.wait()
+"""
+
+
+def test_where_the_first_process_can_make_no_folder_the_others_do_not_wait(tmp_path):
+    # The bug: orbax lets the first process skip to the end of a save, where the others never come, for twenty minutes.
+    address = f"localhost:{free_port()}"
+    pair = [start(["-c", FULL, address, str(process), str(tmp_path / "checkpoints")]) for process in (0, 1)]
+    words = "error: process 0 failed, so all stop: OSError: a snapshot could not be saved (No space left on device"
+    for code, _, errors in finish(pair, seconds=120):
+        assert code == 1 and errors.startswith(words) and len(errors.splitlines()) == 1, errors
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [1]

@@ -129,6 +129,9 @@ def test_adaptive_coefficient_wants_the_kl_of_sequences_not_of_tokens():
         adaptive_kl_coef(0.1, jnp.zeros(8), target=6.0, horizon=10_000, batch_size=8)
     coef = jax.jit(adaptive_kl_coef)(0.1, jnp.float32(9), target=6, horizon=10_000, batch_size=jnp.int32(8))
     assert coef.dtype == jnp.float32 and coef.shape == ()
+    for bad in ({"target": 0.0, "horizon": 100}, {"target": -1.0, "horizon": 100}, {"target": 6.0, "horizon": 0}):
+        with pytest.raises(ValueError, match=r"(target|horizon) must be above 0, got"):
+            adaptive_kl_coef(0.1, 9.0, batch_size=8, **bad)
 
 
 def test_wrong_shapes_are_refused():

@@ -319,6 +319,7 @@ def test_the_policy_loss_does_not_touch_the_value_head(model):
         ({"temperature": 0.0}, "temperature must be above 0.*got 0.0"),
         ({"temperature": math.nan}, "temperature.*nan"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+        ({"kl_target": 6.0, "kl_horizon": 0.5}, "kl_horizon=0.5 lets an iteration .* make it more than"),
         ({"top_k": 0}, "top_k must be at least 1, or None, got 0"),
         ({"clip_eps": -0.1}, "clip_eps must be between 0 and 1, got -0.1"),
         ({"kl_coef": -1.0}, "kl_coef must be finite and not below 0, got -1.0"),

@@ -163,6 +163,13 @@ def test_a_weighted_sum_beyond_float32_is_refused() -> None:
     assert (caught.value.row, caught.value.completion) == (1, "two")
 
 
+def test_a_score_whose_square_is_beyond_float32_is_refused_and_a_weight_mends_it() -> None:
+    # The bug: a variance of infinity, and so advantages of 0 without a word.
+    with pytest.raises(RewardError, match="too large for learning in float32: lower the weights"):
+        run(returning([0, 1e19, 0]))
+    np.testing.assert_allclose(run(returning([0, 1e19, 0]), weights=[1e-19])[0], [0, 1, 0])
+
+
 @pytest.mark.parametrize("weights", [[], [1.0, 1.0], [math.nan], [math.inf], ["1"], [True], [None]])
 def test_bad_weights_are_refused_before_the_reward_is_called(weights: Any) -> None:
     def never(**arguments: Any) -> list[float]:

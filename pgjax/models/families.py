@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -183,6 +184,12 @@ def _integer(fields: Mapping[str, Any], name: str) -> int:
     return value
 
 
+def _above_zero(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name} = {value!r} must be a number above 0")
+    return float(value)
+
+
 def _activation(fields: Mapping[str, Any], name: str) -> str:
     if fields[name] not in ACTIVATIONS:
         raise ValueError(f"{name} {fields[name]!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
@@ -200,6 +207,9 @@ def _rotary(family: str, fields: Mapping[str, Any]) -> Architecture:
     kv_heads = heads if fields["num_key_value_heads"] is None else _integer(fields, "num_key_value_heads")
     if heads % kv_heads != 0:
         raise ValueError(f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}")
+    head_dim = _head_dim(width, heads) if fields["head_dim"] is None else _integer(fields, "head_dim")
+    if head_dim % 2:
+        raise ValueError(f"head_dim = {head_dim} is odd, but rotary positions turn pairs")
     attention_bias = family != "qwen2" and bool(fields["attention_bias"])
     return Architecture(
         family=family,
@@ -208,12 +218,12 @@ def _rotary(family: str, fields: Mapping[str, Any]) -> Architecture:
         depth=_integer(fields, "num_hidden_layers"),
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=_head_dim(width, heads) if fields["head_dim"] is None else _integer(fields, "head_dim"),
+        head_dim=head_dim,
         mlp_width=_integer(fields, "intermediate_size"),
         max_positions=_integer(fields, "max_position_embeddings"),
         activation=_activation(fields, "hidden_act"),
         norm="rms",
-        norm_eps=float(fields["rms_norm_eps"]),
+        norm_eps=_above_zero("rms_norm_eps", fields["rms_norm_eps"]),
         rope=_rope(fields),
         gated_mlp=True,
         qkv_bias=attention_bias or family == "qwen2",
@@ -238,7 +248,7 @@ def _gpt2(fields: Mapping[str, Any]) -> Architecture:
         max_positions=_integer(fields, "n_positions"),
         activation=_activation(fields, "activation_function"),
         norm="layer",
-        norm_eps=float(fields["layer_norm_epsilon"]),
+        norm_eps=_above_zero("layer_norm_epsilon", fields["layer_norm_epsilon"]),
         rope=None,
         gated_mlp=False,
         qkv_bias=True,
@@ -256,7 +266,7 @@ def _rope(fields: Mapping[str, Any]) -> Rope:
     scaling: dict[str, Any] = {} if given is None else dict(given)
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
     scaling.pop("type", None)  # some files carry both spellings of the kind
-    theta = float(scaling.pop("rope_theta", fields["rope_theta"]))
+    theta = _above_zero("rope_theta", scaling.pop("rope_theta", fields["rope_theta"]))
     if scaling.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("a partial_rotary_factor other than 1.0 is not supported")
     if kind == "default":
