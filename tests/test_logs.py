@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from pgjax.logs import Writer, open_run, read_metrics
+from tests.snapshots_process import full_disk
 
 CONFIG = {"steps": 10, "model": "tiny", "ppo": {"clip_eps": 0.2, "coefs": (1, 2)}, "output": Path("runs/a")}
 
@@ -144,6 +146,19 @@ def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path):
     # TensorBoard drops what stands at this step and after it in the earlier file
     starts = [event.step for event in second if event.session_log.status == event.session_log.START]
     assert starts == [3] and not any(event.session_log.status for event in first)
+
+
+def test_events_need_no_thread_that_a_full_disk_could_end(tmp_path):
+    # The bug: that thread dies, nobody hears of it, and a later write waits for ever.
+    before = threading.active_count()
+    with Writer(tmp_path) as writer:
+        writer.write(1, {"x": 1.0})
+        assert threading.active_count() == before
+        with full_disk(0), pytest.raises(OSError):
+            writer.write(2, {"x": 2.0})
+        writer.write(3, {"x": 3.0})
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    assert {1, 3} <= {event.step for event in event_file(path) if event.summary.value}
 
 
 def event_file(path):
