@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
-import hashlib
 import json
 import logging
 import re
@@ -23,11 +21,11 @@ import orbax.checkpoint as ocp
 from pgjax import distributed
 from pgjax.digest import leaf_digests
 from pgjax.leaves import Leaf, differences, recommit, shared, shorten, stored_leaves, target
-from pgjax.records import other_fields, write_whole
+from pgjax.records import other_fields
+from pgjax.snapshot_files import changed_sizes, note_sizes, put_aside, read_record, sealed
 from pgjax.unanimous import made_unanimous, reason
 
 Tree = Any
-_SIZES = "sizes.json"  # in `extra`, of the files of a checkpoint
 
 
 class BadCheckpoint(ValueError):
@@ -63,36 +61,6 @@ def _quiet() -> None:
             report(raised)
 
     sys.unraisablehook = report_others
-
-
-def _seal(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != _SIZES]
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files)}
-
-
-def _note_sizes(folder: Path) -> None:
-    """Write down how long each file of a finished checkpoint is; orbax never reads some of them, and misses no cut there."""
-    noted = folder / "extra" / _SIZES
-    if not noted.parent.is_dir() or noted.exists():
-        return
-    with contextlib.suppress(OSError):  # a full disk: the checkpoint itself is whole, and its arrays have digests
-        write_whole(noted, json.dumps(_sizes(folder)))
-
-
-def _changed_sizes(folder: Path) -> list[str]:
-    """Name the files that are not as long as they were; none where a run was killed before they were noted."""
-    try:
-        noted = json.loads((folder / "extra" / _SIZES).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        return [f"{_SIZES}: {reason(error)}"]
-    now = _sizes(folder)
-    return [f"{name} has {now.get(name, 0)} bytes of {size}" for name, size in noted.items() if now.get(name) != size]
 
 
 class _LatestAndBest(ocp.checkpoint_managers.PreservationPolicy):
@@ -199,9 +167,7 @@ class Checkpoints:
         score = None if score is None or not np.isfinite(score) else float(score)
         extra = json.loads(json.dumps(dict(extra), allow_nan=False))
         record = {"extra": extra, "made_from": self._made_from, "score": score, "digests": leaf_digests(state)}
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(record | {"seal": _seal(record)})
-        )
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(sealed(record)))
         if score is not None:
             self._scores[step] = score
         self._saving = step
@@ -277,7 +243,7 @@ class Checkpoints:
             except BadCheckpoint as bad:
                 reasons[step] = str(bad)
                 continue
-            places = {bad: distributed.first(functools.partial(self._put_aside, bad)) for bad in reasons}
+            places = {bad: distributed.first(functools.partial(put_aside, self.folder / str(bad))) for bad in reasons}
             self._manager.reload()
             return state, extra, [f"{why}; it lies in {places[step]} now" for step, why in reasons.items()]
         raise BadCheckpoint(
@@ -327,7 +293,7 @@ class Checkpoints:
         except Exception as error:  # whatever the file system or tensorstore raised in the background
             self._give_up(error)
         if self._saving is not None and jax.process_index() == 0:
-            _note_sizes(self.folder / str(self._saving))
+            note_sizes(self.folder / str(self._saving))
 
     def _give_up(self, error: Exception) -> None:
         """Take note of a save that failed, remove its pieces, and take in what is on disk."""
@@ -379,15 +345,10 @@ class Checkpoints:
 
     def _record(self, step: int) -> dict[str, Any]:
         """Read what is kept in JSON beside the arrays."""
-        file = self.folder / str(step) / "extra" / "metadata"
         try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            seal = record.pop("seal")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self._unreadable(step, f"{file}: {reason(error)}") from error
-        if seal != _seal(record):
-            raise self._unreadable(step, f"{file} is not what was saved")
-        return record
+            return read_record(self.folder / str(step))
+        except ValueError as error:
+            raise self._unreadable(step, str(error)) from error
 
     def _score_on_disk(self, step: int) -> float | None:
         try:
@@ -415,8 +376,7 @@ class Checkpoints:
             raise BadCheckpoint(f"{name} is of another state: {shorten(lines)}")
 
     def _check_sizes(self, step: int) -> None:
-        changed = _changed_sizes(self.folder / str(step))
-        if changed:
+        if changed := changed_sizes(self.folder / str(step)):
             raise self._unreadable(step, shorten(changed))
 
     def _read_state(self, step: int, targets: Tree) -> Tree:
@@ -439,11 +399,3 @@ class Checkpoints:
             else ""
         )
         return BadCheckpoint(f"the checkpoint of step {step} in {self.folder} is damaged{leaf}{mend} ({why})")
-
-    def _put_aside(self, step: int) -> str:
-        folder = self.folder / str(step)
-        places = [
-            folder.with_name(f"{step}.damaged"),
-            *(folder.with_name(f"{step}.damaged.{i}") for i in range(1, 100)),
-        ]
-        return str(folder.rename(next(place for place in places if not place.exists())))
