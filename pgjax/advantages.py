@@ -103,6 +103,7 @@ def monte_carlo_returns(
       [B, T] float32, reward units; 0 outside the mask.
 
     Raises:
+      ValueError: `discount` is a number below 0.
       AssertionError: the shapes don't fit.
 
     Example:
@@ -112,6 +113,7 @@ def monte_carlo_returns(
       [[0. 2. 2. 0.]]
     """
     rewards = as_float(rewards)
+    check_number("discount", discount, 0)
     factor = jnp.asarray(discount).astype(rewards.dtype)
     chex.assert_rank([rewards, factor], [2, 0])
     inside = as_mask(mask, rewards)

@@ -209,7 +209,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Any, *, chat: bool, place: str) -> 
     if chat:
         if tokenizer.chat_template is None:
             raise ValueError(
-                f"{place}: the tokenizer has no chat template: use an instruct model, or encode without chat"
+                f"{place}: the tokenizer has no chat template: use an instruct model, or encode without chat (--no-chat)"
             )
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         try:

@@ -36,6 +36,8 @@ def _reduce(losses: jax.Array, mask: jax.Array, reduce: str, axis_name: AxisName
 
 def _ratio_range(clip_eps: ArrayLike, clip_eps_high: ArrayLike | None, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     above = clip_eps if clip_eps_high is None else clip_eps_high
+    check_number("clip_eps", clip_eps, 0)
+    check_number("clip_eps_high", above, 0)
     return 1.0 - jnp.asarray(clip_eps, dtype), 1.0 + jnp.asarray(above, dtype)
 
 
@@ -134,9 +136,6 @@ def clipped_surrogate_loss(
       >>> print(clipped_surrogate_loss(new, old, advantages, clip_eps=0.2))
       -1.05
     """
-    check_number("clip_eps", clip_eps, 0)
-    if clip_eps_high is not None:
-        check_number("clip_eps_high", clip_eps_high, 0)
     if dual_clip is not None:
         check_number("dual_clip", dual_clip, 1, strict=True)
     inside, (new, old, advantages) = _aligned(mask, logprobs, stop_gradient(old_logprobs), stop_gradient(advantages))
@@ -299,6 +298,7 @@ def surrogate_diagnostics(
       empty. Carries no gradient.
 
     Raises:
+      ValueError: a bound is a number below 0.
       AssertionError: the shapes differ.
 
     Example:

@@ -159,3 +159,5 @@ def test_wrong_shapes_are_refused():
     ):
         with pytest.raises(AssertionError):
             call()
+    with pytest.raises(ValueError, match=r"discount must be at least 0, got -0\.5"):
+        monte_carlo_returns(KL, MASK, discount=-0.5)

@@ -276,3 +276,9 @@ def test_clip_fraction_knows_an_upper_bound_of_its_own():
     ratio = np.array([0.7, 0.9, 1.3, 1.6])
     found = surrogate_diagnostics(np.log(ratio), np.zeros(4), clip_eps=0.2, clip_eps_high=0.5)
     assert float(found["clip_fraction"]) == 0.5
+
+
+def test_diagnostics_refuse_the_bounds_that_the_loss_does():
+    for bad in ({"clip_eps": -0.1}, {"clip_eps_high": -0.1}):
+        with pytest.raises(ValueError, match=rf"{next(iter(bad))} must be at least 0, got -0\.1"):
+            surrogate_diagnostics(jnp.zeros(2), jnp.zeros(2), **bad)
