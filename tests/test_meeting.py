@@ -1,5 +1,7 @@
 """How processes of a run find each other: by flags, the environment or SLURM; and what all are told where they cannot."""
 
+import contextlib
+import http.server
 import socket
 import threading
 import time
@@ -103,6 +105,58 @@ def test_a_first_host_of_slurm_that_is_not_there_is_named(host):
     ((code, told),) = join_slurm(of_slurm(f"{host},b", port, 1, 2), timeout=2)
     assert code == 1
     assert told.startswith(f"process 1 of 2 could not reach the coordinator {host}:{port} within 2 s (")
+
+
+JOIN_POD = """
+import os
+import jax._src.clusters.cloud_tpu_cluster as pod
+from pgjax import distributed
+pod.running_in_cloud_tpu_vm = True  # what jax says where it finds a TPU's chips
+if "GCE_METADATA_IP" in os.environ:
+    del os.environ["TPU_SKIP_MDS_QUERY"]  # which it sets where it finds none
+distributed.initialize(timeout=60)
+print(distributed.gather(distributed.jax.process_index()))
+"""
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """What a host of a TPU pod is told about itself and the others."""
+
+    def do_GET(self):
+        told = {
+            "agent-worker-number": str(self.server.worker),
+            "worker-network-endpoints": "a:0:localhost,b:1:localhost",
+        }
+        found = told.get(self.path.rpartition("/")[2], "ACCELERATOR_TYPE: 'v5litepod-16'")
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(found.encode())
+
+    def log_message(self, *arguments):
+        pass
+
+
+@contextlib.contextmanager
+def metadata_of(worker):
+    with http.server.ThreadingHTTPServer(("localhost", 0), Metadata) as server:
+        server.worker = worker
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield {"GCE_METADATA_IP": f"localhost:{server.server_port}"}
+        server.shutdown()
+
+
+def test_hosts_of_a_tpu_pod_find_each_other_by_what_each_is_told():
+    """As on Google Cloud's machines, by a metadata server, and as in its Kubernetes, by the environment."""
+    none = dict.fromkeys(("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID"), "")
+    with metadata_of(0) as first, metadata_of(1) as second:
+        kubernetes = [
+            {"TPU_WORKER_HOSTNAMES": "localhost,localhost", "TPU_WORKER_ID": str(i), **none} for i in range(2)
+        ]
+        for told in ([first, second], kubernetes):
+            port = {"JAX_COORDINATOR_PORT": str(pair.free_port())}
+            hosts = [pair.start(["-c", JOIN_POD], variables=variables | port) for variables in told]
+            for code, printed, errors in pair.finish(hosts, seconds=120):
+                assert code == 0 and printed.splitlines()[-1] == "[0, 1]", errors
 
 
 def meet_at(process, port, processes=2, timeout=1.0):
