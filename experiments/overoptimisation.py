@@ -35,6 +35,7 @@ from rich.table import Table
 
 import pgjax as pg
 from experiments import ppo, rlhf, rlhf_pairs, rlhf_report
+from experiments.checks import at_least_one, require
 from experiments.cli import plain_errors
 from experiments.rows import load_rows
 from experiments.stages import Done, finished, run_stage, write_json
@@ -400,21 +401,20 @@ def check(config: Config) -> None:
     """Refuse a study that cannot work, before anything is computed."""
     for name in ("kl_coefs", "seeds"):
         values = vars(config)[name]
-        if not values or len(set(values)) != len(values):
-            raise ValueError(f"{name} must be different numbers, at least one, got {values}")
-    for name in ("held_out_rows", "best_of", "best_of_samples"):
-        if vars(config)[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {vars(config)[name]}")
-    if config.best_of < 4 or config.best_of > config.best_of_samples:
-        raise ValueError(f"best_of must be from 4 to best_of_samples={config.best_of_samples}, got {config.best_of}")
+        different = len(values) > 0 and len(set(values)) == len(values)
+        require(different, f"{name} must be different numbers, at least one, got {values}")
+    at_least_one(config, "held_out_rows", "best_of", "best_of_samples")
+    require(
+        4 <= config.best_of <= config.best_of_samples,
+        f"best_of must be from 4 to best_of_samples={config.best_of_samples}, got {config.best_of}",
+    )
     given, shipped = vars(config.ppo), vars(Config().ppo)
     for name in (*rlhf.FROM_ABOVE["ppo"], "kl_coef", "reward_model_weight"):
-        if given[name] != shipped[name]:
-            raise ValueError(f"ppo.{name} is set by the study itself: leave it out")
-    if config.ppo.eval_every is None or 2 * config.ppo.eval_every > config.ppo.steps:
-        raise ValueError(
-            f"a curve needs ppo.eval_every at most half of ppo.steps={config.ppo.steps}, got {config.ppo.eval_every}"
-        )
+        require(given[name] == shipped[name], f"ppo.{name} is set by the study itself: leave it out")
+    require(
+        config.ppo.eval_every is not None and 2 * config.ppo.eval_every <= config.ppo.steps,
+        f"a curve needs ppo.eval_every at most half of ppo.steps={config.ppo.steps}, got {config.ppo.eval_every}",
+    )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 import pgjax as pg
+from experiments import checks
+from experiments.checks import require
 from experiments.devices import check_rows
 from pgjax import logs, perf, sharding
 
@@ -98,27 +100,10 @@ def check_steps(steps: int, done: int, folder: Path) -> None:
 
 def check(config: Config) -> None:
     """Refuse a run that cannot work, before anything is read or computed."""
-
-    def require(ok: bool, message: str) -> None:
-        if not ok:
-            raise ValueError(message)
-
-    positive = (
-        "steps",
-        "batch_size",
-        "max_new_tokens",
-        "held_out_rows",
-        "epochs",
-        "minibatches",
-        "microbatches",
-        "eval_samples",
-        "samples_every",
-        "save_every",
-        "keep",
-        "group_size",
-    )
-    for name in positive:
-        require(getattr(config, name) >= 1, f"{name} must be at least 1, got {getattr(config, name)}")
+    checks.at_least_one(
+        config, "steps", "batch_size", "max_new_tokens", "held_out_rows", "epochs", "minibatches", "microbatches",
+        "eval_samples", "samples_every", "save_every", "keep", "group_size",
+    )  # fmt: skip
     parts = config.minibatches * config.microbatches
     require(
         config.batch_size % parts == 0,
@@ -131,46 +116,28 @@ def check(config: Config) -> None:
     )
     require(config.top_k is None or config.top_k >= 1, f"top_k must be at least 1, or None, got {config.top_k}")
     require(0 < config.top_p <= 1, f"top_p must be above 0 and at most 1, got {config.top_p}")
-    require(
-        config.eval_every is None or config.eval_every >= 1, f"eval_every must be at least 1, got {config.eval_every}"
-    )
+    if config.eval_every is not None:
+        checks.at_least_one(config, "eval_every")
     require(0 < config.clip_eps < 1, f"clip_eps must be between 0 and 1, got {config.clip_eps}")
     require(config.dual_clip is None or config.dual_clip > 1, f"dual_clip must be above 1, got {config.dual_clip}")
     require(0 < config.discount <= 1, f"discount must be above 0 and at most 1, got {config.discount}")
-    for name in (
-        "kl_coef",
-        "value_coef",
-        "entropy_coef",
-        "kl_loss_coef",
-        "truncation_penalty",
-        "weight_decay",
-        "learning_rate",
-        "warmup_updates",
-    ):
-        require(
-            0 <= getattr(config, name) < math.inf, f"{name} must be finite and not below 0, got {getattr(config, name)}"
-        )
+    checks.not_negative(
+        config, "kl_coef", "value_coef", "entropy_coef", "kl_loss_coef", "truncation_penalty", "weight_decay",
+        "learning_rate", "warmup_updates",
+    )  # fmt: skip
     require(
         config.kl_target is None or config.kl_coef > 0, "kl_target adapts kl_coef by factors: it must start above 0"
     )
-    for name in (
-        "clip_eps_high",
-        "importance_cap",
-        "value_clip_eps",
-        "kl_target",
-        "max_approx_kl",
-        "kl_horizon",
-        "max_grad_norm",
-        "adam_eps",
-    ):
-        value = getattr(config, name)
-        require(value is None or 0 < value < math.inf, f"{name} must be above 0, got {value}")
+    checks.above_zero(
+        config, "clip_eps_high", "importance_cap", "value_clip_eps", "kl_target", "max_approx_kl", "kl_horizon",
+        "max_grad_norm", "adam_eps",
+    )  # fmt: skip
     require(
         config.kl_target is None or config.kl_horizon > 0.2 * config.batch_size,
         f"kl_horizon={config.kl_horizon:g} lets an iteration of batch_size={config.batch_size} turn kl_coef to 0 or below: "
         f"make it more than {0.2 * config.batch_size:g}",
     )
-    require(0 <= config.seed < 2**32, f"seed must be from 0 to 2^32 - 1, got {config.seed}")
+    checks.seed_fits(config)
     check_algorithm(config)
     require(
         config.score_samples is not False or samples_itself(config),
@@ -224,27 +191,26 @@ def check_algorithm(config: Config) -> None:
         "reduce": ("token_mean", "sequence_mean", "sequence_sum"),
     }
     for name, known in choices.items():
-        value = getattr(config, name)
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    if config.algorithm == "reinforce" and config.epochs > 1:
-        raise ValueError(
-            f"epochs={config.epochs} with algorithm=reinforce learns from samples of an older policy as if they were the "
-            "present one's: leave epochs at 1, or use ppo"
-        )
+        value = vars(config)[name]
+        require(value in known, f"{name} must be one of {', '.join(known)}, got {value!r}")
+    require(
+        config.algorithm != "reinforce" or config.epochs <= 1,
+        f"epochs={config.epochs} with algorithm=reinforce learns from samples of an older policy as if they were the "
+        "present one's: leave epochs at 1, or use ppo",
+    )
     if config.advantage not in ("leave-one-out", "group"):
         return
-    if config.group_size < 2:
-        raise ValueError(
-            f"advantage={config.advantage} compares completions of one prompt: group_size must be at least 2, got "
-            f"{config.group_size}"
-        )
-    if config.batch_size % config.group_size != 0:
-        raise ValueError(
-            f"batch_size={config.batch_size} does not divide into groups of group_size={config.group_size}: make it a "
-            f"multiple of {config.group_size}"
-        )
-    if config.discount != 1:
-        raise ValueError(
-            f"advantage={config.advantage} compares whole sequences: leave discount at 1, got {config.discount}"
-        )
+    require(
+        config.group_size >= 2,
+        f"advantage={config.advantage} compares completions of one prompt: group_size must be at least 2, got "
+        f"{config.group_size}",
+    )
+    require(
+        config.batch_size % config.group_size == 0,
+        f"batch_size={config.batch_size} does not divide into groups of group_size={config.group_size}: make it a "
+        f"multiple of {config.group_size}",
+    )
+    require(
+        config.discount == 1,
+        f"advantage={config.advantage} compares whole sequences: leave discount at 1, got {config.discount}",
+    )

@@ -21,7 +21,6 @@ to 57% (+- 3%) in 96 updates of 64. The labels are a coin's: nobody could be rig
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,8 @@ import tyro
 from jax.sharding import Mesh
 
 import pgjax as pg
+from experiments import checks
+from experiments.checks import require
 from experiments.cli import plain_errors
 from experiments.devices import (
     MACHINE,
@@ -265,20 +266,18 @@ def summary(folder: Path) -> dict[str, float]:
 
 def check(config: Config) -> None:
     """Refuse a run that cannot work, before anything is read or computed."""
-    for name in ("held_out_rows", "reference_rows", "batch_size", "microbatches", "save_every", "keep"):
-        if vars(config)[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {vars(config)[name]}")
-    if config.batch_size % config.microbatches:
-        raise ValueError(f"batch_size={config.batch_size} does not divide into microbatches={config.microbatches}")
-    if not 0 < config.epochs < math.inf:
-        raise ValueError(f"epochs must be above 0, got {config.epochs}")
-    if config.max_length is not None and config.max_length < 2:
-        raise ValueError(f"max_length must be at least 2, or None, got {config.max_length}")
-    for name in ("learning_rate", "warmup_updates", "weight_decay", "center_coef"):
-        if not 0 <= vars(config)[name] < math.inf:
-            raise ValueError(f"{name} must be finite and not below 0, got {vars(config)[name]}")
-    if not 0 <= config.seed < 2**32:
-        raise ValueError(f"seed must be from 0 to 2^32 - 1, got {config.seed}")
+    checks.at_least_one(config, "held_out_rows", "reference_rows", "batch_size", "microbatches", "save_every", "keep")
+    require(
+        config.batch_size % config.microbatches == 0,
+        f"batch_size={config.batch_size} does not divide into microbatches={config.microbatches}",
+    )
+    checks.above_zero(config, "epochs")
+    require(
+        config.max_length is None or config.max_length >= 2,
+        f"max_length must be at least 2, or None, got {config.max_length}",
+    )
+    checks.not_negative(config, "learning_rate", "warmup_updates", "weight_decay", "center_coef")
+    checks.seed_fits(config)
 
 
 if __name__ == "__main__":

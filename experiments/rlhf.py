@@ -33,6 +33,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from experiments import ppo, reviews, reward_model, sft
+from experiments.checks import at_least_one, require
 from experiments.cli import plain_errors
 from experiments.devices import MACHINE, Flags, first_of_all, on_devices
 from experiments.resume import From
@@ -226,25 +227,31 @@ def check(config: Config) -> None:
     for stage, names in FROM_ABOVE.items():
         given, shipped = vars(vars(config)[stage]), vars(vars(Config())[stage])
         for name in names:
-            if given[name] != shipped[name]:
-                raise ValueError(f"{stage}.{name} follows from the fields that all stages share: set those, see --help")
+            require(
+                given[name] == shipped[name],
+                f"{stage}.{name} follows from the fields that all stages share: set those, see --help",
+            )
     shipped = Config()
-    if not config.data.startswith("experiments.") and config.held_out_data == shipped.held_out_data:
-        raise ValueError("held_out_data are still film reviews: give your own, or None to keep rows of data aside")
-    if config.prompts != shipped.prompts and config.held_out_prompts == shipped.held_out_prompts:
-        raise ValueError(
-            "held_out_prompts are still film reviews: give your own, or None to keep rows of prompts aside"
-        )
-    if config.pairs is None and config.held_out_pairs is not None:
-        raise ValueError("held_out_pairs go with pairs of your own: give pairs too")
-    if config.pairs is None and config.gold is None:
-        raise ValueError("without pairs of your own, sampled ones are judged by gold: name a module:function")
-    for name in ("train", "held_out", "batch_size"):
-        if vars(config.pair)[name] < 1:
-            raise ValueError(f"pair.{name} must be at least 1, got {vars(config.pair)[name]}")
+    require(
+        config.data.startswith("experiments.") or config.held_out_data != shipped.held_out_data,
+        "held_out_data are still film reviews: give your own, or None to keep rows of data aside",
+    )
+    require(
+        config.prompts == shipped.prompts or config.held_out_prompts != shipped.held_out_prompts,
+        "held_out_prompts are still film reviews: give your own, or None to keep rows of prompts aside",
+    )
+    require(
+        config.pairs is not None or config.held_out_pairs is None,
+        "held_out_pairs go with pairs of your own: give pairs too",
+    )
+    require(
+        config.pairs is not None or config.gold is not None,
+        "without pairs of your own, sampled ones are judged by gold: name a module:function",
+    )
+    at_least_one(config.pair, "train", "held_out", "batch_size", of="pair.")
     for name in ("temperature", "scale"):
-        if not 0 < vars(config.pair)[name] < math.inf:
-            raise ValueError(f"pair.{name} must be finite and above 0, got {vars(config.pair)[name]}")
+        value = vars(config.pair)[name]
+        require(0 < value < math.inf, f"pair.{name} must be finite and above 0, got {value}")
     for stage, refuse in {
         "sft": lambda: sft.check(sft_config(config, config.output / "sft")),
         "reward_model": lambda: reward_model.check(reward_model_config(config, config.output / "reward_model")),

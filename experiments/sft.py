@@ -28,6 +28,8 @@ import tyro
 from jax.sharding import Mesh
 
 import pgjax as pg
+from experiments import checks
+from experiments.checks import require
 from experiments.cli import plain_errors
 from experiments.devices import MACHINE, Flags, agree_on, check_rows, first_of_all, on_devices, put_rows, shared_folder
 from experiments.resume import From, go_on, open_checkpoints, to_best
@@ -273,29 +275,24 @@ def summary(folder: Path) -> dict[str, float]:
 
 def check(config: Config) -> None:
     """Refuse a run that cannot work, before anything is read or computed."""
-
-    def require(ok: bool, message: str) -> None:
-        if not ok:
-            raise ValueError(message)
-
-    counts = ("held_out_rows", "epochs", "batch_size", "microbatches", "eval_every", "save_every", "keep")
-    for name in counts:
-        require(getattr(config, name) >= 1, f"{name} must be at least 1, got {getattr(config, name)}")
+    checks.at_least_one(
+        config, "held_out_rows", "epochs", "batch_size", "microbatches", "eval_every", "save_every", "keep"
+    )
     require(config.max_length >= 2, f"max_length must be at least 2, got {config.max_length}")
     require(
         config.batch_size % config.microbatches == 0,
         f"batch_size={config.batch_size} does not divide into microbatches={config.microbatches}",
     )
-    rates = {"learning_rate": config.learning_rate, "warmup": config.warmup, "weight_decay": config.weight_decay}
-    for name, value in rates.items():
-        require(value is None or 0 <= value < math.inf, f"{name} must be finite and not below 0, got {value}")
-    require(0 < config.max_grad_norm < math.inf, f"max_grad_norm must be above 0, got {config.max_grad_norm}")
+    if config.learning_rate is not None:
+        checks.not_negative(config, "learning_rate")
+    checks.not_negative(config, "warmup", "weight_decay")
+    checks.above_zero(config, "max_grad_norm")
     require(
         not config.keep_best or config.save_every % config.eval_every == 0,
         f"keep_best compares held-out losses, and save_every={config.save_every} is no multiple of eval_every="
         f"{config.eval_every}: checkpoints without one would not count",
     )
-    require(0 <= config.seed < 2**32, f"seed must be from 0 to 2^32 - 1, got {config.seed}")
+    checks.seed_fits(config)
     require(
         config.model is None or (config.config is None and config.vocab_size is None),
         "config and vocab_size are for a model from scratch: leave out --model, or them",
