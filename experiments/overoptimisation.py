@@ -20,23 +20,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
-import itertools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 import pgjax as pg
 from experiments import ppo, rlhf, rlhf_pairs, rlhf_report
 from experiments.checks import at_least_one, require
 from experiments.cli import plain_errors
+from experiments.gao_forms import Curve, best_of, best_of_kl, distance, fit_best_of_n, fit_rl, mean_curve
+from experiments.overoptimisation_report import show
 from experiments.rows import load_rows
 from experiments.stages import Done, finished, run_stage, write_json
 from pgjax import data, logs
@@ -61,114 +58,6 @@ class Config:
     best_of_samples: int = 128  # completions of each held-out prompt that the subsets of n are taken from
     ppo: ppo.Config = PPO  # the same for every run
     picture: Path = Path(__file__).parent / "pictures" / "overoptimisation.png"
-
-
-Bend = Callable[[np.ndarray], np.ndarray]
-Fit = Callable[[Any, Any], tuple[float, float]]
-
-
-class Curve(NamedTuple):
-    """What evaluations along one way say, each [K]."""
-
-    kl: np.ndarray  # nats a sequence
-    proxy: np.ndarray  # the reward model's score, standard deviations of the reference samples
-    gold: np.ndarray
-
-
-def distance(kl: Any) -> np.ndarray:
-    """Work out d = sqrt(KL), with 0 for an estimate below 0."""
-    return np.sqrt(np.maximum(np.asarray(kl, np.float64), 0.0))
-
-
-def fit_best_of_n(d: Any, gain: Any) -> tuple[float, float]:
-    """Fit R(d) = d (a - b d) by least squares (Gao et al. 2023, eq. 1).
-
-    Args:
-      d: [K] sqrt(KL).
-      gain: [K] gold - gold at the start.
-
-    Returns:
-      a and b.
-
-    Example:
-      >>> d = np.array([0.5, 1.0, 2.0])
-      >>> [round(x, 6) for x in fit_best_of_n(d, d * (0.8 - 0.1 * d))]
-      [0.8, 0.1]
-    """
-    return _least_squares(d, gain, lambda d: d)
-
-
-def fit_rl(d: Any, gain: Any) -> tuple[float, float]:
-    """Fit R(d) = d (a - b log d) by least squares (Gao et al. 2023, eq. 2).
-
-    Args:
-      d: [K] sqrt(KL).
-      gain: [K] gold - gold at the start.
-
-    Returns:
-      a and b.
-
-    Example:
-      >>> d = np.array([0.5, 1.0, 2.0, 8.0])
-      >>> [round(x, 6) for x in fit_rl(d, d * (0.3 - 0.2 * np.log(d)))]
-      [0.3, 0.2]
-    """
-    return _least_squares(d, gain, np.log)
-
-
-def _least_squares(d: Any, gain: Any, bend: Bend) -> tuple[float, float]:
-    d, gain = np.asarray(d, np.float64), np.asarray(gain, np.float64)
-    d, gain = d[d > 0], gain[d > 0]  # where d = 0 both forms are 0, whatever a and b
-    if len(d) < 2:
-        raise ValueError(f"two points with d > 0 are needed for a fit, got {len(d)}")
-    a, b = np.linalg.lstsq(np.stack([d, -d * bend(d)], axis=1), gain, rcond=None)[0]
-    return float(a), float(b)
-
-
-def best_of(proxy: Any, values: Any, n: int) -> np.ndarray:
-    """Estimate the mean value of the sample that the proxy likes best among n, over all subsets of n of N samples.
-
-    E = sum_i C(i - 1, n - 1) / C(N, n) value_(i), with value_(i) that of the sample whose proxy is the i-th lowest:
-    unbiased (Nakano et al. 2021), and far less noisy than one subset.
-
-    Args:
-      proxy: [P, N] what chooses.
-      values: [P, N] what is averaged.
-      n: size of the subsets, 1 <= n <= N.
-
-    Returns:
-      [P] one estimate a prompt.
-
-    Raises:
-      ValueError: n out of range.
-
-    Example:
-      >>> best_of([[1.0, 3.0, 2.0]], [[10.0, 30.0, 20.0]], 2).round(3).tolist()  # (30 + 30 + 20) / 3
-      [26.667]
-    """
-    proxy, values = np.asarray(proxy, np.float64), np.asarray(values, np.float64)
-    count = proxy.shape[1]
-    if not 1 <= n <= count:
-        raise ValueError(f"n must be from 1 to the {count} samples that there are, got {n}")
-    chances = np.array([math.comb(i, n - 1) for i in range(count)], object) / math.comb(count, n)
-    in_order = np.take_along_axis(values, np.argsort(proxy, axis=1, kind="stable"), axis=1)
-    return in_order @ chances.astype(np.float64)
-
-
-def best_of_kl(n: int) -> float:
-    """Bound the KL of best-of-n from the model it samples from: log n - (n - 1) / n (Beirami et al. 2024: an upper bound).
-
-    Args:
-      n: how many samples the best is taken from.
-
-    Returns:
-      Nats a sequence.
-
-    Example:
-      >>> round(best_of_kl(4), 3)
-      0.636
-    """
-    return math.log(n) - (n - 1) / n
 
 
 def main(config: Config) -> dict[str, float]:
@@ -282,11 +171,6 @@ def sample_best_of(base: ppo.Config, sizes: Sequence[int], samples: int, folder:
     return {"kl": [best_of_kl(n) for n in sizes], "proxy": of_proxy, "gold": of_gold}
 
 
-def mean_curve(curves: Sequence[Curve]) -> Curve:
-    """Average over seeds, evaluation by evaluation."""
-    return Curve(*(np.mean(columns, axis=0) for columns in zip(*curves, strict=True)))
-
-
 def summary(curves: Mapping[float, Sequence[Curve]], chosen: Curve) -> dict[str, dict[str, float]]:
     """Say of each way where it began, peaked and ended, and how gold bends: a and b of the fitted form.
 
@@ -311,90 +195,6 @@ def summary(curves: Mapping[float, Sequence[Curve]], chosen: Curve) -> dict[str,
         "gold_after": chosen.gold[-1], "kl_after": chosen.kl[-1], "a": a, "b": b,
     }  # fmt: skip
     return {name: {key: float(x) for key, x in row.items()} for name, row in found.items()}
-
-
-def show(
-    config: Config, curves: Mapping[float, Sequence[Curve]], chosen: Curve, found: Mapping[str, Mapping[str, float]]
-) -> None:
-    """Print the table and the two runs' samples side by side, and draw the picture."""
-    console = Console()
-    seeds = ", ".join(map(str, config.seeds))
-    table = Table(title=f"held-out prompts; means over seeds {seeds}, lowest and highest seed", title_justify="left")
-    for column in ("", "proxy", "gold: start > peak > end", "KL: peak, end", "a, b of the fit"):
-        table.add_column(column, overflow="fold")
-    for name, row in found.items():
-        peak = f" > {row['gold_peak']:.2f}" if "gold_peak" in row else ""
-        span = f" ({row['lowest_gold_after']:.2f} to {row['highest_gold_after']:.2f})" if "gold_peak" in row else ""
-        table.add_row(
-            name.replace("_", " "), f"{row['proxy_before']:.2f} > {row['proxy_after']:.2f}",
-            f"{row['gold_before']:.2f}{peak} > {row['gold_after']:.2f}{span}",
-            f"{row['kl_at_peak']:.0f}, {row['kl_after']:.0f}" if "kl_at_peak" in row else f"{row['kl_after']:.1f}",
-            f"{row['a']:.2f}, {row['b']:.2f}",
-        )  # fmt: skip
-    console.print(table)
-    free, healthy = (
-        config.output / f"kl_{coef:g}_seed_{config.seeds[0]}" for coef in (config.kl_coefs[0], config.kl_coefs[-1])
-    )
-    text = side_by_side(free, healthy)
-    (config.output / "samples.md").write_text(text, encoding="utf-8")
-    console.print(text, markup=False, highlight=False)
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no picture: matplotlib is not installed (pip install matplotlib)")
-        return
-    draw(curves, chosen, config.picture)
-    print(f"picture: {config.picture}; samples: {config.output / 'samples.md'}")
-
-
-def side_by_side(free: Path, healthy: Path, count: int = 5) -> str:
-    """Put the last samples of two runs on the same prompts into one Markdown text."""
-    last = [rlhf_report.last_samples(folder) for folder in (free, healthy)]
-    lines = []
-    for pair in list(zip(*last, strict=True))[:count]:
-        lines.append(f"**{rlhf_report.printable(str(pair[0]['prompt']))}**\n")
-        for folder, row in zip((free, healthy), pair, strict=True):
-            gold = next(x for name, x in row.items() if name.startswith("rewards/") and name != "rewards/reward_model")
-            lines.append(
-                f"- {folder.name}, step {row['step']} (proxy {row['rewards/reward_model']:+.2f}, gold {gold:+.2f}): "
-                f"{rlhf_report.printable(row['completion'])}"
-            )
-        lines.append("")
-    return "\n".join(lines)
-
-
-def draw(curves: Mapping[float, Sequence[Curve]], chosen: Curve, path: Path) -> None:
-    """Draw proxy (dashed) and gold (solid) against sqrt(KL), with the fitted forms (dotted)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.6, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    colours = ("#d9480f", "#e8a317", "#2f9e44", "#1f6feb", "#7048e8", "#0b7285")
-    for colour, (kl_coef, runs) in zip(itertools.cycle(colours), curves.items(), strict=False):
-        for run in runs:
-            left.plot(distance(run.kl), run.proxy, color=colour, linestyle="--", linewidth=0.8, alpha=0.35)
-            right.plot(distance(run.kl), run.gold, color=colour, linewidth=0.8, alpha=0.35)
-        mean = mean_curve(runs)
-        name = f"PPO, kl_coef {kl_coef:g}"
-        draw_way(left, right, mean, fit_rl, np.log, colour, name)
-    draw_way(left, right, chosen, fit_best_of_n, lambda d: d, "#343a40", f"best of n, to {2 ** (len(chosen.kl) - 1)}")
-    left.set_title("Proxy: the reward model's score (standard deviations)", loc="left", fontsize=10)
-    right.set_title("Gold; dotted: the forms of Gao et al. fitted", loc="left", fontsize=10)
-    for axes in (left, right):
-        axes.set_xlabel(r"$d = \sqrt{\mathrm{KL}}$ to the fine-tuned model (nats$^{1/2}$)")
-        axes.grid(color="#9aa5b1", alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    left.legend(fontsize=8, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-
-
-def draw_way(left: Any, right: Any, curve: Curve, fit: Fit, bend: Bend, colour: str, name: str) -> None:
-    """Draw one way to spend KL: means of proxy and gold, and the form fitted to gold."""
-    d = distance(curve.kl)
-    left.plot(d, curve.proxy, color=colour, linestyle="--", linewidth=2, marker=".", label=name)
-    right.plot(d, curve.gold, color=colour, linewidth=2, marker=".")
-    a, b = fit(d, curve.gold - curve.gold[0])
-    x = np.linspace(d[d > 0].min(), d.max(), 100)
-    right.plot(x, curve.gold[0] + x * (a - b * bend(x)), color=colour, linestyle=":", linewidth=1.4)
 
 
 def check(config: Config) -> None:

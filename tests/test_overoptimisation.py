@@ -10,7 +10,7 @@ import pytest
 
 from experiments import overoptimisation as over
 from experiments import ppo, rlhf, rlhf_pairs, rlhf_report
-from experiments.overoptimisation import Curve, best_of, best_of_kl, fit_best_of_n, fit_rl
+from experiments.gao_forms import Curve, best_of, best_of_kl, distance, fit_best_of_n, fit_rl
 from experiments.stages import finished
 from pgjax import logs
 
@@ -68,7 +68,7 @@ def test_fit_of_a_single_point_is_refused():
 
 
 def test_estimated_kl_below_zero_is_no_nan():
-    assert over.distance([-0.01, 4.0]).tolist() == [0.0, 2.0]
+    assert distance([-0.01, 4.0]).tolist() == [0.0, 2.0]
 
 
 def test_summary_takes_the_peak_of_the_mean_and_the_fall_from_it():
