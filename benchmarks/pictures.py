@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 from benchmarks.timing import OURS, Row
-from pgjax.curves import EVAL, GREY, INK, LINE
+from pgjax.curves import EVAL, GREY, INK, LINE, save_figure
 
 COLOURS = {"float32": LINE, "bfloat16": EVAL}
 PARTS = {"learner": LINE, "decode": EVAL}
@@ -180,7 +180,7 @@ def roofline(path: Path, reports: Mapping[str, Row]) -> Path:
         _scatter(axes, [point for point in points if point["dtype"] == dtype], COLOURS.get(dtype, LINE))
         tidy(axes)
     panels[0].set_ylabel("speed (GFLOP/s, work on paper)", fontsize=8.5, color=INK)
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def _scatter(axes: Any, points: list[Row], colour: str) -> None:
@@ -246,7 +246,7 @@ def growth(path: Path, report: Row) -> Path:
             if column == 0:
                 axes.set_ylabel(MEASURES[measure], fontsize=8.5, color=INK)
         panels[-1][column].set_xlabel(f"{dimension} ({UNIT[dimension]})", fontsize=8.5, color=INK)
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 UNIT = {
@@ -282,19 +282,6 @@ def tidy(axes: Any) -> None:
     axes.spines[["bottom", "left"]].set_color(GREY)
     axes.tick_params(which="both", colors=INK, labelsize=8)
     axes.grid(alpha=0.2)
-
-
-def save(figure: Any, path: Path) -> Path:
-    """Write a figure as a small PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image  # matplotlib brings it
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    picture.quantize(128, method=Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
-    return path
 
 
 if __name__ == "__main__":

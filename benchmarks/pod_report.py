@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.pod_programs import GIB
 from benchmarks.timing import Row
-from pgjax.curves import EVAL, GREY, INK, LINE
+from pgjax.curves import EVAL, GREY, INK, LINE, save_figure
 
 # What a chip holds, from the ground up: its colour, and its name in the picture.
 KINDS = {
@@ -128,14 +128,11 @@ def picture(path: Path, report: Row) -> Path | None:
     if importlib.util.find_spec("matplotlib") is None:
         print("no picture of the memory: matplotlib is not installed (pip install matplotlib)")
         return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from PIL import Image  # matplotlib brings it
 
     topologies = list(dict.fromkeys(row["topology"] for row in report["rows"]))
     lines = -(-len(topologies) // 2)
     figure = Figure(figsize=(10.4, 1.0 + 2.9 * lines), dpi=110, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(lines, min(2, len(topologies)), squeeze=False).ravel()
     for axes, topology in zip(panels, topologies, strict=False):
         _panel(axes, topology, [row for row in report["rows"] if row["topology"] == topology])
@@ -146,11 +143,7 @@ def picture(path: Path, report: Row) -> Path | None:
         handles, labels, loc="outside lower center", ncols=4, fontsize=7.5, frameon=False, labelcolor=INK,
         title="sa sampler, sc scoring, le learner; d data, f fsdp, t tensor", title_fontsize=7.5,
     )  # fmt: skip
-    canvas.draw()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    drawn.quantize(128, method=Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
-    return path
+    return save_figure(figure, path)
 
 
 def _panel(axes: Any, topology: str, rows: list[Row]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pgjax.curves import EVAL, GREY, INK, LINE
+from pgjax.curves import EVAL, GREY, INK, LINE, save_figure
 from pgjax.reward_learning import calibration, pair_metrics
 
 
@@ -26,13 +26,10 @@ def plot_calibration(path: Path, scores: np.ndarray) -> Path | None:
     if importlib.util.find_spec("matplotlib") is None:
         print("no picture of the calibration: matplotlib is not installed (pip install matplotlib)")
         return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from PIL import Image  # matplotlib brings it
 
     figures = pair_metrics(scores)
     figure = Figure(figsize=(8.4, 3.9), dpi=110, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     gaps = np.asarray(scores, np.float64) @ np.array([1.0, -1.0])
     bins = calibration(gaps)
@@ -66,8 +63,4 @@ def plot_calibration(path: Path, scores: np.ndarray) -> Path | None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["bottom", "left"]].set_color(GREY)
         axes.tick_params(colors=INK, labelsize=8)
-    canvas.draw()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    picture.quantize(128, method=Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
-    return path
+    return save_figure(figure, path)
