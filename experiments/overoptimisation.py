@@ -34,7 +34,7 @@ from experiments.checks import at_least_one, require
 from experiments.cli import plain_errors
 from experiments.gao_forms import Curve, best_of, best_of_kl, distance, fit_best_of_n, fit_rl, mean_curve
 from experiments.overoptimisation_report import show
-from experiments.rows import load_rows
+from experiments.rows import load_row_sets, load_rows
 from experiments.stages import Done, finished, run_stage, write_json
 from pgjax import data, logs
 from pgjax.prompts import check_rows
@@ -93,7 +93,7 @@ def ppo_config(config: Config, stages: Mapping[str, Done]) -> ppo.Config:
         raise ValueError(
             f"{config.rlhf} has no gold score (gold is None there): over-optimisation can't be seen without one"
         )
-    rows = rlhf_pairs.prompt_sets(asked["prompts"], asked["held_out_prompts"], asked["ppo.held_out_rows"])[1]
+    _, rows = load_row_sets(asked["prompts"], asked["held_out_prompts"], asked["ppo.held_out_rows"], check_rows)
     held_out = config.output / "held_out.jsonl"
     config.output.mkdir(parents=True, exist_ok=True)
     rlhf_pairs.write_lines(held_out, [rows[i] for i in evenly(len(rows), config.held_out_rows)])

@@ -43,7 +43,7 @@ from experiments.devices import MACHINE, Flags, agree_on, first_of_all, on_devic
 from experiments.model_judge import load_judge
 from experiments.ppo_run import check, check_mesh, check_steps, machine_peaks, scores_samples, speed, summary
 from experiments.resume import From, frozen, go_on, last_step, open_checkpoints, rows_digest, to_best
-from experiments.rows import load_rows
+from experiments.rows import load_row_sets
 from experiments.task import Row, check_columns, fold_in, make_task
 from pgjax import data, distributed, logs, loop, ppo, rewards, train
 from pgjax.curves import plot_curves
@@ -356,10 +356,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
 
 def read_rows(config: Config, judges: list[rewards.Reward]) -> tuple[list[Row], list[Row]]:
     """Read the prompts to train on and those kept aside."""
-    if config.held_out is None:
-        row_sets = data.split_rows(load_rows(config.prompts, check_rows), config.held_out_rows, seed=0)
-    else:
-        row_sets = load_rows(config.prompts, check_rows), load_rows(config.held_out, check_rows)
+    row_sets = load_row_sets(config.prompts, config.held_out, config.held_out_rows, check_rows)
     for rows in row_sets:
         check_columns(rows, judges)
     return row_sets

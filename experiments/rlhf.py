@@ -37,10 +37,12 @@ from experiments.checks import at_least_one, require
 from experiments.cli import plain_errors
 from experiments.devices import MACHINE, Flags, first_of_all, on_devices
 from experiments.resume import From
-from experiments.rlhf_pairs import Pairs, make_pairs, prompt_sets
+from experiments.rlhf_pairs import Pairs, make_pairs
 from experiments.rlhf_report import report
+from experiments.rows import load_row_sets
 from experiments.stages import Done, put_aside, run_stage
 from pgjax import distributed, rewards
+from pgjax.prompts import check_rows
 
 Stage = Literal["sft", "pairs", "reward_model", "ppo"]
 STAGES: tuple[Stage, ...] = ("sft", "pairs", "reward_model", "ppo")
@@ -121,7 +123,7 @@ def main(config: Config) -> dict[str, float]:
 def run(config: Config) -> dict[str, float]:
     """Do the work of `main`; all processes of a run call this alike."""
     # now, since the stages that read them come late
-    distributed.together(lambda: prompt_sets(config.prompts, config.held_out_prompts, config.ppo.held_out_rows))
+    distributed.together(lambda: read_prompts(config))
     folders = {name: config.output / name for name in STAGES}
     done: dict[str, Done] = {}
     for name, made_from in MADE_FROM.items():
@@ -161,6 +163,11 @@ def machine(config: Config) -> dict[str, Any]:
     return {name: vars(config)[name] for name in MACHINE}
 
 
+def read_prompts(config: Config) -> tuple[list[Row], list[Row]]:
+    """Read the prompts to train on and those kept aside, as experiments.ppo will."""
+    return load_row_sets(config.prompts, config.held_out_prompts, config.ppo.held_out_rows, check_rows)
+
+
 def few_reviews() -> list[Row]:
     """Write the first thousand reviews to fine-tune on: what a model of 135 million parameters gets through in minutes."""
     return reviews.train_rows()[:1000]
@@ -179,7 +186,7 @@ def do_pairs(config: Config, folder: Path, resume: bool) -> dict[str, float]:
     """Sample pairs from the fine-tuned model and let the judge prefer one of each; a stopped one starts over."""
     del resume
     assert config.gold is not None  # check() saw to it
-    row_sets = prompt_sets(config.prompts, config.held_out_prompts, config.ppo.held_out_rows)
+    row_sets = read_prompts(config)
     with on_devices(config) as mesh:
         return make_pairs(
             config.pair, folder, config.output / "sft" / "model", row_sets, gold=config.gold, chat=config.chat,

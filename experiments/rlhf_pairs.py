@@ -16,11 +16,9 @@ from jax.sharding import Mesh
 import pgjax as pg
 from experiments.devices import put_rows
 from experiments.gold import prefers_first
-from experiments.rows import load_rows
 from experiments.task import fold_in
 from pgjax import data, distributed, rewards, sharding
 from pgjax.models.tokenizer import stop_ids
-from pgjax.prompts import check_rows
 from pgjax.records import write_whole
 
 Row = dict[str, Any]
@@ -148,14 +146,6 @@ def gold_scores(gold: str, rows: Sequence[Row], texts: Sequence[str]) -> np.ndar
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     prompts = columns.pop("prompt")
     return rewards.score([rewards.load_reward(gold)], None, prompts, texts, columns)[0]
-
-
-def prompt_sets(prompts: str, held_out: str | None, held_out_rows: int) -> tuple[list[Row], list[Row]]:
-    """Read the prompts to train on and those kept aside, as experiments.ppo does."""
-    rows = load_rows(prompts, check_rows)
-    if held_out is not None:
-        return rows, load_rows(held_out, check_rows)
-    return data.split_rows(rows, held_out_rows, seed=0)
 
 
 def write_lines(path: Path, rows: Sequence[Row]) -> None:

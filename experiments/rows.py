@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pgjax import data
 from pgjax.tables import Placed, read_table
 
 Checked = TypeVar("Checked")
+Kind = TypeVar("Kind")  # of a row that is checked
 
 
 def load_rows(source: str | Path, check: Callable[[Placed], Checked], *, text_column: str = "prompt") -> Checked:
@@ -61,6 +63,40 @@ def load_rows(source: str | Path, check: Callable[[Placed], Checked], *, text_co
     if not rows:
         raise ValueError(f"{source} gives no rows")
     return check([(f"{source}, row {i}", row) for i, row in enumerate(rows)])
+
+
+def load_row_sets(
+    source: str,
+    held_out: str | None,
+    held_out_rows: int,
+    check: Callable[[Placed], list[Kind]],
+    *,
+    text_column: str = "prompt",
+) -> tuple[list[Kind], list[Kind]]:
+    """Read the rows to learn from and those kept aside: from a source of their own, or else split off at random.
+
+    Args:
+      source: of the rows to learn from, as for `load_rows`.
+      held_out: likewise, of those kept aside; None: they are rows of `source`, the same ones each time.
+      held_out_rows: how many they are then.
+      check: as for `load_rows`.
+      text_column: likewise.
+
+    Returns:
+      Both.
+
+    Raises:
+      ValueError: as in `load_rows`, or too few rows to keep so many aside.
+
+    Example:
+      >>> from pgjax.prompts import check_rows
+      >>> [len(rows) for rows in load_row_sets("experiments.haiku:held_out_rows", None, 6, check_rows)]
+      [10, 6]
+    """
+    rows = load_rows(source, check, text_column=text_column)
+    if held_out is None:
+        return data.split_rows(rows, held_out_rows, seed=0)
+    return rows, load_rows(held_out, check, text_column=text_column)
 
 
 def _needs_nothing(function: Callable[..., Any]) -> bool:

@@ -33,7 +33,7 @@ from experiments.checks import require
 from experiments.cli import plain_errors
 from experiments.devices import MACHINE, Flags, agree_on, check_rows, first_of_all, on_devices, put_rows, shared_folder
 from experiments.resume import From, go_on, open_checkpoints, to_best
-from experiments.rows import load_rows
+from experiments.rows import load_row_sets
 from experiments.scratch import VOCAB_SIZE, read_architecture, small_architecture, texts_of, train_tokenizer
 from pgjax import data, distributed, logs, loop, sharding, supervised, train
 from pgjax.curves import plot_curves
@@ -110,7 +110,9 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         mesh, config.batch_size // config.microbatches,
         f"batch_size={config.batch_size} / microbatches={config.microbatches}",
     )  # fmt: skip
-    rows, held_out_rows = distributed.together(lambda: read_rows(config))
+    rows, held_out_rows = distributed.together(
+        lambda: load_row_sets(config.data, config.held_out, config.held_out_rows, check_examples, text_column="text")
+    )
     agree_on(f"the rows of {config.data}", (rows, held_out_rows))
     lm, params, tokenizer = begin(config, rows, mesh)
     packed = pack_rows("training", rows, tokenizer, lm, config)
@@ -206,14 +208,6 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
             checkpoints.close()
 
     return distributed.first(lambda: summary(folder))
-
-
-def read_rows(config: Config) -> tuple[list[Placed], list[Placed]]:
-    """Read the rows to learn from and those kept aside."""
-    rows = load_rows(config.data, check_examples, text_column="text")
-    if config.held_out is None:
-        return data.split_rows(rows, config.held_out_rows, seed=0)
-    return rows, load_rows(config.held_out, check_examples, text_column="text")
 
 
 def begin(config: Config, rows: list[Placed], mesh: Mesh | None) -> Start:

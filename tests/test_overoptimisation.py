@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import overoptimisation as over
-from experiments import ppo, rlhf, rlhf_pairs, rlhf_report
+from experiments import ppo, rlhf, rlhf_report
 from experiments.gao_forms import Curve, best_of, best_of_kl, distance, fit_best_of_n, fit_rl
 from experiments.stages import finished
 from pgjax import logs
@@ -149,7 +149,7 @@ def test_rlhf_and_its_study_from_one_end_to_the_other(tmp_path, capsys):
     figures = rlhf.main(config)
     pairs = [json.loads(line) for line in (tmp_path / "rlhf" / "pairs" / "train.jsonl").read_text().splitlines()]
     assert len(pairs) == 32 and figures["pairs/train_pairs"] == 32
-    kept_aside = {row["prompt"] for row in rlhf_pairs.prompt_sets(config.prompts, None, 4)[1]}
+    kept_aside = {row["prompt"] for row in rlhf.read_prompts(config)[1]}
     assert not kept_aside & {pair["prompt"] for pair in pairs}  # what PPO is evaluated on was never judged
     assert {
         pair["prompt"] for pair in map(json.loads, (tmp_path / "rlhf" / "pairs" / "held_out.jsonl").open())

@@ -17,6 +17,7 @@ import pytest
 import pgjax as pg
 from experiments import scratch
 from experiments import sft as script
+from experiments.rows import load_rows
 from pgjax import logs, loop, supervised
 from pgjax.checkpoint import Checkpoints
 from pgjax.examples import encode_examples
@@ -77,7 +78,7 @@ def test_it_learns_and_leaves_the_files_that_a_user_expects(config, capsys):
     theirs = AutoTokenizer.from_pretrained(config.output / "model")
     assert theirs("the film is odd")["input_ids"] == tokenizer("the film is odd")["input_ids"]
     assert AutoConfig.from_pretrained(config.output / "model").eos_token_id == tokenizer.eos_token_id
-    held_out = script.load_rows(config.data, script.check_examples)[:4]
+    held_out = load_rows(config.data, script.check_examples)[:4]
     examples = encode_examples(held_out, tokenizer, chat=False, max_length=48).examples
     assert supervised.mean_surprise(lm, params, pack(examples, 48), 4) < 2  # the saved model is the trained one
 
