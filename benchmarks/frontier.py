@@ -327,9 +327,7 @@ def draw(
     scorer = functools.partial(
         ppo.score, task.lm, temperature=jnp.float32(1.0), window=task.max_new_tokens + 1, parts=4
     )
-    for begin in range(0, len(repeated), batch_size):
-        filled = (repeated[begin : begin + batch_size] + repeated[:1] * batch_size)[:batch_size]  # one shape
-        rollout = task.generate(policy, filled, fold_in(key, begin))
+    for filled, _, rollout in task.rollouts(policy, repeated, batch_size, key):
         if reference is not None:
             said = [
                 scorer({"lm": x, "value": head}, rollout.tokens, rollout.attention_mask) for x in (policy, reference)

@@ -36,7 +36,8 @@ from experiments.gao_forms import Curve, best_of, best_of_kl, distance, fit_best
 from experiments.overoptimisation_report import show
 from experiments.rows import load_row_sets, load_rows
 from experiments.stages import Done, finished, run_stage, write_json
-from pgjax import data, logs
+from experiments.task import make_task, score_rows
+from pgjax import data, logs, rewards
 from pgjax.prompts import check_rows
 
 PPO = ppo.Config(
@@ -155,14 +156,15 @@ def sample_best_of(base: ppo.Config, sizes: Sequence[int], samples: int, folder:
     proxy: list[float] = []
     texts: list[str] = []
     print(f"sampling {samples} completions for each of {len(rows) // samples} held-out prompts")
-    for rollout, count in rlhf_pairs.rollouts(
-        lm, params, tokenizer, rows, jax.random.key(base.seed), chat=base.chat, max_new_tokens=base.max_new_tokens,
-        temperature=base.temperature, batch_size=base.batch_size,
-    ):  # fmt: skip
+    task = make_task(
+        lm, tokenizer, [], None, [rows], chat=base.chat, max_new_tokens=base.max_new_tokens, temperature=base.temperature,
+    )  # fmt: skip
+    size = min(base.batch_size, len(rows))
+    for _, count, rollout in task.rollouts(params, task.prompt_sets[0], size, jax.random.key(base.seed)):
         proxy += jax.device_get(scorer(rm_params, rollout.tokens, rollout.attention_mask))[:count].tolist()
         tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
         texts += data.completion_texts(tokens, mask, tokenizer)[:count]
-    gold = rlhf_pairs.gold_scores(base.rewards[0], rows, texts)
+    gold, _ = score_rows([rewards.load_reward(base.rewards[0])], None, rows, texts)
     shape = (-1, samples)
     both = [np.reshape(x, shape) for x in (proxy, gold)]
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 import pgjax as pg
-from experiments.devices import put_rows
 from experiments.gold import prefers_first
-from experiments.task import fold_in
+from experiments.task import Encoded, Task, last_sampled, make_task, score_rows
 from pgjax import data, distributed, rewards, sharding
-from pgjax.models.tokenizer import stop_ids
 from pgjax.records import write_whole
 
 Row = dict[str, Any]
@@ -63,10 +61,11 @@ def make_pairs(
         order = np.random.default_rng([seed, i]).permutation(len(rows))
         prompts = [rows[order[k % len(rows)]] for k in range(count) for _ in range(2)]
         print(f"sampling two completions for each of {count} prompts ({name})")
-        texts, ends = complete(
-            lm, params, tokenizer, prompts, jax.random.key(2 * seed + i), chat=chat, max_new_tokens=max_new_tokens,
-            temperature=config.temperature, batch_size=config.batch_size, mesh=mesh,
+        task = make_task(
+            lm, tokenizer, [], None, [prompts], chat=chat, max_new_tokens=max_new_tokens, temperature=config.temperature,
+            mesh=mesh,
         )  # fmt: skip
+        texts, ends = complete(task, params, task.prompt_sets[0], config.batch_size, jax.random.key(2 * seed + i))
         work = functools.partial(
             write_pairs, folder / f"{name}.jsonl", gold, prompts, texts, ends, scale=config.scale, seed=2 * seed + i
         )
@@ -79,45 +78,26 @@ def write_pairs(
     path: Path, gold: str, prompts: Sequence[Row], texts: Sequence[str], ends: Sequence[str], *, scale: float, seed: int
 ) -> dict[str, float]:
     """Judge completions by their gold score, write the pairs, and give the figures of `judge`."""
-    pairs, found = judge(gold_scores(gold, prompts, texts), prompts, texts, ends, scale=scale, seed=seed)
+    scores, _ = score_rows([rewards.load_reward(gold)], None, prompts, texts)
+    pairs, found = judge(scores, prompts, texts, ends, scale=scale, seed=seed)
     write_lines(path, pairs)
     return found
 
 
 def complete(
-    lm: pg.CausalLM, params: Any, tokenizer: Any, rows: Sequence[Row], key: jax.Array, **options: Any
+    task: Task, params: Any, prompts: Sequence[Encoded], batch_size: int, key: jax.Array
 ) -> tuple[list[str], list[str]]:
-    """Sample a completion for each row: the texts, and the text of the token that ended each ("" where none did)."""
-    eos_ids = stop_ids(tokenizer)
+    """Sample a completion for each prompt: the texts, and the text of the token that ended each ("" where none did)."""
     texts: list[str] = []
     ends: list[str] = []
-    for rollout, count in rollouts(lm, params, tokenizer, rows, key, **options):
+    size = min(batch_size, len(prompts))
+    sharding.check_batch(task.mesh, size, "the completions that are sampled at once")
+    for _, count, rollout in task.rollouts(params, prompts, size, key):
         tokens, mask = (x[:count] for x in distributed.fetch((rollout.tokens, rollout.mask)))
-        texts += data.completion_texts(tokens, mask, tokenizer)
-        last = tokens[np.arange(count), tokens.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)]
-        ends += [tokenizer.decode([token]) if token in eos_ids else "" for token in last.tolist()]
+        texts += data.completion_texts(tokens, mask, task.tokenizer)
+        last = last_sampled(tokens, mask).tolist()
+        ends += [task.tokenizer.decode([token]) if token in task.eos_ids else "" for token in last]
     return texts, ends
-
-
-def rollouts(
-    lm: pg.CausalLM, params: Any, tokenizer: Any, rows: Sequence[Row], key: jax.Array,
-    *, chat: bool, max_new_tokens: int, temperature: float, batch_size: int, mesh: Mesh | None = None,
-) -> Iterator[tuple[pg.Rollout, int]]:  # fmt: skip
-    """Sample a completion for each row, batch by batch: all of one shape, and how many rows of the batch count."""
-    prompts, limit = [row["prompt"] for row in rows], lm.arch.max_positions - max_new_tokens
-    ids = data.encode_prompts(prompts, tokenizer, chat=chat, max_length=limit)
-    longest, size = max(map(len, ids)), min(batch_size, len(ids))
-    sharding.check_batch(mesh, size, "the completions that are sampled at once")
-    for begin in range(0, len(ids), size):
-        wanted = ids[begin : begin + size]
-        tokens, mask = data.left_pad((wanted * size)[:size], 0, length=longest)
-        if mesh is not None:
-            tokens, mask = put_rows(mesh, (tokens, mask))
-        rollout = pg.sample(
-            lm, params, tokens, mask, fold_in(key, begin),
-            max_new_tokens=max_new_tokens, temperature=temperature, eos_ids=stop_ids(tokenizer),
-        )  # fmt: skip
-        yield rollout, len(wanted)
 
 
 def judge(
@@ -139,13 +119,6 @@ def judge(
     ]  # fmt: skip
     right = np.mean(np.sign(gold[chosen] - gold[rejected]) / 2 + 0.5)  # equal scores count half
     return pairs, {"gold": float(gold.mean()), "gold_std": float(gold.std()), "judge_right": float(right)}
-
-
-def gold_scores(gold: str, rows: Sequence[Row], texts: Sequence[str]) -> np.ndarray:
-    """Score completions of rows with a gold score given as module:function."""
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    prompts = columns.pop("prompt")
-    return rewards.score([rewards.load_reward(gold)], None, prompts, texts, columns)[0]
 
 
 def write_lines(path: Path, rows: Sequence[Row]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -112,13 +112,12 @@ class Task(NamedTuple):
         completions, ended = self._texts(tokens, mask)
         if not self.judges:
             return Judged(completions, np.zeros(len(prompts), np.float32), {}, ended)
-        columns = {name: [x.row[name] for x in prompts] for name in prompts[0].row}
-        texts = columns.pop("prompt")
-        return Judged(completions, *rewards.score(self.judges, self.weights, texts, completions, columns), ended)
+        rows = [prompt.row for prompt in prompts]
+        return Judged(completions, *score_rows(self.judges, self.weights, rows, completions), ended)
 
     def _texts(self, tokens: np.ndarray, mask: np.ndarray) -> tuple[list[str], np.ndarray]:
-        last = tokens[np.arange(len(tokens)), tokens.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)]
-        return data.completion_texts(tokens, mask, self.tokenizer), np.isin(last, self.eos_ids)
+        ended = np.isin(last_sampled(tokens, mask), self.eos_ids)
+        return data.completion_texts(tokens, mask, self.tokenizer), ended
 
     def read(self, rollout: pg.Rollout) -> tuple[list[str], np.ndarray]:
         """Bring a rollout to the host whole: each completion, and whether it ended by itself."""
@@ -130,6 +129,18 @@ class Task(NamedTuple):
             return None
         texts = [prompt.row["prompt"] for prompt in prompts]
         return self.reward_model.queue(texts, rollout, functools.partial(self.read, rollout))
+
+    def rollouts(
+        self, params: Any, prompts: Sequence[Encoded], batch_size: int, key: jax.Array
+    ) -> Iterator[tuple[list[Encoded], int, pg.Rollout]]:
+        """Sample a completion for each prompt, batch by batch: the batch's prompts, how many of them count, and what came of it.
+
+        A short last batch is filled up with prompts of its own: one shape, one program.
+        """
+        for begin in range(0, len(prompts), batch_size):
+            wanted = list(prompts[begin : begin + batch_size])
+            filled = (wanted * batch_size)[:batch_size]
+            yield filled, len(wanted), self.generate(params, filled, fold_in(key, begin))
 
     def evaluate(
         self,
@@ -147,16 +158,13 @@ class Task(NamedTuple):
         task = self._replace(group_size=whole_groups(None, samples, self.group_size))
         repeated = [prompt for prompt in prompts for _ in range(samples)]
         found: dict[str, list[np.ndarray]] = {}
-        for begin in range(0, len(repeated), batch_size):
-            wanted = repeated[begin : begin + batch_size]
-            filled = (wanted * batch_size)[:batch_size]  # one shape, one program: a short last batch is filled up
-            rollout = task.generate(params, filled, fold_in(key, begin))
+        for filled, count, rollout in task.rollouts(params, repeated, batch_size, key):
             judged = self.judge(filled, rollout, self.ask(filled, rollout))
             figures = {"scores": judged.scores, **{f"rewards/{name}": part for name, part in judged.parts.items()}}
             if kl is not None:
                 figures["kl"] = distributed.fetch(kl(rollout))
             for name, figure in figures.items():
-                found.setdefault(name, []).append(figure[: len(wanted)])
+                found.setdefault(name, []).append(figure[:count])
         whole = {name: np.concatenate(pieces).astype(np.float64) for name, pieces in found.items()}
         errors = {f"{name}_stderr": _standard_error(whole[name]) for name in ("scores", "kl") if name in whole}
         return {name: float(np.mean(values)) for name, values in whole.items()} | errors
@@ -204,6 +212,30 @@ def make_task(
         lm, tokenizer, judges, weights, encoded, longest, max_new_tokens, temperature, top_k, top_p, eos_ids, pad_id,
         reward_model, mesh, group_size,
     )  # fmt: skip
+
+
+def last_sampled(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Pick the last sampled token of each row, [B].
+
+    Example:
+      >>> last_sampled(np.array([[5, 6, 7], [5, 8, 0]]), np.array([[0, 1, 1], [0, 1, 0]]))
+      array([7, 8])
+    """
+    return tokens[np.arange(len(tokens)), tokens.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)]
+
+
+def score_rows(
+    judges: Sequence[rewards.Reward], weights: Sequence[float] | None, rows: Sequence[Row], completions: Sequence[str]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Put completions and their rows' columns before the black boxes: weighted sums [B], and each one's own scores.
+
+    Example:
+      >>> length = lambda prompts, completions, **columns: [float(len(text)) for text in completions]
+      >>> score_rows([length], None, [{"prompt": "a"}], ["abc"])[0]
+      array([3.], dtype=float32)
+    """
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return rewards.score(judges, weights, columns.pop("prompt"), completions, columns)
 
 
 def fold_in(key: jax.Array, number: int) -> jax.Array:

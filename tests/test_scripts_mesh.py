@@ -9,6 +9,7 @@ import pytest
 
 import pgjax as pg
 from experiments import devices, ppo, reward_model, rlhf, rlhf_pairs, sft
+from experiments.task import make_task
 from pgjax import logs, sharding
 from tests.tiny_model import save_tiny_model
 
@@ -65,12 +66,16 @@ def test_a_reward_model_on_a_mesh(folder):
 
 
 def test_pairs_are_sampled_on_a_mesh(folder):
-    rows, options = [{"prompt": "sky:"}] * 6, {"chat": False, "max_new_tokens": 4, "temperature": 1.0}
-    lm, params, tokenizer = pg.load(folder / "model")
-    alone = rlhf_pairs.complete(lm, params, tokenizer, rows, jax.random.key(0), batch_size=4, **options)
-    with devices.on_devices(devices.Flags(mesh=MESH)) as mesh:
+    def sampled(mesh):
         lm, params, tokenizer = pg.load(folder / "model", mesh=mesh)
-        spread = rlhf_pairs.complete(lm, params, tokenizer, rows, jax.random.key(0), batch_size=4, mesh=mesh, **options)
+        task = make_task(
+            lm, tokenizer, [], None, [[{"prompt": "sky:"}] * 6], chat=False, max_new_tokens=4, temperature=1.0, mesh=mesh
+        )  # fmt: skip
+        return rlhf_pairs.complete(task, params, task.prompt_sets[0], 4, jax.random.key(0))
+
+    alone = sampled(None)
+    with devices.on_devices(devices.Flags(mesh=MESH)) as mesh:
+        spread = sampled(mesh)
     assert alone == spread and len(set(alone[0])) > 1
 
 
