@@ -14,6 +14,7 @@ from rich.table import Table
 
 from experiments import rlhf_report
 from experiments.gao_forms import Bend, Curve, Fit, distance, fit_best_of_n, fit_rl, mean_curve
+from pgjax.progress import printable
 
 if TYPE_CHECKING:
     from experiments.overoptimisation import Config
@@ -56,15 +57,25 @@ def side_by_side(free: Path, healthy: Path, count: int = 5) -> str:
     last = [rlhf_report.last_samples(folder) for folder in (free, healthy)]
     lines = []
     for pair in list(zip(*last, strict=True))[:count]:
-        lines.append(f"**{rlhf_report.printable(str(pair[0]['prompt']))}**\n")
+        lines.append(f"**{one_line(str(pair[0]['prompt']))}**\n")
         for folder, row in zip((free, healthy), pair, strict=True):
             gold = next(x for name, x in row.items() if name.startswith("rewards/") and name != "rewards/reward_model")
             lines.append(
                 f"- {folder.name}, step {row['step']} (proxy {row['rewards/reward_model']:+.2f}, gold {gold:+.2f}): "
-                f"{rlhf_report.printable(row['completion'])}"
+                f"{one_line(row['completion'])}"
             )
         lines.append("")
     return "\n".join(lines)
+
+
+def one_line(text: str) -> str:
+    """Put a model's text on one line.
+
+    Example:
+      >>> one_line("two\\n\\nlines")
+      'two lines'
+    """
+    return " ".join(printable(text).split())
 
 
 def draw(curves: Mapping[float, Sequence[Curve]], chosen: Curve, path: Path) -> None:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from experiments.stages import Done
 from pgjax import logs, rewards
-from pgjax.curves import running_mean
-from pgjax.progress import format_seconds
+from pgjax.curves import running_mean, series
+from pgjax.progress import format_seconds, samples_table
 from pgjax.tables import read_table
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def outcome(config: Config, name: str, stage: Done) -> list[str]:
         ]
     lines = []
     for metric, title in watched(config)[name].items():
-        values = series(stage.folder, metric)[1]
+        values = [row[metric] for row in logs.read_metrics(stage.folder) if metric in row]
         if values:
             lines.append(f"{title} {values[0]:.3f} > {values[-1]:.3f}")
     return lines
@@ -77,34 +76,17 @@ def gold_metric(gold: str) -> str:
     return f"eval/rewards/{rewards.reward_names([rewards.load_reward(gold)])[0]}"
 
 
-def series(folder: Path, metric: str) -> tuple[list[float], list[float]]:
-    """Read a metric's steps and values off a run."""
-    rows = [row for row in logs.read_metrics(folder) if metric in row]
-    return [row["step"] for row in rows], [row[metric] for row in rows]
-
-
 def last_samples(folder: Path) -> list[Row]:
     """Read the samples of a run's last step that has some."""
     rows = [row for _, row in read_table(folder / "samples.jsonl")]
     return [row for row in rows if row["step"] == rows[-1]["step"]]
 
 
-def show_samples(console: Console, folder: Path, count: int = 4) -> None:
+def show_samples(console: Console, folder: Path) -> None:
     """Print a few completions of the last step with what each judge says of them."""
-    rows = last_samples(folder)[:count]
-    parts = [name for name in rows[0] if name.startswith("rewards/")]
-    table = Table(title=f"completions of step {rows[0]['step']}", title_justify="left", show_lines=True)
-    for column in ("prompt", "completion", *(name.removeprefix("rewards/") for name in parts)):
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        texts = [Text(printable(str(row[name]))) for name in ("prompt", "completion")]
-        table.add_row(*texts, *(f"{row[name]:.2f}" for name in parts))
-    console.print(table)
-
-
-def printable(text: str) -> str:
-    """Make a model's text safe for a terminal, on one line."""
-    return " ".join("".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text).split())
+    rows = last_samples(folder)[:4]
+    scores = [name for name in rows[0] if name.startswith("rewards/")]
+    console.print(samples_table(f"samples at step {rows[0]['step']}", rows, scores, encoding=console.encoding))
 
 
 def draw(config: Config, done: Mapping[str, Done]) -> None:
@@ -121,7 +103,7 @@ def draw(config: Config, done: Mapping[str, Done]) -> None:
         panels.insert(3, ("ppo", gold_metric(config.gold), "PPO: gold", "step"))
     figure = Figure(figsize=(2.9 * len(panels), 3.1), layout="constrained")
     for axes, (stage, metric, title, unit) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        steps, values = series(done[stage].folder, metric)
+        steps, values = series(logs.read_metrics(done[stage].folder), metric)
         of_batches = metric.startswith("train/")
         axes.plot(steps, running_mean(values, len(values) // 8) if of_batches else values,
                   color="#1f6feb", linewidth=2, marker="" if of_batches else ".")  # fmt: skip

@@ -35,8 +35,21 @@ PANELS = (
 )
 
 
-def _series(rows: Sequence[Mapping[str, float]], metric: str) -> tuple[list[float], list[float]]:
-    """Give the steps and the finite values of a metric."""
+def series(rows: Sequence[Mapping[str, float]], metric: str) -> tuple[list[float], list[float]]:
+    """Give the steps and the finite values of a metric.
+
+    Args:
+        rows: of a run's `metrics.jsonl`.
+        metric: its name; rows without it are left out.
+
+    Returns:
+        Two series of one length.
+
+    Example:
+        >>> from pgjax.curves import series
+        >>> series([{"step": 0, "x": 0.5}, {"step": 1}, {"step": 2, "x": 0.25}], "x")
+        ([0, 2], [0.5, 0.25])
+    """
     found = [(row["step"], row[metric]) for row in rows if metric in row and math.isfinite(row[metric])]
     return [step for step, _ in found], [value for _, value in found]
 
@@ -65,7 +78,7 @@ def running_mean(values: Sequence[float], width: int) -> list[float]:
 
 def _draw_panel(axes: Axes, panel: _Panel, rows: Sequence[Mapping[str, float]]) -> None:
     """Draw raw points thin and their running mean thick."""
-    steps, values = _series(rows, panel.metric)
+    steps, values = series(rows, panel.metric)
     axes.set_title(panel.title, loc="left", fontsize=10, color=INK)
     axes.plot(steps, values, color=LINE, linewidth=0.8, alpha=0.35, marker=".", markersize=2.5)
     axes.plot(steps, running_mean(values, max(1, len(values) // 12)), color=LINE, linewidth=2.2)
@@ -120,7 +133,7 @@ def plot_curves(folder: str | Path) -> Path | None:
         'curves.png'
     """
     rows = read_metrics(folder)
-    panels = [panel for panel in PANELS if _series(rows, panel.metric)[0]]
+    panels = [panel for panel in PANELS if series(rows, panel.metric)[0]]
     if not panels:
         return None
     if importlib.util.find_spec("matplotlib") is None:
@@ -140,7 +153,7 @@ def plot_curves(folder: str | Path) -> Path | None:
         if panel.metric == "objective/scores":
             _draw_eval(axes, rows)
         if panel.metric == "loss/cross_entropy":
-            held_out = _series(rows, "eval/loss")
+            held_out = series(rows, "eval/loss")
             axes.plot(*held_out, color=EVAL, marker="D", markersize=5, linewidth=1.2, label="held-out examples")
             axes.legend(loc="best", fontsize=7.5, frameon=False, labelcolor=INK)
         if index + columns >= len(panels):

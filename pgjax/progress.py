@@ -40,10 +40,55 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours > 0 else f"{minutes}:{rest:02d}"
 
 
-def _printable(text: str, encoding: str) -> str:
-    """Make a model's text safe to print: it may hold terminal escapes, or letters the terminal has not."""
-    safe = "".join(c if c.isprintable() or c == "\n" else " " if c == "\t" else "\ufffd" for c in text)
+def printable(text: str, encoding: str = "utf-8") -> str:
+    """Make a model's text safe to print: it may hold terminal escapes, or letters the terminal has not.
+
+    Args:
+        text: what a model wrote.
+        encoding: of the terminal.
+
+    Returns:
+        The text, lines kept; other white space is a space each, and what cannot be printed a mark.
+
+    Example:
+        >>> from pgjax.progress import printable
+        >>> printable("a\\tcaf\u00e9\\x1b[2J", "ascii")
+        'a caf??[2J'
+    """
+    safe = "".join(c if c.isprintable() or c == "\n" else " " if c.isspace() else "\ufffd" for c in text)
     return safe.encode(encoding, errors="replace").decode(encoding)
+
+
+def samples_table(
+    title: str, rows: Sequence[Mapping[str, Any]], scores: Sequence[str] = ("score",), *, encoding: str = "utf-8"
+) -> Table:
+    """Lay samples out with their scores.
+
+    Args:
+        title: above the table.
+        rows: each a `prompt`, a `completion` and the scores.
+        scores: their names; a column is named by what follows the last slash.
+        encoding: of the terminal.
+
+    Returns:
+        A table for rich to print.
+
+    Example:
+        >>> from pgjax.progress import samples_table
+        >>> row = {"prompt": "p", "completion": "c", "rewards/length": 1.0}
+        >>> [column.header for column in samples_table("samples", [row], ["rewards/length"]).columns]
+        ['prompt', 'completion', 'length']
+    """
+    table = Table(title=title, title_justify="left", show_lines=True)
+    table.add_column("prompt", ratio=2, overflow="fold")
+    table.add_column("completion", ratio=4, overflow="fold")
+    for name in scores:
+        table.add_column(name.rpartition("/")[2], justify="right", no_wrap=True)
+    for row in rows:
+        texts = (printable(str(row[name]), encoding).strip("\n") for name in ("prompt", "completion"))
+        # Text, not str: a completion with [brackets] is no markup
+        table.add_row(*map(Text, texts), *(f"{float(row[name]):.3f}" for name in scores))
+    return table
 
 
 class Progress:
@@ -122,15 +167,7 @@ class Progress:
             step: the step they were drawn at.
             rows: each a `prompt`, a `completion` and a `score`.
         """
-        table = Table(title=f"samples at step {step}", title_justify="left", show_lines=True)
-        table.add_column("prompt", ratio=2, overflow="fold")
-        table.add_column("completion", ratio=4, overflow="fold")
-        table.add_column("score", justify="right", no_wrap=True)
-        for row in rows:
-            texts = (_printable(str(row[name]), self._console.encoding) for name in ("prompt", "completion"))
-            # Text, not str: a completion with [brackets] is no markup
-            table.add_row(*(Text(text.strip("\n")) for text in texts), f"{float(row['score']):.3f}")
-        self._console.print(table)
+        self._console.print(samples_table(f"samples at step {step}", rows, encoding=self._console.encoding))
 
     def print(self, text: str) -> None:
         """Print a line above the bar.
@@ -138,5 +175,5 @@ class Progress:
         Args:
             text: what to print, as it is: no markup, no highlighting.
         """
-        text = _printable(text, self._console.encoding)
+        text = printable(text, self._console.encoding)
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from pgjax.curves import PANELS, _series, plot_curves, running_mean
+from pgjax.curves import PANELS, plot_curves, running_mean, series
 from pgjax.logs import Writer
 
 
@@ -62,7 +62,7 @@ def test_missing_matplotlib_is_said_once_and_does_not_raise(tmp_path, monkeypatc
 
 def test_values_that_are_not_finite_are_left_out():
     rows = [{"step": 0, "x": 1.0}, {"step": 1, "x": math.nan}, {"step": 2}, {"step": 3, "x": 2.0}]
-    assert _series(rows, "x") == ([0, 3], [1.0, 2.0])
+    assert series(rows, "x") == ([0, 3], [1.0, 2.0])
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, 50])
