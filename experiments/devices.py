@@ -17,8 +17,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 import sys
 import tempfile
@@ -30,6 +28,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from experiments.resume import rows_digest
 from pgjax import distributed, sharding
 
 
@@ -186,8 +185,7 @@ def agree_on(what: str, value: Any) -> None:
       >>> agree_on("the rows", [{"prompt": "a"}])
     """
     if jax.process_count() > 1:
-        text = json.dumps(value, default=str, sort_keys=True)
-        distributed.agree(what, {"its digest": hashlib.sha256(text.encode()).hexdigest()[:16]})
+        distributed.agree(what, {"its digest": rows_digest(value, sort_keys=True)})
 
 
 def first_of_all() -> bool:

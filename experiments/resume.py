@@ -33,11 +33,12 @@ def frozen(source: Any, params: Any) -> str:
     return f"{source} (digest {digest(params)})"
 
 
-def rows_digest(rows: Any) -> str:
+def rows_digest(rows: Any, *, sort_keys: bool = False) -> str:
     """Fingerprint the rows that a run learns from, or is judged by, in their order: a step's number is its place among them.
 
     Args:
       rows: as JSON would hold them.
+      sort_keys: whether the order of a row's columns is nothing of it.
 
     Returns:
       16 hexadecimal digits.
@@ -46,7 +47,7 @@ def rows_digest(rows: Any) -> str:
       >>> rows_digest([{"prompt": "a"}]) == rows_digest([{"prompt": "b"}])
       False
     """
-    return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(rows, default=str, sort_keys=sort_keys).encode()).hexdigest()[:16]
 
 
 def open_checkpoints(
