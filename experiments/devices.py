@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import sys
 import tempfile
@@ -153,22 +154,24 @@ def keep_programs(folder: Path | None) -> None:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def check_rows(mesh: Mesh | None, rows: int, name: str) -> None:
-    """Refuse a batch, or a part of one, that the processes and the devices cannot share evenly.
+def check_shares(mesh: Mesh | None, batch_size: int, **parts: int) -> None:
+    """Refuse a batch that the processes and the devices cannot share evenly, whole and in the parts that are learned from.
 
     Args:
       mesh: or None for one device.
-      rows: of the batch.
-      name: what the user calls it.
+      batch_size: its rows.
+      parts: into how many it is split, by what the user calls them; they divide it.
 
     Raises:
       ValueError: with the numbers.
 
     Example:
-      >>> check_rows(None, 3, "batch_size")
+      >>> check_shares(None, 6, minibatches=2, microbatches=3)
     """
-    sharding.check_batch(mesh, rows, name)
-    distributed.own_rows(rows)
+    sharding.check_batch(mesh, batch_size, "batch_size")
+    distributed.own_rows(batch_size)
+    told = " / ".join(f"{name}={count}" for name, count in {"batch_size": batch_size, **parts}.items())
+    sharding.check_batch(mesh, batch_size // math.prod(parts.values()), told)
 
 
 def agree_on(what: str, value: Any) -> None:

@@ -39,17 +39,18 @@ from jax.sharding import Mesh
 
 import pgjax as pg
 from experiments.cli import plain_errors
-from experiments.devices import MACHINE, Flags, agree_on, first_of_all, on_devices, put, shared_folder
+from experiments.devices import MACHINE, Flags, agree_on, check_shares, first_of_all, on_devices, put, shared_folder
 from experiments.model_judge import load_judge
-from experiments.ppo_run import check, check_mesh, check_steps, machine_peaks, scores_samples, speed, summary
-from experiments.resume import From, frozen, go_on, last_step, open_checkpoints, rows_digest, to_best
+from experiments.ppo_run import check, check_steps, machine_peaks, scores_samples, speed, summary
+from experiments.resume import From, frozen_model, go_on, last_step, open_checkpoints, rows_digest, to_best
 from experiments.rows import load_row_sets
-from experiments.task import Row, check_columns, fold_in, make_task
+from experiments.task import check_columns, fold_in, make_task
 from pgjax import data, distributed, logs, loop, ppo, rewards, train
 from pgjax.curves import plot_curves
 from pgjax.progress import Progress
 from pgjax.prompts import check_rows
 from pgjax.sharding import whole_groups
+from pgjax.tables import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +153,7 @@ def main(config: Config) -> dict[str, float]:
 
 def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
-    check_mesh(config, mesh)
+    check_shares(mesh, config.batch_size, minibatches=config.minibatches, microbatches=config.microbatches)
     config = dataclasses.replace(config, output=shared_folder(config.output))
     judges = distributed.together(lambda: [rewards.load_reward(spec) for spec in config.rewards])
     row_sets = distributed.together(lambda: read_rows(config, judges))
@@ -195,8 +196,8 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     del policy
     checkpoints = open_checkpoints(
         folder, dataclasses.asdict(config), MAY_CHANGE, keep=config.keep, keep_best=config.keep_best,
-        data=rows_digest([train_prompts, held_out]), reference=frozen(config.model, params),
-        reward_model=None if reward_model is None else frozen(config.reward_model, reward_model.params),
+        data=rows_digest([train_prompts, held_out]), reference=frozen_model(config.model, params),
+        reward_model=None if reward_model is None else frozen_model(config.reward_model, reward_model.params),
     )  # fmt: skip
     state, start = go_on(checkpoints, state, resume=config.resume, resume_from=config.resume_from)
     state = state._replace(learner=state.learner._replace(healthy=state.learner.healthy | True))

@@ -15,8 +15,7 @@ from jax.sharding import Mesh
 import pgjax as pg
 from experiments import checks
 from experiments.checks import require
-from experiments.devices import check_rows
-from pgjax import logs, perf, sharding
+from pgjax import logs, perf
 
 if TYPE_CHECKING:
     from experiments.ppo import Config
@@ -172,15 +171,6 @@ def scores_samples(config: Config) -> bool:
 def samples_itself(config: Config) -> bool:
     """Say whether the sampler draws from the policy as it is, so that its log-probabilities are the policy's."""
     return config.top_k is None and config.top_p == 1 and config.importance_cap is None
-
-
-def check_mesh(config: Config, mesh: Mesh | None) -> None:
-    """Refuse a batch that the processes and the devices cannot share evenly, whole and in the parts that are learned from."""
-    check_rows(mesh, config.batch_size, "batch_size")
-    parts = {"minibatches": config.minibatches, "microbatches": config.microbatches}
-    part = config.batch_size // math.prod(parts.values())
-    told = " / ".join(f"{name}={count}" for name, count in {"batch_size": config.batch_size, **parts}.items())
-    sharding.check_batch(mesh, part, told)
 
 
 def check_algorithm(config: Config) -> None:

@@ -16,7 +16,7 @@ from pgjax.digest import digest
 From = Literal["last-good"] | None
 
 
-def frozen(source: Any, params: Any) -> str:
+def frozen_model(source: Any, params: Any) -> str:
     """Name a model that stays as it is: where it came from, and a fingerprint of every bit of it.
 
     Args:
@@ -27,7 +27,7 @@ def frozen(source: Any, params: Any) -> str:
       One line, kept in each snapshot in place of a copy.
 
     Example:
-      >>> frozen("runs/sft/model", {"w": jax.numpy.zeros(2)})
+      >>> frozen_model("runs/sft/model", {"w": jax.numpy.zeros(2)})
       'runs/sft/model (digest ...)'
     """
     return f"{source} (digest {digest(params)})"

@@ -37,7 +37,7 @@ from experiments.devices import (
     MACHINE,
     Flags,
     agree_on,
-    check_rows,
+    check_shares,
     first_of_all,
     on_devices,
     put,
@@ -47,7 +47,7 @@ from experiments.devices import (
 from experiments.resume import From, go_on, open_checkpoints, rows_digest, to_best
 from experiments.reward_picture import plot_calibration
 from experiments.rows import load_rows
-from pgjax import data, distributed, logs, loop, preferences, reward_learning, sharding, train
+from pgjax import data, distributed, logs, loop, preferences, reward_learning, train
 from pgjax.models.classifier import with_padding_token
 from pgjax.models.reward_model import from_causal_lm, normalized
 from pgjax.progress import Progress
@@ -100,11 +100,7 @@ def main(config: Config) -> dict[str, float]:
 def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
     config = dataclasses.replace(config, output=shared_folder(config.output))
-    check_rows(mesh, config.batch_size, "batch_size")
-    sharding.check_batch(
-        mesh, config.batch_size // config.microbatches,
-        f"batch_size={config.batch_size} / microbatches={config.microbatches}",
-    )  # fmt: skip
+    check_shares(mesh, config.batch_size, microbatches=config.microbatches)
     pair_sets = distributed.together(lambda: read_pairs(config))
     lm, lm_params, tokenizer = pg.load(config.model, mesh=mesh)
     if tokenizer is None:

@@ -43,13 +43,13 @@ from experiments.rows import load_row_sets
 from experiments.stages import Done, put_aside, run_stage
 from pgjax import distributed, rewards
 from pgjax.prompts import check_rows
+from pgjax.tables import Row
 
 Stage = Literal["sft", "pairs", "reward_model", "ppo"]
 STAGES: tuple[Stage, ...] = ("sft", "pairs", "reward_model", "ppo")
 MADE_FROM: dict[Stage, tuple[Stage, ...]] = {
     "sft": (), "pairs": ("sft",), "reward_model": ("sft", "pairs"), "ppo": ("sft", "reward_model"),
 }  # fmt: skip
-Row = dict[str, Any]
 
 
 SFT = sft.Config()

@@ -18,8 +18,7 @@ from experiments.gold import prefers_first
 from experiments.task import Encoded, Task, last_sampled, make_task, score_rows
 from pgjax import data, distributed, rewards, sharding
 from pgjax.records import write_whole
-
-Row = dict[str, Any]
+from pgjax.tables import Row
 
 
 @dataclasses.dataclass(frozen=True)

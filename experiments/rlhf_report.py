@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -14,13 +14,12 @@ from experiments.stages import Done
 from pgjax import logs, rewards
 from pgjax.curves import running_mean, series
 from pgjax.progress import format_seconds, samples_table
-from pgjax.tables import read_table
+from pgjax.tables import Row, read_table
 
 if TYPE_CHECKING:
     from experiments.rlhf import Config
 
 PROXY = "eval/rewards/reward_model"  # what experiments.ppo calls the reward model's score on held-out prompts
-Row = dict[str, Any]
 
 
 def report(config: Config, done: Mapping[str, Done]) -> None:

@@ -21,7 +21,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import tyro
@@ -31,7 +31,16 @@ import pgjax as pg
 from experiments import checks
 from experiments.checks import require
 from experiments.cli import plain_errors
-from experiments.devices import MACHINE, Flags, agree_on, check_rows, first_of_all, on_devices, put_rows, shared_folder
+from experiments.devices import (
+    MACHINE,
+    Flags,
+    agree_on,
+    check_shares,
+    first_of_all,
+    on_devices,
+    put_rows,
+    shared_folder,
+)
 from experiments.resume import From, go_on, open_checkpoints, to_best
 from experiments.rows import load_row_sets
 from experiments.scratch import VOCAB_SIZE, read_architecture, small_architecture, texts_of, train_tokenizer
@@ -42,6 +51,7 @@ from pgjax.examples import check_examples, encode_examples
 from pgjax.models.tokenizer import folder_tokenizer
 from pgjax.packing import Packed, pack
 from pgjax.progress import Progress
+from pgjax.tables import Placed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,17 +93,6 @@ MAY_CHANGE = {
 }  # fmt: skip  # when a run goes on
 
 
-Placed = tuple[str, dict[str, Any]]  # a row and where it stands
-
-
-class Start(NamedTuple):
-    """What training starts from."""
-
-    lm: pg.CausalLM
-    params: Any
-    tokenizer: Any
-
-
 def main(config: Config) -> dict[str, float]:
     """Fine-tune; return the held-out perplexity before and after, and the last update's metrics."""
     config = dataclasses.replace(config, resume=config.resume or config.resume_from is not None)
@@ -105,11 +104,7 @@ def main(config: Config) -> dict[str, float]:
 def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
     config = dataclasses.replace(config, output=shared_folder(config.output))
-    check_rows(mesh, config.batch_size, "batch_size")
-    sharding.check_batch(
-        mesh, config.batch_size // config.microbatches,
-        f"batch_size={config.batch_size} / microbatches={config.microbatches}",
-    )  # fmt: skip
+    check_shares(mesh, config.batch_size, microbatches=config.microbatches)
     rows, held_out_rows = distributed.together(
         lambda: load_row_sets(config.data, config.held_out, config.held_out_rows, check_examples, text_column="text")
     )
@@ -210,13 +205,13 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     return distributed.first(lambda: summary(folder))
 
 
-def begin(config: Config, rows: list[Placed], mesh: Mesh | None) -> Start:
+def begin(config: Config, rows: Placed, mesh: Mesh | None) -> tuple[pg.CausalLM, Any, Any]:
     """Load the model, or make one: then the tokenizer comes from the run that goes on, or from the training texts."""
     if config.model is not None:
         lm, params, tokenizer = pg.load(config.model, mesh=mesh)
         if tokenizer is None:
             raise ValueError(f"{config.model} holds no tokenizer, and examples are text: add its tokenizer files")
-        return Start(lm, params, tokenizer)
+        return lm, params, tokenizer
     arch = None if config.config is None else read_architecture(config.config)
     vocab_size = config.vocab_size
     if vocab_size is None:
@@ -230,10 +225,10 @@ def begin(config: Config, rows: list[Placed], mesh: Mesh | None) -> Start:
     params = sharding.init_sharded(lm.init, jax.random.key(config.seed), mesh=mesh)
     count = sum(x.size for x in jax.tree.leaves(params))
     print(f"from scratch: a {lm.arch.family} of {count:,} parameters, a vocabulary of {len(tokenizer):,}")
-    return Start(lm, params, tokenizer)
+    return lm, params, tokenizer
 
 
-def pack_rows(name: str, rows: list[Placed], tokenizer: Any, lm: pg.CausalLM, config: Config) -> Packed:
+def pack_rows(name: str, rows: Placed, tokenizer: Any, lm: pg.CausalLM, config: Config) -> Packed:
     """Encode and pack rows, and print what came of them."""
     if config.max_length > lm.arch.max_positions:
         raise ValueError(f"max_length={config.max_length} is more than the model's {lm.arch.max_positions} positions")

@@ -16,8 +16,7 @@ from experiments.model_judge import REWARD_MODEL, ModelJudge
 from pgjax import data, distributed, rewards
 from pgjax.models.tokenizer import stop_ids
 from pgjax.sharding import whole_groups
-
-Row = dict[str, Any]  # a prompt with its further columns
+from pgjax.tables import Row
 
 
 class Encoded(NamedTuple):
