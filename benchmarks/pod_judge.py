@@ -16,6 +16,7 @@ from benchmarks.timing import Row
 from pgjax import perf
 
 HEAD_CHUNK = 1024  # entries of the vocabulary a step of `linear_token_logprobs`
+MOST_ROWS = 4096  # beyond which `largest` tries nothing
 
 
 def judge(case: Case, program: str, rows: int) -> Row:
@@ -115,7 +116,7 @@ def used_by(case: Case, program: str, rows: int) -> float:
         return math.inf
 
 
-def largest(used: Callable[[int], float], limit: float, rows: int, first: float, fixed: float, most: int = 4096) -> int:
+def largest(used: Callable[[int], float], limit: float, rows: int, first: float, fixed: float) -> int:
     """Find how many rows fit, by lines through the sizes compiled so far: two or three compilations, mostly.
 
     Args:
@@ -124,7 +125,6 @@ def largest(used: Callable[[int], float], limit: float, rows: int, first: float,
         rows: where to start.
         first: used(rows).
         fixed: bytes of `first` that no row adds to, as far as is known.
-        most: rows beyond which nothing is tried.
 
     Returns:
         Rows of three significant bits (8, 10, 12, 14, 16, 20, ...) that fit, where the next such number does not, by a
@@ -138,7 +138,7 @@ def largest(used: Callable[[int], float], limit: float, rows: int, first: float,
     if first > limit:
         smaller = (rows >> i for i in range(1, rows.bit_length()))
         return next((n for n in smaller if used(n) <= limit), 0)
-    good, size, bad, a_row = rows, first, most + 1, max(first - fixed, 1.0) / rows
+    good, size, bad, a_row = rows, first, MOST_ROWS + 1, max(first - fixed, 1.0) / rows
     while (at := three_bits(min(good + (limit - size) / a_row, bad - 1))) > good:
         there = used(at)
         # Without a size the line is turned so that it leads halfway.

@@ -163,8 +163,8 @@ def exact_constant() -> float:
     return float(np.einsum("n,nij,nij", weights, plain, whole) / np.einsum("n,nij,nij", weights, whole, whole))
 
 
-@functools.partial(jax.jit, static_argnames=("count", "steps"))
-def learn_values(key: jax.Array, count: int, steps: int = 500) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="count")
+def learn_values(key: jax.Array, count: int) -> jax.Array:
     """Fit a table of values to the returns of sampled sequences: [85]; prefixes never seen stay 0."""
     rows = mdp.sample(POLICY, key, count)
     mask = jnp.asarray(mdp.MASK)[rows]
@@ -173,7 +173,7 @@ def learn_values(key: jax.Array, count: int, steps: int = 500) -> jax.Array:
     def loss_of(table: jax.Array) -> jax.Array:
         return pg.value_loss(mdp.values_at(table, rows), returns, mask)
 
-    return small_lm.fit(loss_of, jnp.zeros(len(POLICY)), learning_rate=0.1, steps=steps)
+    return small_lm.fit(loss_of, jnp.zeros(len(POLICY)), learning_rate=0.1, steps=500)
 
 
 @jax.jit

