@@ -33,12 +33,11 @@ import tyro
 import pgjax as pg
 from benchmarks.timing import (
     LIMIT,
+    OURS,
     SPEED,
     Contender,
     Row,
     Timing,
-    add_ratios,
-    begun,
     figures,
     median_result,
     roofline,
@@ -46,9 +45,8 @@ from benchmarks.timing import (
     show,
     timed,
     weight_bytes,
-    with_peaks,
 )
-from benchmarks.worker import Beside, Need, Peer, beyond_tunix, choose, device, model_folder, workers
+from benchmarks.worker import Beside, Need, Peer, beyond_tunix, compare, device
 from experiments.ppo import Config as PPO
 from pgjax import perf, ppo
 
@@ -77,21 +75,15 @@ def main(config: Config) -> Row:
     if not 0 < config.new_tokens < config.length:
         raise ValueError(f"new_tokens={config.new_tokens} must be between 0 and length={config.length}")
     lm, params, _ = pg.load(config.model)
-    pythons, absent = choose(PEERS, config.peer_pythons, lm.arch, wanted=config.peer)
     batch = make_batch(config, lm, params)
-    report = begun(config, absent)
-    with model_folder(lm, params) as folder:
-        for dtype in config.dtypes:
-            with workers(PEERS, pythons, peer_setups(config, folder, batch, dtype)) as running:
-                report["peers"] |= {who: worker.versions for who, worker in running.items()}
-                runs = {"pgjax": contender(lm, params, batch, dtype)}
-                runs |= {who: worker.run for who, worker in running.items()}
-                peaks, times = with_peaks(dtype, runs, config.repeats)
-            report["peaks"][dtype] = peaks._asdict()
-            report["rows"] += [
-                {"who": who, "dtype": dtype, **measure(config, lm.arch, peaks, times[who])} for who in runs
-            ]
-    add_ratios(report["rows"])
+    report = compare(
+        config, config.dtypes, PEERS, lm, params,
+        setups=lambda folder, dtype: peer_setups(config, folder, batch, dtype),
+        runs=lambda dtype, peers: {
+            OURS: contender(lm, params, batch, dtype), **{who: peers[who].run for who in peers}
+        },
+        measure=lambda dtype, who, peaks, times: measure(config, lm.arch, peaks, times[who]),
+    )  # fmt: skip
     show(f"learner, {config.batch_size} x {config.length} tokens, window {config.new_tokens}", report, COLUMNS)
     save(report, config.json)
     return report

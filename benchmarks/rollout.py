@@ -36,17 +36,14 @@ from benchmarks.timing import (
     Contender,
     Row,
     Timing,
-    add_ratios,
-    begun,
     figures,
     roofline,
     save,
     show,
     timed,
     weight_bytes,
-    with_peaks,
 )
-from benchmarks.worker import Beside, Need, Peer, Worker, beyond_tunix, choose, device, model_folder, workers
+from benchmarks.worker import Beside, Need, Peer, Worker, beyond_tunix, compare, device
 from pgjax import perf
 
 PEERS = (
@@ -70,25 +67,19 @@ def main(config: Config) -> Row:
     if config.new_tokens < 2:
         raise ValueError(f"new_tokens must be at least 2, to tell decode from prefill, got {config.new_tokens}")
     lm, params, _ = pg.load(config.model)
-    pythons, absent = choose(PEERS, config.peer_pythons, lm.arch, wanted=config.peer)
     prompts = np.random.default_rng(config.seed).integers(
         1, lm.arch.vocab_size, (config.batch_size, config.prompt_length)
     )
-    report = begun(config, absent)
-    with model_folder(lm, params) as folder:
-        for dtype in config.dtypes:
-            setups = dict.fromkeys(pythons, peer_setup(config, folder, prompts, dtype))
-            with workers(PEERS, pythons, setups) as running:
-                runs = contenders(config, lm, params, prompts, dtype, running)
-                report["peers"] |= {who: worker.versions for who, worker in running.items()}
-                peaks, times = with_peaks(dtype, runs, config.repeats)
-            report["peaks"][dtype] = peaks._asdict()
-            report["rows"] += [
-                {"who": who, "dtype": dtype}
-                | measure(config, lm.arch, dtype, peaks, times[f"{who} first"], times[f"{who} all"])
-                for who in ("pgjax", *running)
-            ]
-    add_ratios(report["rows"])
+    report = compare(
+        config, config.dtypes, PEERS, lm, params,
+        setups=lambda folder, dtype: dict.fromkeys(
+            (peer.who for peer in PEERS), peer_setup(config, folder, prompts, dtype)
+        ),
+        runs=lambda dtype, peers: contenders(config, lm, params, prompts, dtype, peers),
+        measure=lambda dtype, who, peaks, times: measure(
+            config, lm.arch, dtype, peaks, times[f"{who} first"], times[f"{who} all"]
+        ),
+    )  # fmt: skip
     show(f"rollout, {config.batch_size} x ({config.prompt_length} + {config.new_tokens}) tokens", report, COLUMNS)
     save(report, config.json)
     return report

@@ -30,12 +30,11 @@ import tyro
 import pgjax as pg
 from benchmarks.timing import (
     LIMIT,
+    OURS,
     SPEED,
     Contender,
     Row,
     Timing,
-    add_ratios,
-    begun,
     figures,
     median_result,
     roofline,
@@ -43,9 +42,8 @@ from benchmarks.timing import (
     show,
     timed,
     weight_bytes,
-    with_peaks,
 )
-from benchmarks.worker import Beside, Need, Peer, choose, device, model_folder, workers
+from benchmarks.worker import Beside, Need, Peer, compare, device
 from pgjax import perf, ppo
 
 HALF = "torch bfloat16 weights"
@@ -73,22 +71,15 @@ def main(config: Config) -> Row:
     if config.parts < 1 or config.batch_size % config.parts:
         raise ValueError(f"batch_size={config.batch_size} does not divide into parts={config.parts}")
     lm, params, _ = pg.load(config.model)
-    pythons, absent = choose(PEERS, config.peer_pythons, lm.arch, wanted=config.peer)
     tokens = np.random.default_rng(config.seed).integers(1, lm.arch.vocab_size, (config.batch_size, config.length))
-    report = begun(config, absent)
-    with model_folder(lm, params) as folder:
-        for dtype in config.dtypes:
-            with workers(PEERS, pythons, peer_setups(config, folder, tokens, dtype)) as running:
-                report["peers"] |= {who: worker.versions for who, worker in running.items()}
-                runs = {"pgjax": contender(config, lm, params, tokens, dtype)}
-                runs |= {who: worker.run for who, worker in running.items()}
-                peaks, times = with_peaks(dtype, runs, config.repeats)
-            report["peaks"][dtype] = peaks._asdict()
-            report["rows"] += [
-                {"who": who, "dtype": dtype, **measure(config, lm.arch, peaks, times[who], 2 if who == HALF else 4)}
-                for who in runs
-            ]
-    add_ratios(report["rows"])
+    report = compare(
+        config, config.dtypes, PEERS, lm, params,
+        setups=lambda folder, dtype: peer_setups(config, folder, tokens, dtype),
+        runs=lambda dtype, peers: {
+            OURS: contender(config, lm, params, tokens, dtype), **{who: peers[who].run for who in peers}
+        },
+        measure=lambda dtype, who, peaks, times: measure(config, lm.arch, peaks, times[who], 2 if who == HALF else 4),
+    )  # fmt: skip
     show(f"scoring, {config.batch_size} x {config.length} tokens, window {config.new_tokens}", report, COLUMNS)
     save(report, config.json)
     return report

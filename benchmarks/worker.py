@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import jax
 
 import pgjax as pg
-from benchmarks.timing import Sample
+from benchmarks.timing import OURS, Contender, Row, Sample, Timing, add_ratios, begun, with_peaks
+from pgjax import perf
 
 ROOT = Path(__file__).resolve().parent.parent
 ASK = (
@@ -243,6 +244,47 @@ def model_folder(lm: pg.CausalLM, params: Any) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         pg.save_pretrained(Path(folder) / "model", lm, params, None)
         yield str(Path(folder) / "model")
+
+
+def compare(
+    config: Beside,
+    dtypes: Sequence[str],
+    peers: Sequence[Peer],
+    lm: pg.CausalLM,
+    params: Any,
+    *,
+    setups: Callable[[str, str], Mapping[str, Row]],
+    runs: Callable[[str, Mapping[str, Worker]], Mapping[str, Contender]],
+    measure: Callable[[str, str, perf.Peaks, Mapping[str, Timing]], Row],
+) -> Row:
+    """Time our runs in turn with those of the peers that are there, dtype by dtype, between two measurements of the peaks.
+
+    Args:
+        config: of the benchmark.
+        dtypes: that it is made in.
+        peers: to look for.
+        lm: the model.
+        params: of it; the peers read them from a folder.
+        setups: (folder, dtype) -> what each peer needs to know; one that is not named does not run.
+        runs: (dtype, the peers' processes) -> all contenders.
+        measure: (dtype, who, peaks, times of all contenders) -> the figures of ours, or of one peer.
+
+    Returns:
+        The report: a row for ours and each peer in each dtype, ours with the ratios.
+    """
+    pythons, absent = choose(peers, config.peer_pythons, lm.arch, wanted=config.peer)
+    report = begun(config, absent)
+    with model_folder(lm, params) as folder:
+        for dtype in dtypes:
+            with workers(peers, pythons, setups(folder, dtype)) as running:
+                report["peers"] |= {who: worker.versions for who, worker in running.items()}
+                peaks, times = with_peaks(dtype, runs(dtype, running), config.repeats)
+            report["peaks"][dtype] = peaks._asdict()
+            report["rows"] += [
+                {"who": who, "dtype": dtype, **measure(dtype, who, peaks, times)} for who in (OURS, *running)
+            ]
+    add_ratios(report["rows"])
+    return report
 
 
 def device() -> str:
