@@ -78,14 +78,13 @@ def summary(folder: Path) -> dict[str, float]:
     error = math.hypot(before["eval/scores_stderr"], after["eval/scores_stderr"])
     last = [row for row in rows if "objective/scores" in row][-1]
     rise = after["eval/scores"] - before["eval/scores"]
+    in_errors = (
+        rise / error if error else math.copysign(math.inf, rise) if rise else 0.0
+    )  # NaN where one sample has no error
     return {
         "eval/before": before["eval/scores"],
         "eval/after": after["eval/scores"],
-        "eval/rise_in_stderr": rise / error
-        if error
-        else math.copysign(math.inf, rise)
-        if rise
-        else 0.0,  # of one sample: NaN
+        "eval/rise_in_stderr": in_errors,
         **last,
         **after,
     }
