@@ -71,11 +71,11 @@ def batch_sharding(mesh: Mesh | None, rows: int | None = None) -> NamedSharding 
     """Split the first axis of an array over data and fsdp.
 
     Args:
-        mesh: with any of the axes.
+        mesh: with any of the axes, or None.
         rows: the size of that axis; where data x fsdp does not divide it, it is split over fewer devices, or none.
 
     Returns:
-        The sharding.
+        The sharding; None without a mesh, which `place` takes for the one device.
 
     >>> batch_sharding(make_mesh(data=-1)).num_devices == jax.device_count()
     True
@@ -87,7 +87,7 @@ def batch_sharding(mesh: Mesh | None, rows: int | None = None) -> NamedSharding 
 
 
 def replicated(mesh: Mesh | None) -> NamedSharding | None:
-    """Put an array on every device whole.
+    """Put an array on every device whole; None without a mesh.
 
     >>> replicated(make_mesh(data=-1)).is_fully_replicated
     True
