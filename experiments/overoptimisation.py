@@ -10,10 +10,10 @@ away from where it started, and drawn against d = sqrt(KL), with the forms of Ga
     best-of-n  R(d) = d (a - b d)          RL  R(d) = d (a - b log d)          R: gold - gold at the start
 
 Measured on the default RLHF run, seeds 0 to 2, 64 held-out prompts (in brackets: lowest and highest seed). Without the penalty
-the proxy climbs from 0.02 to 4.27 standard deviations while gold goes from 0.18 to 0.73 at a KL of 55 nats and then falls to
-0.05 (0.01 to 0.13) at 171: "charming fascinating charming ...". With kl_coef 0.03 it ends at 0.78 (0.75 to 0.81) at a KL of 43,
-with 0.1 at 0.74 (0.71 to 0.76) at 13; best of 64 has 0.54 at 3.2. The RL form catches that gold rises and falls, not how
-sharply: its fit peaks at 0.64. 24 minutes on 2 cores that other work shared.
+the proxy climbs from 0.00 to 3.02 standard deviations while gold goes from 0.18 to 0.68 at a KL of 36 nats and then falls to
+0.30 (0.24 to 0.35) at 83: "entertaining entertaining interesting comedy ...". With kl_coef 0.03 it ends at 0.71 (0.65 to 0.81)
+at a KL of 32, with 0.1 at 0.62 (0.57 to 0.67) at 10; best of 64 has 0.54 at 3.2. The RL form catches that gold rises and falls,
+not how sharply: its fit peaks at 0.54. 17 minutes on 2 cores that other work shared, after 12 for the RLHF run.
 """
 
 from __future__ import annotations
