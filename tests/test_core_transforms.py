@@ -205,11 +205,17 @@ def test_float64_stays_float64_inside_and_scalars_stay_float32():
 
 def test_clean_numbers_pass_where_jax_looks_out_for_nan():
     # The bug: a constant of NaN made on the way, for what is not there.
-    def everything(theta):
-        return sum(jnp.sum(x) for x in jax.tree.leaves((by_row(theta, BATCH), over_all(theta, BATCH))))
-
+    tokens = BATCH["tokens"]
     with jax.debug_nans(True):
-        assert np.isfinite(everything(THETA)) and np.isfinite(jax.grad(everything)(THETA)).all()
+        logits, pull = jax.vjp(lambda theta: jnp.einsum("btd,vd->btv", BATCH["hidden"], theta), THETA)
+        for of_logits in (
+            lambda z: lp.token_logprobs(z, tokens),
+            lp.token_entropy,
+            lambda z: kl.categorical_kl(z, z * 0.5),
+        ):
+            found, back = jax.vjp(of_logits, logits)
+            assert np.isfinite(pull(*back(found))[0]).all()
+        assert np.isfinite(linear_token_logprobs(BATCH["hidden"], THETA, tokens, chunk_size=4)).all()
 
 
 def test_plain_numbers_have_no_say_in_the_dtype_with_64_bits_enabled():

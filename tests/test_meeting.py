@@ -43,10 +43,13 @@ def test_processes_that_disagree_about_their_number_are_told_so():
 
 def test_processes_with_other_devices_or_settings_are_told_so():
     """Settings on which numbers depend: other random bits trained on in silence."""
+    other_settings = (
+        "jax_enable_x64 is False on process 0, True on process 1; "
+        "jax_threefry_partitionable is True on process 0, False on process 1"
+    )
     for differing, words in (
         ({"XLA_FLAGS": xla_flags(1)}, "equally many devices, but there are 2 on process 0, 1 on process 1"),
-        ({"JAX_ENABLE_X64": "1"}, "jax_enable_x64 is False on process 0, True on process 1"),
-        ({"JAX_THREEFRY_PARTITIONABLE": "0"}, "jax_threefry_partitionable is True on process 0, False on process 1"),
+        ({"JAX_ENABLE_X64": "1", "JAX_THREEFRY_PARTITIONABLE": "0"}, other_settings),
     ):
         given = [f"localhost:{pair.free_port()}", "2"]
         processes = [
