@@ -97,13 +97,17 @@ def gone(error: BaseException) -> bool:
       error: what was raised here.
 
     Returns:
-      True where its words are those of a connection that broke.
+      True where jax, or its gloo, says that a connection broke; not where a reward's own code says so.
 
     Example:
-      >>> gone(ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")), gone(ValueError("no such prompt"))
-      (True, False)
+      >>> gone(ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"))
+      True
+      >>> gone(OSError("the judge at localhost: Connection refused"))
+      False
     """
-    return any(sign in str(error) for sign in _GONE)
+    said = str(error)
+    of_jax = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in said
+    return of_jax and any(sign in said for sign in _GONE)
 
 
 class Alarm:
