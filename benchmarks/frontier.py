@@ -327,13 +327,13 @@ def draw(
     scorer = functools.partial(
         ppo.score, task.lm, temperature=jnp.float32(1.0), window=task.max_new_tokens + 1, parts=4
     )
-    for filled, _, rollout in task.rollouts(policy, repeated, batch_size, key):
+    for own, _, rollout in task.rollouts(policy, repeated, batch_size, key):
         if reference is not None:
             said = [
                 scorer({"lm": x, "value": head}, rollout.tokens, rollout.attention_mask) for x in (policy, reference)
             ]
             kl.append(np.asarray(ppo.sequence_kl(*said, rollout.mask)))
-        scores.append(task.judge(filled, rollout).scores)
+        scores.append(task.judge(own, rollout).scores)
     shape, count = (len(prompts), samples), len(repeated)
     found = np.concatenate(scores)[:count].astype(np.float64).reshape(shape)
     return Samples(found, np.concatenate(kl)[:count].astype(np.float64).reshape(shape) if kl else np.zeros(shape))

@@ -5,8 +5,9 @@
     python -m experiments.ppo --mesh fsdp=-1 --distributed          # all devices of a TPU pod, or of a SLURM job
     python -m experiments.ppo --distributed --coordinator 10.0.0.1:8476 --num-processes 2 --process-id 0     # and 1, there
 
-With several processes each runs the same command. All read the same files and hold the same batches on the host; each feeds
-the rows that its own devices hold, and runs the rewards on its own equal part. Process 0 alone prints and writes the run's logs.
+With several processes each runs the same command. All read the same files; of each batch a process is dealt the rows that its
+own devices hold, feeds them, and runs the rewards on its share of them (pgjax/shares.py). Process 0 alone prints and writes the
+run's logs.
 
 Compiled programs are kept in a folder of the user's, for the next run: --compilation-cache names another, or None for none. Where
 JAX_COMPILATION_CACHE_DIR is set it is that one. The folder may be deleted at any time.
@@ -155,7 +156,7 @@ def keep_programs(folder: Path | None) -> None:
 
 
 def check_shares(mesh: Mesh | None, batch_size: int, **parts: int) -> None:
-    """Refuse a batch that the processes and the devices cannot share evenly, whole and in the parts that are learned from.
+    """Refuse a batch that the devices cannot share evenly, whole and in the parts that are learned from.
 
     Args:
       mesh: or None for one device.
@@ -169,7 +170,6 @@ def check_shares(mesh: Mesh | None, batch_size: int, **parts: int) -> None:
       >>> check_shares(None, 6, minibatches=2, microbatches=3)
     """
     sharding.check_batch(mesh, batch_size, "batch_size")
-    distributed.own_rows(batch_size)
     told = " / ".join(f"{name}={count}" for name, count in {"batch_size": batch_size, **parts}.items())
     sharding.check_batch(mesh, batch_size // math.prod(parts.values()), told)
 
@@ -217,24 +217,6 @@ def put(mesh: Mesh | None, tree: Any) -> Any:
       [0, 1]
     """
     return sharding.place(tree, sharding.replicated(mesh))
-
-
-def put_rows(mesh: Mesh | None, tree: Any) -> Any:
-    """Put a batch on the devices, its rows over data and fsdp: a process feeds the rows that its own devices hold.
-
-    Args:
-      mesh: None: on the default device.
-      tree: of host arrays [B, ...].
-
-    Returns:
-      The same tree on the devices.
-
-    Example:
-      >>> import numpy as np
-      >>> put_rows(None, np.arange(2)).tolist()
-      [0, 1]
-    """
-    return sharding.place(tree, sharding.batch_sharding(mesh))
 
 
 def shared_folder(folder: Path) -> Path:

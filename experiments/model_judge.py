@@ -15,15 +15,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 import pgjax as pg
-from experiments.devices import put_rows
-from pgjax import data, distributed
+from pgjax import data, distributed, shares
 from pgjax.models.tokenizer import stop_ids
 from pgjax.preferences import TEMPLATED, Answered, encode_answers
 from pgjax.prompts import Prompt
 from pgjax.rewards import RewardError
 
 REWARD_MODEL = "reward_model"  # its name among the rewards, in metrics and samples
-Read = Callable[[], tuple[list[str], np.ndarray]]  # -> completions [B], and whether each ended by itself
+Read = Callable[
+    [], tuple[list[str], np.ndarray]
+]  # -> completions of the rows fed here, and whether each ended by itself
 
 
 class ModelJudge(NamedTuple):
@@ -52,10 +53,13 @@ class ModelJudge(NamedTuple):
             )
 
     def queue(self, prompts: Sequence[Prompt], rollout: pg.Rollout, read: Read) -> jax.Array:
-        """Put the scoring of a rollout on the device: [B], in reward units; without a translation nothing is waited for."""
+        """Put the scoring of a rollout on the device: [B], in reward units; without a translation nothing is waited for.
+
+        The prompts are those that this process feeds.
+        """
         tokens, mask = rollout.tokens, rollout.attention_mask
         if self.tokenizer is not None:
-            tokens, mask = put_rows(self.mesh, self.translated(prompts, *read()))
+            tokens, mask = shares.feed(self.mesh, self.translated(prompts, *read()))
         return _scores(self.rm, self.params, tokens, mask)
 
     def translated(
@@ -65,24 +69,40 @@ class ModelJudge(NamedTuple):
 
         An answer that comes out longer than its positions is judged as if it had been stopped there.
         """
-        answers = [Answered(*pair) for pair in zip(prompts, completions, strict=True)]
-        encode = functools.partial(encode_answers, answers, self.tokenizer, chat=self.chat)
-        cut, whole = encode(eos=False), encode(eos=bool(stop_ids(self.tokenizer)))
         limit = self.rm.arch.max_positions
-        ids = [(x if end else y)[:limit] for x, y, end in zip(whole, cut, ended, strict=True)]
-        length = min(data.bucket_length(max(map(len, ids))), limit)  # buckets: few lengths, few programs
-        return data.left_pad(ids, 0, length=length)
+        ids: list[list[int]] = []
 
-    def fetch(self, asked: jax.Array, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
-        """Bring its scores to the host, refusing any that is not finite: [B] float32."""
+        def encode() -> int:
+            answers = [Answered(*pair) for pair in zip(prompts, completions, strict=True)]
+            encoded = functools.partial(encode_answers, answers, self.tokenizer, chat=self.chat)
+            cut, whole = encoded(eos=False), encoded(eos=bool(stop_ids(self.tokenizer)))
+            ids.extend((x if end else y)[:limit] for x, y, end in zip(whole, cut, ended, strict=True))
+            return max(map(len, ids))
+
+        longest = max(distributed.shared(encode))  # of the whole batch: all processes take one program
+        return data.left_pad(
+            ids, 0, length=min(data.bucket_length(longest), limit)
+        )  # buckets: few lengths, few programs
+
+    def fetch(self, asked: jax.Array, texts: Callable[[int], tuple[Prompt, str]], own: Sequence[int]) -> np.ndarray:
+        """Bring its scores to the host, refusing any that is not finite: [B] float32.
+
+        Of a refused row the process that it is an own row of tells prompt and completion, as `texts` gives them.
+        """
         scores = np.asarray(distributed.fetch(asked), np.float32)
         bad = np.flatnonzero(~np.isfinite(scores))
-        if bad.size:
+
+        def refuse() -> None:
             row = int(bad[0])
-            raise RewardError(
-                f"returned {scores[row]} in row {row}", reward=REWARD_MODEL, row=row,
-                prompt=prompts[row], completion=completions[row], value=float(scores[row]),
-            )  # fmt: skip
+            if row in own:
+                prompt, completion = texts(row)
+                raise RewardError(
+                    f"returned {scores[row]} in row {row}", reward=REWARD_MODEL, row=row,
+                    prompt=prompt, completion=completion, value=float(scores[row]),
+                )  # fmt: skip
+
+        if bad.size:
+            distributed.together(refuse)
         return scores
 
 

@@ -45,7 +45,7 @@ from experiments.ppo_run import check, check_steps, machine_peaks, scores_sample
 from experiments.resume import From, frozen_model, go_on, last_step, open_checkpoints, rows_digest, to_best
 from experiments.rows import load_row_sets
 from experiments.task import check_columns, fold_in, make_task
-from pgjax import data, distributed, logs, loop, ppo, rewards, train
+from pgjax import data, distributed, logs, loop, ppo, rewards, shares, train
 from pgjax.curves import plot_curves
 from pgjax.progress import Progress
 from pgjax.prompts import check_rows
@@ -180,7 +180,8 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
 
     folder = distributed.first(open_folder)
     train_prompts, held_out = task.prompt_sets
-    deal = data.batches(train_prompts, config.batch_size // group, seed=config.seed)
+    own = shares.fed_rows(mesh, config.batch_size)
+    deal = data.batches(train_prompts, config.batch_size, seed=config.seed, group_size=group, own=own)
     peaks = machine_peaks(jnp.dtype(lm.dtype).name)
 
     updates = config.steps * config.epochs * config.minibatches
@@ -224,7 +225,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     def prepare(state: State, i: int) -> Any:
         """Queue the rollout; nothing is waited for."""
         sample_key, shuffle_key = jax.random.split(fold_in(state.key, i))
-        prompts = [prompt for prompt in deal[i] for _ in range(group)]
+        prompts = deal[i]  # of the rows that this process feeds
         queued_at, params = time.perf_counter(), state.learner.params
         if scores_samples(config):
             return prompts, shuffle_key, queued_at, task.generate(params["lm"], prompts, sample_key), None
@@ -294,7 +295,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         }
         of_updates = {name: [metrics[name] for metrics in taken] for name in taken[0]}
         health = {"train/healthy": taken[-1]["train/healthy"]}  # once False, it stays so
-        return State(learner, kl_coef, key), {**metrics, **of_updates, **health, **numbers}, judged.samples(prompts, 8)
+        return State(learner, kl_coef, key), {**metrics, **of_updates, **health, **numbers}, judged.samples()
 
     with (
         distributed.together(lambda: logs.Writer(folder, start_step=log_from, active=first_of_all())) as writer,

@@ -41,13 +41,12 @@ from experiments.devices import (
     first_of_all,
     on_devices,
     put,
-    put_rows,
     shared_folder,
 )
 from experiments.resume import From, go_on, open_checkpoints, rows_digest, to_best
 from experiments.reward_picture import plot_calibration
 from experiments.rows import load_rows
-from pgjax import data, distributed, logs, loop, preferences, reward_learning, train
+from pgjax import data, distributed, logs, loop, preferences, reward_learning, shares, train
 from pgjax.models.classifier import with_padding_token
 from pgjax.models.reward_model import from_causal_lm, normalized
 from pgjax.progress import Progress
@@ -115,7 +114,9 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     folder = distributed.first(
         lambda: logs.open_run(config.output, dataclasses.asdict(config), resume=config.resume, may_change=MAY_CHANGE)
     )
-    deal = data.batches(train_pairs, config.batch_size, seed=config.seed)
+    deal = data.batches(train_pairs, config.batch_size, seed=config.seed, own=shares.fed_rows(mesh, config.batch_size))
+    lengths = [max(len(pair.chosen), len(pair.rejected)) for pair in train_pairs]
+    all_lengths = data.batches(lengths, config.batch_size, seed=config.seed)  # all processes take one program
     steps = max(1, round(config.epochs * len(train_pairs) / config.batch_size))
 
     optimizer = train.adamw(
@@ -134,9 +135,9 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     log_from = start + 1 if start else 0
 
     def prepare(state: train.TrainState, i: int) -> Any:
-        batch = reward_learning.pair_batch(deal[i], most=rm.arch.max_positions)
+        batch = reward_learning.pair_batch(deal[i], most=rm.arch.max_positions, longest=max(all_lengths[i]))
         margin = batch.margin if config.use_margin else np.zeros_like(batch.margin)
-        return put_rows(mesh, batch._replace(margin=margin))
+        return shares.feed(mesh, batch._replace(margin=margin))
 
     def step(state: train.TrainState, i: int, batch: Any) -> tuple[train.TrainState, dict[str, Any], None]:
         state, metrics = reward_learning.update(

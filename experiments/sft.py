@@ -38,13 +38,12 @@ from experiments.devices import (
     check_shares,
     first_of_all,
     on_devices,
-    put_rows,
     shared_folder,
 )
 from experiments.resume import From, go_on, open_checkpoints, to_best
 from experiments.rows import load_row_sets
 from experiments.scratch import VOCAB_SIZE, read_architecture, small_architecture, texts_of, train_tokenizer
-from pgjax import data, distributed, logs, loop, sharding, supervised, train
+from pgjax import data, distributed, logs, loop, sharding, shares, supervised, train
 from pgjax.curves import plot_curves
 from pgjax.digest import digest
 from pgjax.examples import check_examples, encode_examples
@@ -135,7 +134,8 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     )
     state, start = go_on(checkpoints, state, resume=config.resume, resume_from=config.resume_from)
     state = state._replace(healthy=state.healthy | True)
-    deal = data.batches(range(len(packed.tokens)), config.batch_size, seed=config.seed)
+    own = shares.fed_rows(mesh, config.batch_size)
+    deal = data.batches(range(len(packed.tokens)), config.batch_size, seed=config.seed, own=own)
     log_from = start + 1 if start else 0
     free_at = 0.0  # when the device was last seen without work
 
@@ -143,14 +143,13 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         loss = supervised.mean_surprise(lm, params, held_out, config.batch_size)
         return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
 
-    def prepare(state: train.TrainState, i: int) -> tuple[Packed, int]:
+    def prepare(state: train.TrainState, i: int) -> Packed:
         """Put the batch of update i on the device; the number of the update is its place in the data."""
-        batch = Packed(*(x[deal[i]] for x in packed))
-        return put_rows(mesh, batch), int((batch.segment_ids > 0).sum())
+        rows = deal[i]
+        return shares.feed(mesh, Packed(*(x[rows] for x in packed)))
 
-    def step(state: train.TrainState, i: int, work: Any) -> tuple[train.TrainState, dict[str, Any], None]:
+    def step(state: train.TrainState, i: int, batch: Packed) -> tuple[train.TrainState, dict[str, Any], None]:
         nonlocal free_at
-        batch, tokens = work
         queued_at = time.perf_counter()
         state, metrics = supervised.update(
             state, batch, lm=lm, optimizer=optimizer, microbatches=config.microbatches
@@ -161,8 +160,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
             begun, free_at = max(queued_at, free_at), time.perf_counter()
             return free_at - begun
 
-        numbers = {"epoch": (i + 1) * config.batch_size / len(packed.tokens), "train/positions": tokens}
-        numbers |= {"timing/update": seconds}
+        numbers = {"epoch": (i + 1) * config.batch_size / len(packed.tokens), "timing/update": seconds}
         if (i + 1) % config.eval_every == 0 or i + 1 == steps:
             jax.block_until_ready(state)
             numbers["timing/update"] = seconds()

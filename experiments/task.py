@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,9 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 import pgjax as pg
-from experiments.devices import put_rows
 from experiments.model_judge import REWARD_MODEL, ModelJudge
-from pgjax import data, distributed, rewards
+from pgjax import data, distributed, rewards, shares
 from pgjax.models.tokenizer import stop_ids
 from pgjax.sharding import whole_groups
 from pgjax.tables import Row
@@ -29,27 +27,29 @@ class Encoded(NamedTuple):
 class Judged(NamedTuple):
     """What the black box says of a rollout, whole; on the host of every process."""
 
-    completions: list[str]
     scores: np.ndarray  # [B] float32, weighted sum
     parts: dict[str, np.ndarray]  # each reward's own, [B]
     ended: np.ndarray  # [B] True where the completion ended by itself
+    shown: list[tuple[int, Any, str]]  # row, prompt and completion of the first few
 
-    def samples(self, prompts: Sequence[Encoded], count: int) -> list[Row]:
-        """Pair the first few prompts with what became of them."""
-        parts = {f"rewards/{name}": part.tolist() for name, part in self.parts.items()}
+    def samples(self) -> list[Row]:
+        """Say what became of the first few prompts."""
         return [
             {
-                "prompt": prompts[i].row["prompt"],
-                "completion": self.completions[i],
-                "score": float(self.scores[i]),
-                **{name: part[i] for name, part in parts.items()},
+                "prompt": prompt,
+                "completion": completion,
+                "score": float(self.scores[row]),
+                **{f"rewards/{name}": float(part[row]) for name, part in self.parts.items()},
             }
-            for i in range(min(count, len(prompts)))
+            for row, prompt, completion in self.shown
         ]
 
 
+SHOWN = 8  # rows of a batch that its samples show
+
+
 class Task(NamedTuple):
-    """How to sample and judge; the parameters come with each call."""
+    """How to sample and judge; parameters come with each call, and of a batch the prompts of the rows that this process feeds."""
 
     lm: pg.CausalLM
     tokenizer: Any
@@ -88,58 +88,55 @@ class Task(NamedTuple):
 
     def _padded(self, prompts: Sequence[Encoded]) -> tuple[Any, Any]:
         tokens, mask = data.left_pad([prompt.ids for prompt in prompts], self.pad_id, length=self.longest)
-        return (tokens, mask) if self.mesh is None else put_rows(self.mesh, (tokens, mask))
+        return (tokens, mask) if self.mesh is None else shares.feed(self.mesh, (tokens, mask))
 
     def judge(self, prompts: Sequence[Encoded], rollout: pg.Rollout, asked: jax.Array | None = None) -> Judged:
         """Decode the completions and put them before the black boxes; `asked` is what `ask` has queued, for its score.
 
         Each process decodes and judges its own rows; where a black box fails on one, all stop.
         """
-        own = distributed.own_rows(len(prompts))
-        tokens, mask = distributed.fetch((rollout.tokens, rollout.mask))
-        pieces = distributed.shared(lambda: self._judge_rows(prompts[own], tokens[own], mask[own]))
-        completions = [text for piece in pieces for text in piece.completions]
-        scores, ended = (np.concatenate(x) for x in zip(*((y.scores, y.ended) for y in pieces), strict=True))
-        parts = {name: np.concatenate([piece.parts[name] for piece in pieces]) for name in pieces[0].parts}
-        if asked is not None and self.reward_model is not None:
-            texts = [prompt.row["prompt"] for prompt in prompts]
-            parts[REWARD_MODEL] = self.reward_model.fetch(asked, texts, completions)
-            scores = scores + np.float32(self.reward_model.weight) * parts[REWARD_MODEL]
-        return Judged(completions, scores, parts, ended)
+        size = len(rollout.tokens)
+        own = shares.judged_rows(self.mesh, size)  # a part of those that are fed
+        fed = dict(zip(shares.fed_rows(self.mesh, size), prompts, strict=True))
 
-    def _judge_rows(self, prompts: Sequence[Encoded], tokens: np.ndarray, mask: np.ndarray) -> Judged:
-        completions, ended = self._texts(tokens, mask)
-        if not self.judges:
-            return Judged(completions, np.zeros(len(prompts), np.float32), {}, ended)
-        rows = [prompt.row for prompt in prompts]
-        return Judged(completions, *score_rows(self.judges, self.weights, rows, completions), ended)
+        def judge_own() -> tuple[list[int], Judged]:
+            rows = [fed[i].row for i in own]
+            completions, ended = self._texts(rollout, own)
+            shown = [(i, row["prompt"], text) for i, row, text in zip(own, rows, completions, strict=True) if i < SHOWN]
+            return own, Judged(*score_rows(self.judges, self.weights, rows, completions), ended, shown)
 
-    def _texts(self, tokens: np.ndarray, mask: np.ndarray) -> tuple[list[str], np.ndarray]:
-        ended = np.isin(last_sampled(tokens, mask), self.eos_ids)
-        return data.completion_texts(tokens, mask, self.tokenizer), ended
-
-    def read(self, rollout: pg.Rollout) -> tuple[list[str], np.ndarray]:
-        """Bring a rollout to the host whole: each completion, and whether it ended by itself."""
-        return self._texts(*distributed.fetch((rollout.tokens, rollout.mask)))
+        judged = _joined(distributed.shared(judge_own))
+        if asked is None or self.reward_model is None:
+            return judged
+        said = self.reward_model.fetch(asked, lambda i: (fed[i].row["prompt"], *self._texts(rollout, [i])[0]), own)
+        scores = judged.scores + np.float32(self.reward_model.weight) * said
+        return judged._replace(scores=scores, parts=judged.parts | {REWARD_MODEL: said})
 
     def ask(self, prompts: Sequence[Encoded], rollout: pg.Rollout) -> jax.Array | None:
         """Queue the reward model's scores of a rollout; None without one."""
         if self.reward_model is None:
             return None
+        fed = shares.fed_rows(self.mesh, len(rollout.tokens))
         texts = [prompt.row["prompt"] for prompt in prompts]
-        return self.reward_model.queue(texts, rollout, functools.partial(self.read, rollout))
+        return self.reward_model.queue(texts, rollout, lambda: self._texts(rollout, fed))
+
+    def _texts(self, rollout: pg.Rollout, rows: Sequence[int]) -> tuple[list[str], np.ndarray]:
+        """Read rows of a rollout that this process feeds: each completion, and whether it ended by itself."""
+        tokens, mask = (shares.local_rows(x, rows) for x in (rollout.tokens, rollout.mask))
+        return data.completion_texts(tokens, mask, self.tokenizer), np.isin(last_sampled(tokens, mask), self.eos_ids)
 
     def rollouts(
         self, params: Any, prompts: Sequence[Encoded], batch_size: int, key: jax.Array
     ) -> Iterator[tuple[list[Encoded], int, pg.Rollout]]:
-        """Sample a completion for each prompt, batch by batch: the batch's prompts, how many of them count, and what came of it.
+        """Sample a completion for each prompt, batch by batch: those fed here, how many rows count, and what came of the batch.
 
         A short last batch is filled up with prompts of its own: one shape, one program.
         """
+        fed = shares.fed_rows(self.mesh, batch_size)
         for begin in range(0, len(prompts), batch_size):
-            wanted = list(prompts[begin : begin + batch_size])
-            filled = (wanted * batch_size)[:batch_size]
-            yield filled, len(wanted), self.generate(params, filled, fold_in(key, begin))
+            wanted = prompts[begin : begin + batch_size]
+            own = [wanted[i % len(wanted)] for i in fed]
+            yield own, len(wanted), self.generate(params, own, fold_in(key, begin))
 
     def evaluate(
         self,
@@ -157,8 +154,8 @@ class Task(NamedTuple):
         task = self._replace(group_size=whole_groups(None, samples, self.group_size))
         repeated = [prompt for prompt in prompts for _ in range(samples)]
         found: dict[str, list[np.ndarray]] = {}
-        for filled, count, rollout in task.rollouts(params, repeated, batch_size, key):
-            judged = self.judge(filled, rollout, self.ask(filled, rollout))
+        for own, count, rollout in task.rollouts(params, repeated, batch_size, key):
+            judged = self.judge(own, rollout, self.ask(own, rollout))
             figures = {"scores": judged.scores, **{f"rewards/{name}": part for name, part in judged.parts.items()}}
             if kl is not None:
                 figures["kl"] = distributed.fetch(kl(rollout))
@@ -167,6 +164,14 @@ class Task(NamedTuple):
         whole = {name: np.concatenate(pieces).astype(np.float64) for name, pieces in found.items()}
         errors = {f"{name}_stderr": _standard_error(whole[name]) for name in ("scores", "kl") if name in whole}
         return {name: float(np.mean(values)) for name, values in whole.items()} | errors
+
+
+def _joined(pieces: Sequence[tuple[list[int], Judged]]) -> Judged:
+    """Put what the processes judged together, row by row in the order of the batch."""
+    rows, judged = zip(*pieces, strict=True)
+    order = np.argsort(np.concatenate(rows))
+    scores, parts, ended = jax.tree.map(lambda *x: np.concatenate(x)[order], *(piece[:3] for piece in judged))
+    return Judged(scores, parts, ended, sorted((x for piece in judged for x in piece.shown), key=lambda x: x[0]))
 
 
 def _standard_error(values: np.ndarray) -> float:
@@ -228,11 +233,16 @@ def score_rows(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Put completions and their rows' columns before the black boxes: weighted sums [B], and each one's own scores.
 
+    Without black boxes all sums are 0.
+
     Example:
       >>> length = lambda prompts, completions, **columns: [float(len(text)) for text in completions]
       >>> score_rows([length], None, [{"prompt": "a"}], ["abc"])[0]
       array([3.], dtype=float32)
     """
+    if not (judges and rows):
+        nothing = np.zeros(len(rows), np.float32)
+        return nothing, dict.fromkeys(rewards.reward_names(judges), nothing)
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     return rewards.score(judges, weights, columns.pop("prompt"), completions, columns)
 

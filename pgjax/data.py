@@ -145,37 +145,55 @@ def completion_texts(tokens: Any, mask: Any, tokenizer: Any) -> list[str]:
     return [tokenizer.decode(row[sampled].tolist(), skip_special_tokens=True) for row, sampled in pairs]
 
 
-def batches(rows: Sequence[Any], batch_size: int, *, seed: int) -> "grain.MapDataset[list[Any]]":
+def batches(
+    rows: Sequence[Any], batch_size: int, *, seed: int, group_size: int = 1, own: Sequence[int] | None = None
+) -> "grain.MapDataset[list[Any]]":
     """Deal rows out in batches for ever, in a new order each epoch; the step number is the only state.
 
     Epoch e is a permutation of the rows drawn from (seed, e), and the epochs follow each other without a gap,
-    so a batch may hold the end of one and the start of the next, and no row is dropped. Every process of a run deals the
-    same batches, whatever their number, and puts on its devices the rows that these hold.
+    so a batch may hold the end of one and the start of the next, and no row is dropped. The batches are the same, whatever
+    the number of processes; each is dealt its own part of them alone.
 
     Args:
       rows: anything that can be indexed.
-      batch_size: rows a batch, B; may be larger than the number of rows, which then come more than once.
+      batch_size: places of a batch, B; may be larger than the number of rows, which then come more than once.
       seed: chooses the orders, 0 <= seed < 2^32.
+      group_size: so many adjacent places of a batch get the same row; divides B.
+      own: the places, in 0 to B - 1, that this process is dealt, as `shares.fed_rows` lists them; None is all.
 
     Returns:
-      A grain dataset: ``ds[step]`` is the list of B rows of that step.
+      A grain dataset: ``ds[step]`` is the list of that step's rows, one for each own place.
 
     Raises:
-      ValueError: no rows, a batch size that isn't a positive integer, or a seed out of range.
+      ValueError: no rows, a batch size that isn't a positive integer, one that the group size doesn't divide, an own place
+        outside the batch, or a seed out of range.
 
     Example:
       >>> ds = batches(["a", "b", "c", "d"], 2, seed=0)
       >>> sorted(ds[0] + ds[1]), ds[1000] == ds[1000]
       (['a', 'b', 'c', 'd'], True)
+      >>> batches(["a", "b", "c", "d"], 2, seed=0, own=[1])[0] == ds[0][1:]
+      True
     """
     if len(rows) == 0:
         raise ValueError("there are no rows to make batches of")
     check_whole("batch_size", batch_size, 1)
+    check_whole("group_size", group_size, 1)
+    if batch_size % group_size:
+        raise ValueError(f"a batch of {batch_size} does not divide into groups of {group_size}")
+    places = range(batch_size) if own is None else list(own)
+    outside = [place for place in places if not 0 <= place < batch_size]
+    if outside:
+        raise ValueError(
+            f"place {outside[0]} is not in a batch of {batch_size}, whose places are 0 to {batch_size - 1}"
+        )
     if not 0 <= seed < _UINT32:
         raise ValueError(f"seed is {seed}: it must be in [0, 2^32)")
     import grain  # here, because importing it takes a second that `import pgjax` should not
 
-    return grain.MapDataset.source(rows).seed(seed).shuffle().repeat().batch(batch_size, batch_fn=list)
+    order = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+    steps = grain.MapDataset.range(len(order) // batch_size)
+    return steps.map(lambda step: [order[(step * batch_size + place) // group_size] for place in places])
 
 
 def split_rows(rows: Sequence[Any], held_out: int, seed: int) -> tuple[list[Any], list[Any]]:

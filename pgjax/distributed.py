@@ -1,6 +1,6 @@
 """Several processes as one: how they meet, how they agree, and how they all stop where one of them fails.
 
-All but `own_rows` and `leave_soon` are collective: all processes call the same ones in the same order. With one process none
+All but `leave_soon` are collective: all processes call the same ones in the same order. With one process none
 costs anything.
 """
 
@@ -236,29 +236,6 @@ def first(work: Callable[[], T]) -> T:
     if refused is not None:
         raise ValueError(refused)
     return result  # type: ignore[return-value]
-
-
-def own_rows(rows: int) -> slice:
-    """Say which rows of a batch this process reads and judges: an equal part, in the order of the processes.
-
-    Args:
-      rows: of the whole batch, B.
-
-    Returns:
-      B / processes of them.
-
-    Raises:
-      ValueError: the batch does not divide by the number of processes.
-
-    Example:
-      >>> own_rows(8)
-      slice(0, 8, None)
-    """
-    count = jax.process_count()
-    if rows % count:
-        raise ValueError(f"a batch of {rows} rows does not divide by {count} processes: make it a multiple of {count}")
-    part = rows // count
-    return slice(jax.process_index() * part, (jax.process_index() + 1) * part)
 
 
 def fetch(tree: Any) -> Any:

@@ -49,12 +49,14 @@ def right_pad(ids: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np
     return tokens, mask
 
 
-def pair_batch(pairs: Sequence[Encoded], *, most: int) -> PairBatch:
+def pair_batch(pairs: Sequence[Encoded], *, most: int, longest: int | None = None) -> PairBatch:
     """Put pairs side by side, padded to a bucket's length: few lengths, few programs.
 
     Args:
       pairs: B of them.
       most: the longest T, the model's positions.
+      longest: tokens of the longest answer that the bucket is to hold, where these pairs are a process's part of a batch and
+        another's may be longer; None: of these pairs.
 
     Returns:
       The batch, on the host.
@@ -64,7 +66,7 @@ def pair_batch(pairs: Sequence[Encoded], *, most: int) -> PairBatch:
       (1, 2, 16)
     """
     rows = [ids for pair in pairs for ids in (pair.chosen, pair.rejected)]
-    length = min(bucket_length(max(map(len, rows))), most)
+    length = min(bucket_length(max(map(len, rows)) if longest is None else longest), most)
     tokens, mask = right_pad(rows, length)
     margin = np.array([pair.margin for pair in pairs], np.float32)
     return PairBatch(tokens.reshape(-1, 2, length), mask.reshape(-1, 2, length), margin)

@@ -48,7 +48,8 @@ def update(
       microbatches: divides B; the gradient is the same, the memory less.
 
     Returns:
-      The state after the step, and {"loss/cross_entropy", "train/tokens", "train/grad_norm", "train/healthy", "lr"}.
+      The state after the step, and {"loss/cross_entropy", "train/tokens" (learned ones), "train/positions" (all but padding),
+      "train/grad_norm", "train/healthy", "lr"}.
     """
 
     def loss_fn(params: Any, part: Packed) -> tuple[jax.Array, train.Metrics]:
@@ -57,7 +58,9 @@ def update(
     counts = packed.mask.sum(1)
     gradient, metrics = train.accumulate(loss_fn, state.params, packed, counts, microbatches)
     state, stepped = train.apply_gradient(state, gradient, metrics["loss"], optimizer)
-    return state, {"loss/cross_entropy": metrics["loss"], "train/tokens": counts.sum(), **stepped}
+    positions = (packed.segment_ids > 0).sum()
+    said = {"loss/cross_entropy": metrics["loss"], "train/tokens": counts.sum(), "train/positions": positions}
+    return state, said | stepped
 
 
 @functools.partial(jax.jit, static_argnames="lm")

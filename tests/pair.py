@@ -12,10 +12,13 @@ from pathlib import Path
 from unittest import mock
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
-from experiments import devices
+from experiments import devices, reward_model, sft
 from experiments import ppo as script
-from pgjax import distributed, perf
+from experiments.model_judge import ModelJudge
+from pgjax import distributed, perf, sharding, shares
 from tests.compiling import xla_flags
 
 MESH = "data=2,fsdp=2"
@@ -81,6 +84,11 @@ def own_rows():
     return [{"prompt": f"say {jax.process_index()}"}]
 
 
+def crossed_mesh(*, data: int, tensor: int, devices: list[jax.Device]) -> Mesh:
+    """A mesh whose tensor axis goes from process to process, so that both hold every row."""
+    return Mesh(np.array(devices).reshape(tensor, data).T, ("data", "tensor"))
+
+
 def make_config(folder: Path, output: str, **fields) -> script.Config:
     """The run that is the same with one process and with two; its model, reward model and prompts lie in the folder."""
     prompts, model, judge = (str(folder / name) for name in ("prompts.jsonl", "model", "judge"))
@@ -91,6 +99,32 @@ def make_config(folder: Path, output: str, **fields) -> script.Config:
         kl_target=1.0, kl_horizon=100.0,
     )  # fmt: skip
     return dataclasses.replace(defaults, **fields)
+
+
+def learn(folder: Path, output: str, **flags) -> list[Path]:
+    """Fine-tune on texts and learn from pairs, both of which lie in the folder: the run folders."""
+    texts = str(folder / "texts.jsonl")
+    shared = {
+        "model": str(folder / "model"),
+        "held_out": texts,
+        "batch_size": 4,
+        "microbatches": 1,
+        "mesh": MESH,
+        **flags,
+    }
+    tuned, judge = folder / output / "tuned", folder / output / "judge"
+    sft.main(sft.Config(data=texts, output=tuned, max_length=48, epochs=2, **shared))
+    reward_model.main(reward_model.Config(pairs=texts, output=judge, **shared))
+    return [tuned, judge]
+
+
+def one_infinite_score() -> None:
+    """Fetch a reward model's scores, one of which is infinite."""
+    mesh = sharding.make_mesh(data=-1)
+    own = shares.judged_rows(mesh, 8)
+    asked = shares.feed(mesh, np.array([np.inf if row == 5 else 0.0 for row in own], np.float32))
+    judge = ModelJudge(None, None, 1.0, None, False, mesh)  # type: ignore[arg-type]
+    judge.fetch(asked, lambda row: (f"row {row}", f"on {jax.process_index()}"), own)
 
 
 def without_measuring() -> None:
@@ -116,8 +150,6 @@ def main(process: int, port: int, folder: Path) -> None:
     found["gathered"] = distributed.gather({"process": process, "text": "x" * 3000 * process})
     found["any"] = [distributed.any_process(process == 1), distributed.any_process(False)]
     found["first"] = distributed.first(lambda: f"by {jax.process_index()}")
-    found["own"] = [distributed.own_rows(8).start, distributed.own_rows(8).stop]
-    found["odd"] = caught(lambda: distributed.own_rows(7))
     found["differ"] = caught(lambda: distributed.agree("the command", {"seed": process, "steps": 3}))
     found["steps"] = caught(lambda: script.main(make_config(folder, "never", steps=3 + process, **flags)))
     found["unfit"] = caught(lambda: script.main(make_config(folder, "never", **{**flags, "mesh": "data=3"})))
@@ -128,8 +160,13 @@ def main(process: int, port: int, folder: Path) -> None:
         found["apart"] = caught(lambda: devices.shared_folder(folder / "apart" / "run"))
     found["shared"] = str(devices.shared_folder(Path(f"{folder}/of{process}/run")))
     found["refused"] = caught(lambda: distributed.first(lambda: [][process]))
+    found["infinite"] = caught(one_infinite_score)
     found["figures"] = script.main(make_config(folder, "two", **flags))
     found["calls"], CALLS[:] = list(CALLS), []
+    with mock.patch.object(devices.sharding, "make_mesh", crossed_mesh):
+        script.main(make_config(folder, "crossed", steps=1, eval_samples=1, mesh="data=2,tensor=2", **flags))
+    found["crossed_calls"], CALLS[:] = list(CALLS), []
+    learn(folder, "learned", **flags)
     broken = make_config(folder, "broken", rewards=(f"{__name__}:broken_on_one",), **flags)
     found["broken"], CALLS[:] = caught(lambda: script.main(broken)), []
     stopped = make_config(folder, "stopped", rewards=(f"{__name__}:stopping_one",), **flags)

@@ -1,7 +1,7 @@
 """Prompts on their way to the model: nothing cut, nothing lost, nothing told from the pad id."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -148,6 +148,46 @@ def test_the_step_number_is_the_whole_state() -> None:
     assert [other[step] for step in range(20)] != straight
     assert isinstance(straight[0], list) and straight[0][0] in rows
     assert first[10**9] == again[10**9]
+
+
+@pytest.mark.parametrize(
+    "parts", [[range(4), range(4, 8)], [(0, 1, 4, 5), (2, 3, 6, 7)], [(0, 3, 7), (3, 4), (1, 2, 5, 6)]]
+)
+@pytest.mark.parametrize("group_size", [1, 2, 4])
+def test_the_parts_of_the_processes_make_up_the_batch_of_one(parts: list[Any], group_size: int) -> None:
+    whole = batches(list("abcdefg"), 8, seed=3, group_size=group_size)
+    dealt = [batches(list("abcdefg"), 8, seed=3, group_size=group_size, own=own) for own in parts]
+    for step in range(9):
+        for own, ds in zip(parts, dealt, strict=True):
+            assert ds[step] == [whole[step][place] for place in own]
+
+
+def test_a_process_reads_no_rows_but_its_own() -> None:
+    class Rows(list):
+        read: ClassVar[list[int]] = []
+
+        def __getitem__(self, index: Any) -> Any:
+            self.read.append(int(index))
+            return super().__getitem__(index)
+
+    whole = [row for step in range(3) for row in batches(list(range(100)), 10, seed=0)[step][2:5]]
+    ds = batches(Rows(range(100)), 10, seed=0, own=[2, 3, 4])
+    del Rows.read[:]
+    assert [row for step in range(3) for row in ds[step]] == whole == Rows.read
+
+
+def test_a_group_shares_a_row_and_the_rows_keep_their_order() -> None:
+    single, grouped = (batches(list(range(12)), size, seed=1, group_size=g) for size, g in ((4, 1), (12, 3)))
+    for step in range(5):
+        assert grouped[step] == [row for row in single[step] for _ in range(3)]
+
+
+def test_batches_refuse_groups_that_do_not_divide_and_places_outside() -> None:
+    with pytest.raises(ValueError, match="a batch of 6 does not divide into groups of 4"):
+        batches([1], 6, seed=0, group_size=4)
+    for place in (-1, 6):
+        with pytest.raises(ValueError, match=f"place {place} is not in a batch of 6, whose places are 0 to 5"):
+            batches([1], 6, seed=0, own=[0, place])
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2.0, True, "4"])

@@ -13,7 +13,7 @@ from pgjax.models.classifier import with_padding_token
 from pgjax.models.reward_model import from_causal_lm
 from tests import pair
 from tests.pair import script
-from tests.tiny_model import save_tiny_model
+from tests.tiny_model import other_letters, save_tiny_model
 
 CLOCKED = ("timing/", "perf/")  # what no two runs share
 
@@ -21,13 +21,15 @@ CLOCKED = ("timing/", "perf/")  # what no two runs share
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    save_tiny_model(folder / "model")
+    save_tiny_model(folder / "model", unused_ids=1)  # so that tensor=2 divides them
     lm, params, tokenizer = pg.load(folder / "model")
-    pg.save_reward_model(
-        folder / "judge", *with_padding_token(*from_causal_lm(lm, params, jax.random.key(1)), tokenizer)
-    )
+    judge = with_padding_token(*from_causal_lm(lm, params, jax.random.key(1)), other_letters(tokenizer))
+    pg.save_reward_model(folder / "judge", *judge)
     lines = [json.dumps({"prompt": f"say {word}"}) + "\n" for word in ("a", "bcd", "ef", "ghij")]
     (folder / "prompts.jsonl").write_text("".join(lines))
+    words = [("abcdefgh" * 5)[:length] for length in (1, 2, 40, 3, 2, 1, 30, 2)]  # few of a batch's are long
+    rows = [{"prompt": "say", "completion": word, "chosen": word, "rejected": word[::-1] + "."} for word in words]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -84,7 +86,24 @@ def test_two_processes_train_as_one(found, single, folder):
 
 def test_each_process_judges_its_own_rows(found):
     assert found[0]["calls"] == found[1]["calls"] == [4] * 5  # of 8: an evaluation, three iterations, an evaluation
-    assert [x["own"] for x in found] == [[0, 4], [4, 8]]
+
+
+def test_where_tensor_spans_the_processes_they_share_out_the_judging(found, single, folder):
+    assert found[0]["crossed_calls"] == found[1]["crossed_calls"] == [4] * 3
+    same_metrics(trained(folder / "crossed"), trained(single)[:1], 1e-5)
+    ours, theirs = samples(folder / "crossed"), [row for row in samples(single) if row["step"] == 1]
+    assert len(ours) == 8
+    assert [(row["prompt"], row["completion"]) for row in ours] == [(x["prompt"], x["completion"]) for x in theirs]
+    same_metrics(
+        *([{k: x for k, x in row.items() if type(x) is not str} for row in rows] for rows in (ours, theirs)), 1e-5
+    )
+
+
+def test_two_processes_fine_tune_and_learn_from_pairs_as_one(found, folder):
+    for alone in pair.learn(folder, "learned_alone"):
+        ours, theirs = (logs.read_metrics(folder / name / alone.name) for name in ("learned", "learned_alone"))
+        assert sum("train/grad_norm" in row for row in ours) == 2
+        same_metrics(ours, theirs, 1e-5)
 
 
 def test_one_process_goes_on_where_two_stopped(found, single, folder):
@@ -109,7 +128,6 @@ def test_values_are_exchanged_in_order(found):
 
 def test_both_refuse_with_the_same_words(found):
     for name, words in {
-        "odd": "7 rows does not divide by 2 processes",
         "differ": "seed is 0 on process 0, 1 on process 1",
         "steps": "the command: not the same on all processes .steps is 3 on process 0, 4 on process 1",
         "prompts": "the rows of tests.pair:own_rows: not the same on all processes",
@@ -137,6 +155,9 @@ def test_a_failure_of_one_stops_both(found):
     assert found[0]["broken"][0] == "FailedElsewhere" and "process 1 failed" in found[0]["broken"][1]
     for mine in found:
         assert "no such judge" in mine["broken"][1]
+    assert [mine["infinite"][0] for mine in found] == ["FailedElsewhere", "RewardError"]
+    for mine in found:
+        assert "returned inf in row 5\n  prompt: 'row 5'\n  completion: 'on 1'" in mine["infinite"][1]
 
 
 ALONE = """

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CORE = {"masking", "logprobs", "linear_logprobs", "kl", "advantages", "losses", "trust_region"}
 EDGE = {"mesh", "sharding", "distributed", "meeting", "checkpoint", "digest", "leaves", "logs", "curves", "progress"}
-EDGE |= {"alarm", "records", "snapshot_files", "unanimous"}
+EDGE |= {"alarm", "records", "shares", "snapshot_files", "unanimous"}
 MIDDLE = {
     "data",
     "examples",

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
-from tokenizers import Tokenizer
 
 import pgjax as pg
 from experiments import model_judge, task
@@ -20,7 +19,7 @@ from pgjax import logs
 from pgjax.models.reward_model import from_causal_lm
 from pgjax.preferences import TEMPLATED
 from pgjax.rewards import RewardError
-from tests.tiny_model import save_tiny_model
+from tests.tiny_model import other_letters, save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -66,15 +65,9 @@ def foreign(folders, tmp_path_factory) -> Path:
     """A reward model whose tokenizer has the letters in another order, and room for 40 tokens alone."""
     folder = tmp_path_factory.mktemp("foreign")
     lm, _, tokenizer = pg.load(folders[0])
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    letters = [letter for letter in spec["model"]["vocab"] if letter != "<|end|>"]
-    ids = dict(zip(["<|end|>", *letters[::-1]], range(1 + len(letters)), strict=True))
-    spec["model"]["vocab"] = ids
-    other = copy.deepcopy(tokenizer)
-    other._tokenizer = Tokenizer.from_str(json.dumps(spec))
     lm = pg.causal_lm(dataclasses.replace(lm.arch, max_positions=40))
     rm, params = from_causal_lm(lm, lm.init(jax.random.key(3)), jax.random.key(4))
-    pg.save_reward_model(folder / "rm", rm, params, other)
+    pg.save_reward_model(folder / "rm", rm, params, other_letters(tokenizer))
     return folder / "rm"
 
 

@@ -1,5 +1,7 @@
 """A tiny Llama with a byte-level tokenizer, saved in Hugging Face layout: what the script tests train."""
 
+import copy
+import json
 from pathlib import Path
 
 import jax
@@ -11,8 +13,8 @@ import pgjax as pg
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
 
 
-def save_tiny_model(folder: Path, *, max_positions: int = 64) -> Path:
-    """Write the model; pad equals eos, as in many real ones."""
+def save_tiny_model(folder: Path, *, max_positions: int = 64, unused_ids: int = 0) -> Path:
+    """Write the model; pad equals eos, as in many real ones. Its vocabulary has 257 ids, and some that mean nothing."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: i for i, letter in enumerate(["<|end|>", *letters])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -22,7 +24,7 @@ def save_tiny_model(folder: Path, *, max_positions: int = 64) -> Path:
     fast.chat_template = TEMPLATE
     arch = pg.Architecture(
         family="llama",
-        vocab_size=len(vocab),
+        vocab_size=len(vocab) + unused_ids,
         width=16,
         depth=2,
         heads=2,
@@ -44,3 +46,13 @@ def save_tiny_model(folder: Path, *, max_positions: int = 64) -> Path:
     lm = pg.causal_lm(arch)
     pg.save_pretrained(folder, lm, lm.init(jax.random.key(0)), fast)
     return folder
+
+
+def other_letters(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same tokenizer but for the ids of its letters, which come in the opposite order."""
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    letters = [letter for letter in spec["model"]["vocab"] if letter != "<|end|>"]
+    spec["model"]["vocab"] = {letter: i for i, letter in enumerate(["<|end|>", *letters[::-1]])}
+    other = copy.deepcopy(tokenizer)
+    other._tokenizer = Tokenizer.from_str(json.dumps(spec))
+    return other
