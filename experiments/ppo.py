@@ -201,7 +201,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         reward_model=None if reward_model is None else frozen_model(config.reward_model, reward_model.params),
     )  # fmt: skip
     state, start = go_on(checkpoints, state, resume=config.resume, resume_from=config.resume_from)
-    state = state._replace(learner=state.learner._replace(healthy=state.learner.healthy | True))
+    state = state._replace(learner=train.revived(state.learner))
     check_steps(config.steps, start, folder)
 
     key = state.key

@@ -130,7 +130,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         data=rows_digest(train_pairs),
     )  # fmt: skip
     state, start = go_on(checkpoints, state, resume=config.resume, resume_from=config.resume_from)
-    state = state._replace(healthy=state.healthy | True)
+    state = train.revived(state)
     center_coef = put(mesh, np.float32(config.center_coef))
     log_from = start + 1 if start else 0
 

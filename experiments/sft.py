@@ -133,7 +133,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         folder, dataclasses.asdict(config), MAY_CHANGE, keep=config.keep, keep_best=config.keep_best, data=fingerprint
     )
     state, start = go_on(checkpoints, state, resume=config.resume, resume_from=config.resume_from)
-    state = state._replace(healthy=state.healthy | True)
+    state = train.revived(state)
     own = shares.fed_rows(mesh, config.batch_size)
     deal = data.batches(range(len(packed.tokens)), config.batch_size, seed=config.seed, own=own)
     log_from = start + 1 if start else 0
