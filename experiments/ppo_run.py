@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from experiments.ppo import Config
 
 
+_COLDEST = 1e-6  # the lowest temperature: far below it logits / temperature leave float32
+
+
 @functools.cache
 def machine_peaks(dtype: str) -> perf.Peaks:
     """Measure the limits of one device, once a process."""
@@ -109,15 +112,19 @@ def check(config: Config) -> None:
         f"microbatches={config.microbatches}: make it a multiple of {parts}",
     )
     require(
-        0 < config.temperature < math.inf,
-        f"temperature must be above 0 (a greedy policy has no gradient), got {config.temperature}",
+        _COLDEST <= config.temperature < math.inf,
+        f"temperature must be above 0 (a greedy policy has no gradient), from {_COLDEST:g} on, got {config.temperature}",
     )
     require(config.top_k is None or config.top_k >= 1, f"top_k must be at least 1, or None, got {config.top_k}")
+    require(config.top_k is None or config.top_k < 2**31, f"top_k must be below 2^31, or None, got {config.top_k}")
     require(0 < config.top_p <= 1, f"top_p must be above 0 and at most 1, got {config.top_p}")
     if config.eval_every is not None:
         checks.at_least_one(config, "eval_every")
     require(0 < config.clip_eps < 1, f"clip_eps must be between 0 and 1, got {config.clip_eps}")
-    require(config.dual_clip is None or config.dual_clip > 1, f"dual_clip must be above 1, got {config.dual_clip}")
+    require(
+        config.dual_clip is None or 1 < config.dual_clip < math.inf,
+        f"dual_clip must be above 1, got {config.dual_clip} (None sets no bound)",
+    )
     require(0 < config.discount <= 1, f"discount must be above 0 and at most 1, got {config.discount}")
     checks.not_negative(
         config, "kl_coef", "value_coef", "entropy_coef", "kl_loss_coef", "truncation_penalty", "weight_decay",

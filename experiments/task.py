@@ -204,7 +204,8 @@ def make_task(
         )
     encoded = []
     for rows in row_sets:
-        ids = data.encode_prompts([row["prompt"] for row in rows], tokenizer, chat=chat, max_length=limit)
+        prompts = [row["prompt"] for row in rows]  # their numbers here are not those of the user's file
+        ids = data.encode_prompts(prompts, tokenizer, chat=chat, max_length=limit, place="a prompt")
         encoded.append([Encoded(*pair) for pair in zip(rows, ids, strict=True)])
     longest = max(len(prompt.ids) for prompts in encoded for prompt in prompts)
     if reward_model is not None:

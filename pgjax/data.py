@@ -15,7 +15,9 @@ _SMALLEST_BUCKET = 16
 _UINT32 = 2**32
 
 
-def encode_prompts(prompts: Sequence[Prompt], tokenizer: Any, *, chat: bool, max_length: int | None) -> list[list[int]]:
+def encode_prompts(
+    prompts: Sequence[Prompt], tokenizer: Any, *, chat: bool, max_length: int | None, place: str | None = None
+) -> list[list[int]]:
     """Turn prompts into token ids, through the chat template where asked.
 
     Args:
@@ -25,6 +27,7 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: Any, *, chat: bool, max
         the assistant's turn; False encodes the text as it is, with the special tokens that the tokenizer
         adds.
       max_length: longest prompt allowed, in tokens; None is no limit. Nothing is ever cut.
+      place: what an error calls the prompt that it is about; None: its number among these.
 
     Returns:
       The ids of each prompt, unpadded.
@@ -42,10 +45,11 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: Any, *, chat: bool, max
     """
     encoded = []
     for row, prompt in enumerate(prompts):
-        ids = encode_prompt(prompt, tokenizer, chat=chat, place=f"prompt {row} (counted from 0)")
+        called = f"prompt {row} (counted from 0)" if place is None else place
+        ids = encode_prompt(prompt, tokenizer, chat=chat, place=called)
         if max_length is not None and len(ids) > max_length:
             raise ValueError(
-                f"prompt {row} (counted from 0) has {len(ids)} tokens, the limit is {max_length}: shorten it, "
+                f"{called} has {len(ids)} tokens, the limit is {max_length}: shorten it, "
                 f"ask for fewer new tokens, or use a model with more positions. It begins {str(prompt)[:80]!r}"
             )
         encoded.append(ids)

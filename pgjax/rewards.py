@@ -4,6 +4,7 @@ A reward keeps the signature that users know: ``reward(prompts, completions, **c
 where ``columns`` are the other columns of the prompt file, one value a row.
 """
 
+import asyncio
 import difflib
 import importlib
 import inspect
@@ -144,7 +145,7 @@ def score(
     """Score a batch of completions as the weighted sum of black-box rewards.
 
     score_i = sum_j weight_j * reward_j(prompts, completions, **columns)_i, in float32. Every reward gets
-    lists of its own, so none can disturb another, and is called once for the batch.
+    lists and dicts of its own, so none can disturb another, and is called once for the batch.
 
     Args:
       rewards: the functions, at least one.
@@ -240,11 +241,12 @@ def _call(
 ) -> np.ndarray:
     batch = len(prompts)
     whole = f"(a batch of {batch}, whose first row follows)"
-    own = {key: list(column) for key, column in columns.items()}
+    own = {key: [_copy(value) for value in column] for key, column in columns.items()}
     try:
-        values: Any = reward(prompts=list(prompts), completions=list(completions), **own)
+        values: Any = reward(prompts=[_copy(prompt) for prompt in prompts], completions=list(completions), **own)
         values = np.asarray(values) if hasattr(values, "__array__") else values
-    except (Exception, SystemExit) as error:  # one that leaves would end the run in silence, maybe with exit status 0
+    except (Exception, SystemExit, asyncio.CancelledError) as error:
+        # SystemExit would end the run in silence, maybe with exit status 0; a cancelled judge is one that failed.
         # A reward may have effects of its own, so it isn't called again row by row to find the culprit.
         problem = f"raised {_describe(error)} {whole}"
         raise _failure(name, problem, prompts, completions, None) from error
@@ -260,6 +262,13 @@ def _call(
             problem = f"returned {_describe_value(values[row])} for row {row} of {batch}: {number}"
             raise _failure(name, problem, prompts, completions, values[row], row)
     return np.asarray(numbers_or_problems, np.float32)
+
+
+def _copy(value: Any) -> Any:
+    """Copy lists and dicts, as of messages, all the way down; anything else stays what it is."""
+    if isinstance(value, dict):
+        return {key: _copy(x) for key, x in value.items()}
+    return [_copy(x) for x in value] if isinstance(value, list) else value
 
 
 def _failure(

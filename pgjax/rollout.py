@@ -154,6 +154,7 @@ def _run(lm, params, value_head, prompts, prompt_mask, key, max_new_tokens, opti
     prompts, prompt_mask = prompts.astype(np.int32), prompt_mask.astype(np.bool_)
     _check_prompts(lm, prompts, prompt_mask, max_new_tokens, group_size)
     _check_options(lm.arch.vocab_size, **options, eos_ids=eos_ids)
+    check_whole("pad_id", pad_id, 0)
     mesh = mesh_of(params)
     check_batch(mesh, len(prompts) // group_size, "prompts")
     length = prompts.shape[1]

@@ -230,7 +230,7 @@ def _read_jsonl(path: Path) -> list[tuple[str, Row]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error.msg} at character {error.pos + 1})") from error
         except (ValueError, RecursionError) as error:  # a number of too many digits, lists too deep
@@ -239,6 +239,14 @@ def _read_jsonl(path: Path) -> list[tuple[str, Row]]:
             raise ValueError(f'{path}, line {number}: a {type(row).__name__}, not an object like {{"prompt": "..."}}')
         rows.append((f"line {number}", row))
     return rows
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
 
 
 def _read_text(path: Path, column: str) -> list[tuple[str, Row]]:

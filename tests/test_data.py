@@ -59,6 +59,8 @@ def test_a_long_prompt_is_refused_not_cut(tokenizer: Any) -> None:
     assert len(encode_prompts(["abcd"], tokenizer, chat=False, max_length=4)[0]) == 4
     with pytest.raises(ValueError, match=r"prompt 1 .*has 5 tokens, the limit is 4: shorten.*'abcde'"):
         encode_prompts(["abcd", "abcde"], tokenizer, chat=False, max_length=4)
+    with pytest.raises(ValueError, match=r"a prompt of yours has 5 tokens, the limit is 4.*begins 'abcde'"):
+        encode_prompts(["abcd", "abcde"], tokenizer, chat=False, max_length=4, place="a prompt of yours")
 
 
 def test_prompts_that_cannot_be_encoded_are_refused(tokenizer: Any) -> None:

@@ -318,6 +318,8 @@ def test_the_policy_loss_does_not_touch_the_value_head(model):
         ),
         ({"temperature": 0.0}, "temperature must be above 0.*got 0.0"),
         ({"temperature": math.nan}, "temperature.*nan"),
+        ({"temperature": 1e-45}, "temperature must be above 0.* from 1e-06 on, got 1e-45"),
+        ({"top_k": 2**31}, "top_k must be below 2.31, or None, got 2147483648"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"kl_target": 6.0, "kl_horizon": 0.5}, "kl_horizon=0.5 lets an iteration .* make it more than"),
         ({"top_k": 0}, "top_k must be at least 1, or None, got 0"),

@@ -319,6 +319,7 @@ def test_evaluating_does_not_change_what_is_learnt(config):
         ({**GRPO, "discount": 0.9}, "leave discount at 1, got 0.9"),
         ({"clip_eps_high": -0.1}, "clip_eps_high must be above 0, got -0.1"),
         ({"dual_clip": 1.0}, "dual_clip must be above 1, got 1.0"),
+        ({"dual_clip": float("inf")}, "dual_clip must be above 1, got inf .None sets no bound"),
         ({"importance_cap": 0.0}, "importance_cap must be above 0, got 0.0"),
         ({"kl_loss_coef": -1.0}, "kl_loss_coef must be finite and not below 0, got -1.0"),
         ({"eval_every": 0}, "eval_every must be at least 1, got 0"),

@@ -63,6 +63,7 @@ GOOD = '{"prompt": "a"}\n'
     [
         ("p.jsonl", GOOD + "\n{'prompt': 'b'}", "line 3: not JSON"),
         ("p.jsonl", GOOD + '{"prompt": "b"', "line 2: not JSON"),
+        ("p.jsonl", GOOD + '{"prompt": "b", "n": 1, "prompt": "c"}', "line 2: .*the key 'prompt' is there twice"),
         ("p.jsonl", GOOD + '["b"]', "line 2: a list, not an object"),
         ("p.jsonl", GOOD + '"b"', "line 2: a str, not an object"),
         ("p.jsonl", GOOD + '{"question": "b", "n": 1}', "line 2: there is no column 'prompt'.*'question', 'n'"),

@@ -1,5 +1,6 @@
 """Rewards are black boxes of the user's: whatever they return is either taken whole or refused with its row."""
 
+import asyncio
 import fractions
 import math
 import sys
@@ -129,6 +130,28 @@ def test_a_reward_that_leaves_does_not_end_the_run_in_silence() -> None:
 
     with pytest.raises(RewardError, match="'leaving' raised SystemExit: 0"):
         run(leaving)
+
+
+def test_a_cancelled_judge_is_one_that_failed() -> None:
+    def cancelled(prompts: list[str], completions: list[str]) -> list[float]:
+        raise asyncio.CancelledError
+
+    with pytest.raises(RewardError, match="'cancelled' raised CancelledError"):
+        score([cancelled], None, ["p"], ["c"])
+
+
+def test_a_reward_that_changes_what_the_lists_hold_disturbs_nobody() -> None:
+    prompts, columns = [[{"role": "user", "content": "Hi"}]], {"ref": [[1, {"a": [2]}]], "thing": [print]}
+    seen = []
+
+    def spoils(prompts: Any, completions: Any, ref: Any, thing: Any) -> list[float]:
+        seen.append((prompts[0][0]["content"], ref[0][1]["a"][0], thing[0]))
+        prompts[0][0]["content"], ref[0][1]["a"][0] = "Bye", 3
+        return [0.0]
+
+    score([spoils, spoils], None, prompts, ["c"], columns)
+    assert seen == [("Hi", 2, print)] * 2
+    assert prompts == [[{"role": "user", "content": "Hi"}]] and columns["ref"] == [[1, {"a": [2]}]]
 
 
 def test_an_interrupt_is_no_reward_error() -> None:

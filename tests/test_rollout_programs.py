@@ -96,6 +96,7 @@ def empty_row(mask):
     [
         ({"max_new_tokens": 250}, ["7 tokens", "250", "257", "256"]),
         ({"max_new_tokens": 0}, ["max_new_tokens", "0"]),
+        ({"pad_id": -5}, ["pad_id", "-5"]),
         ({"max_new_tokens": 2.0}, ["max_new_tokens", "2.0"]),
         ({"group_size": 2.0}, ["group_size", "2.0"]),
         ({"temperature": -0.5}, ["temperature", "-0.5"]),

@@ -41,6 +41,7 @@ ONLY: dict[str, Any] = {
     "add_cross_attention": False,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
+    "is_causal": True,
 }
 
 ACTIVATIONS: dict[str, str] = {
@@ -90,7 +91,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     family = config.get("model_type")
     if family is None:
         raise ValueError("the configuration has no field 'model_type'")
-    if family not in DEFAULTS:
+    if not isinstance(family, str) or family not in DEFAULTS:
         raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(sorted(DEFAULTS))}")
     fields = {**DEFAULTS[family], **config}
     _check_options(fields)
@@ -190,8 +191,14 @@ def _above_zero(name: str, value: Any) -> float:
     return float(value)
 
 
+def _boolean(fields: Mapping[str, Any], name: str) -> bool:
+    if not isinstance(fields[name], bool):
+        raise ValueError(f"{name} = {fields[name]!r} must be true or false")
+    return fields[name]
+
+
 def _activation(fields: Mapping[str, Any], name: str) -> str:
-    if fields[name] not in ACTIVATIONS:
+    if not isinstance(fields[name], str) or fields[name] not in ACTIVATIONS:
         raise ValueError(f"{name} {fields[name]!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[fields[name]]
 
@@ -210,7 +217,7 @@ def _rotary(family: str, fields: Mapping[str, Any]) -> Architecture:
     head_dim = _head_dim(width, heads) if fields["head_dim"] is None else _integer(fields, "head_dim")
     if head_dim % 2:
         raise ValueError(f"head_dim = {head_dim} is odd, but rotary positions turn pairs")
-    attention_bias = family != "qwen2" and bool(fields["attention_bias"])
+    attention_bias = family != "qwen2" and _boolean(fields, "attention_bias")
     return Architecture(
         family=family,
         vocab_size=_integer(fields, "vocab_size"),
@@ -228,9 +235,9 @@ def _rotary(family: str, fields: Mapping[str, Any]) -> Architecture:
         gated_mlp=True,
         qkv_bias=attention_bias or family == "qwen2",
         out_bias=attention_bias,
-        mlp_bias=family == "llama" and bool(fields["mlp_bias"]),
+        mlp_bias=family == "llama" and _boolean(fields, "mlp_bias"),
         qk_norm=family == "qwen3",
-        tied=bool(fields["tie_word_embeddings"]),
+        tied=_boolean(fields, "tie_word_embeddings"),
     )
 
 
@@ -255,34 +262,39 @@ def _gpt2(fields: Mapping[str, Any]) -> Architecture:
         out_bias=True,
         mlp_bias=True,
         qk_norm=False,
-        tied=bool(fields["tie_word_embeddings"]),
+        tied=_boolean(fields, "tie_word_embeddings"),
     )
 
 
 def _rope(fields: Mapping[str, Any]) -> Rope:
-    """Read both spellings: `rope_parameters` holds theta too, `rope_scaling` stands beside `rope_theta`."""
-    new, old = fields.get("rope_parameters"), fields.get("rope_scaling")
-    given = old if new is None else new
-    scaling: dict[str, Any] = {} if given is None else dict(given)
-    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
-    scaling.pop("type", None)  # some files carry both spellings of the kind
-    theta = _above_zero("rope_theta", scaling.pop("rope_theta", fields["rope_theta"]))
-    if scaling.pop("partial_rotary_factor", 1.0) != 1.0:
+    """Read either spelling: `rope_parameters` holds theta too, `rope_scaling` stands beside `rope_theta`."""
+    given = {name: fields[name] for name in ("rope_parameters", "rope_scaling") if fields.get(name)}
+    for name, value in given.items():
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name} = {value!r} must be an object of its fields")
+    read = [_rope_of(value, fields["rope_theta"]) for value in given.values()] or [_rope_of({}, fields["rope_theta"])]
+    if any(rope != read[0] for rope in read):  # transformers 4 and 5 do not agree which one counts
+        raise ValueError(f"rope_parameters and rope_scaling do not say the same ({given}): keep the one that is meant")
+    return read[0]
+
+
+def _rope_of(given: Mapping[str, Any], theta: Any) -> Rope:
+    kind = given.get("rope_type", given.get("type", "default"))
+    theta = _above_zero("rope_theta", given.get("rope_theta", theta))
+    if given.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("a partial_rotary_factor other than 1.0 is not supported")
     if kind == "default":
         return Rope(theta=theta)
     if kind != "llama3":
         raise ValueError(f"rope type {kind!r} is not supported; supported: default, llama3")
-    missing = [name for name in _LLAMA3_FIELDS if name not in scaling]
+    missing = [name for name in _LLAMA3_FIELDS if name not in given]
     if missing:
         raise ValueError(f"rope type 'llama3' needs {', '.join(missing)}")
-    return Rope(
-        theta=theta,
-        factor=float(scaling["factor"]),
-        low_freq_factor=float(scaling["low_freq_factor"]),
-        high_freq_factor=float(scaling["high_freq_factor"]),
-        original_max_positions=int(scaling["original_max_position_embeddings"]),
-    )
+    factor, low, high = (_above_zero(name, given[name]) for name in _LLAMA3_FIELDS[:3])
+    if not low < high:
+        raise ValueError(f"low_freq_factor = {low} must be below high_freq_factor = {high}")
+    original = _integer({**given, "model_type": "llama3"}, _LLAMA3_FIELDS[3])
+    return Rope(theta, factor, low, high, original)
 
 
 def _rotary_config(arch: Architecture) -> dict[str, Any]:
