@@ -80,9 +80,8 @@ class ModelJudge(NamedTuple):
             return max(map(len, ids))
 
         longest = max(distributed.shared(encode))  # of the whole batch: all processes take one program
-        return data.left_pad(
-            ids, 0, length=min(data.bucket_length(longest), limit)
-        )  # buckets: few lengths, few programs
+        length = min(data.bucket_length(longest), limit)  # buckets: few lengths, few programs
+        return data.left_pad(ids, 0, length=length)
 
     def fetch(self, asked: jax.Array, texts: Callable[[int], tuple[Prompt, str]], own: Sequence[int]) -> np.ndarray:
         """Bring its scores to the host, refusing any that is not finite: [B] float32.
