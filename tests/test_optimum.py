@@ -10,8 +10,6 @@ import pytest
 from experiments import optimum
 from experiments import token_mdp as mdp
 
-pytestmark = pytest.mark.usefixtures("full_compiles")  # many steps with few programs
-
 FULL = optimum.Config(seeds=2)
 SHORT = dataclasses.replace(FULL, steps=8)
 LIMITS = {"REINFORCE": 0.02, "leave-one-out": 0.02, "actor-critic": 0.02, "PPO": 0.08, "TRPO": 0.08}
@@ -22,6 +20,7 @@ def train(name, config):
     return jax.vmap(lambda key: optimum.run(optimum.METHODS[name], config, key))(keys)
 
 
+@pytest.mark.usefixtures("full_compiles")  # many steps with few programs
 @pytest.mark.parametrize("name", optimum.METHODS)
 def test_every_method_comes_near_the_optimum(name):
     tables, distances = train(name, FULL)
