@@ -22,9 +22,7 @@ from pgjax.prompts import Prompt
 from pgjax.rewards import RewardError
 
 REWARD_MODEL = "reward_model"  # its name among the rewards, in metrics and samples
-Read = Callable[
-    [], tuple[list[str], np.ndarray]
-]  # -> completions of the rows fed here, and whether each ended by itself
+Read = Callable[[], tuple[list[str], np.ndarray]]  # -> completions of the rows fed here; did each end by itself?
 
 
 class ModelJudge(NamedTuple):

@@ -55,10 +55,7 @@ def fed_rows(mesh: Mesh | None, rows: int) -> list[int]:
       >>> fed_rows(None, 3)
       [0, 1, 2]
     """
-    check_batch(mesh, rows, "the batch")
-    parts = holders(mesh)
-    size = rows // len(parts)
-    return [row for part in _own(parts) for row in range(part * size, (part + 1) * size)]
+    return [row for begin, end, _ in _own_spans(mesh, rows) for row in range(begin, end)]
 
 
 def judged_rows(mesh: Mesh | None, rows: int) -> list[int]:
@@ -78,13 +75,10 @@ def judged_rows(mesh: Mesh | None, rows: int) -> list[int]:
       >>> judged_rows(None, 3)
       [0, 1, 2]
     """
-    check_batch(mesh, rows, "the batch")
-    parts = holders(mesh)
-    size = rows // len(parts)
     judged: list[int] = []
-    for part in _own(parts):
-        rank, count = parts[part].index(jax.process_index()), len(parts[part])
-        judged += range(part * size + rank * size // count, part * size + (rank + 1) * size // count)
+    for begin, end, processes in _own_spans(mesh, rows):
+        rank, count, size = processes.index(jax.process_index()), len(processes), end - begin
+        judged += range(begin + rank * size // count, begin + (rank + 1) * size // count)
     return judged
 
 
@@ -140,6 +134,14 @@ def local_rows(x: jax.Array, rows: Sequence[int]) -> np.ndarray:
     pieces = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
     held = {begin + k: row for begin, piece in jax.device_get(pieces).items() for k, row in enumerate(piece)}
     return np.array([held[row] for row in rows], x.dtype).reshape(len(rows), *x.shape[1:])
+
+
+def _own_spans(mesh: Mesh | None, rows: int) -> list[tuple[int, int, list[int]]]:
+    """Where each part that this process holds begins and ends in a batch, and all processes that hold it."""
+    check_batch(mesh, rows, "the batch")
+    parts = holders(mesh)
+    size = rows // len(parts)
+    return [(part * size, (part + 1) * size, parts[part]) for part in _own(parts)]
 
 
 def _own(parts: Sequence[Sequence[int]]) -> list[int]:
