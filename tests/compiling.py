@@ -2,10 +2,11 @@
 
 import importlib.metadata
 
-# Newer ones have one generator of CPU code, and no such option. A program that a test looks at is compiled with these options,
-# and under the fixture `full_compiles`: then it is the one that a user gets.
+# Newer ones have one generator of CPU code, and no such option.
 _CHOICE = importlib.metadata.version("jaxlib").startswith("0.10.")
-AS_FOR_USERS = {"xla_cpu_use_fusion_emitters": True} if _CHOICE else {}
+# A program that a test looks at is compiled with these options, and under the fixture `full_compiles`: then its text, its
+# memory and its counts are those that a user gets. Level 0 is of the machine code alone, which nobody runs.
+AS_FOR_USERS = {"xla_backend_optimization_level": 0, **({"xla_cpu_use_fusion_emitters": True} if _CHOICE else {})}
 
 
 def xla_flags(devices: int) -> str:
