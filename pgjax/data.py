@@ -197,7 +197,15 @@ def batches(
 
     order = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
     steps = grain.MapDataset.range(len(order) // batch_size)
-    return steps.map(lambda step: [order[(step * batch_size + place) // group_size] for place in places])
+
+    def dealt(step: int) -> list[Any]:
+        asked = [(step * batch_size + place) // group_size for place in places]
+        found = {
+            index: order[index] for index in dict.fromkeys(asked)
+        }  # once a group: an index takes a few ms of few rows
+        return [found[index] for index in asked]
+
+    return steps.map(dealt)
 
 
 def split_rows(rows: Sequence[Any], held_out: int, seed: int) -> tuple[list[Any], list[Any]]:

@@ -238,7 +238,11 @@ def test_chapter_4_without_a_baseline_is_chapter_3(small, tmp_path, capsys):
         assert second["variances"][name] < 0.5 * second["variances"]["R"]
 
 
-def test_chapter_3_on_the_real_model(smollm2, tmp_path):
+def test_chapter_3_on_the_first_layers_of_the_real_model(smollm2, tmp_path, monkeypatch):
+    lm, params, tokenizer = smollm2
+    shallow = pg.causal_lm(dataclasses.replace(lm.arch, depth=2))
+    first = params | {"layers": jax.tree.map(lambda x: x[:2], params["layers"])}
+    monkeypatch.setattr(pg, "load", {"smollm2": (shallow, first, tokenizer)}.__getitem__)
     sizes = {"steps": 1, "runs": 1, "topics": 1, "repeat": 2, "noise_repeat": 2, "pairs": 1, "max_new_tokens": 4}
     result = ch3.main(ch3.Config(model="smollm2", picture=tmp_path / "3.png", **sizes))
     assert list(result["cosines"]) == [1]
