@@ -124,7 +124,8 @@ def learner_program(config: Config, sizes: Sizes) -> Program:
     arch = architecture(config, sizes)
     lm = pg.causal_lm(arch, dtype=jnp.dtype(config.dtype))
     params = {"lm": jax.jit(lm.init)(jax.random.key(config.seed)), "value": pg.init_value_head(arch.width)}
-    batch = experience(np.random.default_rng(config.seed), sizes)
+    rng = np.random.default_rng(config.seed)
+    batch = experience(rng, sizes.batch, sizes.length, sizes.length // 2, sizes.vocabulary)
 
     def loss(params: Any, batch: ppo.Batch) -> tuple[jax.Array, Any]:
         return ppo.ppo_loss(
@@ -140,13 +141,13 @@ def learner_program(config: Config, sizes: Sizes) -> Program:
     return Program(compiled, lambda: compiled(params, batch), flops, tokens)
 
 
-def experience(draw: np.random.Generator, sizes: Sizes) -> ppo.Batch:
-    """Make random experience, the last half of each row sampled."""
-    rows, window = sizes.batch, sizes.length // 2 + 1
+def experience(draw: np.random.Generator, rows: int, length: int, sampled: int, vocabulary: int) -> ppo.Batch:
+    """Make random experience, the last tokens of each row sampled."""
+    window = sampled + 1
     noise = lambda: jnp.asarray(draw.standard_normal((rows, window)), jnp.float32)
-    tokens = jnp.asarray(draw.integers(0, sizes.vocabulary, (rows, sizes.length)), jnp.int32)
+    tokens = jnp.asarray(draw.integers(0, vocabulary, (rows, length)), jnp.int32)
     mask = jnp.broadcast_to(jnp.arange(window)[None, :] > 0, (rows, window))
-    guess = jnp.full((rows, window), -math.log(sizes.vocabulary))
+    guess = jnp.full((rows, window), -math.log(vocabulary))
     return ppo.Batch(tokens, jnp.ones(tokens.shape, bool), mask, guess, noise(), noise(), noise())
 
 

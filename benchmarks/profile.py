@@ -1,0 +1,326 @@
+"""Where the time of a sampler's step and of an update goes, by JAX's profiler: which products, at what speed, and all else.
+
+    python -m benchmarks.profile
+    python -m benchmarks.profile --dtype bfloat16 --json benchmarks/results/profile.json
+
+Each program runs once to warm up and once under `jax.profiler.trace`. Every operation's time is set beside the work that its
+instruction in the compiled text says it does:
+
+    FLOPs of a product = 2 * elements of the result * length of the sum
+    of the peak        = FLOPs / seconds / measured matrix peak
+
+Products of weights have no batch dimensions, those of attention have. The profile of the sampler is that of its decode loop
+alone, a step. Operations may run beside each other: a moment is shared out among those that are under way in it. The profiler
+takes time of its own, so the whole program's time is told without it and with it. Programs:
+
+    sampler = `pg.sample`, one compiled program: a prefill, then steps of decoding
+    update  = `ppo.update`: PPO's loss and gradient over a batch of that size, then AdamW
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import gzip
+import json
+import math
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import pgjax as pg
+from benchmarks.hlo import Computation, Instruction, Loop, instructions, parse
+from benchmarks.scaling import experience
+from benchmarks.timing import Row, begun, save, show
+from pgjax import perf, ppo, rollout, train
+
+CONTAINERS = ("while", "conditional", "call")  # whose time is that of what is inside
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One profile. The defaults are the shapes of benchmarks.rollout and benchmarks.iteration."""
+
+    model: str = "SmolLM2-135M-Instruct"  # folder, .gguf file, hub id, or a model that an installed package ships
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations, and of weights while decoding
+    batch_size: int = 16  # rows
+    prompt_length: int = 16  # tokens a prompt
+    new_tokens: int = 32  # of each row sampled, or learned from
+    lines: int = 8  # products that are told one by one, the longest first
+    seed: int = 0  # of what is drawn
+    json: Path | None = None  # write the report here too
+
+
+class Product(NamedTuple):
+    """A matrix product of a program."""
+
+    kind: str  # "weights" or "attention"
+    shape: str  # such as "[3072,576] x [16,576]"
+    flops: float
+
+
+class Program(NamedTuple):
+    """A compiled program that can run, and how often the part that is told runs in it."""
+
+    text: str
+    run: Callable[[], Any]
+    steps: int
+    inside: Callable[[tuple[Loop, ...]], bool]  # whether what stands in these loops is told
+
+
+def main(config: Config) -> Row:
+    """Profile both programs; return and print the report."""
+    lm, params, _ = pg.load(config.model)
+    lm = pg.causal_lm(lm.arch, dtype=jnp.dtype(config.dtype))
+    report = begun(config, None)
+    peaks = perf.measured_peaks(config.dtype)
+    report["peaks"][config.dtype] = peaks._asdict()
+    for name, build in (("sampler, a step", sampler), ("update", update)):
+        report["rows"] += profiled(name, build(config, lm, params), config, peaks)
+    show(f"profile, {config.batch_size} x ({config.prompt_length} + {config.new_tokens}) tokens", report, COLUMNS)
+    save(report, config.json)
+    return report
+
+
+def sampler(config: Config, lm: pg.CausalLM, params: Any) -> Program:
+    """Compile the sampler; of it the loop is told whose length is not known beforehand."""
+    prompts = jnp.asarray(
+        np.random.default_rng(config.seed).integers(1, lm.arch.vocab_size, (config.batch_size, config.prompt_length)),
+        jnp.int32,
+    )
+    options = {
+        "temperature": jnp.float32(1.0), "top_k": jnp.int32(lm.arch.vocab_size), "top_p": jnp.float32(1.0),
+        "min_p": jnp.float32(0.0),
+    }  # fmt: skip
+    key, nothing = jax.random.key(config.seed), jnp.full(8, -1, jnp.int32)
+    given = (params, prompts, jnp.ones(prompts.shape, bool), key, options, nothing, jnp.int32(0))
+    compiled = rollout._generate.lower(lm, *given, max_new_tokens=config.new_tokens).compile()
+    open_ended = lambda loops: any(loop.trips is None for loop in loops)
+    return Program(compiled.as_text() or "", lambda: compiled(*given), config.new_tokens - 1, open_ended)
+
+
+def update(config: Config, lm: pg.CausalLM, params: Any) -> Program:
+    """Compile PPO's update; the state that it consumes is that of the run before."""
+    length, optimizer = config.prompt_length + config.new_tokens, train.adamw(3e-6, updates=1_000_000)
+    start = {"lm": jax.tree.map(jnp.copy, params), "value": pg.init_value_head(lm.arch.width)}
+    held = [train.init_state(start, optimizer)]
+    rows = config.batch_size
+    batch = experience(np.random.default_rng(config.seed), rows, length, config.new_tokens, lm.arch.vocab_size)
+    given = batch._replace(old_logprobs=None), jnp.arange(rows, dtype=jnp.int32)[None, :], jnp.int32(0)
+    compiled = ppo.update.lower(
+        held[0], *given, lm=lm, optimizer=optimizer, microbatches=1, temperature=1.0, clip_eps=0.2, value_clip_eps=0.2,
+        value_coef=0.1, entropy_coef=0.0,
+    ).compile()  # fmt: skip
+
+    def run() -> Any:
+        held[0], metrics = compiled(held[0], *given)
+        return metrics
+
+    return Program(compiled.as_text() or "", run, 1, lambda loops: True)
+
+
+def profiled(name: str, program: Program, config: Config, peaks: perf.Peaks) -> list[Row]:
+    """Run a program under the profiler; a row for each of its longest products, and for what is left."""
+    jax.block_until_ready(program.run())
+    begin = time.perf_counter()
+    jax.block_until_ready(program.run())
+    wall = time.perf_counter() - begin
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(program.run())
+            traced = time.perf_counter() - begin
+        runs = operation_spans(Path(folder), program.text)
+    print(f"{name}: whole program {wall:.3f} s, under the profiler {traced:.3f} s", flush=True)
+    alone, told = told_names(program.text, program.inside)
+    taken = shared_out([x for x in runs if x.name in alone])
+    rows = summed(program.text, {name: x for name, x in taken.items() if name in told})
+    for row in rows:
+        row |= {"who": f"pgjax {name}", "dtype": config.dtype, "seconds": row["seconds"] / program.steps}
+        row |= {"flops": row["flops"] / program.steps, "runs": row["runs"] / program.steps}
+        row["of_peak"] = perf.mfu(row["flops"], row["seconds"], peaks.matmul_flops)
+    total = sum(row["seconds"] for row in rows)
+    for row in rows:
+        row["share"] = row["seconds"] / total
+    rest = [row for row in rows if row["kind"] == "all else"]
+    return shortened([row for row in rows if row["kind"] != "all else"], config.lines) + rest
+
+
+class Span(NamedTuple):
+    """One run of an operation, in seconds of the trace's clock."""
+
+    name: str
+    begin: float
+    end: float
+
+
+def operation_spans(folder: Path, text: str) -> list[Span]:
+    """Read from the profiler's trace when each operation of one program ran."""
+    module = re.match(r"HloModule ([\w.\-]+)", text)
+    events = [
+        event
+        for path in folder.rglob("*.trace.json.gz")
+        for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+        if event.get("ph") == "X"
+    ]
+    of_program = [event for event in events if module and event.get("args", {}).get("hlo_module") == module[1]]
+    if not of_program:
+        raise ValueError(
+            "the profiler's trace names no operation of the program: this device's traces have another form"
+        )
+    return spans(of_program, [event for event in events if event["name"].startswith("end: ")])
+
+
+def spans(begun: Iterable[Row], ended: Iterable[Row]) -> list[Span]:
+    """Say when each run of each operation began and ended.
+
+    On a CPU some products go on in other threads when their own event is over; an event "end: name" tells when they are done.
+
+    >>> product = {"name": "dot", "ts": 1e6, "dur": 1.0, "args": {"hlo_op": "dot"}}
+    >>> spans([product], [{"name": "end: dot", "ts": 2e6, "dur": 0.0}])
+    [Span(name='dot', begin=1.0, end=2.0)]
+    """
+    ends: dict[str, collections.deque[float]] = collections.defaultdict(collections.deque)
+    for event in sorted(ended, key=lambda event: event["ts"]):
+        ends[event["name"].removeprefix("end: ")].append(event["ts"] + event["dur"])
+    found = []
+    for event in sorted(begun, key=lambda event: event["ts"]):
+        name, own = event["args"].get("hlo_op"), event["ts"] + event["dur"]
+        if name is not None:
+            told = ends[name].popleft() if ends[name] else own
+            found.append(Span(name, event["ts"] / 1e6, max(own, told) / 1e6))
+    return found
+
+
+def shared_out(runs: Sequence[Span]) -> dict[str, tuple[float, int]]:
+    """Share every moment out among the operations that are under way in it: seconds and runs of each.
+
+    The seconds add up to the time in which anything was under way.
+
+    >>> shared_out([Span("a", 0.0, 4.0), Span("b", 2.0, 4.0)])
+    {'a': (3.0, 1), 'b': (1.0, 1)}
+    """
+    steps = sorted([(x.begin, 1, x.name) for x in runs] + [(x.end, -1, x.name) for x in runs])
+    under_way: collections.Counter[str] = collections.Counter()
+    seconds: dict[str, float] = dict.fromkeys((x.name for x in runs), 0.0)
+    before = 0.0
+    for moment, change, name in steps:
+        active = under_way.total()
+        for one, count in under_way.items():
+            seconds[one] += (moment - before) * count / active
+        under_way[name] += change
+        if not under_way[name]:
+            del under_way[name]
+        before = moment
+    counts = collections.Counter(x.name for x in runs)
+    return {name: (x, counts[name]) for name, x in seconds.items()}
+
+
+def told_names(text: str, inside: Callable[[tuple[Loop, ...]], bool]) -> tuple[set[str], set[str]]:
+    """Name the operations that hold no others, and those of them that stand inside the loops that are told."""
+    placed = [x for x in instructions(text) if x.instruction.opcode not in CONTAINERS]
+    return {x.instruction.name for x in placed}, {x.instruction.name for x in placed if inside(x.loops)}
+
+
+def summed(text: str, taken: Mapping[str, tuple[float, int]]) -> list[Row]:
+    """Add up the operations of equal products, and all that is no product.
+
+    >>> text = '''HloModule m
+    ... ENTRY main {
+    ...   a = f32[4,8] parameter(0)
+    ...   b = f32[2,8] parameter(1)
+    ...   c = f32[4,2] dot(a, b), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+    ...   d = f32[2,4] transpose(c), dimensions={1,0}
+    ... }'''
+    >>> rows = summed(text, {"c": (0.75, 2), "d": (0.125, 1)})
+    >>> [(row["kind"], row["what"], row["seconds"], row["flops"]) for row in rows]
+    [('weights', '[4,8] x [2,8]', 0.75, 256.0), ('all else', '', 0.125, 0.0)]
+    """
+    blocks, _ = parse(text)
+    rows: dict[tuple[str, str], Row] = {}
+    for block in blocks.values():
+        for one in block.instructions.values():
+            if one.name not in taken:
+                continue
+            seconds, runs = taken[one.name]
+            products = list(products_of(one, block, blocks))
+            key = (products[0].kind, " and ".join(x.shape for x in products)) if products else ("all else", "")
+            row = rows.setdefault(key, {"kind": key[0], "what": key[1], "seconds": 0.0, "flops": 0.0, "runs": 0})
+            row["seconds"] += seconds
+            row["flops"] += runs * sum(x.flops for x in products)
+            row["runs"] += runs
+    return sorted(rows.values(), key=lambda row: (row["kind"] == "all else", -row["seconds"]))
+
+
+def products_of(one: Instruction, block: Computation, blocks: Mapping[str, Computation]) -> Iterable[Product]:
+    """List the matrix products that an operation does, itself or fused into it."""
+    if one.opcode == "dot":
+        known = block.instructions
+        left, right = (known[name].type for name in one.operands)
+        sizes = dimensions(left)
+        summed_over = math.prod(sizes[i] for i in numbers(one.line, "lhs_contracting_dims"))
+        kind = "attention" if numbers(one.line, "lhs_batch_dims") else "weights"
+        flops = 2.0 * math.prod(dimensions(one.type)) * summed_over
+        yield Product(kind, f"{dimensions(left)} x {dimensions(right)}".replace(" ", "").replace("x", " x "), flops)
+    called = re.search(r"\bcalls=%?([\w.\-]+)", one.line)
+    if called is not None and called[1] in blocks:
+        inner = blocks[called[1]]
+        for part in inner.instructions.values():
+            yield from products_of(part, inner, blocks)
+
+
+def dimensions(type_: str) -> list[int]:
+    """Read an array's sizes off its type.
+
+    >>> dimensions("f32[3072,576]{1,0}"), dimensions("f32[]")
+    ([3072, 576], [])
+    """
+    match = re.match(r"\w+\[([\d,]*)\]", type_)
+    return [int(n) for n in match[1].split(",") if n] if match else []
+
+
+def numbers(line: str, name: str) -> list[int]:
+    """Read a list of numbers off an instruction.
+
+    >>> numbers("dot(a, b), lhs_contracting_dims={1,2}", "lhs_contracting_dims")
+    [1, 2]
+    """
+    match = re.search(rf"\b{name}=\{{([\d,]*)\}}", line)
+    return [int(n) for n in match[1].split(",") if n] if match else []
+
+
+def shortened(rows: list[Row], lines: int) -> list[Row]:
+    """Keep the longest rows, and add up the others of each kind."""
+    kept, others = rows[:lines], rows[lines:]
+    for kind in dict.fromkeys(row["kind"] for row in others):
+        same = [row for row in others if row["kind"] == kind]
+        flops, seconds = (sum(row[name] for row in same) for name in ("flops", "seconds"))
+        speed = sum(row["of_peak"] * row["seconds"] for row in same) / seconds
+        both = {name: sum(row[name] for row in same) for name in ("share", "runs")}
+        kept.append(
+            {**same[0], **both, "what": f"{len(same)} others", "seconds": seconds, "flops": flops, "of_peak": speed}
+        )
+    return kept
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "products of": lambda row: row["kind"],
+    "shapes": lambda row: row["what"],
+    "runs": lambda row: f"{row['runs']:.0f}",
+    "ms": lambda row: f"{1e3 * row['seconds']:.2f}",
+    "share": lambda row: f"{row['share']:.0%}",
+    "GFLOP/s": lambda row: f"{row['flops'] / row['seconds'] / 1e9:.0f}" if row["flops"] else "-",
+    "of the peak": lambda row: f"{row['of_peak']:.0%}" if row["flops"] else "-",
+}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

@@ -1,0 +1,59 @@
+"""The profile of a step and of an update: what its products do is what paper says, and no time is lost or told twice."""
+
+import jax.numpy as jnp
+import pytest
+
+import pgjax as pg
+from benchmarks import profile
+from pgjax import perf
+from tests.tiny_model import save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = save_tiny_model(tmp_path_factory.mktemp("model"))
+    return profile.main(profile.Config(model=str(folder), batch_size=4, prompt_length=8, new_tokens=4, lines=3))
+
+
+def rows_of(report, name, kind):
+    return [row for row in report["rows"] if row["who"] == f"pgjax {name}" and row["kind"] == kind]
+
+
+def test_the_products_of_a_step_are_those_on_paper(report, tmp_path):
+    arch = pg.load(save_tiny_model(tmp_path))[0].arch
+    weights, attention = (rows_of(report, "sampler, a step", kind) for kind in ("weights", "attention"))
+    assert sum(row["flops"] for row in weights) == perf.forward_flops(arch, tokens=4, context=0, head_tokens=4)
+    slots = 8 + 4  # the whole cache, what is still empty too
+    assert sum(row["flops"] for row in attention) == 4 * 4 * arch.depth * arch.heads * arch.head_dim * slots
+
+
+def test_an_updates_products_are_forward_and_backward(report, tmp_path):
+    arch = pg.load(save_tiny_model(tmp_path))[0].arch
+    rows = rows_of(report, "update", "weights")
+    once = perf.forward_flops(arch, tokens=4 * 12, context=0, head_tokens=4 * 5)
+    assert 3 * once <= sum(row["flops"] for row in rows) < 4.2 * once  # of the head, the logits are computed twice
+
+
+def test_all_of_the_time_is_told_once(report):
+    for name in ("sampler, a step", "update"):
+        rows = [row for row in report["rows"] if row["who"] == f"pgjax {name}"]
+        assert sum(row["share"] for row in rows) == pytest.approx(1) and all(row["seconds"] > 0 for row in rows)
+        assert [row["kind"] for row in rows].count("all else") == 1
+        assert len(rows) <= 3 + 2 + 1  # the longest, the others of both kinds, what is no product
+
+
+def test_a_trace_without_the_program_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="names no operation of the program"):
+        profile.operation_spans(tmp_path, "HloModule jit_f")
+
+
+def test_moments_are_shared_among_what_is_under_way():
+    runs = [
+        profile.Span("a", 0.0, 2.0),
+        profile.Span("b", 1.0, 4.0),
+        profile.Span("a", 1.0, 2.0),
+        profile.Span("c", 5.0, 6.0),
+    ]
+    found = profile.shared_out(runs)
+    assert found == {"a": (pytest.approx(1 + 2 / 3), 2), "b": (pytest.approx(1 / 3 + 2), 1), "c": (1.0, 1)}
+    assert jnp.isclose(sum(seconds for seconds, _ in found.values()), 5.0)  # nothing ran from 4 to 5
