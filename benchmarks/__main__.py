@@ -11,7 +11,8 @@ failure is named at the end and the exit status is 1. The peers run in turn with
     achieved = limit / seconds
     times    = the peer's median seconds / ours
 
-The pictures are the roofline with every row on it (roofline.png) and the curves of growth (growth.png).
+The pictures are the roofline with every row on it (roofline.png) and the curves of growth (growth.png), drawn from all reports
+in the folder: a run of one benchmark renews its own points and keeps the others'.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks import compile, iteration, learner, logprobs, pictures, rollout, scaling, scoring
+from benchmarks.checks import check_writable, command
 from benchmarks.timing import OURS, Row
+from benchmarks.worker import installed
 
 BENCHMARKS: dict[str, Any] = {
     "rollout": rollout, "scoring": scoring, "learner": learner, "logprobs": logprobs, "iteration": iteration,
@@ -57,20 +59,22 @@ class Config:
 
     only: tuple[Name, ...] = ()  # benchmarks to run; none given: all
     peer: bool = True  # alternate with torch, TRL and Tunix where they are installed
-    peer_pythons: tuple[
-        str, ...
-    ] = ()  # interpreters that are asked in turn for the peers' packages; none given: this one
-    output: Path = Path("benchmarks/results")  # folder of the JSON files and pictures
+    peer_pythons: tuple[str, ...] = ()  # interpreters that are asked, in order, for the peers; none: this one
+    output: Path = Path("runs/benchmarks")  # folder of the JSON files and pictures
 
 
 def main(config: Config) -> int:
     """Run the benchmarks; return the exit status."""
     names = [name for name in BENCHMARKS if not config.only or name in config.only]
-    reports, failures = run_all({name: configured(name, config) for name in names}, BENCHMARKS)
+    configs = {name: configured(name, config) for name in names}
+    for one in configs.values():
+        check_writable("output", one.json)
+    for python in config.peer_pythons:
+        installed(python, ())  # one that does not run is told now, and not by each benchmark
+    reports, failures = run_all(configs, BENCHMARKS)
     console = Console(width=None if Console().is_terminal else 160)
-    for path in pictures.draw(config.output, reports):
-        console.print(f"picture: {path}")
     console.print(summary(reports))
+    pictures.main(pictures.Config(folder=config.output))  # of earlier runs' reports too
     for name, message in failures.items():
         console.print(f"FAILED {name}: {message}", style="bold red", markup=False)
     return 1 if failures else 0
@@ -150,4 +154,4 @@ def part_of(row: Row) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(command(main, Config, __doc__))

@@ -27,10 +27,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from benchmarks.checks import Dtype, check, command
 from benchmarks.compile_once import PROGRAMS, Sizes
 from benchmarks.pod_programs import MODELS
+from benchmarks.random_model import Size
 from benchmarks.timing import Row, begun, save, show
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,9 +41,9 @@ CACHES = ("cold", "cached")
 class Config:
     """One benchmark. The defaults are SmolLM2's shape and the sizes that `rollout` and `learner` work on."""
 
-    model: str = "135M"  # of pod_programs.MODELS: a shape, not weights
+    model: Size = "135M"  # of pod_programs.MODELS: a shape, not weights
     depth: int | None = None  # layers; None for the model's own
-    dtypes: tuple[str, ...] = ("float32",)  # of activations, and of weights while decoding
+    dtypes: tuple[Dtype, ...] = ("float32",)  # of activations, and of weights while decoding
     sampler_rows: int = 16  # prompts
     prompt_length: int = 16  # tokens a prompt
     new_tokens: int = 64  # sampled for each prompt
@@ -57,8 +57,9 @@ class Config:
 
 def main(config: Config) -> Row:
     """Run the benchmark; return and print the report."""
-    if config.repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {config.repeats}")
+    check(config)
+    if config.model not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {config.model!r}")
     report = begun(config, None)
     for dtype in config.dtypes:
         rounds = [one_round(config, dtype) for _ in range(config.repeats)]
@@ -116,6 +117,7 @@ def measure(dtype: str, cache: str, program: str, rounds: list[dict[str, dict[st
         "seconds": statistics.median(totals),
         "fastest_seconds": min(totals),
         "slowest_seconds": max(totals),
+        "round_seconds": totals,
         "cpu_seconds": statistics.median(column("cpu")),
         "trace_seconds": statistics.median(column("trace")),
         "compile_seconds": statistics.median(column("compile")),
@@ -140,4 +142,4 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(main, Config, __doc__)

@@ -82,9 +82,7 @@ class Config:
 
     model: str = "runs/sft/model"  # the reference: folder or any other source that pg.load takes
     prompts: str | None = None  # to train on: .jsonl, .csv, .parquet, .txt or module:function; None: from the reviews
-    held_out: str | None = (
-        None  # likewise, to evaluate on; None: of reviews kept aside, or rows of `prompts` kept aside
-    )
+    held_out: str | None = None  # likewise, to evaluate on; None: kept aside of the reviews, or of `prompts`
     prompt_tokens: int = 6  # length of the prompts that are cut from the reviews
     held_out_prompts: int = 128  # at most so many are evaluated on
     reward: str = "experiments.sentiment:whole_text_sentiment"  # the black box, as module:function

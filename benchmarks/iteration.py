@@ -34,9 +34,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 import pgjax as pg
+from benchmarks.checks import Dtype, check, command
 from benchmarks.timing import (
     LIMIT,
     SPEED,
@@ -45,7 +45,6 @@ from benchmarks.timing import (
     Timing,
     add_ratios,
     begun,
-    best_peaks,
     figures,
     median_result,
     roofline,
@@ -55,7 +54,7 @@ from benchmarks.timing import (
     weight_bytes,
     with_peaks,
 )
-from benchmarks.worker import Beside, Need, Peer, choose, device, model_folder, workers
+from benchmarks.worker import Beside, Need, Peer, choose, device, leave_out, model_folder, workers
 from experiments.ppo import Config as PPO
 from experiments.task import fold_in
 from pgjax import perf, ppo, train
@@ -89,7 +88,7 @@ PASSES = {
 class Config(Beside):
     """One benchmark. The defaults are the shapes that the committed table was measured at."""
 
-    dtypes: tuple[str, ...] = ("float32",)  # of activations; parameters are float32, TRL casts inside by autocast
+    dtypes: tuple[Dtype, ...] = ("float32",)  # of activations; parameters are float32, TRL casts inside by autocast
     batch_size: int = 16  # completions an iteration
     prompt_length: int = 16  # tokens a prompt
     new_tokens: int = 32  # sampled for each prompt; none ends early
@@ -102,6 +101,7 @@ class Config(Beside):
 
 def main(config: Config) -> Row:
     """Run the benchmark; return and print the report."""
+    check(config)
     if config.group_size < 2 or config.batch_size % config.group_size or config.batch_size % config.parts:
         raise ValueError(
             f"batch_size={config.batch_size} must be a multiple of group_size={config.group_size}, at least 2, "
@@ -116,20 +116,20 @@ def main(config: Config) -> Row:
     with model_folder(lm, params) as folder:
         for dtype in config.dtypes:
             ours = pg.causal_lm(lm.arch, dtype=jnp.dtype(dtype))
-            found: dict[str, tuple[perf.Peaks, Timing]] = {}
+            found: dict[str, Timing] = {}
+            failures: dict[str, str] = {}
             setups = peer_setups(config, folder, prompts, dtype)
             for who, peer in VERSUS.items():
                 run = contender(config, ours, params, prompts, who)
-                with workers((peer,), pythons, setups) as running:
+                with workers((peer,), pythons, setups, failures) as running:
                     report["peers"] |= {who: worker.versions for who, worker in running.items()}
                     pair = {who: run} | {who: worker.run for who, worker in running.items()}
-                    peaks, times = with_peaks(dtype, pair, config.repeats)
-                found |= {name: (peaks, timing) for name, timing in times.items()}
-            best = best_peaks(peaks for peaks, _ in found.values())
-            report["peaks"][dtype] = best._asdict()
+                    peaks, times = with_peaks(report, dtype, pair, config.repeats)
+                found |= times
+            leave_out(report, dtype, failures)
             report["rows"] += [
-                {"who": who, "dtype": dtype, **measure(config, lm.arch, dtype, best, who, timing)}
-                for who, (_, timing) in found.items()
+                {"who": who, "dtype": dtype, **measure(config, lm.arch, dtype, peaks, who, timing)}
+                for who, timing in found.items()
             ]
     add_ratios(report["rows"], {who: (peer.who,) for who, peer in VERSUS.items()})
     show(f"iteration, {config.batch_size} x ({config.prompt_length} + {config.new_tokens}) tokens", report, COLUMNS)
@@ -285,4 +285,4 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(main, Config, __doc__)

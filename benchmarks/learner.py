@@ -28,9 +28,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 import pgjax as pg
+from benchmarks.checks import Dtype, check, command
 from benchmarks.timing import (
     LIMIT,
     OURS,
@@ -64,7 +64,7 @@ PEERS = (
 class Config(Beside):
     """One benchmark. The defaults are the shapes that the committed table was measured at."""
 
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")  # of activations; parameters and gradients are float32
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")  # of activations; parameters and gradients are float32
     batch_size: int = 8  # sequences
     length: int = 128  # tokens a sequence
     new_tokens: int = 64  # of them sampled: the window of the log-probabilities
@@ -72,6 +72,7 @@ class Config(Beside):
 
 def main(config: Config) -> Row:
     """Run the benchmark; return and print the report."""
+    check(config)
     if not 0 < config.new_tokens < config.length:
         raise ValueError(f"new_tokens={config.new_tokens} must be between 0 and length={config.length}")
     lm, params, _ = pg.load(config.model)
@@ -169,4 +170,4 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(main, Config, __doc__)

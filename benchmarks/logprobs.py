@@ -30,9 +30,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 import pgjax as pg
+from benchmarks.checks import Dtype, check, command
 from benchmarks.timing import (
     LIMIT,
     SPEED,
@@ -57,7 +57,7 @@ Loss = Callable[..., jax.Array]
 class Config:
     """One benchmark. The defaults are SmolLM2's head over four rows of 1024 tokens."""
 
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")  # of hidden states and unembedding
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")  # of hidden states and unembedding
     batch_size: int = 4  # rows
     length: int = 1024  # tokens a row
     vocab_size: int = 49152  # rows of the unembedding
@@ -70,6 +70,7 @@ class Config:
 
 def main(config: Config) -> Row:
     """Run the benchmark; return and print the report."""
+    check(config)
     report = begun(config, None)
     for dtype in config.dtypes:
         inputs = make_inputs(config, dtype)
@@ -78,8 +79,7 @@ def main(config: Config) -> Row:
             for who, loss in losses(config, dtype).items()
         }
         runs = {who: timed(functools.partial(program, *inputs)) for who, program in programs.items()}
-        peaks, times = with_peaks(dtype, runs, config.repeats)
-        report["peaks"][dtype] = peaks._asdict()
+        peaks, times = with_peaks(report, dtype, runs, config.repeats)
         exact = programs[NAIVE if dtype == "float32" else WIDE](*inputs)[1]
         report["rows"] += [
             {"who": who, "dtype": dtype, **measure(config, dtype, peaks, times[who]), **checks(program, inputs, exact)}
@@ -171,4 +171,4 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(main, Config, __doc__)

@@ -49,8 +49,8 @@ class Config:
     """One benchmark. The defaults are what the committed figures were made with."""
 
     topologies: tuple[str, ...] = tuple(TOPOLOGIES)  # of the pods
-    models: tuple[str, ...] = tuple(MODELS)
-    programs: tuple[str, ...] = PROGRAMS
+    models: tuple[str, ...] = tuple(MODELS)  # by their number of weights
+    programs: tuple[str, ...] = PROGRAMS  # that are compiled
     mesh: str | None = None  # for all of them, as data=4,fsdp=4; None: `pod_programs.MESHES`
     prompt_length: int = 256  # tokens
     new_tokens: int = 256  # sampled for each prompt

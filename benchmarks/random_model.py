@@ -22,7 +22,13 @@ Size = Literal["135M", "0.5B", "1.5B", "8B"]
 
 
 def main(size: tyro.conf.Positional[Size], folder: tyro.conf.Positional[Path], seed: int = 0) -> None:
-    """Draw the weights and write them in Hugging Face layout."""
+    """Draw the weights and write them in Hugging Face layout.
+
+    Args:
+        size: shape of the model, named by its number of weights.
+        folder: to write it to.
+        seed: of the weights.
+    """
     lm = pg.causal_lm(architecture_of(MODELS[size]))
     pg.save_pretrained(folder, lm, jax.jit(lm.init)(jax.random.key(seed)), None)
 

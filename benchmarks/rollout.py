@@ -7,6 +7,7 @@ Two programs are timed, one that samples a single token and one that samples the
 
     prefill  = seconds of the one-token program (it holds the prompts' forward pass and one draw)
     decode   = (seconds of the whole program - prefill) / (new_tokens - 1), a step
+               without figures where the whole program took no longer than the one-token program: it is lost in the noise
     tokens/s = batch_size * new_tokens / seconds of the whole program
     MBU      = perf.decode_bytes(batch_size, context = prompt + new_tokens / 2) / (decode * measured read bandwidth)
     MFU      = perf.forward_flops of the same step / (decode * measured matrix peak of that dtype)
@@ -27,9 +28,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 import pgjax as pg
+from benchmarks.checks import Dtype, check, command
 from benchmarks.timing import (
     LIMIT,
     SPEED,
@@ -56,7 +57,7 @@ PEERS = (
 class Config(Beside):
     """One benchmark. The defaults are the shapes that the committed table was measured at."""
 
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")  # of activations, weights while decoding, and the cache
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")  # of activations, weights while decoding, and the cache
     batch_size: int = 16  # prompts
     prompt_length: int = 16  # tokens a prompt
     new_tokens: int = 64  # sampled for each prompt; none ends early
@@ -64,6 +65,7 @@ class Config(Beside):
 
 def main(config: Config) -> Row:
     """Run the benchmark; return and print the report."""
+    check(config)
     if config.new_tokens < 2:
         raise ValueError(f"new_tokens must be at least 2, to tell decode from prefill, got {config.new_tokens}")
     lm, params, _ = pg.load(config.model)
@@ -118,24 +120,26 @@ def measure(config: Config, arch: pg.Architecture, dtype: str, peaks: perf.Peaks
     """Turn times into the figures of the table."""
     size, rows, steps = jnp.dtype(dtype).itemsize, config.batch_size, config.new_tokens - 1
     prefill = statistics.median(first.wall)
-    decode = max(statistics.median(whole.wall) - prefill, 1e-9) / steps
+    between = statistics.median(whole.wall) - prefill
+    decode = between / steps if between > 0 else None  # None: too short to be told from noise
     cpu = max(statistics.median(whole.cpu) - statistics.median(first.cpu), 0.0) / steps
     a_step, prompts = decode_work(config, arch, size), prefill_work(config, arch, size)
     flops, read = (begin + steps * step for begin, step in zip(prompts, a_step, strict=True))
     row = figures(whole, rows * config.new_tokens)
-    of_decode = roofline(decode, a_step[0], a_step[1], peaks)
+    parts = {"prefill": {"seconds": prefill, **roofline(prefill, *prompts, peaks)}}
+    if decode is not None:
+        parts["decode"] = {"seconds": decode, **roofline(decode, *a_step, peaks)}
+    of_decode = parts.get("decode", {"mbu": None, "mfu": None})
     return {
         **row,
         **roofline(row["seconds"], flops, read, peaks),
         "prefill_seconds": prefill,
         "decode_step_seconds": decode,
-        "decode_step_cpu_seconds": cpu,
+        "decode_step_cpu_seconds": None if decode is None else cpu,
         "decode_mbu": of_decode["mbu"],
         "decode_mfu": of_decode["mfu"],
-        "parts": {
-            "prefill": {"seconds": prefill, **roofline(prefill, prompts[0], prompts[1], peaks)},
-            "decode": {"seconds": decode, **of_decode},
-        },
+        "prefill_round_seconds": first.wall,
+        "parts": parts,
     }
 
 
@@ -156,12 +160,14 @@ def decode_work(config: Config, arch: pg.Architecture, size: int) -> tuple[float
 COLUMNS: dict[str, Callable[[Row], str]] = {
     **SPEED,
     "prefill ms": lambda row: f"{1e3 * row['prefill_seconds']:.0f}",
-    "decode ms a step": lambda row: f"{1e3 * row['decode_step_seconds']:.1f}",
-    "decode MBU": lambda row: f"{row['decode_mbu']:.0%}",
-    "decode MFU": lambda row: f"{row['decode_mfu']:.0%}",
+    "decode ms a step": lambda row: (
+        "-" if row["decode_step_seconds"] is None else f"{1e3 * row['decode_step_seconds']:.1f}"
+    ),
+    "decode MBU": lambda row: "-" if row["decode_mbu"] is None else f"{row['decode_mbu']:.0%}",
+    "decode MFU": lambda row: "-" if row["decode_mfu"] is None else f"{row['decode_mfu']:.0%}",
     **LIMIT,
 }
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(main, Config, __doc__)

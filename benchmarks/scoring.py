@@ -25,9 +25,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 import pgjax as pg
+from benchmarks.checks import Dtype, check, command
 from benchmarks.timing import (
     LIMIT,
     OURS,
@@ -57,7 +57,7 @@ PEERS = tuple(
 class Config(Beside):
     """One benchmark. The defaults are the shapes that the committed table was measured at."""
 
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")  # of activations; parameters are float32
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")  # of activations; parameters are float32
     batch_size: int = 8  # sequences
     length: int = 128  # tokens a sequence
     new_tokens: int = 64  # of them sampled: the window of the log-probabilities
@@ -66,9 +66,10 @@ class Config(Beside):
 
 def main(config: Config) -> Row:
     """Run the benchmark; return and print the report."""
+    check(config)
     if not 0 < config.new_tokens < config.length:
         raise ValueError(f"new_tokens={config.new_tokens} must be between 0 and length={config.length}")
-    if config.parts < 1 or config.batch_size % config.parts:
+    if config.batch_size % config.parts:
         raise ValueError(f"batch_size={config.batch_size} does not divide into parts={config.parts}")
     lm, params, _ = pg.load(config.model)
     tokens = np.random.default_rng(config.seed).integers(1, lm.arch.vocab_size, (config.batch_size, config.length))
@@ -133,4 +134,4 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(main, Config, __doc__)

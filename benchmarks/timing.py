@@ -15,7 +15,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
-from jax.typing import DTypeLike
 from rich.console import Console
 from rich.table import Table
 
@@ -41,6 +40,10 @@ class Sample(NamedTuple):
 
 
 Contender = Callable[[], Sample]
+
+
+class PeerError(RuntimeError):
+    """A peer can't go on; its words are the message."""
 
 
 class Timing(NamedTuple):
@@ -79,6 +82,8 @@ def timed(run: Callable[[], object], *, clock: Callable[[], float] = time.perf_c
 def alternate(contenders: Mapping[str, Contender], repeats: int) -> dict[str, Timing]:
     """Run the contenders in turn, one warm-up each and then `repeats` rounds, so that all meet the same disturbances.
 
+    A peer that can't go on takes no further turns, and has no times.
+
     Args:
         contenders: name to a call that runs once and says what that took: of `timed`, or of a worker process.
         repeats: timed rounds.
@@ -95,10 +100,14 @@ def alternate(contenders: Mapping[str, Contender], repeats: int) -> dict[str, Ti
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
-    for contender in contenders.values():
-        contender()
-    rounds = [{name: contender() for name, contender in contenders.items()} for _ in range(repeats)]
-    return {name: Timing(*(list(x) for x in zip(*(turn[name] for turn in rounds), strict=True))) for name in contenders}
+    samples: dict[str, list[Sample]] = {name: [] for name in contenders}
+    for _ in range(1 + repeats):
+        for name in tuple(samples):
+            try:
+                samples[name].append(contenders[name]())
+            except PeerError:  # `Worker` keeps its words
+                del samples[name]
+    return {name: Timing(*(list(x) for x in zip(*taken[1:], strict=True))) for name, taken in samples.items()}
 
 
 def median_result(timing: Timing, name: str) -> float:
@@ -122,6 +131,7 @@ def figures(timing: Timing, tokens: float) -> Row:
         "seconds": median,
         "fastest_seconds": min(timing.wall),
         "slowest_seconds": max(timing.wall),
+        "round_seconds": timing.wall,
         "cpu_seconds": statistics.median(timing.cpu),
     }
 
@@ -196,12 +206,27 @@ def best_peaks(measured: Iterable[perf.Peaks]) -> perf.Peaks:
 
 
 def with_peaks(
-    dtype: DTypeLike, contenders: Mapping[str, Contender], repeats: int
+    report: Row, dtype: str, contenders: Mapping[str, Contender], repeats: int
 ) -> tuple[perf.Peaks, dict[str, Timing]]:
-    """Time alternating runs, and measure the machine's peaks right before and right after them."""
+    """Time alternating runs, and measure the machine's peaks right before and right after them.
+
+    Args:
+        report: "measured_peaks" of the dtype takes both, "peaks" the best of all that stand there.
+        dtype: of the matrix product.
+        contenders: as for `alternate`.
+        repeats: timed rounds.
+
+    Returns:
+        The best peaks of the dtype, which shares are of; and the times.
+    """
     before = perf.measured_peaks(dtype)
     times = alternate(contenders, repeats)
-    return best_peaks([before, perf.measured_peaks(dtype)]), times
+    after = perf.measured_peaks(dtype)
+    measured = report["measured_peaks"].setdefault(dtype, [])
+    measured.append({"before": before._asdict(), "after": after._asdict()})
+    best = best_peaks(perf.Peaks(**peaks) for both in measured for peaks in both.values())
+    report["peaks"][dtype] = best._asdict()
+    return best, times
 
 
 def machine() -> Row:
@@ -214,7 +239,7 @@ def machine() -> Row:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return {
-        "date": time.strftime("%Y-%m-%d"),
+        "date": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()),
         "device": jax.devices()[0].device_kind,
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -257,7 +282,7 @@ def show(title: str, report: Row, columns: Mapping[str, Callable[[Row], str]]) -
             by = f"{ratio['fastest']:.2f} by the fastest runs, {ratio['cpu']:.2f} by CPU time"
             console.print(f"{row['dtype']}: {ratio['wall']:.2f} times as fast as {peer} ({by})")
     if report["peer"] is not None:
-        console.print(report["peer"])
+        console.print(report["peer"], markup=False)
 
 
 SPEED: dict[str, Callable[[Row], str]] = {
@@ -278,7 +303,8 @@ def plain(config: Any) -> Row:
 
 def begun(config: Any, absent: str | None) -> Row:
     """Begin a report: where, with what, and which peers are not there."""
-    return {"machine": machine(), "config": plain(config), "peer": absent, "peers": {}, "peaks": {}, "rows": []}
+    return {"machine": machine(), "config": plain(config), "peer": absent, "peers": {}, "peaks": {},
+            "measured_peaks": {}, "rows": []}  # fmt: skip
 
 
 def save(report: Row, path: Path | None) -> None:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 
 import pgjax as pg
-from benchmarks.timing import OURS, Contender, Row, Sample, Timing, add_ratios, begun, with_peaks
+from benchmarks.timing import OURS, Contender, PeerError, Row, Sample, Timing, add_ratios, begun, with_peaks
 from pgjax import perf
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,6 +110,8 @@ def numbers(version: str) -> tuple[int, ...]:
 def installed(python: str, packages: tuple[str, ...]) -> dict[str, str]:
     """Ask an interpreter for its own version and those of packages; absent ones are left out.
 
+    What is no Python has none of them: its answer stands under "unfit".
+
     Raises:
         ValueError: it does not run.
     """
@@ -119,7 +121,23 @@ def installed(python: str, packages: tuple[str, ...]) -> dict[str, str]:
         raise ValueError(f"peer_pythons: {python} does not run ({error})") from error
     if done.returncode != 0:
         raise ValueError(f"peer_pythons: {python} does not run:\n{done.stderr[-1000:]}")
-    return json.loads(done.stdout)
+    found = parsed(done.stdout)
+    return (
+        found if "python" in found else {"unfit": f"{Path(python).name}, asked for its packages, said {done.stdout!r}"}
+    )
+
+
+def parsed(text: str) -> dict[str, Any]:
+    """Read an object of JSON; anything else is an empty one.
+
+    >>> parsed('{"wall": 1.5}'), parsed("Segmentation fault"), parsed("")
+    ({'wall': 1.5}, {}, {})
+    """
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def choose(
@@ -146,7 +164,11 @@ def choose(
             continue
         packages = tuple(need.package for need in peer.needs)
         asked = [(python, installed(python, packages)) for python in pythons or (sys.executable,)]
-        serving = [python for python, versions in asked if all(need.met_by(versions) for need in peer.needs)]
+        serving = [
+            python
+            for python, versions in asked
+            if "unfit" not in versions and all(need.met_by(versions) for need in peer.needs)
+        ]
         if serving:
             found[peer.who] = serving[0]
         else:
@@ -161,7 +183,8 @@ def missing(peer: Peer, asked: Sequence[Mapping[str, str]]) -> str:
     'TRL PPO missing: needs trl < 1.13, torch; Python 3.11.7 has trl not installed, torch 2.13.0 (--peer-pythons names others)'
     """
     has = [
-        f"Python {versions['python']} has "
+        versions.get("unfit")
+        or f"Python {versions['python']} has "
         + ", ".join(f"{need.package} {versions.get(need.package, 'not installed')}" for need in peer.needs)
         for versions in asked
     ]
@@ -176,38 +199,55 @@ class Worker:
         """Start it and wait until it is ready.
 
         Raises:
-            RuntimeError: it ended before, with what it printed.
+            PeerError: it ended before or gave no answer, with what it printed.
         """
         self.who = who
+        self.failure: str | None = None  # why it can't go on, with what it printed
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  of stderr: a pipe that nobody reads would fill up
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, cwd=ROOT,
             env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
         )  # fmt: skip
         try:
-            self.versions: dict[str, str] = self._ask(setup)["versions"]
+            self.versions: dict[str, str] = self._ask(setup, "versions")["versions"]
         except BaseException:
             self.close()
             raise
 
     def run(self, **ask: Any) -> Sample:
-        """Let it do its work once."""
-        answer = self._ask(ask)
+        """Let it do its work once.
+
+        Raises:
+            PeerError: it can't, now or since an earlier run, with what it printed.
+        """
+        answer = self._ask(ask, "wall", "cpu")
         return Sample(answer.pop("wall"), answer.pop("cpu"), answer)
 
-    def _ask(self, line: Mapping[str, Any]) -> dict[str, Any]:
+    def _ask(self, line: Mapping[str, Any], *needed: str) -> dict[str, Any]:
+        if self.failure is not None:
+            raise PeerError(f"{self.who} {self.failure}")
         assert self._process.stdin is not None and self._process.stdout is not None
-        answer = ""
+        text = ""
         with contextlib.suppress(BrokenPipeError):  # it has ended: the error below says so
             self._process.stdin.write(json.dumps(line) + "\n")
             self._process.stdin.flush()
-            answer = self._process.stdout.readline()
-        if answer.endswith("\n"):
-            return json.loads(answer)
-        code = self._process.wait()
+            text = self._process.stdout.readline()
+        answer = parsed(text)
+        if answer.keys() >= set(needed):
+            return answer
+        self.failure = self._last_words(text)
+        raise PeerError(f"{self.who} {self.failure}")
+
+    def _last_words(self, text: str) -> str:
+        if text.endswith("\n"):  # it lives, but nobody knows what it would say next
+            self._process.kill()
+            self._process.wait()
+            ended = f"answered {text[:200].strip()!r}"
+        else:
+            ended = f"ended with status {self._process.wait()}"
         self._said.seek(0)
         printed = self._said.read().decode(errors="replace")[-3000:].strip()
-        raise RuntimeError(f"{self.who} ended with status {code}; it printed:\n{printed}")
+        return f"{ended}; it printed:\n{printed}" if printed else f"{ended}; it printed nothing"
 
     def close(self) -> None:
         """End it: it sees the end of its input, and has ten seconds to go."""
@@ -225,17 +265,45 @@ class Worker:
 
 @contextlib.contextmanager
 def workers(
-    peers: Sequence[Peer], pythons: Mapping[str, str], setups: Mapping[str, Mapping[str, Any]]
+    peers: Sequence[Peer], pythons: Mapping[str, str], setups: Mapping[str, Mapping[str, Any]], failures: dict[str, str]
 ) -> Iterator[dict[str, Worker]]:
-    """Start those of the peers that have an interpreter and a set-up, one after the other; end them afterwards."""
+    """Start those of the peers that have an interpreter and a set-up, one after the other; end them afterwards.
+
+    Args:
+        peers: to start.
+        pythons: name of a peer to its interpreter.
+        setups: name of a peer to what it needs to know.
+        failures: takes the words of those that could not start, and at the end of those that could not go on.
+    """
     with contextlib.ExitStack() as stack:
         running: dict[str, Worker] = {}
         for peer in peers:
             if peer.who in pythons and peer.who in setups:
                 command = [pythons[peer.who], "-m", peer.program]
-                running[peer.who] = Worker(peer.who, command, setups[peer.who])
-                stack.callback(running[peer.who].close)
+                try:
+                    running[peer.who] = Worker(peer.who, command, setups[peer.who])
+                except PeerError as error:
+                    failures[peer.who] = str(error)
+                else:
+                    stack.callback(running[peer.who].close)
         yield running
+        failures |= {who: f"{who} {worker.failure}" for who, worker in running.items() if worker.failure is not None}
+
+
+def leave_out(report: Row, dtype: str, failures: Mapping[str, str]) -> None:
+    """Add to a report's missing peers those that failed in a dtype: how, and their last line; all they said goes to stderr.
+
+    >>> report = {"peer": None}
+    >>> leave_out(report, "float32", {"torch": "torch ended with status 1; it printed:\\nTraceback\\nMemoryError: 2 GB"})
+    >>> report["peer"]
+    'left out in float32: torch ended with status 1; it printed: MemoryError: 2 GB'
+    """
+    lines = []
+    for words in failures.values():
+        print(f"left out in {dtype}: {words}", file=sys.stderr, flush=True)
+        first, *rest = words.splitlines()
+        lines.append(" ".join([f"left out in {dtype}: {first}", *rest[-1:]]))
+    report["peer"] = "\n".join([*filter(None, [report["peer"]]), *lines]) or None
 
 
 @contextlib.contextmanager
@@ -276,12 +344,15 @@ def compare(
     report = begun(config, absent)
     with model_folder(lm, params) as folder:
         for dtype in dtypes:
-            with workers(peers, pythons, setups(folder, dtype)) as running:
+            failures: dict[str, str] = {}
+            with workers(peers, pythons, setups(folder, dtype), failures) as running:
                 report["peers"] |= {who: worker.versions for who, worker in running.items()}
-                peaks, times = with_peaks(dtype, runs(dtype, running), config.repeats)
-            report["peaks"][dtype] = peaks._asdict()
+                peaks, times = with_peaks(report, dtype, runs(dtype, running), config.repeats)
+            leave_out(report, dtype, failures)
             report["rows"] += [
-                {"who": who, "dtype": dtype, **measure(dtype, who, peaks, times)} for who in (OURS, *running)
+                {"who": who, "dtype": dtype, **measure(dtype, who, peaks, times)}
+                for who in (OURS, *running)
+                if who not in failures
             ]
     add_ratios(report["rows"])
     return report

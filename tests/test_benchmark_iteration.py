@@ -1,6 +1,7 @@
 """One whole iteration on a tiny model: it learns, its parts add up, and its work is counted as by hand."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -25,14 +26,25 @@ def model():
     return lm, lm.init(jax.random.key(0))
 
 
-def test_the_benchmark_runs_from_start_to_end_without_peers(model, tmp_path, monkeypatch, capsys):
+def test_the_benchmark_runs_from_start_to_end_though_its_peers_do_not(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(timing.perf, "measured_peaks", lambda dtype: PEAKS)
     pg.save_pretrained(tmp_path / "tiny", *model, None)
+    python = tmp_path / "python"  # it has what TRL's PPO needs, and crashes
+    has = {"python": "3.11.0", "trl": "1.12.0"} | dict.fromkeys(
+        ("torch", "transformers", "datasets", "accelerate"), "1"
+    )
+    python.write_text(f"#!/bin/sh\n[ $1 = -c ] && echo '{json.dumps(has)}' && exit\necho 'no disk' >&2\nexit 3\n")
+    python.chmod(0o755)
     config = iteration.Config(
-        model=str(tmp_path / "tiny"), peer=False, repeats=1, json=tmp_path / "report.json", **SIZES
+        model=str(tmp_path / "tiny"), peer_pythons=(str(python),), repeats=1, json=tmp_path / "report.json", **SIZES
     )
     report = iteration.main(config)
     assert [row["who"] for row in report["rows"]] == ["pgjax PPO", "pgjax RLOO"] and (tmp_path / "report.json").exists()
+    missing, crashed = report["peer"].splitlines()
+    assert missing.startswith("TRL RLOO missing: ") and crashed.startswith(
+        "left out in float32: TRL PPO ended with status 3"
+    )
+    assert len(report["measured_peaks"]["float32"]) == 2  # one measurement before and after each pair
     for row in report["rows"]:
         parts = row["parts"]
         assert set(parts) == {"rollout", "scoring", "update"} and row["tokens_per_second"] == 20 / row["seconds"]

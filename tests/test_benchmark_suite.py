@@ -47,6 +47,7 @@ def test_a_second_process_finds_both_programs_in_the_cache():
     for cache in ("cold", "cached"):
         parts = rows["sampler", cache]["seconds"] + rows["learner", cache]["seconds"]
         assert rows["both", cache]["seconds"] == pytest.approx(parts)
+        assert rows["both", cache]["round_seconds"] == [rows["both", cache]["seconds"]]
 
 
 def test_a_program_that_does_not_compile_is_named_with_its_last_words():
@@ -125,7 +126,10 @@ def test_a_benchmark_that_fails_is_named_and_the_others_are_kept(tmp_path, monke
     assert sorted(path.name for path in tmp_path.iterdir()) == ["learner.json", "rollout.json", "roofline.png"]
     assert json.loads((tmp_path / "learner.json").read_text()) == parts["learner"].report
     assert "FAILED logprobs: MemoryError: no room for [4, 1024, 49152]" in capsys.readouterr().out
+    drawn = []
+    monkeypatch.setattr(pictures, "draw", lambda folder, reports: drawn.append((folder, set(reports))) or [])
     assert suite.main(suite.Config(output=tmp_path, only=("rollout",))) == 0
+    assert drawn == [(tmp_path, {"rollout", "learner"})]  # what an earlier run reported stays in the picture
 
 
 def test_every_benchmark_is_given_its_file_and_the_peers_it_knows(tmp_path):

@@ -1,14 +1,19 @@
 """Peers in processes of their own: who serves, what a run says, and how one ends that cannot go on."""
 
+import contextlib
 import dataclasses
+import functools
+import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 import pgjax as pg
-from benchmarks import worker
+from benchmarks import timing, worker
 from benchmarks.worker import Need, Peer, Worker
+from pgjax import perf
 
 SERVES = """
 import time
@@ -86,6 +91,65 @@ def test_a_peer_that_was_killed_is_an_error_at_the_next_run(program):
     serving.close()
 
 
+@pytest.mark.parametrize("answer", ["Segmentation fault", "[1, 2]", '{"version": "1"}'])
+def test_a_peer_that_answers_something_else_is_an_error_with_its_answer_and_ends(program, answer):
+    text = f"import sys\nsys.stdin.readline()\nprint({answer!r}, 'x' * 0, flush=True)\nsys.stdin.readline()"
+    with pytest.raises(timing.PeerError, match=r"a peer answered .*; it printed nothing") as refused:
+        Worker("a peer", program(text), {})
+    assert answer in str(refused.value)
+
+
+def test_a_peer_that_failed_once_is_not_asked_again(program):
+    text = SERVES.replace("parent.serve(run)", "parent.next(), parent._tell({'cpu': 1}), parent.serve(run)")
+    serving = Worker("a peer", program(text), {"factor": 3})
+    for _ in range(2):
+        with pytest.raises(timing.PeerError, match=r"a peer answered '\{\"cpu\": 1\}'"):
+            serving.run(times=1)
+    serving.close()
+
+
+CRASHES = """#!/bin/sh
+[ "$1" = -c ] && echo '{"python": "3.11.0", "trl": "1.12.0"}' && exit
+read setup; echo '{"versions": {"python": "3.11.0"}}'
+case "$setup" in *float32*)
+    read ask; echo '{"wall": 1.0, "cpu": 1.0}'; read ask; echo Traceback >&2; echo "MemoryError: [2 GB]" >&2; exit 1;;
+esac
+while read ask; do echo '{"wall": 1.0, "cpu": 1.0}'; done
+"""
+
+
+def test_a_peer_that_crashes_costs_its_own_rows_of_that_dtype_alone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "python").write_text(CRASHES)
+    (tmp_path / "python").chmod(0o755)
+    peaks = perf.Peaks(1.0, 1.0, 1.0)
+    monkeypatch.setattr(timing.perf, "measured_peaks", lambda dtype: peaks)
+    monkeypatch.setattr(worker, "model_folder", lambda *_: contextlib.nullcontext("folder"))
+    config = worker.Beside(repeats=2, peer_pythons=(str(tmp_path / "python"),), json=tmp_path / "report.json")
+
+    def runs(dtype, peers):
+        one = {"pgjax first": timing.timed(dict), "pgjax all": timing.timed(dict)}
+        return one | {
+            f"{who} {part}": functools.partial(peers[who].run, n=1) for who in peers for part in ("first", "all")
+        }
+
+    report = worker.compare(
+        config, ("float32", "bfloat16"), [Peer("a", "a", ()), Peer("b", "b", ())], SimpleNamespace(arch=ARCH), {},
+        setups=lambda folder, dtype: {"a": {"dtype": dtype}, "b": {}}, runs=runs,
+        measure=lambda dtype, who, peaks, times: {
+            name: x for part in ("first", "all") for name, x in timing.figures(times[f"{who} {part}"], 1).items()
+        },
+    )  # fmt: skip
+    assert [(row["who"], row["dtype"]) for row in report["rows"]] == [
+        ("pgjax", "float32"), ("b", "float32"), ("pgjax", "bfloat16"), ("a", "bfloat16"), ("b", "bfloat16")
+    ]  # fmt: skip
+    assert report["peer"] == "left out in float32: a ended with status 1; it printed: MemoryError: [2 GB]"
+    assert set(report["rows"][0]["times_as_fast_as"]) == {"b"} and set(report["peers"]) == {"a", "b"}
+    assert "Traceback\nMemoryError" in capsys.readouterr().err
+    timing.show("comparison", report, timing.SPEED)
+    assert report["peer"] in " ".join(capsys.readouterr().out.split())
+    json.dumps(report)
+
+
 def test_a_peer_ends_when_its_parent_is_gone(program):
     child = subprocess.Popen(
         program(SERVES),
@@ -108,17 +172,29 @@ def test_workers_start_where_there_is_an_interpreter_and_a_set_up_and_all_end(mo
 
     class Fake:
         def __init__(self, who, command, setup):
-            self.who, self.command, self.setup = who, command, setup
+            if who == "d":
+                raise timing.PeerError("d ended with status 1; it printed nothing")
+            self.who, self.command, self.setup, self.failure = who, command, setup, None
 
         def close(self):
             ended.append(self.who)
 
     monkeypatch.setattr(worker, "Worker", Fake)
-    peers = [Peer("a", "benchmarks.peers.a", ()), Peer("b", "benchmarks.peers.b", ()), Peer("c", "", ())]
-    with worker.workers(peers, {"a": "python-a", "b": "python-b"}, {"a": {"x": 1}, "c": {}}) as running:
+    peers = [
+        Peer("a", "benchmarks.peers.a", ()),
+        Peer("b", "benchmarks.peers.b", ()),
+        Peer("c", "", ()),
+        Peer("d", "", ()),
+    ]
+    pythons, failures = {"a": "python-a", "b": "python-b", "d": "python-d"}, {}
+    with worker.workers(peers, pythons, {"a": {"x": 1}, "c": {}, "d": {}}, failures) as running:
         assert list(running) == ["a"] and running["a"].setup == {"x": 1} and not ended
         assert running["a"].command == ["python-a", "-m", "benchmarks.peers.a"]
-    assert ended == ["a"]
+        running["a"].failure = "answered 'x'; it printed nothing"
+    assert ended == ["a"] and failures == {
+        "a": "a answered 'x'; it printed nothing",
+        "d": "d ended with status 1; it printed nothing",
+    }
 
 
 def test_interpreters_are_asked_in_order_and_the_first_with_the_wanted_versions_serves(python):
@@ -140,6 +216,16 @@ def test_a_peer_that_no_interpreter_has_is_named_with_what_each_has_instead(pyth
     )
     assert str(new) not in absent  # a report says nothing of where this machine keeps its files
     assert worker.choose([TRL], [new], ARCH, wanted=False) == ({}, "peers left out: --no-peer")
+
+
+def test_what_is_no_python_has_no_packages_and_the_next_one_is_asked(python):
+    old = python("old", '{"python": "3.11.2", "trl": "1.12.1", "torch": "2.8.0"}')
+    for text in ("", "usage: true", '["3.11"]'):
+        other = python(f"other{len(text)}", text)
+        assert worker.choose([TRL], [other, old], ARCH, wanted=True) == ({"TRL PPO": old}, None)
+        found, absent = worker.choose([TRL, Peer("any", "", ())], [other], ARCH, wanted=True)
+        assert found == {} and f"other{len(text)}, asked for its packages, said {text + chr(10)!r}" in absent
+        assert absent.startswith("TRL PPO missing: ") and "\nany missing: " in absent
 
 
 def test_without_a_list_this_interpreter_is_asked():

@@ -7,8 +7,9 @@ import jax
 import pytest
 
 import pgjax as pg
-from benchmarks import learner, rollout, scoring, timing, worker
+from benchmarks import learner, pictures, rollout, scoring, timing, worker
 from pgjax import perf
+from tests.tiny import tiny_lm, tiny_params
 
 ARCH = pg.Architecture(
     family="llama", vocab_size=64, width=16, depth=2, heads=2, kv_heads=1, head_dim=8, mlp_width=32, max_positions=64,
@@ -49,7 +50,28 @@ def test_contenders_own_samples_are_taken_without_the_warm_up():
     assert timing.median_result(found, "loss") == -3.0
     row = timing.figures(found, tokens=6)
     assert (row["seconds"], row["tokens_per_second"], row["cpu_seconds"]) == (3.0, 2.0, 1.5)
-    assert (row["fastest_seconds"], row["slowest_seconds"]) == (1.0, 8.0)
+    assert (row["fastest_seconds"], row["slowest_seconds"]) == (1.0, 8.0) and row["round_seconds"] == [3.0, 1.0, 8.0]
+
+
+def test_both_measurements_of_the_peaks_are_kept_and_the_best_counts(monkeypatch):
+    measured = iter([perf.Peaks(1.0, 5.0, 3.0), perf.Peaks(2.0, 4.0, 2.0), perf.Peaks(1.0, 6.0, 1.0), PEAKS])
+    monkeypatch.setattr(timing.perf, "measured_peaks", lambda dtype: next(measured))
+    report = {"peaks": {}, "measured_peaks": {}}
+    best, times = timing.with_peaks(report, "float32", {"a": timing.timed(dict)}, 2)
+    assert (
+        best == perf.Peaks(2.0, 5.0, 3.0)
+        and report["peaks"] == {"float32": best._asdict()}
+        and len(times["a"].wall) == 2
+    )
+    (both,) = report["measured_peaks"]["float32"]
+    assert both["before"]["matmul_flops"] == 1.0 and both["after"]["matmul_flops"] == 2.0
+    assert timing.with_peaks(report, "float32", {}, 1)[0] == PEAKS  # of a second pair, the best of all four
+    assert [len(report["measured_peaks"]["float32"]), report["peaks"]["float32"]] == [2, PEAKS._asdict()]
+
+
+def test_a_report_says_the_time_of_day_in_utc(monkeypatch):
+    monkeypatch.setattr(timing.time, "gmtime", lambda: (2026, 1, 2, 3, 4, 5, 4, 2, 0))
+    assert timing.machine()["date"] == "2026-01-02T03:04Z"
 
 
 def test_a_call_in_this_process_is_timed_until_its_arrays_are_there():
@@ -96,7 +118,7 @@ def test_rollout_reports_every_dtype_and_writes_what_it_returns(model, tmp_path,
     config = rollout.Config(model=model, peer=False, json=tmp_path / "new" / "report.json", **sizes)
     report = rollout.main(config)
     assert [(row["who"], row["dtype"]) for row in report["rows"]] == [("pgjax", "float32"), ("pgjax", "bfloat16")]
-    assert all(row["tokens_per_second"] > 0 and row["decode_mbu"] > 0 for row in report["rows"])
+    assert all(row["tokens_per_second"] > 0 and set(row["parts"]) >= {"prefill"} for row in report["rows"])
     assert json.loads((tmp_path / "new" / "report.json").read_text()) == json.loads(json.dumps(report))
     assert "--no-peer" in capsys.readouterr().out
 
@@ -127,10 +149,13 @@ def test_learner_in_torch_does_the_same_work(model):
     assert set(ours["times_as_fast_as"]) == {"torch"} and "2" in report["peers"]["torch"]["torch"]
 
 
-def test_scoring_in_torch_gives_the_same_logprobs_and_entropy(model):
+def test_scoring_of_a_gpt2_in_torch_gives_the_same_logprobs_and_entropy(tmp_path):
     pytest.importorskip("torch")
+    pg.save_pretrained(tmp_path / "gpt2", tiny_lm("gpt2"), tiny_params("gpt2"), None)
     report = scoring.main(
-        scoring.Config(model=model, dtypes=("float32",), batch_size=2, length=12, new_tokens=6, repeats=1)
+        scoring.Config(
+            model=str(tmp_path / "gpt2"), dtypes=("float32",), batch_size=2, length=12, new_tokens=6, repeats=1
+        )
     )
     ours, theirs = report["rows"]
     assert theirs["logprob"] == pytest.approx(ours["logprob"], abs=1e-5) and ours["logprob"] < -1
@@ -153,7 +178,7 @@ def test_rollout_in_torch_samples_as_many_tokens(model):
     config = rollout.Config(model=model, dtypes=("float32",), batch_size=2, prompt_length=4, new_tokens=5, repeats=1)
     ours, theirs = rollout.main(config)["rows"]
     assert theirs["who"] == "torch generate" and theirs["tokens_per_second"] > 0
-    assert set(ours["times_as_fast_as"]) == {"torch generate"} and set(ours["parts"]) == {"prefill", "decode"}
+    assert set(ours["times_as_fast_as"]) == {"torch generate"} and ours["parts"]["prefill"]["mbu"] > 0
 
 
 def test_decode_is_what_lies_between_the_two_programs():
@@ -169,6 +194,19 @@ def test_decode_is_what_lies_between_the_two_programs():
     assert row["flops"] == pytest.approx(prefill["flops"] + 10 * decode["flops"])
     assert row["bytes"] == pytest.approx(prefill["bytes"] + 10 * decode["bytes"])
     assert decode["limit"] == "memory" and decode["achieved"] == row["decode_mbu"]
+
+
+def test_a_decode_that_is_lost_in_the_noise_has_no_figures():
+    config, first = rollout.Config(batch_size=4, new_tokens=11), timing.Timing([2.0], [2.0])
+    for whole in (2.0, 1.5):
+        row = rollout.measure(config, ARCH, "float32", PEAKS, first, timing.Timing([whole], [3.0]))
+        none = ("decode_step_seconds", "decode_step_cpu_seconds", "decode_mbu", "decode_mfu")
+        assert [row[name] for name in none] == [None] * 4 and set(row["parts"]) == {"prefill"}
+        cells = {name: column(row) for name, column in rollout.COLUMNS.items()}
+        assert [cells[name] for name in ("decode ms a step", "decode MBU", "decode MFU")] == ["-"] * 3
+        row |= {"who": "pgjax", "dtype": "float32"}
+        assert [point["name"].split()[1] for point in pictures.points_of({"rollout": {"rows": [row]}})] == ["prefill"]
+        assert json.loads(json.dumps(row))["decode_mbu"] is None
 
 
 def test_a_window_that_does_not_fit_is_refused():

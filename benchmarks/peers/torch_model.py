@@ -66,7 +66,7 @@ def rollout(setup: dict[str, Any]) -> Callable[..., dict[str, float]]:
 def window_logits(setup: dict[str, Any], model: Any, tokens: Any, window: int) -> tuple[Any, Any]:
     """Compute the last `window` tokens' hidden states and logits, from the tokens before them; logits in float32."""
     with precision(setup):
-        hidden = model.model(
+        hidden = model.base_model(
             input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False
         ).last_hidden_state
         hidden = hidden[:, -window - 1 : -1]
