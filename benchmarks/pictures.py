@@ -67,16 +67,18 @@ def draw(folder: Path, reports: Mapping[str, Row]) -> list[Path]:
 def points_of(reports: Mapping[str, Row]) -> list[Row]:
     """Collect the rows that have a place under a roof: operations, bytes and seconds.
 
-    intensity = flops / bytes, speed = flops / seconds. A peer's row stands at the operations and bytes of the same work on
-    paper, whatever it really did.
+    intensity = flops / bytes, speed = flops / seconds, and behind the name the speed's share of the roof above it, the best that
+    was measured in any report. A peer's row stands at the operations and bytes of the same work on paper, whatever it really did.
 
-    >>> report = {"rows": [{"who": "pgjax", "dtype": "float32", "flops": 8.0, "bytes": 2.0, "seconds": 4.0}, {"who": "torch"}]}
+    >>> row = {"who": "pgjax", "dtype": "float32", "flops": 8.0, "bytes": 2.0, "seconds": 4.0}
+    >>> report = {"rows": [row, {"who": "torch"}], "peaks": {"float32": {"matmul_flops": 4.0, "read_bytes": 2.0}}}
     >>> points_of({"learner": report})
-    [{'name': 'learner', 'ours': True, 'dtype': 'float32', 'intensity': 4.0, 'speed': 2.0}]
+    [{'name': 'learner 50%', 'ours': True, 'dtype': 'float32', 'intensity': 4.0, 'speed': 2.0}]
     """
+    roofs = best_roofs(reports)
     return [
         {
-            "name": f"{label(benchmark, row['who'])}{share(row)}",
+            "name": f"{label(benchmark, row['who'])} {share(row, roofs[row['dtype']]):.0%}",
             "ours": row["who"].startswith(OURS),
             "dtype": row["dtype"],
             "intensity": row["flops"] / row["bytes"],
@@ -131,13 +133,28 @@ def label(benchmark: str, who: str) -> str:
     return f"{benchmark}: {part}" if part else benchmark
 
 
-def share(row: Row) -> str:
-    """Say what share of the limit a row achieved, where it says so.
+def share(row: Row, roof: Row) -> float:
+    """Say what share of the speed under the roof a row achieved.
 
-    >>> share({"achieved": 0.625}), share({})
-    (' 62%', '')
+    >>> share({"flops": 8.0, "bytes": 2.0, "seconds": 4.0}, {"matmul_flops": 100.0, "read_bytes": 1.0})
+    0.5
     """
-    return f" {row['achieved']:.0%}" if "achieved" in row else ""
+    return max(row["flops"] / roof["matmul_flops"], row["bytes"] / roof["read_bytes"]) / row["seconds"]
+
+
+def where(reports: Mapping[str, Row]) -> str:
+    """Say of which machine and which days the reports are.
+
+    >>> machine = {"processor": "EPYC", "cores": 2, "device": "cpu", "date": "2026-11-26 21:05 UTC"}
+    >>> where({"a": {"machine": machine}, "b": {"machine": {**machine, "date": "2026-11-27"}}})
+    'cpu, EPYC, 2 cores, 2026-11-26 and 2026-11-27'
+    """
+    machines = [report["machine"] for report in reports.values() if "machine" in report]
+    named = [
+        ", ".join(str(x) for x in (one["device"], one["processor"], f"{one['cores']} cores") if x) for one in machines
+    ]
+    days = sorted({one["date"][:10] for one in machines})
+    return "; ".join(dict.fromkeys(named)) + (", " + " and ".join(days) if days else "")
 
 
 def best_roofs(reports: Mapping[str, Row]) -> dict[str, Row]:
@@ -171,8 +188,9 @@ def roofline(path: Path, reports: Mapping[str, Row]) -> Path:
         axes.set(xscale="log", yscale="log", xlim=(span[0], span[-1]), ylim=(lowest / 2.5, highest * 2.2))
         axes.plot(span, np.minimum(roof["matmul_flops"], roof["read_bytes"] * span) / 1e9, color=INK, linewidth=1.4)
         axes.text(
-            0.02, 0.98, f"roof: matrix product {roof['matmul_flops'] / 1e9:.0f} GFLOP/s\n"
-            f"slope: memory read {roof['read_bytes'] / 1e9:.1f} GB/s (both measured)",
+            0.02, 0.98, f"roof: matrix product {roof['matmul_flops'] / 1e9:,.0f} GFLOP/s\n"
+            f"slope: memory read {roof['read_bytes'] / 1e9:,.1f} GB/s\n"
+            "(the best measured; shares are of the roof above the point)",
             transform=axes.transAxes, ha="left", va="top", fontsize=8, color=INK,
         )  # fmt: skip
         axes.set_title(dtype, loc="left", fontsize=10, color=INK)
@@ -180,16 +198,19 @@ def roofline(path: Path, reports: Mapping[str, Row]) -> Path:
         _scatter(axes, [point for point in points if point["dtype"] == dtype], COLOURS.get(dtype, LINE))
         tidy(axes)
     panels[0].set_ylabel("speed (GFLOP/s, work on paper)", fontsize=8.5, color=INK)
+    figure.suptitle(where(reports), x=0.01, ha="left", fontsize=8, color=INK)
     return save_figure(figure, path)
 
 
 def _scatter(axes: Any, points: list[Row], colour: str) -> None:
     for ours, marker, name in ((True, "o", "pgjax"), (False, "s", "peers")):
         chosen = [point for point in points if point["ours"] == ours]
+        if not chosen:
+            continue
         axes.scatter(
             [point["intensity"] for point in chosen], [point["speed"] / 1e9 for point in chosen], marker=marker, s=34,
             color=colour if ours else "white", edgecolors=colour if ours else GREY, linewidths=1.3, zorder=4,
-            label=name,
+            alpha=0.8, label=name,
         )  # fmt: skip
     write_labels(axes, points)
     axes.legend(loc="lower right", fontsize=8, frameon=False, labelcolor=INK)
@@ -246,6 +267,7 @@ def growth(path: Path, report: Row) -> Path:
             if column == 0:
                 axes.set_ylabel(MEASURES[measure], fontsize=8.5, color=INK)
         panels[-1][column].set_xlabel(f"{dimension} ({UNIT[dimension]})", fontsize=8.5, color=INK)
+    figure.suptitle(where({"scaling": report}), x=0.01, ha="left", fontsize=8, color=INK)
     return save_figure(figure, path)
 
 

@@ -5,7 +5,7 @@
 
 One size at a time is doubled from a small base, a Llama shape with random weights, the others stay. Of each program are told:
 
-    seconds = the median of runs in which all sizes of one dimension take turns
+    seconds = the median of runs in which all sizes of all dimensions take turns; the base is one program, whatever is doubled
     temp    = compiled.memory_analysis().temp_size_in_bytes
     held    = what it is given and its temporaries: weights, batch or cache, activations
     flops   = on paper: perf.training_flops, perf.forward_flops
@@ -15,7 +15,8 @@ and for each an exponent p of y = c * size^p, the least-squares slope of log y o
     p = sum (x - mean x) (log y - mean log y) / sum (x - mean x)^2,   x = log size
 
 0: the size costs nothing; 1: in proportion; 2: by the square; below 1 a part that does not depend on the size is still seen. The
-last exponent is that of the two largest sizes alone, where such a part weighs least. Programs:
+last exponent is that of the two largest sizes alone, where such a part weighs least. The time's exponent is fitted to each round
+of runs too: how far those are apart is what the unrest of the machine does to it. mfu = flops / seconds / matrix peak. Programs:
 
     learner = value and gradient of PPO's loss, added up over microbatches (train.accumulate); half the tokens are sampled
     decode  = one step of sampling: lm.decode, logits, draw; "length" is the filled cache
@@ -27,7 +28,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +36,9 @@ import numpy as np
 import tyro
 
 import pgjax as pg
-from benchmarks.timing import SPEED, Row, Timing, alternate, begun, figures, save, show, timed
+from benchmarks.timing import SPEED, Row, Timing, begun, best_peaks, figures, save, show, timed, with_peaks
 from pgjax import perf, ppo, train
+from pgjax.masking import check_whole
 from pgjax.models.causal_lm import decode_params, logits_of
 from pgjax.sampling import draw
 
@@ -51,7 +53,7 @@ MEASURES = {"seconds": "time", "temp_bytes": "temporaries", "held_bytes": "held"
 class Config:
     """One benchmark: the base, and how often it is doubled."""
 
-    dtype: str = "float32"  # of activations, and of weights while decoding
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations, and of weights while decoding
     batch: int = 8  # rows
     length: int = 64  # tokens a row; of the learner's the last half counts as sampled
     vocabulary: int = 2048  # tokens
@@ -60,7 +62,7 @@ class Config:
     microbatches: int = 1  # of the learner
     doublings: int = 3  # of each size, from the base
     repeats: int = 5  # timed rounds
-    programs: tuple[str, ...] = ("learner", "decode")  # of DIMENSIONS
+    programs: tuple[Literal["learner", "decode"], ...] = ("learner", "decode")  # that are measured
     seed: int = 0  # of weights and tokens
     json: Path | None = None  # write the report here too
 
@@ -86,26 +88,57 @@ class Program(NamedTuple):
 
 def main(config: Config) -> Row:
     """Run the benchmark; return and print the report, whose "exponents" hold a row for each curve."""
-    base = Sizes(*(getattr(config, name) for name in Sizes._fields))
+    check(config)
     report = begun(config, None) | {"exponents": []}
-    for name in config.programs:
-        for dimension in DIMENSIONS[name]:
-            curve = measured_curve(config, name, dimension, base)
-            report["rows"] += curve
-            report["exponents"].append(exponents(name, dimension, curve))
+    measured = [measured_curves(config, name) for name in config.programs]
+    peaks = best_peaks(peaks for peaks, _ in measured)
+    report["peaks"][config.dtype] = peaks._asdict()
+    for curve in (curve for _, curves in measured for curve in curves):
+        report["exponents"].append(exponents(curve))
+        report["rows"] += [row | {"mfu": perf.mfu(row["flops"], row["seconds"], peaks.matmul_flops)} for row in curve]
     show("scaling: one size at a time, the others as the base", report, COLUMNS)
     show("fitted exponents (of the two largest sizes)", {**report, "rows": report["exponents"]}, EXPONENTS)
     save(report, config.json)
     return report
 
 
-def measured_curve(config: Config, name: str, dimension: str, base: Sizes) -> list[Row]:
-    """Time one program at each size of one dimension, all sizes in turn."""
+def check(config: Config) -> None:
+    """Refuse sizes that make no curves.
+
+    >>> check(Config(batch=4, doublings=3))
+    Traceback (most recent call last):
+    ...
+    ValueError: a batch of 4 does not divide into up to 8 microbatches: give --batch a multiple of 8, or fewer --doublings
+    """
+    for name in (*Sizes._fields, "width", "doublings", "repeats"):
+        check_whole(name, getattr(config, name), 1)
+    check_whole("length", config.length, 2)
+    most = config.microbatches * 2**config.doublings
+    if "learner" in config.programs and config.batch % most:
+        raise ValueError(
+            f"a batch of {config.batch} does not divide into up to {most} microbatches: give --batch a multiple of {most}, or "
+            "fewer --doublings"
+        )
+
+
+def measured_curves(config: Config, name: str) -> tuple[perf.Peaks, list[list[Row]]]:
+    """Time one program at each size of each dimension, all in turn: the machine's peaks, and a list of rows a dimension."""
     build = learner_program if name == "learner" else decode_program
-    points = [getattr(base, dimension) * 2**i for i in range(config.doublings + 1)]
-    programs = {point: build(config, base._replace(**{dimension: point})) for point in points}
-    times = alternate({str(point): timed(program.run) for point, program in programs.items()}, config.repeats)
-    return [measure(config, name, dimension, point, programs[point], times[str(point)]) for point in points]
+    base = Sizes(*(getattr(config, field) for field in Sizes._fields))
+    sizes = {
+        dimension: [base._replace(**{dimension: getattr(base, dimension) * 2**i}) for i in range(config.doublings + 1)]
+        for dimension in DIMENSIONS[name]
+    }
+    programs = {point: build(config, point) for points in sizes.values() for point in points}
+    contenders = {str(point): timed(program.run) for point, program in programs.items()}
+    peaks, times = with_peaks(config.dtype, contenders, config.repeats)
+    return peaks, [
+        [
+            measure(config, name, dimension, getattr(point, dimension), programs[point], times[str(point)])
+            for point in points
+        ]
+        for dimension, points in sizes.items()
+    ]
 
 
 def architecture(config: Config, sizes: Sizes) -> pg.Architecture:
@@ -186,6 +219,7 @@ def measure(config: Config, name: str, dimension: str, size: int, program: Progr
         "dimension": dimension,
         "size": size,
         **figures(timing, program.tokens),
+        "rounds": timing.wall,
         "temp_bytes": memory.temp_size_in_bytes,
         "held_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         "flops": program.flops,
@@ -207,17 +241,17 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     return float((x - x.mean()) @ (y - y.mean()) / ((x - x.mean()) @ (x - x.mean())))
 
 
-def exponents(name: str, dimension: str, curve: list[Row]) -> Row:
-    """Fit the exponents of one curve, over all sizes and over the last two."""
+def exponents(curve: Sequence[Row]) -> Row:
+    """Fit the exponents of one curve, over all sizes and over the last two, and the time's of each round."""
     sizes = [row["size"] for row in curve]
     column: Callable[[str], list[float]] = lambda key: [row[key] for row in curve]
+    by_round = [exponent(sizes, seconds) for seconds in zip(*column("rounds"), strict=True)]
     return {
-        "who": f"pgjax {name}",
-        "dtype": curve[0]["dtype"],
-        "dimension": dimension,
+        **{name: curve[0][name] for name in ("who", "dtype", "dimension")},
         "sizes": sizes,
         "exponents": {key: exponent(sizes, column(key)) for key in MEASURES},
         "last_exponents": {key: exponent(sizes[-2:], column(key)[-2:]) for key in MEASURES},
+        "rounds_exponents": [min(by_round), max(by_round)],
     }
 
 
@@ -241,6 +275,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "temporaries MB": lambda row: f"{row['temp_bytes'] / 1e6:.2f}",
     "held MB": lambda row: f"{row['held_bytes'] / 1e6:.2f}",
     "GFLOP": lambda row: f"{row['flops'] / 1e9:.3g}",
+    "MFU": lambda row: f"{row['mfu']:.0%}",
 }
 
 
@@ -252,6 +287,7 @@ EXPONENTS: dict[str, Callable[[Row], str]] = {
     "dimension": lambda row: row["dimension"],
     "sizes": lambda row: ", ".join(map(str, row["sizes"])),
     **{name: _fitted(key) for key, name in MEASURES.items()},
+    "time, by rounds": lambda row: "{:.2f} to {:.2f}".format(*row["rounds_exponents"]),
     "time, at the largest": lambda row: meaning(row["last_exponents"]["seconds"]),
 }
 

@@ -64,9 +64,10 @@ def test_the_exponent_of_a_power_is_found_whatever_its_factor(power):
 def test_a_fixed_part_lowers_the_exponent_and_least_at_the_largest_sizes():
     curve = [
         {"who": "pgjax learner", "dtype": "float32", "dimension": "batch", "size": n, "seconds": 4.0 + n, "temp_bytes": n,
-         "held_bytes": n**2, "flops": 1.0} for n in (1, 2, 4, 8)
+         "held_bytes": n**2, "flops": 1.0, "rounds": [n, n**2]} for n in (1, 2, 4, 8)
     ]  # fmt: skip
-    row = scaling.exponents("learner", "batch", curve)
+    row = scaling.exponents(curve)
+    assert row["rounds_exponents"] == pytest.approx([1.0, 2.0])
     assert row["exponents"] == pytest.approx({**row["exponents"], "temp_bytes": 1.0, "held_bytes": 2.0, "flops": 0.0})
     assert row["last_exponents"]["seconds"] == pytest.approx(math.log2(12 / 8))
     assert row["exponents"]["seconds"] < row["last_exponents"]["seconds"] < 1
@@ -87,7 +88,9 @@ def test_growth_is_told_and_drawn(tmp_path, monkeypatch):
     assert fits["pgjax learner", "batch"]["flops"] == pytest.approx(1.0)
     assert fits["pgjax learner", "microbatches"]["flops"] == pytest.approx(0.0)
     assert 0 < fits["pgjax decode", "vocabulary"]["held_bytes"] < 1
-    assert len(report["rows"]) == 2 * len(curves)
+    assert len(report["rows"]) == 2 * len(curves) and all(row["mfu"] > 0 for row in report["rows"])
+    base = [row["seconds"] for row in report["rows"] if row["who"] == "pgjax learner"][::2]
+    assert base[0] == base[1]  # one program, and not one measurement a curve
     assert [path.name for path in pictures.draw(tmp_path, {"scaling": report})] == ["growth.png"]
 
 
