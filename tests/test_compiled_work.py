@@ -1,11 +1,14 @@
-"""Work on paper against the work that the compiler counts in loop-free programs, and no way to the host inside hot loops.
+"""Work on paper against the work that XLA counts; what hot programs keep in memory, and that none of them turns to the host.
 
-XLA counts the body of a loop once, so models have one layer and the head is the plain product. What paper leaves out on purpose:
+XLA counts the body of a loop once, so models have one layer and the head is the plain product. It counts before its passes: with
+one layer these see that the backward pass computes what is there already, which they can't where a loop over layers lies
+between. What paper leaves out on purpose:
 the half of attention that is masked is computed all the same (so paper is asked for all keys), the backward pass computes
 attention again from its inputs (two of its products, q . k and weights . v), and norms, activations and softmax are no products.
 """
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -14,17 +17,17 @@ import pytest
 
 import pgjax as pg
 from benchmarks.compile_once import Sizes, lower_learner, lower_sampler
-from pgjax import perf
+from pgjax import perf, ppo, rollout
 from tests.compiling import AS_FOR_USERS
 from tests.tiny import ARCHITECTURES
 
 pytestmark = pytest.mark.usefixtures("full_compiles")
 
-# Wide enough that products are nearly all there is.
+# Heads wide enough that products are nearly all there is, and rows long enough that attention's are 38% of them.
 ARCH = dataclasses.replace(
-    ARCHITECTURES["llama"], width=256, heads=8, kv_heads=4, head_dim=32, mlp_width=768, vocab_size=512, depth=1
+    ARCHITECTURES["llama"], width=64, heads=2, kv_heads=1, head_dim=128, mlp_width=128, vocab_size=512, depth=1
 )
-ROWS, LENGTH = 2, 32
+ROWS, LENGTH = 2, 128
 TOKENS = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
 PAPER = {"tokens": ROWS * LENGTH, "context": LENGTH, "head_tokens": ROWS * LENGTH}
 SIZES = Sizes(
@@ -34,7 +37,7 @@ SIZES = Sizes(
 
 def counted(function, lm: pg.CausalLM) -> float:
     params = jax.eval_shape(lm.init, jax.random.key(0))
-    return jax.jit(function).lower(params, TOKENS).compile(AS_FOR_USERS).cost_analysis()["flops"]
+    return jax.jit(function).lower(params, TOKENS).cost_analysis()["flops"]
 
 
 def attention_once() -> float:
@@ -63,11 +66,59 @@ def test_a_gradient_is_what_paper_says_and_what_is_computed_again(remat):
     assert found == pytest.approx(paper + again, rel=0.03)
 
 
-@pytest.mark.parametrize("lower", [lower_sampler, lower_learner])
-def test_a_compiled_program_never_turns_to_the_host(lower):
-    text = lower(pg.causal_lm(ARCHITECTURES["llama"]), SIZES).compile(AS_FOR_USERS).as_text()
+def lower_scored_sampler(lm: pg.CausalLM) -> jax.stages.Lowered:
+    sample = functools.partial(rollout.sample_scored, lm, max_new_tokens=SIZES.new_tokens)
+    prompts = functools.partial(jax.ShapeDtypeStruct, (SIZES.sampler_rows, SIZES.prompt_length))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.jit(sample).lower(with_head(lm), prompts(jnp.int32), prompts(jnp.bool_), key)
+
+
+def lower_scores(lm: pg.CausalLM, parts: int) -> jax.stages.Lowered:
+    frame = functools.partial(jax.ShapeDtypeStruct, (SCORED_ROWS, SIZES.length))
+    temperature = jax.ShapeDtypeStruct((), jnp.float32)
+    return ppo.score.lower(
+        lm, with_head(lm), frame(jnp.int32), frame(jnp.bool_), temperature, window=SIZES.window, parts=parts
+    )
+
+
+def with_head(lm: pg.CausalLM):
+    init = lambda key: {"lm": lm.init(key), "value": pg.init_value_head(lm.arch.width)}
+    return jax.eval_shape(init, jax.random.key(0))
+
+
+LM = pg.causal_lm(ARCHITECTURES["llama"])
+LARGE = pg.causal_lm(dataclasses.replace(ARCHITECTURES["llama"], vocab_size=4096))  # logits outweigh all else
+SCORED_ROWS = 8
+LOWERED = {
+    "sample": lambda: lower_sampler(LM, SIZES),
+    "sample_scored": lambda: lower_scored_sampler(LM),
+    "update": lambda: lower_learner(LM, SIZES),
+    "score": lambda: lower_scores(LARGE, 4),
+    "score at once": lambda: lower_scores(LARGE, 1),
+}
+
+
+@functools.cache
+def program(name: str) -> jax.stages.Compiled:
+    return LOWERED[name]().compile(AS_FOR_USERS)
+
+
+@pytest.mark.parametrize("name", ["sample", "sample_scored", "update", "score"])
+def test_a_compiled_program_never_turns_to_the_host(name):
+    text = program(name).as_text()
     assert re.search(r"= .* while\(", text)  # there is a loop that could
     assert not re.search(r"callback|outfeed|infeed|\bsend\(|\brecv\(|MoveToHost", text)
+
+
+def test_scores_hold_the_logits_of_one_part_at_a_time():
+    memory = {name: program(name).memory_analysis().temp_size_in_bytes for name in ("score at once", "score")}
+    assert memory["score at once"] >= 4 * SCORED_ROWS * SIZES.window * LARGE.arch.vocab_size
+    assert memory["score"] < memory["score at once"] / 2
+
+
+def test_an_update_takes_the_states_memory_over():
+    parameters = 4 * sum(x.size for x in jax.tree.leaves(with_head(LM)))
+    assert program("update").memory_analysis().alias_size_in_bytes >= 3 * parameters  # and AdamW's two moments
 
 
 def test_a_callback_would_be_seen():

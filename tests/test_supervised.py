@@ -78,10 +78,11 @@ def test_the_packed_gradient_is_that_of_the_examples_apart(name, microbatches):
         lambda grad, state, params: (jax.tree.map(jnp.negative, grad), state),
         lambda i: jnp.float32(1),
     )
-    state = train.init_state(jax.tree.map(jnp.copy, params), optimizer)
+    given = train.init_state(jax.tree.map(jnp.copy, params), optimizer)
     state, metrics = supervised.update(
-        state, jax.device_put(packed), lm=lm, optimizer=optimizer, microbatches=microbatches
+        given, jax.device_put(packed), lm=lm, optimizer=optimizer, microbatches=microbatches
     )
+    assert all(x.is_deleted() for x in jax.tree.leaves(given.params))  # its memory is the new state's
     expected, gradient = loss_apart(name)
     assert bool(state.healthy) and int(metrics["train/tokens"]) == int(packed.mask.sum())
     close(metrics["loss/cross_entropy"], expected, 1e-5 * expected)
