@@ -162,15 +162,31 @@ def test_scoring_of_a_gpt2_in_torch_gives_the_same_logprobs_and_entropy(tmp_path
     assert theirs["entropy"] == pytest.approx(ours["entropy"], abs=1e-5) and ours["entropy"] > 1
 
 
-def test_scoring_reads_every_weight_once_and_half_of_them_in_bfloat16():
-    config = scoring.Config(batch_size=2, length=12, new_tokens=6)
-    timing_of = timing.Timing([2.0], [1.0], [{"logprob": -3.0, "entropy": 3.0}])
-    row = scoring.measure(config, ARCH, PEAKS, timing_of, 4)
+def test_scoring_and_learning_report_the_work_counted_by_hand():
+    sizes = {"batch_size": 2, "length": 12, "new_tokens": 5}  # 24 tokens, each sees 6 on average; logits of 10
+    times = timing.Timing([2.0], [1.0], [{"logprob": -3.0, "entropy": 3.0, "loss": 1.0}])
     # a layer: q, o 16 x 16 each, k, v 16 x 8 each, gate, up, down 16 x 32 each; the head is 64 x 16
     body, head = 2 * (2 * 256 + 2 * 128 + 3 * 512), 1024
+    work = 2 * body * 24 + 4 * 2 * 16 * 6 * 24 + 2 * head * 10
+    row = scoring.measure(scoring.Config(**sizes), ARCH, PEAKS, times, 4)
     assert row["bytes"] == 4 * (body + head) and row["tokens_per_second"] == 12
-    assert row["flops"] == 2 * body * 24 + 4 * 2 * 16 * 6 * 24 + 2 * head * 12
-    assert scoring.measure(config, ARCH, PEAKS, timing_of, 2)["bytes"] == row["bytes"] / 2
+    assert row["flops"] == work and row["mfu"] == work / 2e12
+    assert scoring.measure(scoring.Config(**sizes), ARCH, PEAKS, times, 2)["bytes"] == row["bytes"] / 2
+    row = learner.measure(learner.Config(**sizes), ARCH, PEAKS, times)  # forward and back: three times the products
+    assert row["flops"] == 3 * work and row["bytes"] == 2 * 4 * (body + head) and row["tokens_per_second"] == 12
+
+
+def test_a_share_is_of_the_better_of_the_measurements_before_and_after(monkeypatch):
+    measured = iter([perf.Peaks(2.0, 1.0, 8.0), perf.Peaks(4.0, 1.0, 5.0)])
+    monkeypatch.setattr(timing.perf, "measured_peaks", lambda dtype: next(measured))
+    lm = pg.causal_lm(ARCH)
+    report = worker.compare(
+        worker.Beside(peer=False, repeats=1), ("float32",), (), lm, lm.init(jax.random.key(0)),
+        setups=lambda folder, dtype: {},
+        runs=lambda dtype, peers: {timing.OURS: lambda: timing.Sample(1.0, 1.0)},
+        measure=lambda dtype, who, peaks, times: timing.roofline(1.0, 2.0, 2.0, peaks),
+    )  # fmt: skip
+    assert (report["rows"][0]["mfu"], report["rows"][0]["mbu"]) == (2 / 4, 2 / 8)
 
 
 def test_rollout_in_torch_samples_as_many_tokens(model):
