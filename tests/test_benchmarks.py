@@ -179,9 +179,8 @@ def test_scoring_and_learning_report_the_work_counted_by_hand():
 def test_a_share_is_of_the_better_of_the_measurements_before_and_after(monkeypatch):
     measured = iter([perf.Peaks(2.0, 1.0, 8.0), perf.Peaks(4.0, 1.0, 5.0)])
     monkeypatch.setattr(timing.perf, "measured_peaks", lambda dtype: next(measured))
-    lm = pg.causal_lm(ARCH)
     report = worker.compare(
-        worker.Beside(peer=False, repeats=1), ("float32",), (), lm, lm.init(jax.random.key(0)),
+        worker.Beside(peer=False, repeats=1), ("float32",), (), tiny_lm("llama"), tiny_params("llama"),
         setups=lambda folder, dtype: {},
         runs=lambda dtype, peers: {timing.OURS: lambda: timing.Sample(1.0, 1.0)},
         measure=lambda dtype, who, peaks, times: timing.roofline(1.0, 2.0, 2.0, peaks),

@@ -1,10 +1,10 @@
 """Work on paper against the work that XLA counts; what hot programs keep in memory, and that none of them turns to the host.
 
-XLA counts the body of a loop once, so models have one layer and the head is the plain product. It counts before its passes: with
-one layer these see that the backward pass computes what is there already, which they can't where a loop over layers lies
-between. What paper leaves out on purpose:
-the half of attention that is masked is computed all the same (so paper is asked for all keys), the backward pass computes
-attention again from its inputs (two of its products, q . k and weights . v), and norms, activations and softmax are no products.
+XLA counts the body of a loop once, so models have one layer and the head is the plain product. It counts the program as traced:
+its passes would merge what the backward pass of a single layer computes again, which between two loops over layers they can't.
+What paper leaves out on purpose: the half of attention that is masked is computed all the same (so paper is asked for all keys),
+the backward pass computes attention again from its inputs (two of its products, q . k and weights . v), and norms, activations
+and softmax are no products.
 """
 
 import dataclasses
@@ -66,6 +66,11 @@ def test_a_gradient_is_what_paper_says_and_what_is_computed_again(remat):
     assert found == pytest.approx(paper + again, rel=0.03)
 
 
+def with_head(lm: pg.CausalLM):
+    init = lambda key: {"lm": lm.init(key), "value": pg.init_value_head(lm.arch.width)}
+    return jax.eval_shape(init, jax.random.key(0))
+
+
 def lower_scored_sampler(lm: pg.CausalLM) -> jax.stages.Lowered:
     sample = functools.partial(rollout.sample_scored, lm, max_new_tokens=SIZES.new_tokens)
     prompts = functools.partial(jax.ShapeDtypeStruct, (SIZES.sampler_rows, SIZES.prompt_length))
@@ -79,11 +84,6 @@ def lower_scores(lm: pg.CausalLM, parts: int) -> jax.stages.Lowered:
     return ppo.score.lower(
         lm, with_head(lm), frame(jnp.int32), frame(jnp.bool_), temperature, window=SIZES.window, parts=parts
     )
-
-
-def with_head(lm: pg.CausalLM):
-    init = lambda key: {"lm": lm.init(key), "value": pg.init_value_head(lm.arch.width)}
-    return jax.eval_shape(init, jax.random.key(0))
 
 
 LM = pg.causal_lm(ARCHITECTURES["llama"])
