@@ -158,7 +158,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     judges = distributed.together(lambda: [rewards.load_reward(spec) for spec in config.rewards])
     row_sets = distributed.together(lambda: read_rows(config, judges))
     agree_on(f"the rows of {config.prompts}", row_sets)
-    lm, params, tokenizer = pg.load(config.model, mesh=mesh)
+    lm, params, tokenizer = pg.load(config.model, mesh=mesh, remat=config.remat)
     reward_model = None
     if config.reward_model is not None:
         reward_model = load_judge(

@@ -101,10 +101,10 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     config = dataclasses.replace(config, output=shared_folder(config.output))
     check_shares(mesh, config.batch_size, microbatches=config.microbatches)
     pair_sets = distributed.together(lambda: read_pairs(config))
-    lm, lm_params, tokenizer = pg.load(config.model, mesh=mesh)
+    lm, lm_params, tokenizer = pg.load(config.model, mesh=mesh, remat=config.remat)
     if tokenizer is None:
         raise ValueError(f"{config.model} holds no tokenizer, and pairs are text: add its tokenizer files")
-    rm, params = from_causal_lm(lm, lm_params, jax.random.key(config.seed))
+    rm, params = from_causal_lm(lm, lm_params, jax.random.key(config.seed), remat=config.remat)
     del lm_params
     rm, params, tokenizer = with_padding_token(rm, params, tokenizer)
     kept = pair_sets["training"].kept

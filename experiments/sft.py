@@ -206,7 +206,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
 def begin(config: Config, rows: Placed, mesh: Mesh | None) -> tuple[pg.CausalLM, Any, Any]:
     """Load the model, or make one: then the tokenizer comes from the run that goes on, or from the training texts."""
     if config.model is not None:
-        lm, params, tokenizer = pg.load(config.model, mesh=mesh)
+        lm, params, tokenizer = pg.load(config.model, mesh=mesh, remat=config.remat)
         if tokenizer is None:
             raise ValueError(f"{config.model} holds no tokenizer, and examples are text: add its tokenizer files")
         return lm, params, tokenizer

@@ -48,7 +48,7 @@ def test_fine_tuning_on_a_mesh(folder):
         epochs=2, batch_size=8, microbatches=2, learning_rate=1e-2, output=folder / "sft",
     )  # fmt: skip
     sft.main(config)
-    sft.main(dataclasses.replace(config, mesh=MESH, output=folder / "sft_mesh"))
+    sft.main(dataclasses.replace(config, mesh=MESH, remat=True, output=folder / "sft_mesh"))
     same_metrics(folder / "sft_mesh", folder / "sft")
     one, other = (jax.tree.leaves(pg.load(folder / name / "model")[1]) for name in ("sft", "sft_mesh"))
     for x, y in zip(one, other, strict=True):
@@ -126,3 +126,30 @@ def test_the_mesh_is_left_behind(folder):
     with devices.on_devices(devices.Flags(mesh="data=-1")) as mesh:
         assert sharding.ambient_mesh() is not None and mesh.shape == {"data": 4}
     assert sharding.ambient_mesh() is None
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("script", [ppo, sft, reward_model])
+def test_what_is_computed_again_is_what_the_flag_says(folder, tmp_path, monkeypatch, script, remat):
+    class Loaded(Exception):
+        pass
+
+    def load(source, *, mesh, remat):
+        raise Loaded(pg_load(source, mesh=mesh, remat=remat)[0])
+
+    pg_load = pg.load
+    monkeypatch.setattr(pg, "load", load)
+    data = {
+        ppo: {"prompts": "prompts", "held_out": "prompts"},
+        sft: {"data": "texts", "held_out": "texts"},
+        reward_model: {"pairs": "pairs", "held_out": "pairs"},
+    }[script]
+    files = {name: str(folder / f"{of}.jsonl") for name, of in data.items()}
+    with pytest.raises(Loaded) as told:
+        script.main(script.Config(model=str(folder / "model"), output=tmp_path, remat=remat, batch_size=8, **files))
+    lm = told.value.args[0]
+    assert (
+        lm
+        == pg.causal_lm(lm.arch, dtype=lm.dtype, remat=remat)
+        != pg.causal_lm(lm.arch, dtype=lm.dtype, remat=not remat)
+    )

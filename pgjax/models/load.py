@@ -26,7 +26,12 @@ T = TypeVar("T")
 
 
 def load(
-    source: str | os.PathLike[str], *, dtype: Any = None, param_dtype: Any = jnp.float32, mesh: Any = None
+    source: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+    mesh: Any = None,
+    remat: bool = False,
 ) -> tuple[CausalLM, dict[str, Any], Any | None]:
     """Load a causal language model: its functions, its parameters and its tokenizer.
 
@@ -38,6 +43,7 @@ def load(
         param_dtype: of the parameters; float32 for training.
         mesh: spread the parameters over this mesh as they are read: every process calls this, and reads the slices of
             its own devices. None leaves them on the default device.
+        remat: as of `causal_lm`.
 
     Returns:
         `(lm, params, tokenizer)`; the tokenizer pads on the left, and is None where the source holds none.
@@ -56,7 +62,7 @@ def load(
         arch, tensors, tokenizer = read_gguf(path) if path.is_file() else _read_folder(path)
         if tokenizer is not None:
             prepare_tokenizer(tokenizer, vocab_size=arch.vocab_size, origin=str(path))
-        lm = causal_lm(arch, dtype=compute_dtype(dtype), param_dtype=param_dtype)
+        lm = causal_lm(arch, dtype=compute_dtype(dtype), param_dtype=param_dtype, remat=remat)
         shapes = laid_out(mesh, jax.eval_shape(lm.init, jax.random.key(0)))
         return (lm, read_params(arch, shapes, tensors), tokenizer), tensors
 
