@@ -10,8 +10,9 @@ instruction in the compiled text says it does:
     of the peak        = FLOPs / seconds / measured matrix peak
 
 Products of weights have no batch dimensions, those of attention have. The profile of the sampler is that of its decode loop
-alone, a step. Operations may run beside each other: a moment is shared out among those that are under way in it. The profiler
-takes time of its own, so the whole program's time is told without it and with it. Programs:
+alone, a step. Operations may run beside each other: a moment is shared out among those that are under way in it, so that one
+product may seem faster than the peak beside another that seems slow, but not all of them together. The profiler takes time of its
+own, so the whole program's time is told without it and with it. Programs:
 
     sampler = `pg.sample`, one compiled program: a prefill, then steps of decoding
     update  = `ppo.update`: PPO's loss and gradient over a batch of that size, then AdamW
@@ -29,14 +30,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 import pgjax as pg
+from benchmarks.checks import Dtype, check, command
 from benchmarks.hlo import Computation, Instruction, Loop, instructions, parse
 from benchmarks.scaling import experience
 from benchmarks.timing import Row, begun, save, show
@@ -50,7 +51,7 @@ class Config:
     """One profile. The defaults are the shapes of benchmarks.rollout and benchmarks.iteration."""
 
     model: str = "SmolLM2-135M-Instruct"  # folder, .gguf file, hub id, or a model that an installed package ships
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations, and of weights while decoding
+    dtype: Dtype = "float32"  # of activations, and of weights while decoding
     batch_size: int = 16  # rows
     prompt_length: int = 16  # tokens a prompt
     new_tokens: int = 32  # of each row sampled, or learned from
@@ -78,6 +79,7 @@ class Program(NamedTuple):
 
 def main(config: Config) -> Row:
     """Profile both programs; return and print the report."""
+    check(config)
     lm, params, _ = pg.load(config.model)
     lm = pg.causal_lm(lm.arch, dtype=jnp.dtype(config.dtype))
     report = begun(config, None)
@@ -128,7 +130,7 @@ def update(config: Config, lm: pg.CausalLM, params: Any) -> Program:
 
 
 def profiled(name: str, program: Program, config: Config, peaks: perf.Peaks) -> list[Row]:
-    """Run a program under the profiler; a row for each of its longest products, and for what is left."""
+    """Run a program under the profiler; a row for each kind of operation, and one for each of the longest products."""
     jax.block_until_ready(program.run())
     begin = time.perf_counter()
     jax.block_until_ready(program.run())
@@ -143,15 +145,29 @@ def profiled(name: str, program: Program, config: Config, peaks: perf.Peaks) -> 
     alone, told = told_names(program.text, program.inside)
     taken = shared_out([x for x in runs if x.name in alone])
     rows = summed(program.text, {name: x for name, x in taken.items() if name in told})
-    for row in rows:
-        row |= {"who": f"pgjax {name}", "dtype": config.dtype, "seconds": row["seconds"] / program.steps}
-        row |= {"flops": row["flops"] / program.steps, "runs": row["runs"] / program.steps}
-        row["of_peak"] = perf.mfu(row["flops"], row["seconds"], peaks.matmul_flops)
-    total = sum(row["seconds"] for row in rows)
-    for row in rows:
-        row["share"] = row["seconds"] / total
-    rest = [row for row in rows if row["kind"] == "all else"]
-    return shortened([row for row in rows if row["kind"] != "all else"], config.lines) + rest
+    kinds = [added(rows, kind) for kind in dict.fromkeys(row["kind"] for row in rows)]
+    total = sum(row["seconds"] for row in kinds)
+    told_rows = kinds + [row for row in rows if row["kind"] != "all else"][: config.lines]
+    return [
+        {
+            **{"who": f"pgjax {name}", "dtype": config.dtype, "kind": row["kind"], "what": row["what"]},
+            **{key: row[key] / program.steps for key in ("seconds", "flops", "runs")},
+            "share": row["seconds"] / total,
+            "of_peak": perf.mfu(row["flops"], row["seconds"], peaks.matmul_flops),
+        }
+        for row in told_rows
+    ]
+
+
+def added(rows: Sequence[Row], kind: str) -> Row:
+    """Add up the rows of a kind.
+
+    >>> row = {"kind": "weights", "what": "[4,8] x [2,8]", "seconds": 1.0, "flops": 8.0, "runs": 1}
+    >>> added([row, row], "weights")
+    {'kind': 'weights', 'what': '', 'seconds': 2.0, 'flops': 16.0, 'runs': 2}
+    """
+    same = [row for row in rows if row["kind"] == kind]
+    return {"kind": kind, "what": "", **{key: sum(row[key] for row in same) for key in ("seconds", "flops", "runs")}}
 
 
 class Span(NamedTuple):
@@ -159,7 +175,8 @@ class Span(NamedTuple):
 
     name: str
     begin: float
-    end: float
+    returned: float  # when its thread went on to the next
+    end: float  # when the last part was done, of one that is handed to other threads in parts
 
 
 def operation_spans(folder: Path, text: str) -> list[Span]:
@@ -186,7 +203,7 @@ def spans(begun: Iterable[Row], ended: Iterable[Row]) -> list[Span]:
 
     >>> product = {"name": "dot", "ts": 1e6, "dur": 1.0, "args": {"hlo_op": "dot"}}
     >>> spans([product], [{"name": "end: dot", "ts": 2e6, "dur": 0.0}])
-    [Span(name='dot', begin=1.0, end=2.0)]
+    [Span(name='dot', begin=1.0, returned=1.000001, end=2.0)]
     """
     ends: dict[str, collections.deque[float]] = collections.defaultdict(collections.deque)
     for event in sorted(ended, key=lambda event: event["ts"]):
@@ -196,29 +213,35 @@ def spans(begun: Iterable[Row], ended: Iterable[Row]) -> list[Span]:
         name, own = event["args"].get("hlo_op"), event["ts"] + event["dur"]
         if name is not None:
             told = ends[name].popleft() if ends[name] else own
-            found.append(Span(name, event["ts"] / 1e6, max(own, told) / 1e6))
+            found.append(Span(name, event["ts"] / 1e6, own / 1e6, max(own, told) / 1e6))
     return found
 
 
 def shared_out(runs: Sequence[Span]) -> dict[str, tuple[float, int]]:
     """Share every moment out among the operations that are under way in it: seconds and runs of each.
 
-    The seconds add up to the time in which anything was under way.
+    What a thread is in comes first; only where no thread is in any, those count whose parts are still to be done, since these may
+    also just wait for their turn. The seconds add up to the time in which anything was under way.
 
-    >>> shared_out([Span("a", 0.0, 4.0), Span("b", 2.0, 4.0)])
-    {'a': (3.0, 1), 'b': (1.0, 1)}
+    >>> shared_out([Span("a", 0.0, 4.0, 4.0), Span("b", 2.0, 2.0, 5.0), Span("c", 2.0, 4.0, 4.0)])
+    {'a': (3.0, 1), 'b': (1.0, 1), 'c': (1.0, 1)}
     """
-    steps = sorted([(x.begin, 1, x.name) for x in runs] + [(x.end, -1, x.name) for x in runs])
-    under_way: collections.Counter[str] = collections.Counter()
+    steps = sorted(
+        step
+        for x in runs
+        for step in ((x.begin, 1, "in", x.name), (x.returned, -1, "in", x.name), (x.begin, 1, "of", x.name),
+                     (x.end, -1, "of", x.name))
+    )  # fmt: skip
+    under_way: dict[str, collections.Counter[str]] = {"in": collections.Counter(), "of": collections.Counter()}
     seconds: dict[str, float] = dict.fromkeys((x.name for x in runs), 0.0)
     before = 0.0
-    for moment, change, name in steps:
-        active = under_way.total()
-        for one, count in under_way.items():
-            seconds[one] += (moment - before) * count / active
-        under_way[name] += change
-        if not under_way[name]:
-            del under_way[name]
+    for moment, change, kind, name in steps:
+        active = under_way["in"] or under_way["of"]
+        for one, count in active.items() if moment > before else ():
+            seconds[one] += (moment - before) * count / active.total()
+        under_way[kind][name] += change
+        if not under_way[kind][name]:
+            del under_way[kind][name]
         before = moment
     counts = collections.Counter(x.name for x in runs)
     return {name: (x, counts[name]) for name, x in seconds.items()}
@@ -297,23 +320,9 @@ def numbers(line: str, name: str) -> list[int]:
     return [int(n) for n in match[1].split(",") if n] if match else []
 
 
-def shortened(rows: list[Row], lines: int) -> list[Row]:
-    """Keep the longest rows, and add up the others of each kind."""
-    kept, others = rows[:lines], rows[lines:]
-    for kind in dict.fromkeys(row["kind"] for row in others):
-        same = [row for row in others if row["kind"] == kind]
-        flops, seconds = (sum(row[name] for row in same) for name in ("flops", "seconds"))
-        speed = sum(row["of_peak"] * row["seconds"] for row in same) / seconds
-        both = {name: sum(row[name] for row in same) for name in ("share", "runs")}
-        kept.append(
-            {**same[0], **both, "what": f"{len(same)} others", "seconds": seconds, "flops": flops, "of_peak": speed}
-        )
-    return kept
-
-
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "products of": lambda row: row["kind"],
-    "shapes": lambda row: row["what"],
+    "shapes": lambda row: row["what"] or ("all" if row["flops"] else ""),
     "runs": lambda row: f"{row['runs']:.0f}",
     "ms": lambda row: f"{1e3 * row['seconds']:.2f}",
     "share": lambda row: f"{row['share']:.0%}",
@@ -323,4 +332,4 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(main, Config, __doc__)

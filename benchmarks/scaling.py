@@ -33,10 +33,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 import pgjax as pg
-from benchmarks.timing import SPEED, Row, Timing, begun, best_peaks, figures, save, show, timed, with_peaks
+from benchmarks.checks import Dtype, check, command
+from benchmarks.timing import SPEED, Row, Timing, begun, figures, save, show, timed, with_peaks
 from pgjax import perf, ppo, train
 from pgjax.masking import check_whole
 from pgjax.models.causal_lm import decode_params, logits_of
@@ -53,7 +53,7 @@ MEASURES = {"seconds": "time", "temp_bytes": "temporaries", "held_bytes": "held"
 class Config:
     """One benchmark: the base, and how often it is doubled."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations, and of weights while decoding
+    dtype: Dtype = "float32"  # of activations, and of weights while decoding
     batch: int = 8  # rows
     length: int = 64  # tokens a row; of the learner's the last half counts as sampled
     vocabulary: int = 2048  # tokens
@@ -89,29 +89,27 @@ class Program(NamedTuple):
 def main(config: Config) -> Row:
     """Run the benchmark; return and print the report, whose "exponents" hold a row for each curve."""
     check(config)
+    check_sizes(config)
     report = begun(config, None) | {"exponents": []}
-    measured = [measured_curves(config, name) for name in config.programs]
-    peaks = best_peaks(peaks for peaks, _ in measured)
-    report["peaks"][config.dtype] = peaks._asdict()
-    for curve in (curve for _, curves in measured for curve in curves):
+    curves = [curve for name in config.programs for curve in measured_curves(config, name, report)]
+    peak = report["peaks"][config.dtype]["matmul_flops"]
+    for curve in curves:
         report["exponents"].append(exponents(curve))
-        report["rows"] += [row | {"mfu": perf.mfu(row["flops"], row["seconds"], peaks.matmul_flops)} for row in curve]
+        report["rows"] += [row | {"mfu": perf.mfu(row["flops"], row["seconds"], peak)} for row in curve]
     show("scaling: one size at a time, the others as the base", report, COLUMNS)
     show("fitted exponents (of the two largest sizes)", {**report, "rows": report["exponents"]}, EXPONENTS)
     save(report, config.json)
     return report
 
 
-def check(config: Config) -> None:
+def check_sizes(config: Config) -> None:
     """Refuse sizes that make no curves.
 
-    >>> check(Config(batch=4, doublings=3))
+    >>> check_sizes(Config(batch=4, doublings=3))
     Traceback (most recent call last):
     ...
     ValueError: a batch of 4 does not divide into up to 8 microbatches: give --batch a multiple of 8, or fewer --doublings
     """
-    for name in (*Sizes._fields, "width", "doublings", "repeats"):
-        check_whole(name, getattr(config, name), 1)
     check_whole("length", config.length, 2)
     most = config.microbatches * 2**config.doublings
     if "learner" in config.programs and config.batch % most:
@@ -121,8 +119,8 @@ def check(config: Config) -> None:
         )
 
 
-def measured_curves(config: Config, name: str) -> tuple[perf.Peaks, list[list[Row]]]:
-    """Time one program at each size of each dimension, all in turn: the machine's peaks, and a list of rows a dimension."""
+def measured_curves(config: Config, name: str, report: Row) -> list[list[Row]]:
+    """Time one program at each size of each dimension, all in turn: a list of rows a dimension."""
     build = learner_program if name == "learner" else decode_program
     base = Sizes(*(getattr(config, field) for field in Sizes._fields))
     sizes = {
@@ -131,8 +129,8 @@ def measured_curves(config: Config, name: str) -> tuple[perf.Peaks, list[list[Ro
     }
     programs = {point: build(config, point) for points in sizes.values() for point in points}
     contenders = {str(point): timed(program.run) for point, program in programs.items()}
-    peaks, times = with_peaks(config.dtype, contenders, config.repeats)
-    return peaks, [
+    _, times = with_peaks(report, config.dtype, contenders, config.repeats)
+    return [
         [
             measure(config, name, dimension, getattr(point, dimension), programs[point], times[str(point)])
             for point in points
@@ -219,7 +217,6 @@ def measure(config: Config, name: str, dimension: str, size: int, program: Progr
         "dimension": dimension,
         "size": size,
         **figures(timing, program.tokens),
-        "rounds": timing.wall,
         "temp_bytes": memory.temp_size_in_bytes,
         "held_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         "flops": program.flops,
@@ -245,7 +242,7 @@ def exponents(curve: Sequence[Row]) -> Row:
     """Fit the exponents of one curve, over all sizes and over the last two, and the time's of each round."""
     sizes = [row["size"] for row in curve]
     column: Callable[[str], list[float]] = lambda key: [row[key] for row in curve]
-    by_round = [exponent(sizes, seconds) for seconds in zip(*column("rounds"), strict=True)]
+    by_round = [exponent(sizes, seconds) for seconds in zip(*column("round_seconds"), strict=True)]
     return {
         **{name: curve[0][name] for name in ("who", "dtype", "dimension")},
         "sizes": sizes,
@@ -293,4 +290,4 @@ EXPONENTS: dict[str, Callable[[Row], str]] = {
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(main, Config, __doc__)

@@ -1,6 +1,5 @@
 """The profile of a step and of an update: what its products do is what paper says, and no time is lost or told twice."""
 
-import jax.numpy as jnp
 import pytest
 
 import pgjax as pg
@@ -16,7 +15,9 @@ def report(tmp_path_factory):
 
 
 def rows_of(report, name, kind):
-    return [row for row in report["rows"] if row["who"] == f"pgjax {name}" and row["kind"] == kind]
+    return [
+        row for row in report["rows"] if row["who"] == f"pgjax {name}" and row["kind"] == kind and row["what"] == ""
+    ]
 
 
 def test_the_products_of_a_step_are_those_on_paper(report, tmp_path):
@@ -37,9 +38,10 @@ def test_an_updates_products_are_forward_and_backward(report, tmp_path):
 def test_all_of_the_time_is_told_once(report):
     for name in ("sampler, a step", "update"):
         rows = [row for row in report["rows"] if row["who"] == f"pgjax {name}"]
-        assert sum(row["share"] for row in rows) == pytest.approx(1) and all(row["seconds"] > 0 for row in rows)
-        assert [row["kind"] for row in rows].count("all else") == 1
-        assert len(rows) <= 3 + 2 + 1  # the longest, the others of both kinds, what is no product
+        kinds, products = ([row for row in rows if (row["what"] == "") is whole] for whole in (True, False))
+        assert sorted(row["kind"] for row in kinds) == ["all else", "attention", "weights"]
+        assert sum(row["share"] for row in kinds) == pytest.approx(1) and all(row["seconds"] > 0 for row in kinds)
+        assert len(products) == 3 and sum(row["share"] for row in products) < 1  # the longest of them
 
 
 def test_a_trace_without_the_program_is_refused(tmp_path):
@@ -49,11 +51,11 @@ def test_a_trace_without_the_program_is_refused(tmp_path):
 
 def test_moments_are_shared_among_what_is_under_way():
     runs = [
-        profile.Span("a", 0.0, 2.0),
-        profile.Span("b", 1.0, 4.0),
-        profile.Span("a", 1.0, 2.0),
-        profile.Span("c", 5.0, 6.0),
-    ]
+        profile.Span("a", 0.0, 2.0, 2.0), profile.Span("b", 1.0, 4.0, 4.0), profile.Span("a", 1.0, 2.0, 2.0),
+        profile.Span("c", 1.0, 1.5, 6.0), profile.Span("d", 7.0, 8.0, 8.0),
+    ]  # fmt: skip
     found = profile.shared_out(runs)
-    assert found == {"a": (pytest.approx(1 + 2 / 3), 2), "b": (pytest.approx(1 / 3 + 2), 1), "c": (1.0, 1)}
-    assert jnp.isclose(sum(seconds for seconds, _ in found.values()), 5.0)  # nothing ran from 4 to 5
+    assert found["a"] == (pytest.approx(1 + 0.5 * 2 / 4 + 0.5 * 2 / 3), 2)
+    assert found["b"] == (pytest.approx(0.5 / 4 + 0.5 / 3 + 2), 1)
+    assert found["c"] == (pytest.approx(0.5 / 4 + 2), 1)  # from 4 on nothing else goes on
+    assert sum(seconds for seconds, _ in found.values()) == pytest.approx(7.0)  # nothing ran from 6 to 7

@@ -64,7 +64,7 @@ def test_the_exponent_of_a_power_is_found_whatever_its_factor(power):
 def test_a_fixed_part_lowers_the_exponent_and_least_at_the_largest_sizes():
     curve = [
         {"who": "pgjax learner", "dtype": "float32", "dimension": "batch", "size": n, "seconds": 4.0 + n, "temp_bytes": n,
-         "held_bytes": n**2, "flops": 1.0, "rounds": [n, n**2]} for n in (1, 2, 4, 8)
+         "held_bytes": n**2, "flops": 1.0, "round_seconds": [n, n**2]} for n in (1, 2, 4, 8)
     ]  # fmt: skip
     row = scaling.exponents(curve)
     assert row["rounds_exponents"] == pytest.approx([1.0, 2.0])
