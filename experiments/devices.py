@@ -57,7 +57,7 @@ class Flags:
     num_processes: int | None = None  # how many processes; None: likewise, or JAX_NUM_PROCESSES
     process_id: int | None = None  # which one this is, from 0; None: likewise, or JAX_PROCESS_ID
     init_timeout: float = 60.0  # seconds that the processes wait for each other at the start
-    remat: bool = False  # compute each layer again in the backward pass: less memory, about a third more time
+    remat: bool = False  # compute each layer again in the backward pass: less memory, up to a third more time
     compilation_cache: Path | None = USERS_CACHE  # keeps compiled programs for later runs; None: none are kept
 
 
