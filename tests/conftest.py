@@ -29,6 +29,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax  # noqa: E402  the flags above must come first
 import pytest  # noqa: E402
 
+gc.set_threshold(100_000, 50, 100)  # tracing makes many small objects, few of them in cycles: a fifteenth of the time
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

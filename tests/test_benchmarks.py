@@ -219,8 +219,8 @@ def test_a_decode_that_is_lost_in_the_noise_has_no_figures():
         assert [row[name] for name in none] == [None] * 4 and set(row["parts"]) == {"prefill"}
         cells = {name: column(row) for name, column in rollout.COLUMNS.items()}
         assert [cells[name] for name in ("decode ms a step", "decode MBU", "decode MFU")] == ["-"] * 3
-        row |= {"who": "pgjax", "dtype": "float32"}
-        assert [point["name"].split()[1] for point in pictures.points_of({"rollout": {"rows": [row]}})] == ["prefill"]
+        report = {"rows": [row | {"who": "pgjax", "dtype": "float32"}], "peaks": {"float32": PEAKS._asdict()}}
+        assert [point["name"].split()[1] for point in pictures.points_of({"rollout": report})] == ["prefill"]
         assert json.loads(json.dumps(row))["decode_mbu"] is None
 
 
