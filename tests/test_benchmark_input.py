@@ -10,7 +10,7 @@ import pytest
 import tyro
 
 from benchmarks import __main__ as suite
-from benchmarks import checks, compile, iteration, learner, logprobs, pictures, random_model, rollout, scoring
+from benchmarks import checks, compile, iteration, learner, logprobs, pictures, random_model, rollout, scaling, scoring
 
 MEASURING = (rollout, scoring, learner, logprobs, iteration, compile)
 FOLDER = Path(suite.__file__).parent
@@ -24,11 +24,11 @@ def no_work(monkeypatch):
         raise AssertionError("work began")
 
     monkeypatch.setattr("pgjax.load", work)
-    for module, name in ((logprobs, "begun"), (compile, "begun")):
+    for module, name in ((logprobs, "begun"), (compile, "begun"), (scaling, "begun")):
         monkeypatch.setattr(module, name, work)
 
 
-@pytest.mark.parametrize("module", MEASURING)
+@pytest.mark.parametrize("module", [*MEASURING, scaling])
 def test_a_count_below_one_is_refused_by_its_name(module):
     counts = [field for field in dataclasses.fields(module.Config) if field.type in ("int", "int | None")]
     assert {"repeats"} < {field.name for field in counts}
