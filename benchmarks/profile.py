@@ -1,10 +1,10 @@
 """Where the time of a sampler's step and of an update goes, by JAX's profiler: which products, at what speed, and all else.
 
     python -m benchmarks.profile
-    python -m benchmarks.profile --dtype bfloat16 --json benchmarks/results/profile.json
+    python -m benchmarks.profile --dtype bfloat16 --json benchmarks/results/profile_bfloat16.json
 
-Each program runs once to warm up and once under `jax.profiler.trace`. Every operation's time is set beside the work that its
-instruction in the compiled text says it does:
+Each program runs to warm up, by itself, and under `jax.profiler.trace`. The time of each operation is set beside the work that
+its instruction in the compiled text says it does:
 
     FLOPs of a product = 2 * elements of the result * length of the sum
     of the peak        = FLOPs / seconds / measured matrix peak
