@@ -29,8 +29,8 @@ from rich.table import Table
 
 from benchmarks import compile, iteration, learner, logprobs, pictures, rollout, scaling, scoring
 from benchmarks.checks import check_writable, command
+from benchmarks.interpreters import installed
 from benchmarks.timing import OURS, Row
-from benchmarks.worker import installed
 
 BENCHMARKS: dict[str, Any] = {
     "rollout": rollout, "scoring": scoring, "learner": learner, "logprobs": logprobs, "iteration": iteration,

@@ -37,6 +37,7 @@ import numpy as np
 
 import pgjax as pg
 from benchmarks.checks import Dtype, check, command
+from benchmarks.interpreters import Need, Peer, choose
 from benchmarks.timing import (
     LIMIT,
     SPEED,
@@ -54,7 +55,7 @@ from benchmarks.timing import (
     weight_bytes,
     with_peaks,
 )
-from benchmarks.worker import Beside, Need, Peer, choose, device, leave_out, model_folder, workers
+from benchmarks.worker import Beside, device, leave_out, model_folder, workers
 from experiments.ppo import Config as PPO
 from experiments.task import fold_in
 from pgjax import perf, ppo, train

@@ -31,6 +31,7 @@ import numpy as np
 
 import pgjax as pg
 from benchmarks.checks import Dtype, check, command
+from benchmarks.interpreters import Need, Peer, beyond_tunix
 from benchmarks.timing import (
     LIMIT,
     OURS,
@@ -46,7 +47,7 @@ from benchmarks.timing import (
     timed,
     weight_bytes,
 )
-from benchmarks.worker import Beside, Need, Peer, beyond_tunix, compare, device
+from benchmarks.worker import Beside, compare, device
 from experiments.ppo import Config as PPO
 from pgjax import perf, ppo
 

@@ -31,6 +31,7 @@ import numpy as np
 
 import pgjax as pg
 from benchmarks.checks import Dtype, check, command
+from benchmarks.interpreters import Need, Peer, beyond_tunix
 from benchmarks.timing import (
     LIMIT,
     SPEED,
@@ -44,7 +45,7 @@ from benchmarks.timing import (
     timed,
     weight_bytes,
 )
-from benchmarks.worker import Beside, Need, Peer, Worker, beyond_tunix, compare, device
+from benchmarks.worker import Beside, Worker, compare, device
 from pgjax import perf
 
 PEERS = (

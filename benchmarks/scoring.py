@@ -28,6 +28,7 @@ import numpy as np
 
 import pgjax as pg
 from benchmarks.checks import Dtype, check, command
+from benchmarks.interpreters import Need, Peer
 from benchmarks.timing import (
     LIMIT,
     OURS,
@@ -43,7 +44,7 @@ from benchmarks.timing import (
     timed,
     weight_bytes,
 )
-from benchmarks.worker import Beside, Need, Peer, compare, device
+from benchmarks.worker import Beside, compare, device
 from pgjax import perf, ppo
 
 HALF = "torch bfloat16 weights"

@@ -1,7 +1,6 @@
-"""Peers in processes of their own: who serves, what a run says, and how one ends that cannot go on."""
+"""Peers in processes of their own: what a run says, and how one ends that cannot go on."""
 
 import contextlib
-import dataclasses
 import functools
 import json
 import subprocess
@@ -10,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-import pgjax as pg
 from benchmarks import timing, worker
-from benchmarks.worker import Need, Peer, Worker
+from benchmarks.interpreters import Peer
+from benchmarks.worker import Worker
 from pgjax import perf
 
 SERVES = """
@@ -27,12 +26,6 @@ def run(times):
     return {"product": parent.setup["factor"] * times}
 parent.serve(run)
 """
-ARCH = pg.Architecture(
-    family="llama", vocab_size=64, width=16, depth=2, heads=2, kv_heads=1, head_dim=8, mlp_width=32, max_positions=64,
-    activation="silu", norm="rms", norm_eps=1e-5, rope=pg.Rope(theta=1e6), gated_mlp=True, qkv_bias=False,
-    out_bias=False, mlp_bias=False, qk_norm=False, tied=True,
-)  # fmt: skip
-TRL = Peer("TRL PPO", "nothing", (Need("trl", below="1.13"), Need("torch")))
 
 
 @pytest.fixture
@@ -41,19 +34,6 @@ def program(tmp_path):
         path = tmp_path / f"peer{len(list(tmp_path.iterdir()))}.py"
         path.write_text(f"import sys\nsys.path.insert(0, {str(worker.ROOT)!r})\n{text}")
         return [sys.executable, str(path)]
-
-    return write
-
-
-@pytest.fixture
-def python(tmp_path):
-    """Make an interpreter that says of itself what a test wants."""
-
-    def write(name, says):
-        path = tmp_path / name
-        path.write_text(f"#!/bin/sh\necho '{says}'\n")
-        path.chmod(0o755)
-        return str(path)
 
     return write
 
@@ -133,7 +113,7 @@ def test_a_peer_that_crashes_costs_its_own_rows_of_that_dtype_alone(tmp_path, mo
         }
 
     report = worker.compare(
-        config, ("float32", "bfloat16"), [Peer("a", "a", ()), Peer("b", "b", ())], SimpleNamespace(arch=ARCH), {},
+        config, ("float32", "bfloat16"), [Peer("a", "a", ()), Peer("b", "b", ())], SimpleNamespace(arch=None), {},
         setups=lambda folder, dtype: {"a": {"dtype": dtype}, "b": {}}, runs=runs,
         measure=lambda dtype, who, peaks, times: {
             name: x for part in ("first", "all") for name, x in timing.figures(times[f"{who} {part}"], 1).items()
@@ -195,68 +175,3 @@ def test_workers_start_where_there_is_an_interpreter_and_a_set_up_and_all_end(mo
         "a": "a answered 'x'; it printed nothing",
         "d": "d ended with status 1; it printed nothing",
     }
-
-
-def test_interpreters_are_asked_in_order_and_the_first_with_the_wanted_versions_serves(python):
-    new = python("new", '{"python": "3.12.1", "trl": "1.16.0", "torch": "2.13.0"}')
-    bare = python("bare", '{"python": "3.11.1", "trl": "1.12.0"}')
-    old = python("old", '{"python": "3.11.2", "trl": "1.12.1", "torch": "2.8.0+cpu"}')
-    older = python("older", '{"python": "3.11.3", "trl": "0.29.0", "torch": "2.8.0"}')
-    assert worker.choose([TRL], [new, bare, old, older], ARCH, wanted=True) == ({"TRL PPO": old}, None)
-    assert worker.choose([TRL], [older, old], ARCH, wanted=True)[0] == {"TRL PPO": older}
-
-
-def test_a_peer_that_no_interpreter_has_is_named_with_what_each_has_instead(python):
-    new = python("new", '{"python": "3.12.1", "trl": "1.16.0", "torch": "2.13.0"}')
-    bare = python("bare", '{"python": "3.11.1"}')
-    found, absent = worker.choose([TRL], [new, bare], ARCH, wanted=True)
-    assert found == {} and absent == (
-        "TRL PPO missing: needs trl < 1.13, torch; Python 3.12.1 has trl 1.16.0, torch 2.13.0; "
-        "Python 3.11.1 has trl not installed, torch not installed (--peer-pythons names others)"
-    )
-    assert str(new) not in absent  # a report says nothing of where this machine keeps its files
-    assert worker.choose([TRL], [new], ARCH, wanted=False) == ({}, "peers left out: --no-peer")
-
-
-def test_what_is_no_python_has_no_packages_and_the_next_one_is_asked(python):
-    old = python("old", '{"python": "3.11.2", "trl": "1.12.1", "torch": "2.8.0"}')
-    for text in ("", "usage: true", '["3.11"]'):
-        other = python(f"other{len(text)}", text)
-        assert worker.choose([TRL], [other, old], ARCH, wanted=True) == ({"TRL PPO": old}, None)
-        found, absent = worker.choose([TRL, Peer("any", "", ())], [other], ARCH, wanted=True)
-        assert found == {} and f"other{len(text)}, asked for its packages, said {text + chr(10)!r}" in absent
-        assert absent.startswith("TRL PPO missing: ") and "\nany missing: " in absent
-
-
-def test_without_a_list_this_interpreter_is_asked():
-    import numpy
-
-    assert worker.installed(sys.executable, ("numpy", "no-such-package"))["numpy"] == numpy.__version__
-    assert worker.choose([Peer("numpy", "", (Need("numpy"),))], (), ARCH, wanted=True)[0] == {"numpy": sys.executable}
-
-
-def test_an_interpreter_that_does_not_run_is_the_users_to_mend(tmp_path):
-    with pytest.raises(ValueError, match="nowhere/python does not run"):
-        worker.installed(str(tmp_path / "nowhere" / "python"), ("trl",))
-
-
-@pytest.mark.parametrize(
-    ("version", "met"), [("1.12.9", True), ("1.13.0", False), ("1.9.0", True), ("2.0", False), ("0.9rc1", True)]
-)
-def test_versions_are_compared_as_numbers(version, met):
-    assert Need("trl", below="1.13").met_by({"trl": version}) is met
-    assert Need("trl", at_least="1.13").met_by({"trl": version}) is not met
-
-
-def test_a_model_that_tunix_does_not_have_is_left_out_and_said_so(python):
-    peer = Peer("Tunix", "benchmarks.peers.tunix", (), worker.beyond_tunix)
-    serves = python("serves", '{"python": "3.11.0"}')
-    assert worker.choose([peer], [serves], ARCH, wanted=True) == ({"Tunix": serves}, None)
-    scaled = pg.Rope(theta=1e6, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32)
-    for change, why in (
-        ({"family": "qwen3"}, "family qwen3"),
-        ({"rope": scaled}, "rope"),
-        ({"mlp_bias": True}, "biases"),
-    ):
-        found, absent = worker.choose([peer], [serves], dataclasses.replace(ARCH, **change), wanted=True)
-        assert found == {} and absent.startswith("Tunix left out: ") and why in absent

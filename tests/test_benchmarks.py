@@ -7,7 +7,7 @@ import jax
 import pytest
 
 import pgjax as pg
-from benchmarks import learner, pictures, rollout, scoring, timing, worker
+from benchmarks import interpreters, learner, pictures, rollout, scoring, timing, worker
 from pgjax import perf
 from tests.tiny import tiny_lm, tiny_params
 
@@ -124,7 +124,7 @@ def test_rollout_reports_every_dtype_and_writes_what_it_returns(model, tmp_path,
 
 
 def test_a_peer_that_is_not_installed_is_named(model, monkeypatch, capsys):
-    monkeypatch.setattr(worker, "installed", lambda python, packages: {"python": "3.11.0", "transformers": "5.0"})
+    monkeypatch.setattr(interpreters, "installed", lambda python, packages: {"python": "3.11.0", "transformers": "5.0"})
     report = rollout.main(
         rollout.Config(model=model, dtypes=("float32",), batch_size=1, prompt_length=2, new_tokens=2, repeats=1)
     )
