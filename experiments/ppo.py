@@ -38,6 +38,7 @@ import tyro
 from jax.sharding import Mesh
 
 import pgjax as pg
+from experiments import adapters
 from experiments.cli import plain_errors
 from experiments.devices import MACHINE, Flags, agree_on, check_shares, first_of_all, on_devices, put, shared_folder
 from experiments.model_judge import load_judge
@@ -89,6 +90,8 @@ class Config(Flags):
     score_samples: bool | None = None  # by a pass of the policy; None: where the sampler's own word won't do
     microbatches: int = 2  # parts of a minibatch, for memory; the gradient is the same
     learning_rate: float = 3e-5  # of AdamW, reached after the warm-up
+    lora_rank: int | None = None  # train adapters of this rank, at some ten times the rate; None: all parameters
+    lora_alpha: float = 32.0  # the adapters' weight times the rank
     warmup_updates: int = 4  # updates over which the rate rises linearly
     decay: bool = False  # fall linearly to 0 over the run
     weight_decay: float = 0.0  # of AdamW, decoupled, on matrices only
@@ -190,11 +193,12 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay, eps=config.adam_eps,
     )  # fmt: skip
     reference = {"lm": params, "value": put(mesh, pg.init_value_head(lm.arch.width))}
-    policy = jax.tree.map(jnp.copy, reference)  # updates consume their buffers: the reference keeps its own
+    frozen, trained = adapters.freeze(reference, config, mesh)
+    policy = jax.tree.map(jnp.copy, trained)  # updates consume their buffers: the reference keeps its own
     state = State(
         train.init_state(policy, optimizer), put(mesh, np.float32(config.kl_coef)), jax.random.key(config.seed)
     )
-    del policy
+    del policy, trained
     checkpoints = open_checkpoints(
         folder, dataclasses.asdict(config), MAY_CHANGE, keep=config.keep, keep_best=config.keep_best,
         data=rows_digest([train_prompts, held_out]), reference=frozen_model(config.model, params),
@@ -212,7 +216,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         ppo.score, lm, temperature=temperature, window=config.max_new_tokens + 1, parts=parts, group_size=shared
     )
     take_update = functools.partial(
-        ppo.update, lm=lm, optimizer=optimizer, microbatches=config.microbatches, temperature=config.temperature,
+        ppo.update, frozen=frozen, lm=lm, optimizer=optimizer, microbatches=config.microbatches, temperature=config.temperature,
         algorithm=config.algorithm, reduce=config.reduce, kl_loss_coef=config.kl_loss_coef,
         clip_eps=config.clip_eps, clip_eps_high=config.clip_eps_high, dual_clip=config.dual_clip,
         value_coef=config.value_coef if config.advantage == "value" else 0.0, value_clip_eps=config.value_clip_eps,
@@ -226,7 +230,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         """Queue the rollout; nothing is waited for."""
         sample_key, shuffle_key = jax.random.split(fold_in(state.key, i))
         prompts = deal[i]  # of the rows that this process feeds
-        queued_at, params = time.perf_counter(), state.learner.params
+        queued_at, params = time.perf_counter(), pg.with_lora(frozen, state.learner.params)
         if scores_samples(config):
             return prompts, shuffle_key, queued_at, task.generate(params["lm"], prompts, sample_key), None
         return prompts, shuffle_key, queued_at, *task.generate_scored(params, prompts, sample_key)
@@ -244,16 +248,16 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         asked = task.ask(prompts, rollout)
         said = policy is not None  # by the sampler, on its way
         if policy is None:
-            policy = scorer(learner.params, rollout.tokens, rollout.attention_mask)
-        frozen = scorer(reference, rollout.tokens, rollout.attention_mask)
+            policy = scorer(pg.with_lora(frozen, learner.params), rollout.tokens, rollout.attention_mask)
+        referred = scorer(reference, rollout.tokens, rollout.attention_mask)
         judged = task.judge(prompts, rollout, asked)
         rewarded = time.perf_counter()
-        jax.block_until_ready((policy, frozen))
+        jax.block_until_ready((policy, referred))
         scored = time.perf_counter()
 
         paid = judged.scores - np.float32(config.truncation_penalty) * ~judged.ended
         batch, kl_coef, metrics = ppo.experience(
-            rollout, policy, frozen, put(mesh, paid), kl_coef,
+            rollout, policy, referred, put(mesh, paid), kl_coef,
             advantage=config.advantage, group_size=group, normalize_group=config.normalize_group,
             importance_cap=config.importance_cap, discount=config.discount,
             kl_target=config.kl_target, kl_horizon=config.kl_horizon,
@@ -314,11 +318,12 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
             if step in distributed.first(lambda: [x["step"] for x in logs.read_metrics(folder) if "eval/scores" in x]):
                 return  # done before the run was stopped
 
+            params = pg.with_lora(frozen, params)
             scored = functools.partial(scorer, group_size=whole_groups(None, config.eval_samples, shared))
 
             def kl(rollout: pg.Rollout) -> jax.Array:
-                policy, frozen = (scored(x, rollout.tokens, rollout.attention_mask) for x in (params, reference))
-                return ppo.sequence_kl(policy, frozen, rollout.mask)
+                policy, referred = (scored(x, rollout.tokens, rollout.attention_mask) for x in (params, reference))
+                return ppo.sequence_kl(policy, referred, rollout.mask)
 
             progress.print(f"sampling {len(held_out)} held-out prompts, {config.eval_samples} times each")
             figures = task.evaluate(
@@ -335,6 +340,9 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
                 f"KL {figures['kl']:.2f}"
             )
 
+        def save(state: State, to: Path) -> None:
+            pg.save_pretrained(to, lm, pg.with_lora(frozen, state.learner.params)["lm"], tokenizer)
+
         try:
             if start == 0:
                 evaluate(state.learner.params, 0)
@@ -343,10 +351,10 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
                 checkpoints=checkpoints, save_every=config.save_every, score=lambda metrics: metrics["objective/scores"],
             )  # fmt: skip
             evaluate(state.learner.params, config.steps)
-            pg.save_pretrained(folder / "policy", lm, state.learner.params["lm"], tokenizer)
+            save(state, folder / "policy")
             if config.keep_best:
                 state, best = to_best(checkpoints, state)
-                pg.save_pretrained(folder / "policy_best", lm, state.learner.params["lm"], tokenizer)
+                save(state, folder / "policy_best")
                 progress.print(f"policy_best is the policy after step {best}")
         finally:
             if first_of_all():

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import pgjax as pg
-from experiments import checks
+from experiments import adapters, checks
 from experiments.checks import require
 from pgjax import logs, perf
 
@@ -50,7 +50,8 @@ def speed(
     rows, window = config.batch_size * metrics["train/updates"] / config.minibatches, config.max_new_tokens + 1
     new = config.max_new_tokens
     sizes = perf.sequence_sizes(rows, prompt_length=length - new, new_tokens=new, group_size=shared)
-    flops = perf.training_flops(lm.arch, **sizes, head_tokens=rows * window)
+    work = perf.training_flops if config.lora_rank is None else perf.adapter_flops
+    flops = work(lm.arch, **sizes, head_tokens=rows * window)
     size = jnp.dtype(lm.dtype).itemsize
     context = length - new + completion / 2
     a_step = replicas * perf.decode_bytes(
@@ -143,6 +144,7 @@ def check(config: Config) -> None:
         f"make it more than {0.2 * config.batch_size:g}",
     )
     checks.seed_fits(config)
+    adapters.check(config)
     check_algorithm(config)
     require(
         config.score_samples is not False or samples_itself(config),

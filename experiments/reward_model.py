@@ -30,7 +30,7 @@ import tyro
 from jax.sharding import Mesh
 
 import pgjax as pg
-from experiments import checks
+from experiments import adapters, checks
 from experiments.checks import require
 from experiments.cli import plain_errors
 from experiments.devices import (
@@ -43,7 +43,7 @@ from experiments.devices import (
     put,
     shared_folder,
 )
-from experiments.resume import From, go_on, open_checkpoints, rows_digest, to_best
+from experiments.resume import From, frozen_model, go_on, open_checkpoints, rows_digest, to_best
 from experiments.reward_picture import plot_calibration
 from experiments.rows import load_rows
 from pgjax import data, distributed, logs, loop, preferences, reward_learning, shares, train
@@ -75,6 +75,8 @@ class Config(Flags):
     batch_size: int = 32  # pairs an update
     microbatches: int = 2  # parts of a batch, for memory; the gradient is the same
     learning_rate: float = 3e-5  # of AdamW, reached after the warm-up
+    lora_rank: int | None = None  # train adapters of this rank, at some ten times the rate; None: all parameters
+    lora_alpha: float = 32.0  # the adapters' weight times the rank
     warmup_updates: int = 10  # updates over which the rate rises linearly
     decay: bool = True  # fall linearly to 0 over the run
     weight_decay: float = 0.0  # of AdamW, decoupled, on matrices only
@@ -123,11 +125,12 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         config.learning_rate, updates=steps, warmup=min(config.warmup_updates, steps), decay=config.decay,
         max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay,
     )  # fmt: skip
-    state = train.init_state(params, optimizer)
-    del params
+    frozen, trained = adapters.freeze(params, config, mesh)
+    state = train.init_state(trained, optimizer)
+    del params, trained
     checkpoints = open_checkpoints(
         folder, dataclasses.asdict(config), MAY_CHANGE, keep=config.keep, keep_best=config.keep_best,
-        data=rows_digest(train_pairs),
+        data=rows_digest(train_pairs), frozen=None if frozen is None else frozen_model(config.model, frozen),
     )  # fmt: skip
     state, start = go_on(checkpoints, state, resume=config.resume, resume_from=config.resume_from)
     state = train.revived(state)
@@ -141,11 +144,12 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
 
     def step(state: train.TrainState, i: int, batch: Any) -> tuple[train.TrainState, dict[str, Any], None]:
         state, metrics = reward_learning.update(
-            state, batch, center_coef, rm=rm, optimizer=optimizer, microbatches=config.microbatches
+            state, batch, center_coef, frozen=frozen, rm=rm, optimizer=optimizer, microbatches=config.microbatches
         )
         figures: dict[str, float] = {}
         if config.keep_best and ((i + 1) % config.save_every == 0 or i + 1 == steps):
-            scores = reward_learning.pair_scores(rm, state.params, held_out, batch_size=config.batch_size)
+            params = pg.with_lora(frozen, state.params)
+            scores = reward_learning.pair_scores(rm, params, held_out, batch_size=config.batch_size)
             figures = reward_learning.pair_metrics(scores)
         return state, {**metrics, **{f"eval/{name}": x for name, x in figures.items()}}, None
 
@@ -184,21 +188,22 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
 
         try:
             if start == 0:
-                evaluate(state.params, 0)
+                evaluate(pg.with_lora(frozen, state.params), 0)
             state = loop.run(
                 state, steps=steps, start=start, prepare=prepare, step=step, check=loop.check_finite, report=report,
                 checkpoints=checkpoints, save_every=config.save_every,
                 score=lambda metrics: -metrics["eval/loss"] if "eval/loss" in metrics else None,
             )  # fmt: skip
             if not distributed.first(lambda: finished(folder)):
-                scores = evaluate(state.params, steps)
+                params = pg.with_lora(frozen, state.params)
+                scores = evaluate(params, steps)
                 if first_of_all():
                     plot_calibration(folder / "calibration.png", np.asarray(scores))
-                figures = save(state.params, folder / "model")
+                figures = save(params, folder / "model")
                 if config.keep_best:
                     state, best = to_best(checkpoints, state)
                     progress.print(f"model_best is the model after step {best}")
-                    save(state.params, folder / "model_best")
+                    save(pg.with_lora(frozen, state.params), folder / "model_best")
                 distributed.together(lambda: writer.write(steps, figures))
         finally:
             checkpoints.close()
@@ -275,6 +280,7 @@ def check(config: Config) -> None:
     )
     checks.not_negative(config, "learning_rate", "warmup_updates", "weight_decay", "center_coef")
     checks.seed_fits(config)
+    adapters.check(config)
 
 
 if __name__ == "__main__":

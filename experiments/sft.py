@@ -28,7 +28,7 @@ import tyro
 from jax.sharding import Mesh
 
 import pgjax as pg
-from experiments import checks
+from experiments import adapters, checks
 from experiments.checks import require
 from experiments.cli import plain_errors
 from experiments.devices import (
@@ -40,7 +40,7 @@ from experiments.devices import (
     on_devices,
     shared_folder,
 )
-from experiments.resume import From, go_on, open_checkpoints, to_best
+from experiments.resume import From, frozen_model, go_on, open_checkpoints, to_best
 from experiments.rows import load_row_sets
 from experiments.scratch import VOCAB_SIZE, read_architecture, small_architecture, texts_of, train_tokenizer
 from pgjax import data, distributed, logs, loop, sharding, shares, supervised, train
@@ -76,6 +76,8 @@ class Config(Flags):
     batch_size: int = 8  # packed rows an update
     microbatches: int = 1  # parts of a batch, for memory; the gradient is the same
     learning_rate: float | None = None  # of AdamW, reached after the warm-up; None: 3e-3 from scratch, 3e-5 otherwise
+    lora_rank: int | None = None  # train adapters of this rank, at some ten times the rate; None: all parameters
+    lora_alpha: float = 32.0  # the adapters' weight times the rank
     warmup: int = 100  # updates over which the rate rises linearly, a tenth of the run at most
     decay: bool = True  # fall linearly to 0 over the run
     weight_decay: float = 0.1  # of AdamW, decoupled, on matrices only
@@ -127,11 +129,13 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         rate, updates=steps, warmup=min(config.warmup, steps // 10), decay=config.decay,
         max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay,
     )  # fmt: skip
-    state = train.init_state(params, optimizer)
-    del params  # updates consume their buffers
+    frozen, trained = adapters.freeze(params, config, mesh)
+    state = train.init_state(trained, optimizer)
+    del params, trained  # updates consume their buffers
     checkpoints = open_checkpoints(
-        folder, dataclasses.asdict(config), MAY_CHANGE, keep=config.keep, keep_best=config.keep_best, data=fingerprint
-    )
+        folder, dataclasses.asdict(config), MAY_CHANGE, keep=config.keep, keep_best=config.keep_best, data=fingerprint,
+        frozen=None if frozen is None else frozen_model(config.model, frozen),
+    )  # fmt: skip
     state, start = go_on(checkpoints, state, resume=config.resume, resume_from=config.resume_from)
     state = train.revived(state)
     own = shares.fed_rows(mesh, config.batch_size)
@@ -140,7 +144,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     free_at = 0.0  # when the device was last seen without work
 
     def evaluate(params: Any) -> dict[str, float]:
-        loss = supervised.mean_surprise(lm, params, held_out, config.batch_size)
+        loss = supervised.mean_surprise(lm, pg.with_lora(frozen, params), held_out, config.batch_size)
         return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
 
     def prepare(state: train.TrainState, i: int) -> Packed:
@@ -152,7 +156,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         nonlocal free_at
         queued_at = time.perf_counter()
         state, metrics = supervised.update(
-            state, batch, lm=lm, optimizer=optimizer, microbatches=config.microbatches
+            state, batch, frozen=frozen, lm=lm, optimizer=optimizer, microbatches=config.microbatches
         )  # fmt: skip
 
         def seconds() -> float:
@@ -190,10 +194,10 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
                 checkpoints=checkpoints, save_every=config.save_every,
                 score=lambda metrics: -metrics["eval/loss"] if "eval/loss" in metrics else None,
             )  # fmt: skip
-            pg.save_pretrained(folder / "model", lm, state.params, tokenizer)
+            pg.save_pretrained(folder / "model", lm, pg.with_lora(frozen, state.params), tokenizer)
             if config.keep_best:
                 state, best = to_best(checkpoints, state)
-                pg.save_pretrained(folder / "model_best", lm, state.params, tokenizer)
+                pg.save_pretrained(folder / "model_best", lm, pg.with_lora(frozen, state.params), tokenizer)
                 progress.print(f"model_best is the model after update {best}")
         finally:
             if first_of_all():
@@ -280,6 +284,11 @@ def check(config: Config) -> None:
         f"{config.eval_every}: checkpoints without one would not count",
     )
     checks.seed_fits(config)
+    adapters.check(config)
+    require(
+        config.lora_rank is None or config.model is not None,
+        f"lora_rank={config.lora_rank} adapts a model that is there: name it by --model",
+    )
     require(
         config.model is None or (config.config is None and config.vocab_size is None),
         "config and vocab_size are for a model from scratch: leave out --model, or them",

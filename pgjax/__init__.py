@@ -31,6 +31,7 @@ from pgjax.models.causal_lm import CausalLM, causal_lm
 from pgjax.models.classifier import load_reward_model, save_reward_model
 from pgjax.models.heads import init_value_head, token_values
 from pgjax.models.load import load, save_pretrained
+from pgjax.models.lora import init_lora, merge_lora, with_lora
 from pgjax.models.reward_model import RewardModel, reward_model
 from pgjax.rollout import Rollout, Scored, sample, sample_scored
 from pgjax.trust_region import fisher_vector_product, trust_region_step
@@ -49,6 +50,7 @@ __all__ = [
     "cross_entropy_loss",
     "fisher_vector_product",
     "group_advantages",
+    "init_lora",
     "init_value_head",
     "kl_k1",
     "kl_k2",
@@ -60,6 +62,7 @@ __all__ = [
     "load_reward_model",
     "masked_mean",
     "masked_whiten",
+    "merge_lora",
     "monte_carlo_advantages",
     "monte_carlo_returns",
     "place_scores",
@@ -78,4 +81,5 @@ __all__ = [
     "truncated_importance_weights",
     "trust_region_step",
     "value_loss",
+    "with_lora",
 ]

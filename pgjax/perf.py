@@ -157,6 +157,35 @@ def training_flops(arch: Architecture, *, tokens: float, context: float, head_to
     return 3.0 * forward_flops(arch, tokens=tokens, context=context, head_tokens=head_tokens)
 
 
+def adapter_flops(arch: Architecture, *, tokens: float, context: float, head_tokens: float) -> float:
+    """Count the operations of a forward and a backward pass that trains low-rank adapters beside frozen weights.
+
+        3 * forward_flops - forward_flops(context = 0)
+
+    Gradients flow through the weights, but their own, a third of the products with them, are not computed. The products with
+    the adapters, r (D + F) / (D F) of those with the weights, are left out.
+
+    Args:
+        arch: the model's sizes.
+        tokens: tokens that go through the body.
+        context: keys that a token attends to, on average.
+        head_tokens: tokens whose logits are computed.
+
+    Returns:
+        Floating-point operations.
+
+    Example:
+        >>> from pgjax.perf import adapter_flops
+        >>> from pgjax.models.families import architecture_of
+        >>> config = {"model_type": "gpt2", "vocab_size": 10, "n_embd": 4, "n_layer": 1, "n_head": 2, "n_positions": 8}
+        >>> arch = architecture_of(config)
+        >>> adapter_flops(arch, tokens=1, context=0, head_tokens=0)
+        768.0
+    """
+    weights = forward_flops(arch, tokens=tokens, context=0, head_tokens=head_tokens)
+    return training_flops(arch, tokens=tokens, context=context, head_tokens=head_tokens) - weights
+
+
 def decode_bytes(arch: Architecture, *, batch: float, context: float, weight_bytes: float, cache_bytes: float) -> float:
     """Count the bytes that one decode step must read.
 

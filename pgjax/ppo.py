@@ -26,6 +26,7 @@ from pgjax.logprobs import token_entropy, token_logprobs
 from pgjax.masking import check_whole, masked_mean, masked_whiten, where_mask
 from pgjax.models.causal_lm import CausalLM, logits_of
 from pgjax.models.heads import token_values
+from pgjax.models.lora import with_lora
 from pgjax.policy_loss import Batch, ppo_loss, token_weights
 from pgjax.rollout import Rollout, Scored
 from pgjax.sharding import ambient_mesh, check_batch, constrain, constrain_batch
@@ -268,7 +269,7 @@ STATIC = (
 
 @functools.partial(jax.jit, static_argnames=STATIC, donate_argnames=("state",))
 def update(
-    state: train.TrainState, batch: Batch, order: jax.Array, number: jax.Array,
+    state: train.TrainState, batch: Batch, order: jax.Array, number: jax.Array, frozen: dict[str, Any] | None = None,
     *, optimizer: train.Optimizer, microbatches: int, reduce: str = "token_mean", **options: Any,
 ) -> tuple[train.TrainState, train.Metrics]:  # fmt: skip
     """Take one optimizer step on one minibatch; the state's buffers are given away.
@@ -278,6 +279,7 @@ def update(
         batch: of `experience`.
         order: [minibatches, rows] of `train.minibatches`.
         number: [] which minibatch.
+        frozen: {"lm": parameters} where `state.params["lm"]` are adapters to them (`lora`); None: all are trained.
         optimizer: of `train.adamw`.
         microbatches: parts whose gradients are added up, for memory.
         reduce: of the policy's losses over the minibatch: "token_mean", "sequence_mean" or "sequence_sum".
@@ -302,7 +304,10 @@ def update(
     """
     part = constrain_batch(jax.tree.map(lambda x: x[order[number]], batch))
     part = part._replace(weights=token_weights(part.mask, reduce))
-    loss_fn = functools.partial(ppo_loss, **options)
+
+    def loss_fn(params: Any, part: Batch) -> tuple[jax.Array, train.Metrics]:
+        return ppo_loss(with_lora(frozen, params), part, **options)
+
     grad, metrics = train.accumulate(loss_fn, state.params, part, part.mask.sum(1), microbatches)
     state, step_metrics = train.apply_gradient(state, grad, metrics.pop("loss"), optimizer)
     return state, metrics | step_metrics

@@ -15,6 +15,7 @@ from pgjax import train
 from pgjax.data import bucket_length
 from pgjax.distributed import fetch
 from pgjax.losses import preference_loss
+from pgjax.models.lora import with_lora
 from pgjax.models.reward_model import RewardModel
 from pgjax.preferences import Encoded
 from pgjax.sharding import batch_sharding, mesh_of, place
@@ -74,18 +75,19 @@ def pair_batch(pairs: Sequence[Encoded], *, most: int, longest: int | None = Non
 
 @functools.partial(jax.jit, static_argnames=("rm", "optimizer", "microbatches"), donate_argnames="state")
 def update(
-    state: train.TrainState, batch: PairBatch, center_coef: jax.Array,
+    state: train.TrainState, batch: PairBatch, center_coef: jax.Array, frozen: dict[str, Any] | None = None,
     *, rm: RewardModel, optimizer: train.Optimizer, microbatches: int,
 ) -> tuple[train.TrainState, train.Metrics]:  # fmt: skip
     """Take one step down the Bradley-Terry loss of a batch; both answers of a pair go through the model in one batch.
 
-    L = mean -log sigmoid(chosen - rejected - margin) + center_coef * mean (chosen + rejected)^2: `preference_loss`. All
-    parameters learn, the body's as well as the head's.
+    L = mean -log sigmoid(chosen - rejected - margin) + center_coef * mean (chosen + rejected)^2: `preference_loss`. The
+    body's parameters, or adapters to them, learn as well as the head's.
 
     Args:
       state: consumed.
       batch: [B, 2, T].
       center_coef: [] weight of the pull of a pair's sum towards 0.
+      frozen: {"lm": parameters} where `state.params["lm"]` are adapters to them (`lora`); None: all are trained.
       rm: the model's functions.
       optimizer: the one that made the state.
       microbatches: divides B; the gradient is the same, the memory less.
@@ -107,7 +109,7 @@ def update(
     """
 
     def loss_fn(params: Any, part: PairBatch) -> tuple[jax.Array, train.Metrics]:
-        scores = _scores(rm, params, part)
+        scores = _scores(rm, with_lora(frozen, params), part)
         chosen, rejected = scores[:, 0], scores[:, 1]
         loss = preference_loss(chosen, rejected, margin=part.margin, center_coef=center_coef)
         right = jnp.mean((jnp.sign(chosen - rejected) + 1) / 2)  # a tie is half right

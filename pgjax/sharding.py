@@ -30,18 +30,23 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
 }
+# The linear maps of a layer -> what goes in and what comes out.
+_MAPS: Mapping[str, tuple[str, str]] = {
+    **dict.fromkeys(("q", "k", "v"), ("width", "heads")),
+    **dict.fromkeys(("gate", "up"), ("width", "mlp")),
+    "o": ("heads", "width"),
+    "down": ("mlp", "width"),
+}
 # The end of a parameter's path -> what its axes are; leaves under "layers" have depth first. What is not named (norms, small
 # biases) is on every device whole.
 PARAMETERS: Mapping[tuple[str, ...], tuple[str | None, ...]] = {
     ("embed", "tokens"): ("vocab", "width"),
     ("embed", "positions"): (None, "width"),
     ("head", "kernel"): ("vocab", "width"),
-    **{(name, "kernel"): (None, "width", "heads") for name in ("q", "k", "v")},
-    **{(name, "bias"): (None, "heads") for name in ("q", "k", "v")},
-    **{(name, "kernel"): (None, "width", "mlp") for name in ("gate", "up")},
-    **{(name, "bias"): (None, "mlp") for name in ("gate", "up")},
-    ("o", "kernel"): (None, "heads", "width"),
-    ("down", "kernel"): (None, "mlp", "width"),
+    **{(name, "kernel"): (None, into, out) for name, (into, out) in _MAPS.items()},
+    **{(name, "bias"): (None, out) for name, (_, out) in _MAPS.items() if out != "width"},
+    **{(name, "lora_a"): (None, into, None) for name, (into, _) in _MAPS.items()},
+    **{(name, "lora_b"): (None, None, out) for name, (_, out) in _MAPS.items()},
 }
 
 

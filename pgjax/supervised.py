@@ -11,8 +11,9 @@ import numpy as np
 
 from pgjax import sharding, train
 from pgjax.losses import cross_entropy_loss
-from pgjax.models.causal_lm import CausalLM
+from pgjax.models.causal_lm import CausalLM, Params
 from pgjax.models.heads import head_logprobs
+from pgjax.models.lora import with_lora
 from pgjax.packing import Packed
 
 
@@ -33,8 +34,9 @@ def logprobs(lm: CausalLM, params: Any, packed: Packed) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("lm", "optimizer", "microbatches"), donate_argnames="state")
 def update(
-    state: train.TrainState, packed: Packed, *, lm: CausalLM, optimizer: train.Optimizer, microbatches: int
-) -> tuple[train.TrainState, train.Metrics]:
+    state: train.TrainState, packed: Packed, frozen: Params | None = None,
+    *, lm: CausalLM, optimizer: train.Optimizer, microbatches: int,
+) -> tuple[train.TrainState, train.Metrics]:  # fmt: skip
     """Take one step down the mean cross-entropy of the learned tokens of a batch.
 
     L = -sum over learned tokens of log p(token | its segment so far) / their number, however they are spread over rows
@@ -43,6 +45,7 @@ def update(
     Args:
       state: consumed.
       packed: [B, L].
+      frozen: parameters of the model where `state.params` are adapters to them (`lora`); None: all are trained.
       lm: the model's functions.
       optimizer: the one that made the state.
       microbatches: divides B; the gradient is the same, the memory less.
@@ -53,7 +56,7 @@ def update(
     """
 
     def loss_fn(params: Any, part: Packed) -> tuple[jax.Array, train.Metrics]:
-        return cross_entropy_loss(logprobs(lm, params, part), part.mask), {}
+        return cross_entropy_loss(logprobs(lm, with_lora(frozen, params), part), part.mask), {}
 
     counts = packed.mask.sum(1)
     gradient, metrics = train.accumulate(loss_fn, state.params, packed, counts, microbatches)

@@ -66,6 +66,18 @@ def test_a_gradient_is_what_paper_says_and_what_is_computed_again(remat):
     assert found == pytest.approx(paper + again, rel=0.03)
 
 
+def test_a_gradient_of_adapters_computes_none_of_the_kernels():
+    lm = pg.causal_lm(ARCH)
+    frozen = jax.eval_shape(lm.init, jax.random.key(0))
+    trained = jax.eval_shape(functools.partial(pg.init_lora, rank=1), jax.random.key(0), frozen)
+
+    def loss(trained, frozen, tokens):
+        return pg.token_logprobs(lm.apply(pg.with_lora(frozen, trained), tokens), tokens).sum()
+
+    found = jax.jit(jax.grad(loss)).lower(trained, frozen, TOKENS).cost_analysis()["flops"]
+    assert found == pytest.approx(perf.adapter_flops(ARCH, **PAPER) + attention_once(), rel=0.05)
+
+
 def with_head(lm: pg.CausalLM):
     init = lambda key: {"lm": lm.init(key), "value": pg.init_value_head(lm.arch.width)}
     return jax.eval_shape(init, jax.random.key(0))

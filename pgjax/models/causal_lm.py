@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from pgjax.models.architecture import Architecture
 from pgjax.models.attention import Kernel, attention, cuda_capability, cudnn_takes
 from pgjax.models.groups import check_groups
+from pgjax.models.lora import merge_lora
 from pgjax.models.sequences import Params, embed, forward, rotary, run
 from pgjax.models.slot_attention import slot_attention, takes
 from pgjax.models.transformer import Block, KeyValue, Norm, fuse
@@ -65,7 +66,8 @@ def decode_params(params: Params, dtype: Any) -> Params:
     float32, so that a decode step computes what a whole forward pass computes, and embeddings stay, of which only rows are
     looked up. Splitting copies anyway, and in the same go casts, and lays the kernels out as a decode step reads them
     fastest (`transformer.fuse`), unless tensor splits them: kernels joined end to end would no longer be split by heads.
-    Over fsdp all is cast whole instead, and gathered here, once. Prepared ones pass through.
+    Over fsdp all is cast whole instead, and gathered here, once. Adapters are added to the kernels that they adapt (`lora`).
+    Prepared ones pass through.
 
     >>> import jax.numpy as jnp
     >>> stacked = {"layers": {name: {"kernel": jnp.zeros((1, 2, 3))} for name in ("q", "k", "v", "o", "up", "down")}}
@@ -80,6 +82,7 @@ def decode_params(params: Params, dtype: Any) -> Params:
 
     if isinstance(params["layers"], list):
         return params
+    params = merge_lora(params)
     whole = gathered(cast(params, ("norm",))) if splits("width") else params
     split = cast(per_layer(whole), ("norm", "embed"))
     return split if splits("heads") else {**split, "layers": [fuse(layer) for layer in split["layers"]]}

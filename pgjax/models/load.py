@@ -114,7 +114,8 @@ def save_pretrained(
     Args:
         folder: where to. It may exist if it is empty or holds nothing but files that this function writes again.
         lm: the model's functions; only the architecture is read.
-        params: its parameters; their dtype is the file's. Every process calls this, the first one writes.
+        params: its parameters; their dtype is the file's, and adapters are merged (`lora.merge_lora`). Every process calls
+            this, the first one writes.
         tokenizer: None for none.
 
     Raises:

@@ -18,6 +18,7 @@ import numpy as np
 
 from pgjax.distributed import first, together
 from pgjax.models.architecture import Architecture
+from pgjax.models.lora import merge_lora
 from pgjax.models.tokenizer import TOKENIZER_FILES, stop_ids
 from pgjax.models.weights import Slot, slot_of
 
@@ -54,7 +55,7 @@ def write_folder(
         arch: which names the tensors.
         init: (key) -> parameters, of whose shapes `params` must be.
         config: of config.json, without token ids and dtype.
-        params: to be saved, on any devices.
+        params: to be saved, on any devices; adapters are merged (`lora`).
         tokenizer: None for none.
         max_shard_bytes: a model larger than this is written as several files and an index.
 
@@ -72,7 +73,7 @@ def write_folder(
     ...     sorted(path.name for path in Path(folder).iterdir())
     ['config.json', 'generation_config.json', 'model.safetensors']
     """
-    target = Path(folder).expanduser().absolute()
+    target, params = Path(folder).expanduser().absolute(), merge_lora(params)
     _check_params(arch, init, params)
     first(lambda: _check_replaceable(target))
     tensors = named_tensors(arch, params)

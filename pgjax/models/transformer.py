@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pgjax.models.architecture import Architecture, Rope
+from pgjax.models.lora import FACTORS
 from pgjax.sharding import constrain
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -221,7 +222,7 @@ class Block(nn.Module):
         if self.fused:
             return FusedDense(features, bias, **options, name=name)
         init = nn.initializers.normal(0.02)
-        return nn.Dense(features, use_bias=bias, **options, kernel_init=init, dot_general=rows_dot, name=name)
+        return Dense(features, use_bias=bias, **options, kernel_init=init, dot_general=rows_dot, name=name)
 
     def together(self, y: jax.Array, names: Sequence[str], features: Sequence[int], bias: bool) -> list[jax.Array]:
         """Map y [B, T, D] by several linear maps, by one product where they are fused."""
@@ -257,6 +258,18 @@ class Block(nn.Module):
 
 
 QKV, GATE_UP = ("q", "k", "v"), ("gate", "up")
+
+
+class Dense(nn.Dense):
+    """Map x [..., D] by a kernel [D, F], and by the low-rank adapter where one lies beside it (`lora`)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = super().__call__(x)
+        if not self.has_variable("params", "lora_a"):
+            return y
+        a, b, scale = (jnp.asarray(self.get_variable("params", name), y.dtype) for name in FACTORS)
+        return y + (rows_dot(x.astype(y.dtype), a) * jax.lax.stop_gradient(scale)) @ b
 
 
 class FusedDense(nn.Module):

@@ -1,0 +1,111 @@
+"""Low-rank adapters: beside the frozen kernels of a model, small factors that are trained (Hu et al. 2021)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pgjax.masking import check_whole
+
+KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
+FACTORS = ("lora_a", "lora_b", "lora_scale")  # beside the "kernel" of a linear map
+
+
+def init_lora(
+    key: jax.Array, params: dict[str, Any], *, rank: int, alpha: float = 32.0, targets: Collection[str] = KERNELS
+) -> dict[str, Any]:
+    """Draw adapters that change nothing yet, for the linear maps of every layer.
+
+    y = x W + (alpha / rank) (x A) B, with A ~ U(-1 / sqrt(D), 1 / sqrt(D)) and B = 0. The defaults, all maps and an alpha of
+    32 whatever the rank, are those of Schulman et al. 2025 ("LoRA Without Regret"): the best learning rate hardly depends on
+    the rank then, and is some ten times that of training all parameters.
+
+    Args:
+        key: a typed key.
+        params: of a causal LM; only their shapes are read.
+        rank: r, the columns of A and rows of B.
+        alpha: the adapters' weight times the rank; kept beside them, and not trained.
+        targets: which of q, k, v, o, gate, up and down get one; those that the model lacks are passed over.
+
+    Returns:
+        {"layers": {name: {"lora_a": [L, D, r], "lora_b": [L, r, F], "lora_scale": [L]}}}, float32.
+
+    Raises:
+        ValueError: a rank below 1, an alpha that is not finite or not above 0, or targets that are none of these.
+
+    >>> import pgjax as pg
+    >>> from pgjax.models.families import architecture_of
+    >>> config = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8, "n_layer": 3, "n_head": 2, "n_positions": 32}
+    >>> lm = pg.causal_lm(architecture_of(config))
+    >>> adapters = init_lora(jax.random.key(1), lm.init(jax.random.key(0)), rank=2, targets=("q", "up"))
+    >>> {name: x["lora_b"].shape for name, x in adapters["layers"].items()}
+    {'q': (3, 2, 8), 'up': (3, 2, 32)}
+    """
+    check_whole("rank", rank, 1)
+    if not (alpha > 0 and math.isfinite(alpha)):
+        raise ValueError(f"alpha must be finite and above 0, got {alpha}")
+    kernels = {name: x["kernel"] for name, x in params["layers"].items() if name in targets and "kernel" in x}
+    if not kernels or not set(targets) <= set(KERNELS):
+        raise ValueError(f"targets must be some of {', '.join(KERNELS)}, got {tuple(targets)}")
+
+    def one(key: jax.Array, kernel: jax.Array) -> dict[str, jax.Array]:
+        depth, wide, out = kernel.shape
+        bound = 1 / math.sqrt(wide)
+        a = jax.random.uniform(key, (depth, wide, rank), jnp.float32, -bound, bound)
+        b, scale = jnp.zeros((depth, rank, out), jnp.float32), jnp.full(depth, alpha / rank, jnp.float32)
+        return dict(zip(FACTORS, (a, b, scale), strict=True))
+
+    keys = jax.random.split(key, len(kernels))
+    return {"layers": {name: one(key, kernels[name]) for key, name in zip(keys, sorted(kernels), strict=True)}}
+
+
+def with_lora(frozen: dict[str, Any] | None, trained: dict[str, Any]) -> dict[str, Any]:
+    """Put what is trained among what is frozen, adapters beside their kernels: parameters for every function of the model.
+
+    No array is touched. Differentiate with respect to `trained` alone, and no gradient of what is frozen is computed.
+
+    Args:
+        frozen: parameters, alone or inside another tree; None where nothing is frozen.
+        trained: of `init_lora`, at the same place in the tree, and whatever else is trained.
+
+    Returns:
+        The union of the two trees.
+
+    >>> frozen = {"lm": {"layers": {"q": {"kernel": 1}, "k": {"kernel": 2}}, "norm": {"scale": 3}}}
+    >>> trained = {"lm": {"layers": {"q": {"lora_a": 4, "lora_b": 5, "lora_scale": 6}}}, "value": 7}
+    >>> with_lora(frozen, trained)["lm"]["layers"]
+    {'q': {'kernel': 1, 'lora_a': 4, 'lora_b': 5, 'lora_scale': 6}, 'k': {'kernel': 2}}
+    """
+    if frozen is None:
+        return trained
+    both = frozen.keys() & trained.keys()
+    return {**frozen, **trained, **{name: with_lora(frozen[name], trained[name]) for name in both}}
+
+
+def merge_lora(params: dict[str, Any]) -> dict[str, Any]:
+    """Add adapters to their kernels: W + scale A B, in the kernel's dtype; the same function of a token by fewer products.
+
+    Args:
+        params: of `with_lora`, or without adapters.
+
+    Returns:
+        Parameters of the model as it was; where there are no adapters, the same.
+
+    >>> one = {"kernel": jnp.ones((1, 2, 2)), "lora_a": jnp.ones((1, 2, 1)), "lora_b": jnp.ones((1, 1, 2))}
+    >>> merge_lora({"layers": {"q": {**one, "lora_scale": jnp.full(1, 0.5)}}})["layers"]["q"]["kernel"].tolist()
+    [[[1.5, 1.5], [1.5, 1.5]]]
+    """
+    merged = {name: merge_lora(x) if isinstance(x, dict) else x for name, x in params.items()}
+    return _merged(merged) if set(FACTORS) <= params.keys() else merged
+
+
+@jax.jit  # the arrays may be spread over processes
+def _merged(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    kernel, (a, b, scale) = leaves["kernel"], (leaves[name] for name in FACTORS)
+    change = (scale[:, None, None] * a) @ b
+    rest = {name: x for name, x in leaves.items() if name not in FACTORS}
+    return {**rest, "kernel": (kernel.astype(jnp.float32) + change).astype(kernel.dtype)}
