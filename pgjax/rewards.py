@@ -244,7 +244,8 @@ def _call(
     own = {key: [_copy(value) for value in column] for key, column in columns.items()}
     try:
         values: Any = reward(prompts=[_copy(prompt) for prompt in prompts], completions=list(completions), **own)
-        values = np.asarray(values) if hasattr(values, "__array__") else values
+        if hasattr(values, "__array__"):
+            values = list(values) if isinstance(values, np.ma.MaskedArray) else np.asarray(values)
     except (Exception, SystemExit, asyncio.CancelledError) as error:
         # SystemExit would end the run in silence, maybe with exit status 0; a cancelled judge is one that failed.
         # A reward may have effects of its own, so it isn't called again row by row to find the culprit.
@@ -286,7 +287,7 @@ def _is_sequence(values: Any) -> bool:
 def _number(value: Any) -> float | str:
     """Convert one returned value to a float, or say what is wrong with it."""
     not_a_number = "return a number"
-    if isinstance(value, (str, bytes)):
+    if isinstance(value, (str, bytes)) or value is np.ma.masked:  # of which NumPy would make 0
         return not_a_number
     try:
         if not isinstance(value, numbers.Real):

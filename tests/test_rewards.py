@@ -88,6 +88,12 @@ def test_a_bad_value_is_refused_with_its_row(bad: Any, said: str) -> None:
         assert part in str(error)
 
 
+def test_a_masked_entry_is_no_zero() -> None:
+    masked = np.ma.array([0.5, 1.0, 2.0], mask=[False, False, True])
+    assert failure(masked).row == failure(list(masked)).row == 2
+    assert score([returning(np.ma.array([0.5, 1.0]))], None, ["a", "b"], ["c", "d"])[0].tolist() == [0.5, 1.0]
+
+
 def test_nan_inside_an_array_is_found() -> None:
     assert failure(np.asarray([0.5, 1.0, math.nan])).row == 2
 
