@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -245,8 +246,23 @@ def machine() -> Row:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
+        "commit": commit(Path(__file__).parent),
         **found,
     }
+
+
+def commit(folder: Path) -> str:
+    """Name the commit that a folder's files are of, ending in -dirty where they differ from it; "unknown" outside a checkout.
+
+    >>> commit(Path("/"))
+    'unknown'
+    """
+    try:
+        asked = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        done = subprocess.run(asked, cwd=folder, capture_output=True, text=True, check=False)
+    except OSError:  # there is no git
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def _processor() -> str:

@@ -102,8 +102,8 @@ def ppo_loss(
     >>> params = {"lm": lm.init(jax.random.key(0)), "value": pg.init_value_head(4)}
     >>> x = jnp.zeros((2, 3))
     >>> batch = Batch(jnp.ones((2, 5), jnp.int32), jnp.ones((2, 5), bool), x == 0, x - 2.0, x, x + 1.0, x)
-    >>> loss, metrics = ppo_loss(
-    ...     params, batch, lm=lm, temperature=1.0, clip_eps=0.2, value_clip_eps=None, value_coef=0.5, entropy_coef=0.0)
+    >>> options = {"temperature": 1.0, "clip_eps": 0.2, "value_clip_eps": None, "value_coef": 0.5, "entropy_coef": 0.0}
+    >>> loss, metrics = jax.jit(lambda params, batch: ppo_loss(params, batch, lm=lm, **options))(params, batch)
     >>> float(loss), float(metrics["loss/value_avg"])  # V = 0 where the return is 1
     (0.25, 0.5)
     """

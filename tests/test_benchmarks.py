@@ -2,6 +2,8 @@
 
 import functools
 import json
+import subprocess
+from pathlib import Path
 
 import jax
 import pytest
@@ -72,6 +74,25 @@ def test_both_measurements_of_the_peaks_are_kept_and_the_best_counts(monkeypatch
 def test_a_report_says_the_time_of_day_in_utc(monkeypatch):
     monkeypatch.setattr(timing.time, "gmtime", lambda: (2026, 1, 2, 3, 4, 5, 4, 2, 0))
     assert timing.machine()["date"] == "2026-01-02T03:04Z"
+
+
+def test_a_report_names_the_commit_of_its_code(tmp_path, monkeypatch):
+    def git(*arguments):
+        names = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        done = subprocess.run(["git", *names, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    assert timing.commit(tmp_path) == "unknown"
+    git("init")
+    (tmp_path / "code.py").write_text("1")
+    git("add", "code.py")
+    git("commit", "-m", "first")
+    assert timing.commit(tmp_path) == git("rev-parse", "HEAD")[:12]
+    (tmp_path / "code.py").write_text("2")
+    assert timing.commit(tmp_path) == git("rev-parse", "HEAD")[:12] + "-dirty"
+    assert timing.machine()["commit"] == timing.commit(Path(timing.__file__).parent)
+    monkeypatch.setenv("PATH", "")
+    assert timing.commit(tmp_path) == "unknown"
 
 
 def test_a_call_in_this_process_is_timed_until_its_arrays_are_there():

@@ -13,7 +13,7 @@ import pgjax as pg
 from pgjax import ppo, sharding, train
 from pgjax.models.lora import KERNELS
 from pgjax.policy_loss import Batch
-from tests.tiny import ARCHITECTURES, FAMILIES, tiny_lm, tiny_params
+from tests.tiny import ARCHITECTURES, FAMILIES, tiny_apply, tiny_lm, tiny_params
 
 GOLDENS = Path(__file__).parent / "goldens"
 PEFT = {name: f"self_attn.{name}_proj" for name in "qkvo"} | {
@@ -46,32 +46,46 @@ def merged_by_hand(name, factors):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_before_the_first_step_the_model_is_the_one_it_was_to_the_bit(name):
-    lm, params = tiny_lm(name), tiny_params(name)
+    apply, params = tiny_apply(name), tiny_params(name)
     adapted = pg.with_lora(params, adapters(name, moved=False))
-    assert (lm.apply(adapted, TOKENS, MASK) == lm.apply(params, TOKENS, MASK)).all()
+    assert (apply(adapted, TOKENS, MASK) == apply(params, TOKENS, MASK)).all()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_adapters_beside_and_inside_the_kernels_are_one_function(name):
-    lm, factors = tiny_lm(name), adapters(name, alpha=1.5)
+    apply, factors = tiny_apply(name), adapters(name, alpha=1.5)
     adapted = pg.with_lora(tiny_params(name), factors)
-    wanted = lm.apply(merged_by_hand(name, factors), TOKENS, MASK)
-    assert np.abs(lm.apply(tiny_params(name), TOKENS, MASK) - wanted).max() > 0.5  # they do change it
-    for found in (lm.apply(adapted, TOKENS, MASK), lm.apply(pg.merge_lora(adapted), TOKENS, MASK)):
+    wanted = apply(merged_by_hand(name, factors), TOKENS, MASK)
+    assert np.abs(apply(tiny_params(name), TOKENS, MASK) - wanted).max() > 0.5  # they do change it
+    for found in (apply(adapted, TOKENS, MASK), apply(pg.merge_lora(adapted), TOKENS, MASK)):
         np.testing.assert_allclose(found, wanted, atol=2e-4 * float(jnp.abs(wanted).max()))
     assert jax.tree.structure(pg.merge_lora(adapted)) == jax.tree.structure(tiny_params(name))
+
+
+def test_in_16_bits_the_function_and_its_gradient_are_near_those_in_32():
+    adapted, factors = pg.with_lora(tiny_params("qwen2"), adapters("qwen2", alpha=1.5)), adapters("qwen2", alpha=1.5)
+
+    def loss(trained, dtype):
+        logits = tiny_apply("qwen2", dtype)(pg.with_lora(tiny_params("qwen2"), trained), TOKENS, MASK)
+        return pg.token_logprobs(logits, TOKENS).mean()
+
+    exact, half = (jax.jit(jax.grad(functools.partial(loss, dtype=x)))(factors) for x in ("float32", "bfloat16"))
+    for x, y in zip(jax.tree.leaves(exact), jax.tree.leaves(half), strict=True):
+        assert y.dtype == jnp.float32 and np.abs(x - y).max() <= 0.1 * np.abs(x).max()
+    logits = [tiny_apply("qwen2", x)(adapted, TOKENS, MASK)[MASK] for x in ("float32", "bfloat16")]
+    assert np.abs(logits[0] - logits[1]).max() < 0.05 * np.abs(logits[0]).max()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_their_gradients_are_those_of_the_kernels_through_the_other_factor(name):
     # L(W + s A B): dL/dA = s dL/dW B^T, dL/dB = s A^T dL/dW
-    lm, factors = tiny_lm(name), adapters(name, alpha=1.5)
+    apply, factors = tiny_apply(name), adapters(name, alpha=1.5)
 
     def loss(params):
-        return pg.token_logprobs(lm.apply(params, TOKENS, MASK), TOKENS).sum()
+        return pg.token_logprobs(apply(params, TOKENS, MASK), TOKENS).sum()
 
-    found = jax.grad(lambda trained: loss(pg.with_lora(tiny_params(name), trained)))(factors)
-    whole = jax.grad(loss)(merged_by_hand(name, factors))
+    found = jax.jit(jax.grad(lambda trained: loss(pg.with_lora(tiny_params(name), trained))))(factors)
+    whole = jax.jit(jax.grad(loss))(merged_by_hand(name, factors))
     for module, leaves in factors["layers"].items():
         kernel = np.asarray(whole["layers"][module]["kernel"], np.float64)
         a, b = (np.asarray(leaves[part], np.float64) for part in ("lora_a", "lora_b"))
@@ -99,10 +113,10 @@ def test_logits_and_gradients_are_those_of_peft(name):
         logits = lm.apply(pg.with_lora(params, trained), tokens)
         return pg.token_logprobs(logits, tokens).sum(), logits
 
-    (_, logits), gradient = jax.value_and_grad(loss, has_aux=True)(trained)
+    (_, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(trained)
     wanted = golden[f"{name}/logits"]
     np.testing.assert_allclose(logits, wanted, atol=1e-4 * np.abs(wanted).max())
-    assert np.abs(lm.apply(params, tokens) - wanted).max() > 0.1 * np.abs(wanted).max()
+    assert np.abs(jax.jit(lm.apply)(params, tokens) - wanted).max() > 0.1 * np.abs(wanted).max()
     for module, leaves in gradient["layers"].items():
         for part in "AB":
             wanted = factor("gradient", module, part)

@@ -196,7 +196,7 @@ def _built(
         x, cache = _decoded(block, params, token, position, index, slots, cache, by_one_kernel=by_one_kernel)
         return run(norm, params["norm"], x), cache
 
-    init = functools.partial(_initial, block, norm)
+    init = jax.jit(functools.partial(_initial, block, norm))  # one program, not one an operation
     return CausalLM(arch, dtype, init, apply, hidden, unembedding, init_cache, prefill, decode)
 
 
