@@ -102,7 +102,7 @@ def make_config(folder: Path, output: str, **fields) -> script.Config:
 
 
 def learn(folder: Path, output: str, **flags) -> list[Path]:
-    """Fine-tune on texts and learn from pairs, both of which lie in the folder: the run folders."""
+    """Fine-tune on texts and learn adapters from pairs, both of which lie in the folder: the run folders."""
     texts = str(folder / "texts.jsonl")
     shared = {
         "model": str(folder / "model"),
@@ -114,7 +114,7 @@ def learn(folder: Path, output: str, **flags) -> list[Path]:
     }
     tuned, judge = folder / output / "tuned", folder / output / "judge"
     sft.main(sft.Config(data=texts, output=tuned, max_length=48, epochs=2, **shared))
-    reward_model.main(reward_model.Config(pairs=texts, output=judge, **shared))
+    reward_model.main(reward_model.Config(pairs=texts, output=judge, lora_rank=2, learning_rate=1e-3, **shared))
     return [tuned, judge]
 
 
