@@ -11,7 +11,7 @@ from pathlib import Path
 def test_a_training_killed_20_times_ends_with_the_same_bits_and_a_moved_one_within_the_tolerance(tmp_path):
     """One campaign for both, since they share what costs most: imports, programs and the undisturbed run."""
     campaign = subprocess.run(
-        [sys.executable, "-m", "tests.kill_campaign", "--kills", "20", "--moves"],
+        [sys.executable, "-m", "tests.kill_campaign", "--kills", "20", "--steps", "16", "--moves"],
         cwd=Path(__file__).parents[1], env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True,
         timeout=900,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection
 from typing import Any
@@ -48,19 +49,25 @@ def init_lora(
     check_whole("rank", rank, 1)
     if not (alpha > 0 and math.isfinite(alpha)):
         raise ValueError(f"alpha must be finite and above 0, got {alpha}")
-    kernels = {name: x["kernel"] for name, x in params["layers"].items() if name in targets and "kernel" in x}
-    if not kernels or not set(targets) <= set(KERNELS):
+    shapes = {name: x["kernel"].shape for name, x in params["layers"].items() if name in targets and "kernel" in x}
+    if not shapes or not set(targets) <= set(KERNELS):
         raise ValueError(f"targets must be some of {', '.join(KERNELS)}, got {tuple(targets)}")
+    return {"layers": _drawn(key, tuple(sorted(shapes.items())), rank, alpha / rank)}
 
-    def one(key: jax.Array, kernel: jax.Array) -> dict[str, jax.Array]:
-        depth, wide, out = kernel.shape
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))  # one program, not one an operation
+def _drawn(
+    key: jax.Array, shapes: tuple[tuple[str, tuple[int, int, int]], ...], rank: int, scale: float
+) -> dict[str, dict[str, jax.Array]]:
+    def one(key: jax.Array, shape: tuple[int, int, int]) -> dict[str, jax.Array]:
+        depth, wide, out = shape
         bound = 1 / math.sqrt(wide)
         a = jax.random.uniform(key, (depth, wide, rank), jnp.float32, -bound, bound)
-        b, scale = jnp.zeros((depth, rank, out), jnp.float32), jnp.full(depth, alpha / rank, jnp.float32)
-        return dict(zip(FACTORS, (a, b, scale), strict=True))
+        b, scales = jnp.zeros((depth, rank, out), jnp.float32), jnp.full(depth, scale, jnp.float32)
+        return dict(zip(FACTORS, (a, b, scales), strict=True))
 
-    keys = jax.random.split(key, len(kernels))
-    return {"layers": {name: one(key, kernels[name]) for key, name in zip(keys, sorted(kernels), strict=True)}}
+    keys = jax.random.split(key, len(shapes))
+    return {name: one(key, shape) for key, (name, shape) in zip(keys, shapes, strict=True)}
 
 
 def with_lora(frozen: dict[str, Any] | None, trained: dict[str, Any]) -> dict[str, Any]:
