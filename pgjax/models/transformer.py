@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pgjax.models.architecture import Architecture, Rope
-from pgjax.models.lora import FACTORS
+from pgjax.models.lora import FACTORS, adapted_dot
 from pgjax.sharding import constrain
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -261,15 +261,15 @@ QKV, GATE_UP = ("q", "k", "v"), ("gate", "up")
 
 
 class Dense(nn.Dense):
-    """Map x [..., D] by a kernel [D, F], and by the low-rank adapter where one lies beside it (`lora`)."""
+    """Map x [..., D] by a kernel [D, F]; where a low-rank adapter lies beside it (`lora`), with that inside."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = super().__call__(x)
-        if not self.has_variable("params", "lora_a"):
-            return y
-        a, b, scale = (jnp.asarray(self.get_variable("params", name), y.dtype) for name in FACTORS)
-        return y + (rows_dot(x.astype(y.dtype), a) * jax.lax.stop_gradient(scale)) @ b
+        if not self.has_variable("params", FACTORS[0]):
+            return super().__call__(x)
+        leaves: list[jax.Array] = [self.get_variable("params", name) for name in ("kernel", *FACTORS)]
+        y = adapted_dot(rows_dot, x.astype(self.dtype), *leaves)
+        return y + along_last(self.get_variable("params", "bias"), y) if self.use_bias else y
 
 
 class FusedDense(nn.Module):
