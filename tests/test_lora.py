@@ -95,6 +95,11 @@ def test_their_gradients_are_those_of_the_kernels_through_the_other_factor(name)
         for part, x in wanted.items():
             np.testing.assert_allclose(found["layers"][module][part], x, atol=1e-3 * np.abs(x).max(), err_msg=module)
         assert not found["layers"][module]["lora_scale"].any()
+    beside = jax.jit(jax.grad(loss))(pg.with_lora(tiny_params(name), factors))
+    for module in factors["layers"]:  # where the kernel's own is asked for, it is there
+        kernel = whole["layers"][module]["kernel"]
+        found = beside["layers"][module]["kernel"]
+        np.testing.assert_allclose(found, kernel, atol=1e-3 * float(jnp.abs(kernel).max()), err_msg=module)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
@@ -236,3 +241,8 @@ def test_some_kernels_alone_can_have_them():
 def test_what_cannot_be_meant_is_refused_with_the_number(options, message):
     with pytest.raises(ValueError, match=message):
         pg.init_lora(jax.random.key(0), tiny_params("llama"), **options)
+
+
+def test_adapters_of_another_model_are_refused_with_the_map_that_is_missing():
+    with pytest.raises(ValueError, match="an adapter to gate, but the model has no gate"):
+        pg.with_lora(tiny_params("gpt2"), adapters("llama"))

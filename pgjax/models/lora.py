@@ -82,6 +82,9 @@ def with_lora(frozen: dict[str, Any] | None, trained: dict[str, Any]) -> dict[st
     Returns:
         The union of the two trees.
 
+    Raises:
+        ValueError: an adapter to a linear map that the model lacks.
+
     >>> frozen = {"lm": {"layers": {"q": {"kernel": 1}, "k": {"kernel": 2}}, "norm": {"scale": 3}}}
     >>> trained = {"lm": {"layers": {"q": {"lora_a": 4, "lora_b": 5, "lora_scale": 6}}}, "value": 7}
     >>> with_lora(frozen, trained)["lm"]["layers"]
@@ -89,8 +92,14 @@ def with_lora(frozen: dict[str, Any] | None, trained: dict[str, Any]) -> dict[st
     """
     if frozen is None:
         return trained
-    both = frozen.keys() & trained.keys()
-    return {**frozen, **trained, **{name: with_lora(frozen[name], trained[name]) for name in both}}
+    union = dict(frozen)
+    for name, x in trained.items():
+        union[name] = with_lora(frozen.get(name, {}), x) if isinstance(x, dict) else x
+        if isinstance(x, dict) and FACTORS[0] in x and "kernel" not in union[name]:
+            raise ValueError(
+                f"there is an adapter to {name}, but the model has no {name}: draw adapters from its parameters"
+            )
+    return union
 
 
 def merge_lora(params: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +131,8 @@ def adapted_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Arr
     >>> adapted_kernel(jnp.ones((2, 2)), jnp.ones((2, 1)), jnp.ones((1, 2)), jnp.float32(0.5)).tolist()
     [[1.5, 1.5], [1.5, 1.5]]
     """
-    return (kernel.astype(jnp.float32) + (scale[..., None, None] * a) @ b).astype(kernel.dtype)
+    change = jnp.matmul(scale[..., None, None] * a, b, precision="highest")  # of a TPU's, too, which is else of 16 bits
+    return (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
 
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
@@ -135,7 +145,7 @@ def adapted_dot(
     """Multiply x [..., D] by the kernel with its adapter inside: what a merged model, and so the sampler, computes.
 
     The gradients by A and B are those of y = x W + scale (x A) B: products with r columns, in place of the kernel's own
-    gradient, which is computed only where it is asked for. None is defined for the scale.
+    gradient, which is computed only where it is asked for. That of the scale is 0.
 
     Args:
         product: of x and a kernel.
