@@ -1,7 +1,6 @@
 """The scripts train adapters in place of all parameters: what moves, what is kept, what is saved, and how a run goes on."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
@@ -11,11 +10,10 @@ import pgjax as pg
 from experiments import ppo, reward_model, sft
 from pgjax import logs
 from pgjax.checkpoint import BadCheckpoint
-from tests.tiny_model import save_tiny_model
+from tests.tiny_model import save_tiny_model, save_tiny_task
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
-WORDS = ("sun", "rain", "fog", "wind", "snow", "ice", "dew", "hail")
 ADAPTERS = {"lora_rank": 2, "lora_alpha": 8.0, "learning_rate": 1e-2, "batch_size": 8, "microbatches": 2}
 
 
@@ -25,13 +23,7 @@ def early_letters(prompts, completions, **columns):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters")
-    save_tiny_model(folder / "model")
-    pairs = [{"prompt": "sky:", "chosen": f" {word}+", "rejected": f" {word}-"} for word in WORDS * 2]
-    texts = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
-    for name, rows in {"pairs": pairs, "texts": texts, "prompts": [{"prompt": "sky:"}]}.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return save_tiny_task(tmp_path_factory.mktemp("adapters"))
 
 
 def config_of(script, folder, output, **changes):

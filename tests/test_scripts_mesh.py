@@ -1,7 +1,6 @@
 """The scripts on a mesh of four devices: the numbers of one device, and errors that come before any work."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
@@ -11,24 +10,17 @@ import pgjax as pg
 from experiments import devices, ppo, reward_model, rlhf, rlhf_pairs, sft
 from experiments.task import make_task
 from pgjax import logs, sharding
-from tests.tiny_model import save_tiny_model
+from tests.tiny_model import save_tiny_task
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 MESH = "data=2,fsdp=2"
 CLOCKED = ("timing/", "perf/")  # what no two runs share
-WORDS = ("sun", "rain", "fog", "wind", "snow", "ice", "dew", "hail")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mesh")
-    save_tiny_model(folder / "model")
-    pairs = [{"prompt": "sky:", "chosen": f" {word}+", "rejected": f" {word}-"} for word in WORDS * 2]
-    texts = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
-    for name, rows in {"pairs": pairs, "texts": texts, "prompts": [{"prompt": "sky:"}]}.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return save_tiny_task(tmp_path_factory.mktemp("mesh"))
 
 
 def same_metrics(folder, other, tolerance=1e-5):

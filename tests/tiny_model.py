@@ -48,6 +48,17 @@ def save_tiny_model(folder: Path, *, max_positions: int = 64, unused_ids: int = 
     return folder
 
 
+def save_tiny_task(folder: Path) -> Path:
+    """Write the model, and beside it what each script learns from: pairs, texts and prompts, .jsonl each."""
+    save_tiny_model(folder / "model")
+    words = ("sun", "rain", "fog", "wind", "snow", "ice", "dew", "hail")
+    pairs = [{"prompt": "sky:", "chosen": f" {word}+", "rejected": f" {word}-"} for word in words * 2]
+    texts = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
+    for name, rows in {"pairs": pairs, "texts": texts, "prompts": [{"prompt": "sky:"}]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
 def other_letters(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """The same tokenizer but for the ids of its letters, which come in the opposite order."""
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
