@@ -1,7 +1,9 @@
 """Four fake CPU devices, quick compilations, strict promotion: for every test, set before jax makes its backend."""
 
+import fcntl
 import gc
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -48,6 +50,26 @@ def few_memory_maps():
     if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """Make a folder in one of xdist's workers, for all of them: (name, make) -> folder. Tests leave what is in it as it is."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name, make):
+        folder, done = root / name, root / f"{name}.done"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -19,8 +20,12 @@ CLOCKED = ("timing/", "perf/")  # what no two runs share
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
+def folder(once):
+    return once("processes", run_by_two_and_by_one)
+
+
+def run_by_two_and_by_one(folder):
+    """Do all that two processes do, and their run in this process, on four devices, an iteration longer."""
     save_tiny_model(folder / "model", unused_ids=1)  # so that tensor=2 divides them
     lm, params, tokenizer = pg.load(folder / "model")
     judge = with_padding_token(*from_causal_lm(lm, params, jax.random.key(1)), other_letters(tokenizer))
@@ -30,23 +35,21 @@ def folder(tmp_path_factory):
     words = [("abcdefgh" * 5)[:length] for length in (1, 2, 40, 3, 2, 1, 30, 2)]  # few of a batch's are long
     rows = [{"prompt": "say", "completion": word, "chosen": word, "rejected": word[::-1] + "."} for word in words]
     (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def found(folder):
-    """What both processes found and left behind."""
     port = pair.free_port()
     processes = [pair.start(["-m", "tests.pair", str(i), str(port), str(folder)]) for i in range(2)]
     for code, _, errors in pair.finish(processes):
         assert code == 0, errors[-3000:]
+    run(pair.make_config(folder, "one", steps=4))
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    """What both processes found; what they left behind lies in the folder."""
     return [json.loads((folder / f"found{i}.json").read_text()) for i in range(2)]
 
 
 @pytest.fixture(scope="module")
 def single(folder):
-    """The same run in this process, on four devices, an iteration longer: the folder."""
-    run(pair.make_config(folder, "one", steps=4))
     return folder / "one"
 
 
@@ -108,8 +111,9 @@ def test_two_processes_fine_tune_and_learn_from_pairs_as_one(found, folder):
 
 def test_one_process_goes_on_where_two_stopped(found, single, folder):
     """The snapshot and the folder of two processes are those of one."""
-    run(pair.make_config(folder, "two", steps=4, resume=True))
-    same_metrics(trained(folder / "two"), trained(single), 1e-5)
+    shutil.copytree(folder / "two", folder / "onward")
+    run(pair.make_config(folder, "onward", steps=4, resume=True))
+    same_metrics(trained(folder / "onward"), trained(single), 1e-5)
 
 
 def test_a_mesh_gives_the_numbers_of_one_device(single, folder):
