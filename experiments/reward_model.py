@@ -162,7 +162,8 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
             writer.write(done, metrics)
             progress.update(done, metrics)
 
-        def evaluate(params: Any, done: int) -> np.ndarray:
+        def evaluate(trained: Any, done: int) -> np.ndarray:
+            params = pg.with_lora(frozen, trained)
             scores = reward_learning.pair_scores(rm, params, held_out, batch_size=config.batch_size)
             figures = reward_learning.pair_metrics(scores)
             distributed.together(lambda: writer.write(done, {f"eval/{name}": x for name, x in figures.items()}))
@@ -173,7 +174,8 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
             )
             return scores
 
-        def save(params: Any, to: Path) -> dict[str, float]:
+        def save(trained: Any, to: Path) -> dict[str, float]:
+            params = pg.with_lora(frozen, trained)
             hidden = reward_learning.features(rm, params, references, batch_size=2 * config.batch_size)
             params, constants = normalized(params, hidden)  # once: nothing is refitted from here on
             shifted = reward_learning.pair_scores(rm, params, held_out, batch_size=config.batch_size)
@@ -188,22 +190,21 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
 
         try:
             if start == 0:
-                evaluate(pg.with_lora(frozen, state.params), 0)
+                evaluate(state.params, 0)
             state = loop.run(
                 state, steps=steps, start=start, prepare=prepare, step=step, check=loop.check_finite, report=report,
                 checkpoints=checkpoints, save_every=config.save_every,
                 score=lambda metrics: -metrics["eval/loss"] if "eval/loss" in metrics else None,
             )  # fmt: skip
             if not distributed.first(lambda: finished(folder)):
-                params = pg.with_lora(frozen, state.params)
-                scores = evaluate(params, steps)
+                scores = evaluate(state.params, steps)
                 if first_of_all():
                     plot_calibration(folder / "calibration.png", np.asarray(scores))
-                figures = save(params, folder / "model")
+                figures = save(state.params, folder / "model")
                 if config.keep_best:
                     state, best = to_best(checkpoints, state)
                     progress.print(f"model_best is the model after step {best}")
-                    save(pg.with_lora(frozen, state.params), folder / "model_best")
+                    save(state.params, folder / "model_best")
                 distributed.together(lambda: writer.write(steps, figures))
         finally:
             checkpoints.close()

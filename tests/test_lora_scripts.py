@@ -10,7 +10,7 @@ import pgjax as pg
 from experiments import ppo, reward_model, sft
 from pgjax import logs
 from pgjax.checkpoint import BadCheckpoint
-from tests.tiny_model import save_tiny_model, save_tiny_task
+from tests.tiny_model import save_tiny_model, save_tiny_task, task_config
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -27,13 +27,7 @@ def folder(tmp_path_factory):
 
 
 def config_of(script, folder, output, **changes):
-    sources = {
-        ppo: {"prompts": "prompts", "held_out": "prompts"},
-        sft: {"data": "texts", "held_out": "texts"},
-        reward_model: {"pairs": "pairs", "held_out": "pairs"},
-    }[script]
-    files = {name: str(folder / f"{file}.jsonl") for name, file in sources.items()}
-    return script.Config(model=str(folder / "model"), output=output, **files, **{**ADAPTERS, **changes})
+    return task_config(script, folder, output, **{**ADAPTERS, **changes})
 
 
 def only_kernels_moved(before, after):

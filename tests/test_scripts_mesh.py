@@ -10,7 +10,7 @@ import pgjax as pg
 from experiments import devices, ppo, reward_model, rlhf, rlhf_pairs, sft
 from experiments.task import make_task
 from pgjax import logs, sharding
-from tests.tiny_model import save_tiny_task
+from tests.tiny_model import save_tiny_task, task_config
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -131,14 +131,8 @@ def test_what_is_computed_again_is_what_the_flag_says(folder, tmp_path, monkeypa
 
     pg_load = pg.load
     monkeypatch.setattr(pg, "load", load)
-    data = {
-        ppo: {"prompts": "prompts", "held_out": "prompts"},
-        sft: {"data": "texts", "held_out": "texts"},
-        reward_model: {"pairs": "pairs", "held_out": "pairs"},
-    }[script]
-    files = {name: str(folder / f"{of}.jsonl") for name, of in data.items()}
     with pytest.raises(Loaded) as told:
-        script.main(script.Config(model=str(folder / "model"), output=tmp_path, remat=remat, batch_size=8, **files))
+        script.main(task_config(script, folder, tmp_path, remat=remat, batch_size=8))
     lm = told.value.args[0]
     assert (
         lm

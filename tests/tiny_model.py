@@ -59,6 +59,14 @@ def save_tiny_task(folder: Path) -> Path:
     return folder
 
 
+def task_config(script, folder: Path, output: Path, **fields):
+    """A script's config on the files of `save_tiny_task`, the same ones held out."""
+    names = {"prompts": "prompts", "data": "texts", "pairs": "pairs"}
+    field = next(name for name in names if name in script.Config.__dataclass_fields__)
+    source = str(folder / f"{names[field]}.jsonl")
+    return script.Config(model=str(folder / "model"), output=output, held_out=source, **{field: source}, **fields)
+
+
 def other_letters(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """The same tokenizer but for the ids of its letters, which come in the opposite order."""
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
