@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import tyro
 
-from pgjax.masking import check_whole
+from pgjax.core.checks import check_whole
 
 Dtype = Literal["float32", "bfloat16"]  # jax makes float64 into float32 unless told otherwise, and no peer runs float16
 

@@ -51,12 +51,16 @@ from benchmarks.frontier_report import (
 )
 from benchmarks.timing import Row, machine, plain, save
 from experiments import ppo as experiment
-from experiments import reviews
-from experiments.cli import plain_errors
-from experiments.rows import load_rows
-from experiments.task import Encoded, Task, fold_in, make_task
-from pgjax import data, logs, ppo, rewards
-from pgjax.prompts import check_rows
+from experiments.tasks import reviews
+from pgjax.data.batches import split_rows
+from pgjax.data.prompts import check_rows
+from pgjax.data.sources import load_rows
+from pgjax.learning import programs
+from pgjax.parallel.sharding import fold_in
+from pgjax.rollout import rewards
+from pgjax.rollout.task import Encoded, Task, make_task
+from pgjax.run import logs
+from pgjax.run.exits import plain_errors
 
 # The arguments of experiments.ppo for each method, by the number of episodes that they were found for (what was tried stands in
 # benchmarks/README.md). A low rate and a long warm-up: at 6e-4 without one, Adam's first 40 steps cost eight nats, of which the
@@ -85,7 +89,7 @@ class Config:
     held_out: str | None = None  # likewise, to evaluate on; None: kept aside of the reviews, or of `prompts`
     prompt_tokens: int = 6  # length of the prompts that are cut from the reviews
     held_out_prompts: int = 128  # at most so many are evaluated on
-    reward: str = "experiments.sentiment:whole_text_sentiment"  # the black box, as module:function
+    reward: str = "experiments.tasks.sentiment:whole_text_sentiment"  # the black box, as module:function
     output: Path = Path("runs/frontier")  # a folder a run
     methods: tuple[str, ...] = tuple(RECIPES)  # RLOO, PPO
     episodes: tuple[int, ...] = (6_400, 25_600)  # completions sampled in a run
@@ -185,7 +189,7 @@ def prompt_sets(config: Config, tokenizer: Any) -> tuple[list[Row], list[Row]]:
         count = min(config.held_out_prompts, len(rows) // 4)
         if count < 1:
             raise ValueError(f"{config.prompts} has {len(rows)} rows: too few to keep some aside; name --held-out")
-        rows, held_out = data.split_rows(rows, count, seed=0)
+        rows, held_out = split_rows(rows, count, seed=0)
     return list(rows), list(held_out)[: config.held_out_prompts]
 
 
@@ -323,14 +327,14 @@ def draw(
     scores, kl = [], []
     head = pg.init_value_head(task.lm.arch.width)
     scorer = functools.partial(
-        ppo.score, task.lm, temperature=jnp.float32(1.0), window=task.max_new_tokens + 1, parts=4
+        programs.score, task.lm, temperature=jnp.float32(1.0), window=task.max_new_tokens + 1, parts=4
     )
     for own, _, rollout in task.rollouts(policy, repeated, batch_size, key):
         if reference is not None:
             said = [
                 scorer({"lm": x, "value": head}, rollout.tokens, rollout.attention_mask) for x in (policy, reference)
             ]
-            kl.append(np.asarray(ppo.sequence_kl(*said, rollout.mask)))
+            kl.append(np.asarray(programs.sequence_kl(*said, rollout.mask)))
         scores.append(task.judge(own, rollout).scores)
     shape, count = (len(prompts), samples), len(repeated)
     found = np.concatenate(scores)[:count].astype(np.float64).reshape(shape)

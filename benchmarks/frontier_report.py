@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.timing import Row
-from experiments.gao_forms import best_of, best_of_kl
+from experiments.study.gao_forms import best_of, best_of_kl
 
 BETA = 0.05  # what the objective charges for a nat
 

@@ -57,9 +57,11 @@ from benchmarks.timing import (
 )
 from benchmarks.worker import Beside, device, leave_out, model_folder, workers
 from experiments.ppo import Config as PPO
-from experiments.task import fold_in
-from pgjax import perf, ppo, train
-from pgjax.sharding import whole_groups
+from pgjax.learning import programs
+from pgjax.learning.optimizer import adamw, init_state, minibatches
+from pgjax.parallel.sharding import fold_in, whole_groups
+from pgjax.run.flops import decode_bytes, forward_flops, sequence_sizes
+from pgjax.run.peaks import Peaks
 
 SHARED = tuple(Need(name) for name in ("torch", "transformers", "datasets", "accelerate"))
 PEERS = (
@@ -164,19 +166,19 @@ class Iterations:
         """Copy the model: updates consume their buffers, and the reference keeps its own."""
         self.lm, self.prompts, self.new_tokens, self.epochs, self.group = lm, prompts, config.new_tokens, epochs, group
         shared = {"group_size": whole_groups(None, len(prompts) // config.parts, group)}
-        optimizer = train.adamw(config.learning_rate, updates=1_000_000)
+        optimizer = adamw(config.learning_rate, updates=1_000_000)
         self.reference = {"lm": params, "value": pg.init_value_head(lm.arch.width)}
-        self.learner = train.init_state(jax.tree.map(jnp.copy, self.reference), optimizer)
+        self.learner = init_state(jax.tree.map(jnp.copy, self.reference), optimizer)
         self.key, self.number = jax.random.key(config.seed), 0
         self.kl_coef, temperature = jnp.float32(config.kl_coef), jnp.float32(1.0)
         self.score = functools.partial(
-            ppo.score, lm, temperature=temperature, window=config.new_tokens + 1, parts=config.parts, **shared
+            programs.score, lm, temperature=temperature, window=config.new_tokens + 1, parts=config.parts, **shared
         )
         self.experience = functools.partial(
-            ppo.experience, advantage=advantage, group_size=group, discount=1.0, kl_target=None, kl_horizon=1.0
+            programs.experience, advantage=advantage, group_size=group, discount=1.0, kl_target=None, kl_horizon=1.0
         )
         self.update = functools.partial(
-            ppo.update, lm=lm, optimizer=optimizer, microbatches=config.parts, temperature=1.0, **shared, **flags
+            programs.update, lm=lm, optimizer=optimizer, microbatches=config.parts, temperature=1.0, **shared, **flags
         )
 
     def run(self) -> dict[str, float]:
@@ -200,7 +202,7 @@ class Iterations:
         if self.epochs == 1:
             batch = batch._replace(old_logprobs=None)
         for epoch in range(self.epochs):
-            order = train.minibatches(fold_in(shuffle_key, epoch), len(self.prompts), 1, self.group)
+            order = minibatches(fold_in(shuffle_key, epoch), len(self.prompts), 1, self.group)
             self.learner, metrics = self.update(self.learner, batch, order, jnp.int32(0))
         jax.block_until_ready((self.learner.params, metrics))
         done = time.perf_counter()
@@ -241,14 +243,14 @@ def work(config: Config, arch: pg.Architecture, itemsize: int, who: str) -> dict
     in_parts = whole_groups(None, rows // config.parts, shared)
     passes, epochs = PASSES[who], config.epochs if who.endswith("PPO") else 1
     scoring = passes.scoring + (who == "pgjax PPO" and epochs > 1)
-    begun = perf.forward_flops(
+    begun = forward_flops(
         arch, tokens=rows * config.prompt_length / shared, context=config.prompt_length / 2, head_tokens=rows
     )
     context = config.prompt_length + new / 2
-    step = perf.forward_flops(arch, tokens=rows, context=context, head_tokens=rows)
-    read = perf.decode_bytes(arch, batch=rows, context=context, weight_bytes=itemsize, cache_bytes=itemsize)
-    sizes = perf.sequence_sizes(rows, prompt_length=config.prompt_length, new_tokens=new, group_size=in_parts)
-    forward = perf.forward_flops(arch, **sizes, head_tokens=rows * new)
+    step = forward_flops(arch, tokens=rows, context=context, head_tokens=rows)
+    read = decode_bytes(arch, batch=rows, context=context, weight_bytes=itemsize, cache_bytes=itemsize)
+    sizes = sequence_sizes(rows, prompt_length=config.prompt_length, new_tokens=new, group_size=in_parts)
+    forward = forward_flops(arch, **sizes, head_tokens=rows * new)
     learned = passes.learning * epochs
     return {
         "rollout": (begun + (new - 1) * step, weight_bytes(arch, itemsize) + (new - 1) * read),
@@ -257,7 +259,7 @@ def work(config: Config, arch: pg.Architecture, itemsize: int, who: str) -> dict
     }
 
 
-def measure(config: Config, arch: pg.Architecture, dtype: str, peaks: perf.Peaks, who: str, timing: Timing) -> Row:
+def measure(config: Config, arch: pg.Architecture, dtype: str, peaks: Peaks, who: str, timing: Timing) -> Row:
     """Turn times into the figures of the table; the parts are known of ours alone."""
     row = figures(timing, config.batch_size * config.new_tokens)
     counted = work(config, arch, jnp.dtype(dtype).itemsize, who)

@@ -3,11 +3,11 @@
     python -m benchmarks.learner
     python -m benchmarks.learner --peer-pythons ONE/bin/python OTHER/bin/python --json benchmarks/results/learner.json
 
-One run is the forward and backward pass of `pgjax.ppo.ppo_loss` (clipped surrogate + value loss, the value head on
+One run is the forward and backward pass of `pgjax.learning.programs.ppo_loss` (clipped surrogate + value loss, the value head on
 the shared body) over a batch, without the optimizer:
 
     tokens/s = batch_size * length / seconds
-    FLOPs    = perf.training_flops(tokens, context = length / 2, head_tokens = batch_size * new_tokens)
+    FLOPs    = training_flops(tokens, context = length / 2, head_tokens = batch_size * new_tokens)
     bytes    = every float32 weight once in each of the two passes
     MFU      = FLOPs / (seconds * measured matrix peak of that dtype)
     limit    = max(FLOPs / matrix peak, bytes / read bandwidth)
@@ -49,7 +49,9 @@ from benchmarks.timing import (
 )
 from benchmarks.worker import Beside, compare, device
 from experiments.ppo import Config as PPO
-from pgjax import perf, ppo
+from pgjax.learning import programs
+from pgjax.run.flops import training_flops
+from pgjax.run.peaks import Peaks
 
 TORCH = (Need("torch"), Need("transformers"))
 PEERS = (
@@ -91,7 +93,7 @@ def main(config: Config) -> Row:
     return report
 
 
-def make_batch(config: Config, lm: pg.CausalLM, params: Any) -> ppo.Batch:
+def make_batch(config: Config, lm: pg.CausalLM, params: Any) -> programs.Batch:
     """Make random experience whose old log-probabilities lie a little beside the model's own, so that some are clipped."""
     draw = np.random.default_rng(config.seed)
     rows, window = config.batch_size, config.new_tokens + 1
@@ -100,7 +102,7 @@ def make_batch(config: Config, lm: pg.CausalLM, params: Any) -> ppo.Batch:
     hidden = lm.hidden(params, tokens)[:, -window:]
     logprobs = pg.linear_token_logprobs(hidden, lm.unembedding(params), tokens[:, -window:])
     noise = lambda scale: jnp.asarray(draw.normal(0, scale, (rows, window)), jnp.float32)
-    return ppo.Batch(
+    return programs.Batch(
         tokens=tokens,
         attention_mask=jnp.ones(tokens.shape, bool),
         mask=mask,
@@ -111,12 +113,12 @@ def make_batch(config: Config, lm: pg.CausalLM, params: Any) -> ppo.Batch:
     )
 
 
-def contender(lm: pg.CausalLM, params: Any, batch: ppo.Batch, dtype: str) -> Contender:
+def contender(lm: pg.CausalLM, params: Any, batch: programs.Batch, dtype: str) -> Contender:
     """Give our run: the loss and its gradient, jitted."""
     ours, defaults = pg.causal_lm(lm.arch, dtype=jnp.dtype(dtype)), PPO()
 
-    def loss(params: Any, batch: ppo.Batch) -> jax.Array:
-        return ppo.ppo_loss(
+    def loss(params: Any, batch: programs.Batch) -> jax.Array:
+        return programs.ppo_loss(
             params, batch, lm=ours, temperature=1.0, clip_eps=defaults.clip_eps, value_clip_eps=None,
             value_coef=defaults.value_coef, entropy_coef=0.0,
         )[0]  # fmt: skip
@@ -131,7 +133,7 @@ def contender(lm: pg.CausalLM, params: Any, batch: ppo.Batch, dtype: str) -> Con
     return timed(run)
 
 
-def peer_setups(config: Config, folder: str, batch: ppo.Batch, dtype: str) -> dict[str, Row]:
+def peer_setups(config: Config, folder: str, batch: programs.Batch, dtype: str) -> dict[str, Row]:
     """Write down, for the peers of a dtype, what they need to know.
 
     Entry 0 of our window is the prompt's last token: nothing is sampled there, and theirs begins after it.
@@ -151,10 +153,10 @@ def peer_setups(config: Config, folder: str, batch: ppo.Batch, dtype: str) -> di
     return {"torch autocast": shared | {"autocast": True}, "torch bfloat16 weights": shared | {"dtype": "bfloat16"}}
 
 
-def measure(config: Config, arch: pg.Architecture, peaks: perf.Peaks, timing: Timing) -> Row:
+def measure(config: Config, arch: pg.Architecture, peaks: Peaks, timing: Timing) -> Row:
     """Turn times into the figures of the table."""
     tokens = config.batch_size * config.length
-    flops = perf.training_flops(
+    flops = training_flops(
         arch, tokens=tokens, context=config.length / 2, head_tokens=config.batch_size * config.new_tokens
     )
     row = figures(timing, tokens)

@@ -47,7 +47,7 @@ from benchmarks.timing import (
     timed,
     with_peaks,
 )
-from pgjax import perf
+from pgjax.run.peaks import Peaks
 
 Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # hidden, unembedding, tokens, weights
 Loss = Callable[..., jax.Array]
@@ -124,7 +124,7 @@ def losses(config: Config, dtype: str) -> dict[str, Loss]:
     return both if dtype == "float32" else {**both, WIDE: wide}
 
 
-def measure(config: Config, dtype: str, peaks: perf.Peaks, timing: Timing) -> Row:
+def measure(config: Config, dtype: str, peaks: Peaks, timing: Timing) -> Row:
     """Turn times into the figures of the table."""
     tokens, size = config.batch_size * config.length, jnp.dtype(dtype).itemsize
     flops = 6.0 * tokens * config.vocab_size * config.width

@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 from benchmarks.timing import OURS, Row
-from pgjax.curves import EVAL, GREY, INK, LINE, save_figure
+from pgjax.run.curves import EVAL, GREY, INK, LINE, save_figure
 
 COLOURS = {"float32": LINE, "bfloat16": EVAL}
 PARTS = {"learner": LINE, "decode": EVAL}

@@ -41,7 +41,7 @@ from benchmarks.pod_judge import judge, largest_rows
 from benchmarks.pod_programs import MODELS, PROGRAMS, TOPOLOGIES, Case, make_case
 from benchmarks.pod_report import picture, show
 from benchmarks.timing import Row, machine, plain, save
-from experiments.cli import plain_errors
+from pgjax.run.exits import plain_errors
 
 
 @dataclasses.dataclass(frozen=True)

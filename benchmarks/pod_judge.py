@@ -13,7 +13,7 @@ import jax
 from benchmarks import hlo
 from benchmarks.pod_programs import GIB, PARTS, Case, bytes_a_chip, lower, training_state
 from benchmarks.timing import Row
-from pgjax import perf
+from pgjax.run.flops import decode_bytes, forward_flops, parameter_counts, training_flops
 
 HEAD_CHUNK = 1024  # entries of the vocabulary a step of `linear_token_logprobs`
 MOST_ROWS = 4096  # beyond which `largest` tries nothing
@@ -80,7 +80,7 @@ def memory_of(case: Case, program: str, rows: int, compiled: jax.stages.Compiled
         "parameters": parameters,
         "moments": moments * learning,
         "gradient": parameters * learning,
-        "gathered": 2 * sum(perf.parameter_counts(arch)) // tensor * sampling,
+        "gathered": 2 * sum(parameter_counts(arch)) // tensor * sampling,
         "cache": 2 * 2 * arch.depth * heads * arch.head_dim * slots * sampling,
     }
     results = stats.output_size_in_bytes - stats.alias_size_in_bytes
@@ -224,28 +224,28 @@ def summary(found: Sequence[hlo.Collective]) -> list[Row]:
 
 
 def work(case: Case, phase: str, rows: int) -> tuple[float, float]:
-    """Count the operations and the bytes of a chip that one run of a phase needs on paper, by `pgjax.perf`.
+    """Count the operations and the bytes of a chip that one run of a phase needs on paper, by `pgjax.run.flops`.
 
     Bytes: the weights in bfloat16, split over tensor, once for each pass through the model (a backward pass is one more); for
     decode the filled cache too; for the learner also parameters, gradient and moments, read and written once.
     """
     arch, tensor = case.lm.arch, case.size("tensor")
-    weights = 2.0 * sum(perf.parameter_counts(arch)) / tensor
+    weights = 2.0 * sum(parameter_counts(arch)) / tensor
     length = case.prompt_length + case.new_tokens
     if phase == "decode":
         context = case.prompt_length + case.new_tokens / 2
-        flops = perf.forward_flops(arch, tokens=rows, context=context, head_tokens=rows)
-        read = perf.decode_bytes(arch, batch=rows, context=context, weight_bytes=2, cache_bytes=2)
+        flops = forward_flops(arch, tokens=rows, context=context, head_tokens=rows)
+        read = decode_bytes(arch, batch=rows, context=context, weight_bytes=2, cache_bytes=2)
         return flops / tensor, read / tensor
     if phase == "prefill":
         tokens, context = rows * case.prompt_length, case.prompt_length / 2
-        return perf.forward_flops(arch, tokens=tokens, context=context, head_tokens=rows) / tensor, weights
+        return forward_flops(arch, tokens=tokens, context=context, head_tokens=rows) / tensor, weights
     sizes = {"tokens": PARTS * rows * length, "context": length / 2, "head_tokens": PARTS * rows * case.new_tokens}
     if phase == "scoring":
-        return perf.forward_flops(arch, **sizes) / tensor, PARTS * weights
+        return forward_flops(arch, **sizes) / tensor, PARTS * weights
     state = training_state(case)
     step = 2 * (2 * bytes_a_chip(state.params) + bytes_a_chip(state.opt_state))
-    return perf.training_flops(arch, **sizes) / tensor, 2 * PARTS * weights + step
+    return training_flops(arch, **sizes) / tensor, 2 * PARTS * weights + step
 
 
 def misplaced(case: Case, program: str, found: Sequence[hlo.Collective]) -> list[str]:

@@ -10,10 +10,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 import pgjax as pg
-from pgjax import ppo, rollout, sharding, train
-from pgjax.mesh import make_mesh, parse_mesh
+from pgjax.learning import programs
+from pgjax.learning.optimizer import TrainState, adamw, init_state
 from pgjax.models.causal_lm import CausalLM
-from pgjax.models.families import architecture_of
+from pgjax.models.io.config import architecture_of
+from pgjax.parallel import sharding
+from pgjax.parallel.mesh import make_mesh, parse_mesh
+from pgjax.rollout import sample
 
 GIB = 1 << 30
 
@@ -72,7 +75,7 @@ MESHES = {
 }
 PROGRAMS = ("sampler", "scoring", "learner")
 PARTS = 2  # of the scoring's batch and of the learner's minibatch, so that the programs hold their loops
-OPTIMIZER = train.adamw(1e-5, updates=1000)
+OPTIMIZER = adamw(1e-5, updates=1000)
 
 
 class Case(NamedTuple):
@@ -118,12 +121,12 @@ def make_case(topology: str, model: str, mesh: str | None, *, prompt_length: int
     return Case(topology, model, make_mesh(devices=devices, **sizes), lm, prompt_length, new_tokens)
 
 
-def training_state(case: Case) -> train.TrainState:
+def training_state(case: Case) -> TrainState:
     """Give the shapes of policy, critic and Adam's moments, laid out over the mesh."""
 
-    def init() -> train.TrainState:
+    def init() -> TrainState:
         params = {"lm": case.lm.init(jax.random.key(0)), "value": pg.init_value_head(case.lm.arch.width)}
-        return train.init_state(params, OPTIMIZER)
+        return init_state(params, OPTIMIZER)
 
     bare = jax.eval_shape(init)
     layout = sharding.param_shardings(case.mesh, bare)
@@ -156,7 +159,7 @@ def lower(case: Case, program: str, rows: int) -> jax.stages.Lowered:
         if program == "sampler":
             scalars = {"temperature": jnp.float32, "top_k": jnp.int32, "top_p": jnp.float32, "min_p": jnp.float32}
             prompts = at_once, case.prompt_length
-            return rollout._generate.lower(
+            return sample._generate.lower(
                 case.lm, state.params["lm"], array(jnp.int32, *prompts), array(bool, *prompts), array(key.dtype),
                 {name: array(dtype) for name, dtype in scalars.items()}, array(jnp.int32, 8), array(jnp.int32),
                 max_new_tokens=case.new_tokens,
@@ -164,11 +167,13 @@ def lower(case: Case, program: str, rows: int) -> jax.stages.Lowered:
         batch = PARTS * at_once
         tokens, mask = array(jnp.int32, batch, length), array(bool, batch, length)
         if program == "scoring":
-            return ppo.score.lower(case.lm, state.params, tokens, mask, array(jnp.float32), window=window, parts=PARTS)
+            return programs.score.lower(
+                case.lm, state.params, tokens, mask, array(jnp.float32), window=window, parts=PARTS
+            )
         floats: list[Any] = [array(jnp.float32, batch, window) for _ in range(5)]
-        experience = ppo.Batch(tokens, mask, array(bool, batch, window), *floats)
+        experience = programs.Batch(tokens, mask, array(bool, batch, window), *floats)
         order = jax.ShapeDtypeStruct((1, batch), jnp.int32, sharding=whole)
-        return ppo.update.lower(
+        return programs.update.lower(
             state, experience, order, array(jnp.int32), lm=case.lm, optimizer=OPTIMIZER, microbatches=PARTS,
             temperature=1.0, clip_eps=0.2, value_clip_eps=None, value_coef=0.5, entropy_coef=0.0,
         )  # fmt: skip

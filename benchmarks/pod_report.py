@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.pod_programs import GIB
 from benchmarks.timing import Row
-from pgjax.curves import EVAL, GREY, INK, LINE, save_figure
+from pgjax.run.curves import EVAL, GREY, INK, LINE, save_figure
 
 # What a chip holds, from the ground up: its colour, and its name in the picture.
 KINDS = {

@@ -15,7 +15,7 @@ product may seem faster than the peak beside another that seems slow, but not al
 own, so the whole program's time is told without it and with it. Programs:
 
     sampler = `pg.sample`, one compiled program: a prefill, then steps of decoding
-    update  = `ppo.update`: PPO's loss and gradient over a batch of that size, then AdamW
+    update  = `programs.update`: PPO's loss and gradient over a batch of that size, then AdamW
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ from benchmarks.checks import Dtype, check, command
 from benchmarks.hlo import Computation, Instruction, Loop, instructions, parse
 from benchmarks.scaling import experience
 from benchmarks.timing import Row, begun, save, show
-from pgjax import perf, ppo, rollout, train
+from pgjax.learning import programs
+from pgjax.learning.optimizer import adamw, init_state
+from pgjax.rollout import sample
+from pgjax.run.flops import mfu
+from pgjax.run.peaks import Peaks, measured_peaks
 
 CONTAINERS = ("while", "conditional", "call")  # whose time is that of what is inside
 
@@ -83,7 +87,7 @@ def main(config: Config) -> Row:
     lm, params, _ = pg.load(config.model)
     lm = pg.causal_lm(lm.arch, dtype=jnp.dtype(config.dtype))
     report = begun(config, None)
-    peaks = perf.measured_peaks(config.dtype)
+    peaks = measured_peaks(config.dtype)
     report["peaks"][config.dtype] = peaks._asdict()
     for name, build in (("sampler, a step", sampler), ("update", update)):
         report["rows"] += profiled(name, build(config, lm, params), config, peaks)
@@ -104,20 +108,20 @@ def sampler(config: Config, lm: pg.CausalLM, params: Any) -> Program:
     }  # fmt: skip
     key, nothing = jax.random.key(config.seed), jnp.full(8, -1, jnp.int32)
     given = (params, prompts, jnp.ones(prompts.shape, bool), key, options, nothing, jnp.int32(0))
-    compiled = rollout._generate.lower(lm, *given, max_new_tokens=config.new_tokens).compile()
+    compiled = sample._generate.lower(lm, *given, max_new_tokens=config.new_tokens).compile()
     open_ended = lambda loops: any(loop.trips is None for loop in loops)
     return Program(compiled.as_text() or "", lambda: compiled(*given), config.new_tokens - 1, open_ended)
 
 
 def update(config: Config, lm: pg.CausalLM, params: Any) -> Program:
     """Compile PPO's update; the state that it consumes is that of the run before."""
-    length, optimizer = config.prompt_length + config.new_tokens, train.adamw(3e-6, updates=1_000_000)
+    length, optimizer = config.prompt_length + config.new_tokens, adamw(3e-6, updates=1_000_000)
     start = {"lm": jax.tree.map(jnp.copy, params), "value": pg.init_value_head(lm.arch.width)}
-    held = [train.init_state(start, optimizer)]
+    held = [init_state(start, optimizer)]
     rows = config.batch_size
     batch = experience(np.random.default_rng(config.seed), rows, length, config.new_tokens, lm.arch.vocab_size)
     given = batch._replace(old_logprobs=None), jnp.arange(rows, dtype=jnp.int32)[None, :], jnp.int32(0)
-    compiled = ppo.update.lower(
+    compiled = programs.update.lower(
         held[0], *given, lm=lm, optimizer=optimizer, microbatches=1, temperature=1.0, clip_eps=0.2, value_clip_eps=0.2,
         value_coef=0.1, entropy_coef=0.0,
     ).compile()  # fmt: skip
@@ -129,7 +133,7 @@ def update(config: Config, lm: pg.CausalLM, params: Any) -> Program:
     return Program(compiled.as_text() or "", run, 1, lambda loops: True)
 
 
-def profiled(name: str, program: Program, config: Config, peaks: perf.Peaks) -> list[Row]:
+def profiled(name: str, program: Program, config: Config, peaks: Peaks) -> list[Row]:
     """Run a program under the profiler; a row for each kind of operation, and one for each of the longest products."""
     jax.block_until_ready(program.run())
     begin = time.perf_counter()
@@ -153,7 +157,7 @@ def profiled(name: str, program: Program, config: Config, peaks: perf.Peaks) -> 
             **{"who": f"pgjax {name}", "dtype": config.dtype, "kind": row["kind"], "what": row["what"]},
             **{key: row[key] / program.steps for key in ("seconds", "flops", "runs")},
             "share": row["seconds"] / total,
-            "of_peak": perf.mfu(row["flops"], row["seconds"], peaks.matmul_flops),
+            "of_peak": mfu(row["flops"], row["seconds"], peaks.matmul_flops),
         }
         for row in told_rows
     ]

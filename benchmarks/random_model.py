@@ -16,7 +16,7 @@ import tyro
 
 import pgjax as pg
 from benchmarks.pod_programs import MODELS
-from pgjax.models.families import architecture_of
+from pgjax.models.io.config import architecture_of
 
 Size = Literal["135M", "0.5B", "1.5B", "8B"]
 

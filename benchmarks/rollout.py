@@ -9,8 +9,8 @@ Two programs are timed, one that samples a single token and one that samples the
     decode   = (seconds of the whole program - prefill) / (new_tokens - 1), a step
                without figures where the whole program took no longer than the one-token program: it is lost in the noise
     tokens/s = batch_size * new_tokens / seconds of the whole program
-    MBU      = perf.decode_bytes(batch_size, context = prompt + new_tokens / 2) / (decode * measured read bandwidth)
-    MFU      = perf.forward_flops of the same step / (decode * measured matrix peak of that dtype)
+    MBU      = decode_bytes(batch_size, context = prompt + new_tokens / 2) / (decode * measured read bandwidth)
+    MFU      = forward_flops of the same step / (decode * measured matrix peak of that dtype)
     limit    = max(FLOPs / matrix peak, bytes / read bandwidth), of prefill, of a decode step, and of both together
 
 Every round runs each contender once, in turn; peers are processes of their own. A figure is the median of the rounds,
@@ -46,7 +46,8 @@ from benchmarks.timing import (
     weight_bytes,
 )
 from benchmarks.worker import Beside, Worker, compare, device
-from pgjax import perf
+from pgjax.run.flops import decode_bytes, forward_flops
+from pgjax.run.peaks import Peaks
 
 PEERS = (
     Peer("torch generate", "benchmarks.peers.torch_model", (Need("torch"), Need("transformers"))),
@@ -117,7 +118,7 @@ def contenders(
     return runs
 
 
-def measure(config: Config, arch: pg.Architecture, dtype: str, peaks: perf.Peaks, first: Timing, whole: Timing) -> Row:
+def measure(config: Config, arch: pg.Architecture, dtype: str, peaks: Peaks, first: Timing, whole: Timing) -> Row:
     """Turn times into the figures of the table."""
     size, rows, steps = jnp.dtype(dtype).itemsize, config.batch_size, config.new_tokens - 1
     prefill = statistics.median(first.wall)
@@ -147,15 +148,15 @@ def measure(config: Config, arch: pg.Architecture, dtype: str, peaks: perf.Peaks
 def prefill_work(config: Config, arch: pg.Architecture, size: int) -> tuple[float, float]:
     """Count operations and bytes of the prompts' forward pass: logits of the last token only, every weight read once."""
     tokens = config.batch_size * config.prompt_length
-    flops = perf.forward_flops(arch, tokens=tokens, context=config.prompt_length / 2, head_tokens=config.batch_size)
+    flops = forward_flops(arch, tokens=tokens, context=config.prompt_length / 2, head_tokens=config.batch_size)
     return flops, weight_bytes(arch, size)
 
 
 def decode_work(config: Config, arch: pg.Architecture, size: int) -> tuple[float, float]:
     """Count operations and bytes of one decode step, the cache half full of new tokens."""
     rows, context = config.batch_size, config.prompt_length + config.new_tokens / 2
-    flops = perf.forward_flops(arch, tokens=rows, context=context, head_tokens=rows)
-    return flops, perf.decode_bytes(arch, batch=rows, context=context, weight_bytes=size, cache_bytes=size)
+    flops = forward_flops(arch, tokens=rows, context=context, head_tokens=rows)
+    return flops, decode_bytes(arch, batch=rows, context=context, weight_bytes=size, cache_bytes=size)
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {

@@ -8,7 +8,7 @@ One size at a time is doubled from a small base, a Llama shape with random weigh
     seconds = the median of runs in which all sizes of all dimensions take turns; the base is one program, whatever is doubled
     temp    = compiled.memory_analysis().temp_size_in_bytes
     held    = what it is given and its temporaries: weights, batch or cache, activations
-    flops   = on paper: perf.training_flops, perf.forward_flops
+    flops   = on paper: training_flops, forward_flops
 
 and for each an exponent p of y = c * size^p, the least-squares slope of log y over log size:
 
@@ -18,7 +18,7 @@ and for each an exponent p of y = c * size^p, the least-squares slope of log y o
 last exponent is that of the two largest sizes alone, where such a part weighs least. The time's exponent is fitted to each round
 of runs too: how far those are apart is what the unrest of the machine does to it. mfu = flops / seconds / matrix peak. Programs:
 
-    learner = value and gradient of PPO's loss, added up over microbatches (train.accumulate); half the tokens are sampled
+    learner = value and gradient of PPO's loss, added up over microbatches (accumulate); half the tokens are sampled
     decode  = one step of sampling: lm.decode, logits, draw; "length" is the filled cache
 """
 
@@ -37,10 +37,12 @@ import numpy as np
 import pgjax as pg
 from benchmarks.checks import Dtype, check, command
 from benchmarks.timing import SPEED, Row, Timing, begun, figures, save, show, timed, with_peaks
-from pgjax import perf, ppo, train
-from pgjax.masking import check_whole
+from pgjax.core.checks import check_whole
+from pgjax.learning import programs
+from pgjax.learning.optimizer import accumulate
 from pgjax.models.causal_lm import decode_params, logits_of
-from pgjax.sampling import draw
+from pgjax.rollout.filters import draw
+from pgjax.run.flops import forward_flops, mfu, training_flops
 
 DIMENSIONS = {
     "learner": ("batch", "length", "vocabulary", "depth", "microbatches"),
@@ -95,7 +97,7 @@ def main(config: Config) -> Row:
     peak = report["peaks"][config.dtype]["matmul_flops"]
     for curve in curves:
         report["exponents"].append(exponents(curve))
-        report["rows"] += [row | {"mfu": perf.mfu(row["flops"], row["seconds"], peak)} for row in curve]
+        report["rows"] += [row | {"mfu": mfu(row["flops"], row["seconds"], peak)} for row in curve]
     show("scaling: one size at a time, the others as the base", report, COLUMNS)
     show("fitted exponents (of the two largest sizes)", {**report, "rows": report["exponents"]}, EXPONENTS)
     save(report, config.json)
@@ -158,28 +160,28 @@ def learner_program(config: Config, sizes: Sizes) -> Program:
     rng = np.random.default_rng(config.seed)
     batch = experience(rng, sizes.batch, sizes.length, sizes.length // 2, sizes.vocabulary)
 
-    def loss(params: Any, batch: ppo.Batch) -> tuple[jax.Array, Any]:
-        return ppo.ppo_loss(
+    def loss(params: Any, batch: programs.Batch) -> tuple[jax.Array, Any]:
+        return programs.ppo_loss(
             params, batch, lm=lm, temperature=1.0, clip_eps=0.2, value_clip_eps=None, value_coef=0.5, entropy_coef=0.0
         )
 
-    def gradient(params: Any, batch: ppo.Batch) -> Any:
-        return train.accumulate(loss, params, batch, batch.mask.sum(1), sizes.microbatches)
+    def gradient(params: Any, batch: programs.Batch) -> Any:
+        return accumulate(loss, params, batch, batch.mask.sum(1), sizes.microbatches)
 
     compiled = jax.jit(gradient).lower(params, batch).compile()
     tokens = sizes.batch * sizes.length
-    flops = perf.training_flops(arch, tokens=tokens, context=sizes.length / 2, head_tokens=tokens / 2)
+    flops = training_flops(arch, tokens=tokens, context=sizes.length / 2, head_tokens=tokens / 2)
     return Program(compiled, lambda: compiled(params, batch), flops, tokens)
 
 
-def experience(draw: np.random.Generator, rows: int, length: int, sampled: int, vocabulary: int) -> ppo.Batch:
+def experience(draw: np.random.Generator, rows: int, length: int, sampled: int, vocabulary: int) -> programs.Batch:
     """Make random experience, the last tokens of each row sampled."""
     window = sampled + 1
     noise = lambda: jnp.asarray(draw.standard_normal((rows, window)), jnp.float32)
     tokens = jnp.asarray(draw.integers(0, vocabulary, (rows, length)), jnp.int32)
     mask = jnp.broadcast_to(jnp.arange(window)[None, :] > 0, (rows, window))
     guess = jnp.full((rows, window), -math.log(vocabulary))
-    return ppo.Batch(tokens, jnp.ones(tokens.shape, bool), mask, guess, noise(), noise(), noise())
+    return programs.Batch(tokens, jnp.ones(tokens.shape, bool), mask, guess, noise(), noise(), noise())
 
 
 def decode_program(config: Config, sizes: Sizes) -> Program:
@@ -204,7 +206,7 @@ def decode_program(config: Config, sizes: Sizes) -> Program:
         held[:] = compiled(held[0], weights, held[1])
         return held[1]
 
-    flops = perf.forward_flops(arch, tokens=sizes.batch, context=sizes.length, head_tokens=sizes.batch)
+    flops = forward_flops(arch, tokens=sizes.batch, context=sizes.length, head_tokens=sizes.batch)
     return Program(compiled, run, flops, sizes.batch)
 
 

@@ -3,11 +3,11 @@
     python -m benchmarks.scoring
     python -m benchmarks.scoring --peer-pythons ONE/bin/python OTHER/bin/python --json benchmarks/results/scoring.json
 
-One run is `pgjax.ppo.score`: a forward pass without a gradient, and on the last `new_tokens` tokens log-probabilities,
-entropy and values. PPO runs it twice an iteration, on the policy and on its reference.
+One run is `pgjax.learning.programs.score`: a forward pass without a gradient, and on the last `new_tokens` tokens
+log-probabilities,entropy and values. PPO runs it twice an iteration, on the policy and on its reference.
 
     tokens/s = batch_size * length / seconds
-    FLOPs    = perf.forward_flops(tokens, context = length / 2, head_tokens = batch_size * new_tokens)
+    FLOPs    = forward_flops(tokens, context = length / 2, head_tokens = batch_size * new_tokens)
     bytes    = every weight once, as it is stored
     MFU      = FLOPs / (seconds * measured matrix peak of that dtype)
     limit    = max(FLOPs / matrix peak, bytes / read bandwidth)
@@ -45,7 +45,9 @@ from benchmarks.timing import (
     weight_bytes,
 )
 from benchmarks.worker import Beside, compare, device
-from pgjax import perf, ppo
+from pgjax.learning import programs
+from pgjax.run.flops import forward_flops
+from pgjax.run.peaks import Peaks
 
 HALF = "torch bfloat16 weights"
 PEERS = tuple(
@@ -88,7 +90,7 @@ def main(config: Config) -> Row:
 
 
 def contender(config: Config, lm: pg.CausalLM, params: Any, tokens: np.ndarray, dtype: str) -> Contender:
-    """Give our run: `ppo.score` on the whole batch."""
+    """Give our run: `programs.score` on the whole batch."""
     ours = pg.causal_lm(lm.arch, dtype=jnp.dtype(dtype))
     both = {"lm": params, "value": pg.init_value_head(lm.arch.width)}
     ids, temperature = jnp.asarray(tokens, jnp.int32), jnp.float32(1.0)
@@ -96,7 +98,7 @@ def contender(config: Config, lm: pg.CausalLM, params: Any, tokens: np.ndarray, 
 
     def run() -> dict[str, float]:
         # entry 0 of the window is the prompt's last token: nothing is sampled there
-        found = ppo.score(ours, both, ids, attended, temperature, window=config.new_tokens + 1, parts=config.parts)
+        found = programs.score(ours, both, ids, attended, temperature, window=config.new_tokens + 1, parts=config.parts)
         logprobs, _, entropy = (np.asarray(x)[:, 1:] for x in found)
         return {"logprob": float(logprobs.mean()), "entropy": float(entropy.mean())}
 
@@ -114,10 +116,10 @@ def peer_setups(config: Config, folder: str, tokens: np.ndarray, dtype: str) -> 
     return {"torch autocast": shared | {"autocast": True}, HALF: shared | {"dtype": "bfloat16"}}
 
 
-def measure(config: Config, arch: pg.Architecture, peaks: perf.Peaks, timing: Timing, stored: int) -> Row:
+def measure(config: Config, arch: pg.Architecture, peaks: Peaks, timing: Timing, stored: int) -> Row:
     """Turn times into the figures of the table; `stored` are the bytes of a weight."""
     tokens = config.batch_size * config.length
-    flops = perf.forward_flops(
+    flops = forward_flops(
         arch, tokens=tokens, context=config.length / 2, head_tokens=config.batch_size * config.new_tokens
     )
     row = figures(timing, tokens)

@@ -19,8 +19,9 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from pgjax import perf
 from pgjax.models.architecture import Architecture
+from pgjax.run.flops import decode_bytes, mbu, mfu
+from pgjax.run.peaks import Peaks, measured_peaks
 
 Row = dict[str, Any]
 
@@ -137,7 +138,7 @@ def figures(timing: Timing, tokens: float) -> Row:
     }
 
 
-def roofline(seconds: float, flops: float, read: float, peaks: perf.Peaks) -> Row:
+def roofline(seconds: float, flops: float, read: float, peaks: Peaks) -> Row:
     """Set a time beside the least that the machine could need: the longer of its products and its reading.
 
         achieved = max(flops / matmul_flops, bytes / read_bytes) / seconds
@@ -151,19 +152,26 @@ def roofline(seconds: float, flops: float, read: float, peaks: perf.Peaks) -> Ro
     Returns:
         The row's fields of a limit; "limit" names the longer one, "mfu" and "mbu" are the shares of either.
 
-    >>> peaks = perf.Peaks(matmul_flops=100.0, copy_bytes=1.0, read_bytes=10.0)
+    >>> peaks = Peaks(matmul_flops=100.0, copy_bytes=1.0, read_bytes=10.0)
     >>> row = roofline(2.0, flops=50.0, read=10.0, peaks=peaks)
     >>> row["limit"], row["achieved"], row["mfu"]
     ('memory', 0.5, 0.25)
     """
-    mfu, mbu = perf.mfu(flops, seconds, peaks.matmul_flops), perf.mbu(read, seconds, peaks.read_bytes)
-    limit = "matrix product" if mfu >= mbu else "memory"
-    return {"flops": flops, "bytes": read, "mfu": mfu, "mbu": mbu, "limit": limit, "achieved": max(mfu, mbu)}
+    matmul, memory = mfu(flops, seconds, peaks.matmul_flops), mbu(read, seconds, peaks.read_bytes)
+    limit = "matrix product" if matmul >= memory else "memory"
+    return {
+        "flops": flops,
+        "bytes": read,
+        "mfu": matmul,
+        "mbu": memory,
+        "limit": limit,
+        "achieved": max(matmul, memory),
+    }
 
 
 def weight_bytes(arch: Architecture, itemsize: float, *, passes: float = 1) -> float:
     """Count the bytes of reading every weight that takes part in matrix products so many times."""
-    once = perf.decode_bytes(arch, batch=0, context=0, weight_bytes=itemsize, cache_bytes=0)
+    once = decode_bytes(arch, batch=0, context=0, weight_bytes=itemsize, cache_bytes=0)
     return passes * once
 
 
@@ -197,18 +205,18 @@ def add_ratios(rows: Iterable[Row], versus: Mapping[str, Sequence[str]] | None =
         }
 
 
-def best_peaks(measured: Iterable[perf.Peaks]) -> perf.Peaks:
+def best_peaks(measured: Iterable[Peaks]) -> Peaks:
     """Take the best of several measurements: a disturbance only ever lowers one.
 
-    >>> best_peaks([perf.Peaks(1.0, 5.0, 3.0), perf.Peaks(2.0, 4.0, 3.0)])
+    >>> best_peaks([Peaks(1.0, 5.0, 3.0), Peaks(2.0, 4.0, 3.0)])
     Peaks(matmul_flops=2.0, copy_bytes=5.0, read_bytes=3.0)
     """
-    return perf.Peaks(*(max(column) for column in zip(*measured, strict=True)))
+    return Peaks(*(max(column) for column in zip(*measured, strict=True)))
 
 
 def with_peaks(
     report: Row, dtype: str, contenders: Mapping[str, Contender], repeats: int
-) -> tuple[perf.Peaks, dict[str, Timing]]:
+) -> tuple[Peaks, dict[str, Timing]]:
     """Time alternating runs, and measure the machine's peaks right before and right after them.
 
     Args:
@@ -220,12 +228,12 @@ def with_peaks(
     Returns:
         The best peaks of the dtype, which shares are of; and the times.
     """
-    before = perf.measured_peaks(dtype)
+    before = measured_peaks(dtype)
     times = alternate(contenders, repeats)
-    after = perf.measured_peaks(dtype)
+    after = measured_peaks(dtype)
     measured = report["measured_peaks"].setdefault(dtype, [])
     measured.append({"before": before._asdict(), "after": after._asdict()})
-    best = best_peaks(perf.Peaks(**peaks) for both in measured for peaks in both.values())
+    best = best_peaks(Peaks(**peaks) for both in measured for peaks in both.values())
     report["peaks"][dtype] = best._asdict()
     return best, times
 

@@ -23,7 +23,7 @@ import jax
 import pgjax as pg
 from benchmarks.interpreters import Peer, choose, parsed
 from benchmarks.timing import OURS, Contender, PeerError, Row, Sample, Timing, add_ratios, begun, with_peaks
-from pgjax import perf
+from pgjax.run.peaks import Peaks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -172,7 +172,7 @@ def compare(
     *,
     setups: Callable[[str, str], Mapping[str, Row]],
     runs: Callable[[str, Mapping[str, Worker]], Mapping[str, Contender]],
-    measure: Callable[[str, str, perf.Peaks, Mapping[str, Timing]], Row],
+    measure: Callable[[str, str, Peaks, Mapping[str, Timing]], Row],
 ) -> Row:
     """Time our runs in turn with those of the peers that are there, dtype by dtype, between two measurements of the peaks.
 

@@ -29,16 +29,19 @@ import numpy as np
 import tyro
 
 import pgjax as pg
-from experiments import ppo, rlhf, rlhf_pairs, rlhf_report
-from experiments.checks import at_least_one, require
-from experiments.cli import plain_errors
-from experiments.gao_forms import Curve, best_of, best_of_kl, distance, fit_best_of_n, fit_rl, mean_curve
-from experiments.overoptimisation_report import show
-from experiments.rows import load_row_sets, load_rows
-from experiments.stages import Done, finished, run_stage, write_json
-from experiments.task import make_task, score_rows
-from pgjax import data, logs, rewards
-from pgjax.prompts import check_rows
+from experiments import ppo, rlhf
+from experiments.study import pairs, rlhf_report
+from experiments.study.gao_forms import Curve, best_of, best_of_kl, distance, fit_best_of_n, fit_rl, mean_curve
+from experiments.study.overoptimisation_report import show
+from pgjax.core.errors import UserError
+from pgjax.data.prompts import check_rows, completion_texts
+from pgjax.data.sources import load_row_sets, load_rows
+from pgjax.rollout import rewards
+from pgjax.rollout.task import make_task, score_rows
+from pgjax.run import logs
+from pgjax.run.checks import at_least_one, require
+from pgjax.run.exits import plain_errors
+from pgjax.run.stages import Done, finished, run_stage, write_json
 
 PPO = ppo.Config(
     steps=60, batch_size=64, minibatches=1, microbatches=1, learning_rate=1e-3, eval_every=5, eval_samples=4,
@@ -91,13 +94,13 @@ def ppo_config(config: Config, stages: Mapping[str, Done]) -> ppo.Config:
     """Set up PPO on the same prompts as that run, with gold only watched, to move far in few steps."""
     asked = stages["ppo"].config
     if asked["gold"] is None:
-        raise ValueError(
+        raise UserError(
             f"{config.rlhf} has no gold score (gold is None there): over-optimisation can't be seen without one"
         )
     _, rows = load_row_sets(asked["prompts"], asked["held_out_prompts"], asked["ppo.held_out_rows"], check_rows)
     held_out = config.output / "held_out.jsonl"
     config.output.mkdir(parents=True, exist_ok=True)
-    rlhf_pairs.write_lines(held_out, [rows[i] for i in evenly(len(rows), config.held_out_rows)])
+    pairs.write_lines(held_out, [rows[i] for i in evenly(len(rows), config.held_out_rows)])
     return dataclasses.replace(
         config.ppo, model=str(stages["sft"].folder / "model"), reward_model=str(stages["reward_model"].folder / "model"),
         prompts=asked["prompts"], held_out=str(held_out), chat=asked["chat"], max_new_tokens=asked["max_new_tokens"],
@@ -163,7 +166,7 @@ def sample_best_of(base: ppo.Config, sizes: Sequence[int], samples: int, folder:
     for _, count, rollout in task.rollouts(params, task.prompt_sets[0], size, jax.random.key(base.seed)):
         proxy += jax.device_get(scorer(rm_params, rollout.tokens, rollout.attention_mask))[:count].tolist()
         tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
-        texts += data.completion_texts(tokens, mask, tokenizer)[:count]
+        texts += completion_texts(tokens, mask, tokenizer)[:count]
     gold, _ = score_rows([rewards.load_reward(base.rewards[0])], None, rows, texts)
     shape = (-1, samples)
     both = [np.reshape(x, shape) for x in (proxy, gold)]

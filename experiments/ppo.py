@@ -5,7 +5,7 @@
     python -m experiments.ppo --help            # every field; flags override the preset
     python -m experiments.ppo --resume          # go on with a run that was stopped
     python -m experiments.ppo --resume-from last-good      # ... whose last snapshot is damaged
-    python -m experiments.ppo --mesh fsdp=-1    # on all devices; --distributed: of several hosts (experiments/devices.py)
+    python -m experiments.ppo --mesh fsdp=-1    # on all devices; --distributed: of several hosts (pgjax/run/devices.py)
 
 prompts > rollout > scores > rewards > returns > advantages > loss > update > checkpoint
 
@@ -38,20 +38,26 @@ import tyro
 from jax.sharding import Mesh
 
 import pgjax as pg
-from experiments import adapters
-from experiments.cli import plain_errors
-from experiments.devices import MACHINE, Flags, agree_on, check_shares, first_of_all, on_devices, put, shared_folder
-from experiments.model_judge import load_judge
 from experiments.ppo_run import check, check_steps, machine_peaks, scores_samples, speed, summary
-from experiments.resume import From, frozen_model, go_on, last_step, open_checkpoints, rows_digest, to_best
-from experiments.rows import load_row_sets
-from experiments.task import check_columns, fold_in, make_task
-from pgjax import data, distributed, logs, loop, ppo, rewards, shares, train
-from pgjax.curves import plot_curves
-from pgjax.progress import Progress
-from pgjax.prompts import check_rows
-from pgjax.sharding import whole_groups
-from pgjax.tables import Row
+from pgjax.core.errors import NotFiniteError
+from pgjax.data.batches import batches
+from pgjax.data.prompts import check_rows
+from pgjax.data.sources import load_row_sets
+from pgjax.data.tables import Row
+from pgjax.learning import programs
+from pgjax.learning.optimizer import Metrics, TrainState, adamw, init_state, minibatches, revived
+from pgjax.models.lora import freeze
+from pgjax.parallel import batch_rows, processes
+from pgjax.parallel.sharding import fold_in, whole_groups
+from pgjax.rollout import rewards
+from pgjax.rollout.judge import load_judge
+from pgjax.rollout.task import check_columns, make_task
+from pgjax.run import logs, loop
+from pgjax.run.checkpoint.resume import From, frozen_model, go_on, last_step, open_checkpoints, rows_digest, to_best
+from pgjax.run.curves import plot_curves
+from pgjax.run.devices import MACHINE, Flags, agree_on, check_shares, first_of_all, on_devices, put, shared_folder
+from pgjax.run.exits import plain_errors
+from pgjax.run.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +65,13 @@ class Config(Flags):
     """One run. Every number that decides it stands here."""
 
     model: str = "SmolLM2-135M-Instruct"  # folder, .gguf file, hub id, or a model that an installed package ships
-    prompts: str = "experiments.haiku:train_rows"  # .jsonl, .csv, .parquet or .txt file, or module:function giving rows
+    prompts: str = (
+        "experiments.tasks.haiku:train_rows"  # .jsonl, .csv, .parquet or .txt file, or module:function giving rows
+    )
     held_out: str | None = None  # likewise, for the evaluation before and after; None: rows of `prompts`, kept aside
     held_out_rows: int = 16  # how many rows are kept aside where `held_out` is None
     chat: bool = True  # put prompts through the tokenizer's chat template
-    rewards: tuple[str, ...] = ("experiments.haiku:haiku_reward",)  # the black boxes, each as module:function
+    rewards: tuple[str, ...] = ("experiments.tasks.haiku:haiku_reward",)  # the black boxes, each as module:function
     reward_weights: tuple[float, ...] = ()  # one for each reward; none given: 1 each; with 0 it is logged and no more
     reward_model: str | None = None  # a sequence classifier with one label, sources as for `model`; None: no such judge
     reward_model_weight: float = 1.0  # of the reward model's score beside the black boxes
@@ -120,12 +128,12 @@ class Config(Flags):
 
 
 PRESETS = {
-    "haiku": Config(held_out="experiments.haiku:held_out_rows"),
+    "haiku": Config(held_out="experiments.tasks.haiku:held_out_rows"),
     "sentiment": Config(
-        prompts="experiments.sentiment:train_rows",
-        held_out="experiments.sentiment:held_out_rows",
+        prompts="experiments.tasks.sentiment:train_rows",
+        held_out="experiments.tasks.sentiment:held_out_rows",
         chat=False,
-        rewards=("experiments.sentiment:sentiment_reward",),
+        rewards=("experiments.tasks.sentiment:sentiment_reward",),
         output=Path("runs/sentiment"),
         batch_size=64,
         max_new_tokens=20,
@@ -141,7 +149,7 @@ MAY_CHANGE = INCIDENTAL | {"steps", "eval_samples", "eval_every", "samples_every
 class State(NamedTuple):
     """What a checkpoint holds; the rest follows from the config, the frozen models and the step number."""
 
-    learner: train.TrainState  # {"lm", "value"} and AdamW's moments
+    learner: TrainState  # {"lm", "value"} and AdamW's moments
     kl_coef: jax.Array
     key: jax.Array  # of the run; each step folds its number into it
 
@@ -158,8 +166,8 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
     check_shares(mesh, config.batch_size, minibatches=config.minibatches, microbatches=config.microbatches)
     config = dataclasses.replace(config, output=shared_folder(config.output))
-    judges = distributed.together(lambda: [rewards.load_reward(spec) for spec in config.rewards])
-    row_sets = distributed.together(lambda: read_rows(config, judges))
+    judges = processes.together(lambda: [rewards.load_reward(spec) for spec in config.rewards])
+    row_sets = processes.together(lambda: read_rows(config, judges))
     agree_on(f"the rows of {config.prompts}", row_sets)
     lm, params, tokenizer = pg.load(config.model, mesh=mesh, remat=config.remat)
     reward_model = None
@@ -181,23 +189,21 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
             check_steps(config.steps, last_step(config.output), config.output)
         return logs.open_run(config.output, dataclasses.asdict(config), resume=config.resume, may_change=MAY_CHANGE)
 
-    folder = distributed.first(open_folder)
+    folder = processes.first(open_folder)
     train_prompts, held_out = task.prompt_sets
-    own = shares.fed_rows(mesh, config.batch_size)
-    deal = data.batches(train_prompts, config.batch_size, seed=config.seed, group_size=group, own=own)
+    own = batch_rows.fed_rows(mesh, config.batch_size)
+    deal = batches(train_prompts, config.batch_size, seed=config.seed, group_size=group, own=own)
     peaks = machine_peaks(jnp.dtype(lm.dtype).name)
 
     updates = config.steps * config.epochs * config.minibatches
-    optimizer = train.adamw(
+    optimizer = adamw(
         config.learning_rate, updates=updates, warmup=min(config.warmup_updates, updates), decay=config.decay,
         max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay, eps=config.adam_eps,
     )  # fmt: skip
     reference = {"lm": params, "value": put(mesh, pg.init_value_head(lm.arch.width))}
-    frozen, trained = adapters.freeze(reference, config, mesh)
+    frozen, trained = freeze(reference, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed, mesh=mesh)
     policy = jax.tree.map(jnp.copy, trained)  # updates consume their buffers: the reference keeps its own
-    state = State(
-        train.init_state(policy, optimizer), put(mesh, np.float32(config.kl_coef)), jax.random.key(config.seed)
-    )
+    state = State(init_state(policy, optimizer), put(mesh, np.float32(config.kl_coef)), jax.random.key(config.seed))
     del policy, trained
     checkpoints = open_checkpoints(
         folder, dataclasses.asdict(config), MAY_CHANGE, keep=config.keep, keep_best=config.keep_best,
@@ -205,7 +211,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         reward_model=None if reward_model is None else frozen_model(config.reward_model, reward_model.params),
     )  # fmt: skip
     state, start = go_on(checkpoints, state, resume=config.resume, resume_from=config.resume_from)
-    state = state._replace(learner=train.revived(state.learner))
+    state = state._replace(learner=revived(state.learner))
     check_steps(config.steps, start, folder)
 
     key = state.key
@@ -213,11 +219,11 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     shared = whole_groups(mesh, config.batch_size // parts, group)  # whose prompt is computed once
     temperature = put(mesh, np.float32(config.temperature))
     scorer = functools.partial(
-        ppo.score, lm, temperature=temperature, window=config.max_new_tokens + 1, parts=parts, group_size=shared
+        programs.score, lm, temperature=temperature, window=config.max_new_tokens + 1, parts=parts, group_size=shared
     )
     take_update = functools.partial(
-        ppo.update, frozen=frozen, lm=lm, optimizer=optimizer, microbatches=config.microbatches, temperature=config.temperature,
-        algorithm=config.algorithm, reduce=config.reduce, kl_loss_coef=config.kl_loss_coef,
+        programs.update, frozen=frozen, lm=lm, optimizer=optimizer, microbatches=config.microbatches,
+        temperature=config.temperature,        algorithm=config.algorithm, reduce=config.reduce, kl_loss_coef=config.kl_loss_coef,
         clip_eps=config.clip_eps, clip_eps_high=config.clip_eps_high, dual_clip=config.dual_clip,
         value_coef=config.value_coef if config.advantage == "value" else 0.0, value_clip_eps=config.value_clip_eps,
         entropy_coef=config.entropy_coef, group_size=shared,
@@ -256,7 +262,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         scored = time.perf_counter()
 
         paid = judged.scores - np.float32(config.truncation_penalty) * ~judged.ended
-        batch, kl_coef, metrics = ppo.experience(
+        batch, kl_coef, metrics = programs.experience(
             rollout, policy, referred, put(mesh, paid), kl_coef,
             advantage=config.advantage, group_size=group, normalize_group=config.normalize_group,
             importance_cap=config.importance_cap, discount=config.discount,
@@ -266,9 +272,9 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
             del metrics["val/sampler_gap"]  # nothing to compare
             if config.epochs * config.minibatches == 1:
                 batch = batch._replace(old_logprobs=None)
-        taken: list[train.Metrics] = []
+        taken: list[Metrics] = []
         for epoch in range(config.epochs):
-            order = train.minibatches(fold_in(shuffle_key, epoch), config.batch_size, config.minibatches, unsplit)
+            order = minibatches(fold_in(shuffle_key, epoch), config.batch_size, config.minibatches, unsplit)
             for number in minibatch_numbers:
                 learner, of_update = take_update(learner, batch, order, number)
                 taken.append(of_update)
@@ -302,7 +308,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         return State(learner, kl_coef, key), {**metrics, **of_updates, **health, **numbers}, judged.samples()
 
     with (
-        distributed.together(lambda: logs.Writer(folder, start_step=log_from, active=first_of_all())) as writer,
+        processes.together(lambda: logs.Writer(folder, start_step=log_from, active=first_of_all())) as writer,
         Progress(config.steps, start=start) as progress,
     ):
 
@@ -315,7 +321,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
                 progress.samples(done, samples[:3])
 
         def evaluate(params: Any, step: int) -> None:
-            if step in distributed.first(lambda: [x["step"] for x in logs.read_metrics(folder) if "eval/scores" in x]):
+            if step in processes.first(lambda: [x["step"] for x in logs.read_metrics(folder) if "eval/scores" in x]):
                 return  # done before the run was stopped
 
             params = pg.with_lora(frozen, params)
@@ -323,18 +329,18 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
 
             def kl(rollout: pg.Rollout) -> jax.Array:
                 policy, referred = (scored(x, rollout.tokens, rollout.attention_mask) for x in (params, reference))
-                return ppo.sequence_kl(policy, referred, rollout.mask)
+                return programs.sequence_kl(policy, referred, rollout.mask)
 
             progress.print(f"sampling {len(held_out)} held-out prompts, {config.eval_samples} times each")
             figures = task.evaluate(
                 params["lm"], held_out, config.eval_samples, config.batch_size, fold_in(key, 2**32 - 1), kl
             )
             if step == 0 and not math.isfinite(figures["kl"]):
-                raise FloatingPointError(
+                raise NotFiniteError(
                     f"the log-probabilities of {config.model} are not finite before the first update: its weights hold NaN or "
                     f"infinities, or overflow in {jnp.dtype(lm.dtype).name}"
                 )
-            distributed.together(lambda: writer.write(step, {f"eval/{name}": x for name, x in figures.items()}))
+            processes.together(lambda: writer.write(step, {f"eval/{name}": x for name, x in figures.items()}))
             progress.print(
                 f"held-out score after {step} steps: {figures['scores']:.3f} +- {figures['scores_stderr']:.3f}, "
                 f"KL {figures['kl']:.2f}"
@@ -361,7 +367,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
                 plot_curves(folder)
             checkpoints.close()
 
-    return distributed.first(lambda: summary(folder))
+    return processes.first(lambda: summary(folder))
 
 
 def read_rows(config: Config, judges: list[rewards.Reward]) -> tuple[list[Row], list[Row]]:

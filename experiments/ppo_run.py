@@ -13,9 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 import pgjax as pg
-from experiments import adapters, checks
-from experiments.checks import require
-from pgjax import logs, perf
+from pgjax.core.errors import UserError
+from pgjax.run import checks, logs
+from pgjax.run.checks import check_lora, require
+from pgjax.run.flops import adapter_flops, decode_bytes, mbu, mfu, sequence_sizes, training_flops
+from pgjax.run.peaks import Peaks, measured_peaks
 
 if TYPE_CHECKING:
     from experiments.ppo import Config
@@ -25,16 +27,16 @@ _COLDEST = 1e-6  # the lowest temperature: far below it logits / temperature lea
 
 
 @functools.cache
-def machine_peaks(dtype: str) -> perf.Peaks:
+def machine_peaks(dtype: str) -> Peaks:
     """Measure the limits of one device, once a process."""
     with jax.set_mesh(Mesh(np.empty((), object), ())):  # off the mesh, for the time being
-        return perf.measured_peaks(dtype, device=jax.local_devices()[0])
+        return measured_peaks(dtype, device=jax.local_devices()[0])
 
 
 def speed(
     lm: pg.CausalLM,
     config: Config,
-    peaks: perf.Peaks,
+    peaks: Peaks,
     metrics: dict[str, float],
     mesh: Mesh | None = None,
     shared: int = 1,
@@ -49,18 +51,18 @@ def speed(
     seconds = metrics["timing/rollout"] + metrics["timing/score"] + metrics["timing/update"]
     rows, window = config.batch_size * metrics["train/updates"] / config.minibatches, config.max_new_tokens + 1
     new = config.max_new_tokens
-    sizes = perf.sequence_sizes(rows, prompt_length=length - new, new_tokens=new, group_size=shared)
-    work = perf.training_flops if config.lora_rank is None else perf.adapter_flops
+    sizes = sequence_sizes(rows, prompt_length=length - new, new_tokens=new, group_size=shared)
+    work = training_flops if config.lora_rank is None else adapter_flops
     flops = work(lm.arch, **sizes, head_tokens=rows * window)
     size = jnp.dtype(lm.dtype).itemsize
     context = length - new + completion / 2
-    a_step = replicas * perf.decode_bytes(
+    a_step = replicas * decode_bytes(
         lm.arch, batch=config.batch_size / replicas, context=context, weight_bytes=size, cache_bytes=size
     )
     return {
         "perf/tokens_per_second": config.batch_size * completion / seconds,
-        "perf/mfu": perf.mfu(flops, metrics["timing/update"], devices * peaks.matmul_flops),
-        "perf/decode_mbu": perf.mbu(
+        "perf/mfu": mfu(flops, metrics["timing/update"], devices * peaks.matmul_flops),
+        "perf/decode_mbu": mbu(
             a_step * metrics["completions/max_length"], metrics["timing/rollout"], devices * peaks.read_bytes
         ),
     }
@@ -74,7 +76,7 @@ def summary(folder: Path) -> dict[str, float]:
     rows = logs.read_metrics(folder)
     evaluations = [row for row in rows if "eval/scores" in row]
     if len(evaluations) < 2:
-        raise ValueError(
+        raise UserError(
             f"{folder / logs.METRICS} holds {len(evaluations)} of the run's evaluations, and the first and the last are "
             "compared: it was cut or removed"
         )
@@ -97,7 +99,7 @@ def summary(folder: Path) -> dict[str, float]:
 def check_steps(steps: int, done: int, folder: Path) -> None:
     """Refuse to go on to a step that lies behind the run."""
     if done > steps:
-        raise ValueError(f"steps={steps} lies below the {done} steps that {folder} has done already")
+        raise UserError(f"steps={steps} lies below the {done} steps that {folder} has done already")
 
 
 def check(config: Config) -> None:
@@ -144,7 +146,7 @@ def check(config: Config) -> None:
         f"make it more than {0.2 * config.batch_size:g}",
     )
     checks.seed_fits(config)
-    adapters.check(config)
+    check_lora(config)
     check_algorithm(config)
     require(
         config.score_samples is not False or samples_itself(config),

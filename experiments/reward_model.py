@@ -13,7 +13,7 @@ whole model learns, from a head of standard deviation 1 / sqrt(d + 1); in the en
 mean 0 and standard deviation 1 over reference answers (Stiennon et al. 2020). OUTPUT/model opens in `transformers` as
 AutoModelForSequenceClassification, and in experiments.ppo as --reward-model.
 
-What to expect, on held-out pairs of experiments.review_pairs, seed 0: SmolLM2-135M-Instruct goes from 43% to 61% (+- 4%)
+What to expect, on held-out pairs of experiments.tasks.review_pairs, seed 0: SmolLM2-135M-Instruct goes from 43% to 61% (+- 4%)
 right in 24 updates of 16 pairs, 30 seconds an update on 2 busy cores; a 1.33M-parameter model made on the spot from 51%
 to 57% (+- 3%) in 96 updates of 64. The labels are a coin's: nobody could be right in more than 83%.
 """
@@ -30,26 +30,23 @@ import tyro
 from jax.sharding import Mesh
 
 import pgjax as pg
-from experiments import adapters, checks
-from experiments.checks import require
-from experiments.cli import plain_errors
-from experiments.devices import (
-    MACHINE,
-    Flags,
-    agree_on,
-    check_shares,
-    first_of_all,
-    on_devices,
-    put,
-    shared_folder,
-)
-from experiments.resume import From, frozen_model, go_on, open_checkpoints, rows_digest, to_best
-from experiments.reward_picture import plot_calibration
-from experiments.rows import load_rows
-from pgjax import data, distributed, logs, loop, preferences, reward_learning, shares, train
-from pgjax.models.classifier import with_padding_token
+from experiments.study.reward_picture import plot_calibration
+from pgjax.core.errors import UserError
+from pgjax.data import preferences
+from pgjax.data.batches import batches, split_rows
+from pgjax.data.sources import load_rows
+from pgjax.learning import reward_learning
+from pgjax.learning.optimizer import TrainState, adamw, init_state, revived
+from pgjax.models.io.classifier import with_padding_token
+from pgjax.models.lora import freeze
 from pgjax.models.reward_model import from_causal_lm, normalized
-from pgjax.progress import Progress
+from pgjax.parallel import batch_rows, processes
+from pgjax.run import checks, logs, loop
+from pgjax.run.checkpoint.resume import From, frozen_model, go_on, open_checkpoints, rows_digest, to_best
+from pgjax.run.checks import check_lora, require
+from pgjax.run.devices import MACHINE, Flags, agree_on, check_shares, first_of_all, on_devices, put, shared_folder
+from pgjax.run.exits import plain_errors
+from pgjax.run.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +54,9 @@ class Config(Flags):
     """One run. Every number that decides it stands here."""
 
     model: str = "SmolLM2-135M-Instruct"  # the language model to start from, best the one that PPO starts from
-    pairs: str = "experiments.review_pairs:train_rows"  # .jsonl, .csv or .parquet file, data set, or module:function
+    pairs: str = (
+        "experiments.tasks.review_pairs:train_rows"  # .jsonl, .csv or .parquet file, data set, or module:function
+    )
     held_out: str | None = None  # likewise, for the evaluation; None: rows of `pairs`, kept aside
     held_out_rows: int = 256  # how many rows are kept aside where `held_out` is None
     reference: str | None = None  # rows with prompt and completion to normalise on; None: both answers of the pairs
@@ -102,47 +101,47 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
     config = dataclasses.replace(config, output=shared_folder(config.output))
     check_shares(mesh, config.batch_size, microbatches=config.microbatches)
-    pair_sets = distributed.together(lambda: read_pairs(config))
+    pair_sets = processes.together(lambda: read_pairs(config))
     lm, lm_params, tokenizer = pg.load(config.model, mesh=mesh, remat=config.remat)
     if tokenizer is None:
-        raise ValueError(f"{config.model} holds no tokenizer, and pairs are text: add its tokenizer files")
+        raise UserError(f"{config.model} holds no tokenizer, and pairs are text: add its tokenizer files")
     rm, params = from_causal_lm(lm, lm_params, jax.random.key(config.seed), remat=config.remat)
     del lm_params
     rm, params, tokenizer = with_padding_token(rm, params, tokenizer)
     kept = pair_sets["training"].kept
     tokenizer.init_kwargs[preferences.TEMPLATED] = config.chat or not isinstance(kept[0].chosen.prompt, str)
-    train_pairs, held_out, references = distributed.together(lambda: encoded(config, rm, tokenizer, pair_sets))
+    train_pairs, held_out, references = processes.together(lambda: encoded(config, rm, tokenizer, pair_sets))
     agree_on(f"what the tokenizer makes of {config.pairs}", (train_pairs, held_out, references))
-    folder = distributed.first(
+    folder = processes.first(
         lambda: logs.open_run(config.output, dataclasses.asdict(config), resume=config.resume, may_change=MAY_CHANGE)
     )
-    deal = data.batches(train_pairs, config.batch_size, seed=config.seed, own=shares.fed_rows(mesh, config.batch_size))
+    deal = batches(train_pairs, config.batch_size, seed=config.seed, own=batch_rows.fed_rows(mesh, config.batch_size))
     lengths = [max(len(pair.chosen), len(pair.rejected)) for pair in train_pairs]
-    all_lengths = data.batches(lengths, config.batch_size, seed=config.seed)  # all processes take one program
+    all_lengths = batches(lengths, config.batch_size, seed=config.seed)  # all processes take one program
     steps = max(1, round(config.epochs * len(train_pairs) / config.batch_size))
 
-    optimizer = train.adamw(
+    optimizer = adamw(
         config.learning_rate, updates=steps, warmup=min(config.warmup_updates, steps), decay=config.decay,
         max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay,
     )  # fmt: skip
-    frozen, trained = adapters.freeze(params, config, mesh)
-    state = train.init_state(trained, optimizer)
+    frozen, trained = freeze(params, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed, mesh=mesh)
+    state = init_state(trained, optimizer)
     del params, trained
     checkpoints = open_checkpoints(
         folder, dataclasses.asdict(config), MAY_CHANGE, keep=config.keep, keep_best=config.keep_best,
         data=rows_digest(train_pairs), frozen=None if frozen is None else frozen_model(config.model, frozen),
     )  # fmt: skip
     state, start = go_on(checkpoints, state, resume=config.resume, resume_from=config.resume_from)
-    state = train.revived(state)
+    state = revived(state)
     center_coef = put(mesh, np.float32(config.center_coef))
     log_from = start + 1 if start else 0
 
-    def prepare(state: train.TrainState, i: int) -> Any:
+    def prepare(state: TrainState, i: int) -> Any:
         batch = reward_learning.pair_batch(deal[i], most=rm.arch.max_positions, longest=max(all_lengths[i]))
         margin = batch.margin if config.use_margin else np.zeros_like(batch.margin)
-        return shares.feed(mesh, batch._replace(margin=margin))
+        return batch_rows.feed(mesh, batch._replace(margin=margin))
 
-    def step(state: train.TrainState, i: int, batch: Any) -> tuple[train.TrainState, dict[str, Any], None]:
+    def step(state: TrainState, i: int, batch: Any) -> tuple[TrainState, dict[str, Any], None]:
         state, metrics = reward_learning.update(
             state, batch, center_coef, frozen=frozen, rm=rm, optimizer=optimizer, microbatches=config.microbatches
         )
@@ -154,7 +153,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         return state, {**metrics, **{f"eval/{name}": x for name, x in figures.items()}}, None
 
     with (
-        distributed.together(lambda: logs.Writer(folder, start_step=log_from, active=first_of_all())) as writer,
+        processes.together(lambda: logs.Writer(folder, start_step=log_from, active=first_of_all())) as writer,
         Progress(steps, start=start) as progress,
     ):
 
@@ -166,7 +165,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
             params = pg.with_lora(frozen, trained)
             scores = reward_learning.pair_scores(rm, params, held_out, batch_size=config.batch_size)
             figures = reward_learning.pair_metrics(scores)
-            distributed.together(lambda: writer.write(done, {f"eval/{name}": x for name, x in figures.items()}))
+            processes.together(lambda: writer.write(done, {f"eval/{name}": x for name, x in figures.items()}))
             progress.print(
                 f"after {done} of {steps} steps, on {len(held_out)} held-out pairs: accuracy {figures['accuracy']:.3f} +- "
                 f"{figures['accuracy_stderr']:.3f}, margin {figures['margin']:.3f}, loss {figures['loss']:.3f}, "
@@ -196,7 +195,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
                 checkpoints=checkpoints, save_every=config.save_every,
                 score=lambda metrics: -metrics["eval/loss"] if "eval/loss" in metrics else None,
             )  # fmt: skip
-            if not distributed.first(lambda: finished(folder)):
+            if not processes.first(lambda: finished(folder)):
                 scores = evaluate(state.params, steps)
                 if first_of_all():
                     plot_calibration(folder / "calibration.png", np.asarray(scores))
@@ -205,17 +204,17 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
                     state, best = to_best(checkpoints, state)
                     progress.print(f"model_best is the model after step {best}")
                     save(state.params, folder / "model_best")
-                distributed.together(lambda: writer.write(steps, figures))
+                processes.together(lambda: writer.write(steps, figures))
         finally:
             checkpoints.close()
-    return distributed.first(lambda: summary(folder))
+    return processes.first(lambda: summary(folder))
 
 
 def read_pairs(config: Config) -> dict[str, preferences.Kept]:
     """Read the pairs to learn from and those kept aside."""
     pairs = load_rows(config.pairs, preferences.check_pairs)
     if config.held_out is None:
-        kept, aside = data.split_rows(pairs.kept, config.held_out_rows, seed=0)
+        kept, aside = split_rows(pairs.kept, config.held_out_rows, seed=0)
         return {"training": pairs._replace(kept=kept), "held-out": preferences.Kept(aside, {})}
     return {"training": pairs, "held-out": load_rows(config.held_out, preferences.check_pairs)}
 
@@ -226,7 +225,7 @@ def encoded(
     """Turn pairs and references into ids, saying which rows are left out: training pairs, held-out pairs, references."""
     limit = rm.arch.max_positions
     if config.max_length is not None and config.max_length > limit:
-        raise ValueError(f"max_length={config.max_length} is more than the model's {limit} positions")
+        raise UserError(f"max_length={config.max_length} is more than the model's {limit} positions")
     length = limit if config.max_length is None else config.max_length
     sets = []
     for name, pairs in pair_sets.items():
@@ -244,7 +243,7 @@ def encoded(
             print(f"references: {note}")
         references = found.kept
         if len(set(map(tuple, references))) < 2:
-            raise ValueError(
+            raise UserError(
                 f"{config.reference}: all references are the same: normalising needs at least 2 that differ"
             )
     return sets[0], sets[1], references
@@ -281,7 +280,7 @@ def check(config: Config) -> None:
     )
     checks.not_negative(config, "learning_rate", "warmup_updates", "weight_decay", "center_coef")
     checks.seed_fits(config)
-    adapters.check(config)
+    check_lora(config)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,16 @@
     python -m experiments.rlhf smollm2                # the same with SmolLM2-135M-Instruct, in smaller numbers
     python -m experiments.rlhf --from ppo --ppo.kl-coef 0.1     # redo a stage and those after it
     python -m experiments.rlhf --data answers.jsonl --pairs judged.jsonl --prompts asked.txt     # on your own data
-    python -m experiments.rlhf --mesh data=-1         # on all devices; --distributed: of several hosts (experiments/devices.py)
+    python -m experiments.rlhf --mesh data=-1         # on all devices; --distributed: of several hosts (pgjax/run/devices.py)
 
     sft           texts > a language model that writes such texts           (experiments/sft.py)
-    pairs         two completions of each prompt > which one is preferred   (experiments/rlhf_pairs.py)
+    pairs         two completions of each prompt > which one is preferred   (experiments/study/pairs.py)
     reward_model  pairs > a model whose score says which one is preferred   (experiments/reward_model.py)
     ppo           prompts > a policy that scores high and stays near SFT    (experiments/ppo.py)
 
 Each stage has its folder in `--output`. Where its `complete.json` is there, it is skipped; one that was stopped goes on;
 `--from STAGE` moves it and those after it aside (NAME.1, NAME.2, ...) and redoes them. By default the preferences come
-from a known gold score through a Bradley-Terry coin (experiments/gold.py), so that the end can be told from the proxy.
+from a known gold score through a Bradley-Terry coin (experiments/tasks/gold.py), so that the end can be told from the proxy.
 
 Measured with seed 0, on held-out data: perplexity 2,109 > 63.5; the reward model agrees with the judge in 47.9% > 60.5% of
 pairs (standard error 2.2; the judge with gold in 84%), calibration error 0.278 > 0.054; PPO takes the proxy from -0.11 to 1.86
@@ -32,18 +32,21 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from experiments import ppo, reviews, reward_model, sft
-from experiments.checks import at_least_one, require
-from experiments.cli import plain_errors
-from experiments.devices import MACHINE, Flags, first_of_all, on_devices
-from experiments.resume import From
-from experiments.rlhf_pairs import Pairs, make_pairs
-from experiments.rlhf_report import report
-from experiments.rows import load_row_sets
-from experiments.stages import Done, put_aside, run_stage
-from pgjax import distributed, rewards
-from pgjax.prompts import check_rows
-from pgjax.tables import Row
+from experiments import ppo, reward_model, sft
+from experiments.study.pairs import Pairs, make_pairs
+from experiments.study.rlhf_report import report
+from experiments.tasks import reviews
+from pgjax.core.errors import UserError
+from pgjax.data.prompts import check_rows
+from pgjax.data.sources import load_row_sets
+from pgjax.data.tables import Row
+from pgjax.parallel import processes
+from pgjax.rollout import rewards
+from pgjax.run.checkpoint.resume import From
+from pgjax.run.checks import at_least_one, require
+from pgjax.run.devices import MACHINE, Flags, first_of_all, on_devices
+from pgjax.run.exits import plain_errors
+from pgjax.run.stages import Done, put_aside, run_stage
 
 Stage = Literal["sft", "pairs", "reward_model", "ppo"]
 STAGES: tuple[Stage, ...] = ("sft", "pairs", "reward_model", "ppo")
@@ -69,16 +72,20 @@ class Config(Flags):
     from_stage: Annotated[Stage | None, tyro.conf.arg(name="from")] = None  # redo this stage and those after it
     resume_from: From = None  # last-good: a stopped stage goes on from its newest snapshot that is whole
     model: str | None = None  # what is fine-tuned: any source that experiments.sft takes; None: from scratch
-    data: str = "experiments.reviews:train_rows"  # to fine-tune on: sources as for experiments.sft
+    data: str = "experiments.tasks.reviews:train_rows"  # to fine-tune on: sources as for experiments.sft
     held_out_data: str | None = (
-        "experiments.reviews:held_out_rows"  # for the perplexity; None: rows of `data`, kept aside
+        "experiments.tasks.reviews:held_out_rows"  # for the perplexity; None: rows of `data`, kept aside
     )
-    prompts: str = "experiments.reviews:prompt_rows"  # to complete, in `pairs` and `ppo`
-    held_out_prompts: str | None = "experiments.reviews:held_out_prompt_rows"  # None: rows of `prompts`, kept aside
+    prompts: str = "experiments.tasks.reviews:prompt_rows"  # to complete, in `pairs` and `ppo`
+    held_out_prompts: str | None = (
+        "experiments.tasks.reviews:held_out_prompt_rows"  # None: rows of `prompts`, kept aside
+    )
     pairs: str | None = None  # your own rows of prompt, chosen, rejected; None: sampled, and judged by `gold`
     held_out_pairs: str | None = None  # likewise; None: rows of `pairs`, kept aside
     chat: bool = False  # put prompts through the tokenizer's chat template
-    gold: str | None = "experiments.gold:gold_reward"  # module:function; judges sampled pairs, and is watched in `ppo`
+    gold: str | None = (
+        "experiments.tasks.gold:gold_reward"  # module:function; judges sampled pairs, and is watched in `ppo`
+    )
     max_new_tokens: int = 20  # the longest completion
     seed: int = 0  # of everything
     sft: sft.Config = SFT
@@ -123,13 +130,13 @@ def main(config: Config) -> dict[str, float]:
 def run(config: Config) -> dict[str, float]:
     """Do the work of `main`; all processes of a run call this alike."""
     # now, since the stages that read them come late
-    distributed.together(lambda: read_prompts(config))
+    processes.together(lambda: read_prompts(config))
     folders = {name: config.output / name for name in STAGES}
     done: dict[str, Done] = {}
     for name, made_from in MADE_FROM.items():
         if name == config.from_stage:  # not before: what comes first may be refused, and then nothing has moved
             later = [folders[other] for other in STAGES[STAGES.index(name) :]]
-            for moved in distributed.first(functools.partial(put_aside, later)):
+            for moved in processes.first(functools.partial(put_aside, later)):
                 print(f"moved the old stage to {moved}")
         if name == "pairs" and config.pairs is not None:
             print(f"pairs: those of {config.pairs}")
@@ -267,7 +274,7 @@ def check(config: Config) -> None:
         try:
             refuse()
         except ValueError as error:
-            raise ValueError(f"{stage}: {error}") from error
+            raise UserError(f"{stage}: {error}") from error
     if config.gold is not None:
         rewards.load_reward(config.gold)
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pgjax as pg
-from pgjax.models.families import architecture_of
-from pgjax.prompts import Prompt
-from pgjax.tables import Row
+from pgjax.core.errors import UserError
+from pgjax.data.prompts import Prompt
+from pgjax.data.tables import Row
+from pgjax.models.io.config import architecture_of
 
 END, PAD, TURN = "<|endoftext|>", "<|pad|>", "<|turn|>"
 VOCAB_SIZE = 2048  # where neither the command line nor a config says another
@@ -43,7 +44,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     """
     special = [END, PAD, TURN]
     if vocab_size < LETTERS + len(special):
-        raise ValueError(f"vocab_size={vocab_size} is too small: it starts at {LETTERS + len(special)}, for the bytes")
+        raise UserError(f"vocab_size={vocab_size} is too small: it starts at {LETTERS + len(special)}, for the bytes")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -100,16 +101,16 @@ def read_architecture(path: Path) -> pg.Architecture:
     """
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"{file}: there is no such file; config is the path of a Hugging Face config.json")
+        raise UserError(f"{file}: there is no such file; config is the path of a Hugging Face config.json")
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(fields, dict):
-            raise ValueError(f"a {type(fields).__name__}, not an object")
+            raise UserError(f"a {type(fields).__name__}, not an object")
         return architecture_of(fields)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not JSON ({error})") from error
+        raise UserError(f"{file}: not JSON ({error})") from error
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise UserError(f"{file}: {error}") from error
 
 
 def _texts(value: Prompt) -> list[str]:

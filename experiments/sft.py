@@ -4,7 +4,7 @@
     python -m experiments.sft --model SmolLM2-135M-Instruct --data pairs.jsonl --chat
     python -m experiments.sft --help            # every field
     python -m experiments.sft --resume          # go on with a run that was stopped (--resume-from: see --help)
-    python -m experiments.sft --mesh data=-1    # on all devices; --distributed: of several hosts (experiments/devices.py)
+    python -m experiments.sft --mesh data=-1    # on all devices; --distributed: of several hosts (pgjax/run/devices.py)
 
 rows > examples > packed rows > loss of the learned tokens > update > checkpoint
 
@@ -28,29 +28,26 @@ import tyro
 from jax.sharding import Mesh
 
 import pgjax as pg
-from experiments import adapters, checks
-from experiments.checks import require
-from experiments.cli import plain_errors
-from experiments.devices import (
-    MACHINE,
-    Flags,
-    agree_on,
-    check_shares,
-    first_of_all,
-    on_devices,
-    shared_folder,
-)
-from experiments.resume import From, frozen_model, go_on, open_checkpoints, to_best
-from experiments.rows import load_row_sets
 from experiments.scratch import VOCAB_SIZE, read_architecture, small_architecture, texts_of, train_tokenizer
-from pgjax import data, distributed, logs, loop, sharding, shares, supervised, train
-from pgjax.curves import plot_curves
-from pgjax.digest import digest
-from pgjax.examples import check_examples, encode_examples
-from pgjax.models.tokenizer import folder_tokenizer
-from pgjax.packing import Packed, pack
-from pgjax.progress import Progress
-from pgjax.tables import Placed
+from pgjax.core.errors import UserError
+from pgjax.data.batches import batches
+from pgjax.data.examples import check_examples, encode_examples
+from pgjax.data.packing import Packed, pack
+from pgjax.data.sources import load_row_sets
+from pgjax.data.tables import Placed
+from pgjax.learning import supervised
+from pgjax.learning.optimizer import TrainState, adamw, init_state, revived
+from pgjax.models.io.tokenizer import folder_tokenizer
+from pgjax.models.lora import freeze
+from pgjax.parallel import batch_rows, processes, sharding
+from pgjax.run import checks, logs, loop
+from pgjax.run.checkpoint.digest import digest
+from pgjax.run.checkpoint.resume import From, frozen_model, go_on, open_checkpoints, to_best
+from pgjax.run.checks import check_lora, require
+from pgjax.run.curves import plot_curves
+from pgjax.run.devices import MACHINE, Flags, agree_on, check_shares, first_of_all, on_devices, shared_folder
+from pgjax.run.exits import plain_errors
+from pgjax.run.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +58,8 @@ class Config(Flags):
     config: Path | None = None  # from scratch: config.json of the architecture; None: a Llama of 1.3 million parameters
     vocab_size: int | None = None  # from scratch: entries of the tokenizer; None: the config's, or 2,048
     # .jsonl, .csv, .parquet or .txt file, a data set as NAME:SPLIT, or module:function giving rows
-    data: str = "experiments.reviews:train_rows"
-    held_out: str | None = "experiments.reviews:held_out_rows"  # likewise; None: rows of `data`, kept aside
+    data: str = "experiments.tasks.reviews:train_rows"
+    held_out: str | None = "experiments.tasks.reviews:held_out_rows"  # likewise; None: rows of `data`, kept aside
     held_out_rows: int = 100  # how many rows are kept aside where `held_out` is None
     chat: bool = False  # put text prompts through the tokenizer's chat template
     learn_prompt: bool = False  # learn all tokens, not those of the completions alone
@@ -106,7 +103,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
     config = dataclasses.replace(config, output=shared_folder(config.output))
     check_shares(mesh, config.batch_size, microbatches=config.microbatches)
-    rows, held_out_rows = distributed.together(
+    rows, held_out_rows = processes.together(
         lambda: load_row_sets(config.data, config.held_out, config.held_out_rows, check_examples, text_column="text")
     )
     agree_on(f"the rows of {config.data}", (rows, held_out_rows))
@@ -123,23 +120,23 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         tokenizer.save_pretrained(folder / "tokenizer")  # a run from scratch that goes on must find it
         return folder
 
-    folder = distributed.first(open_folder)
+    folder = processes.first(open_folder)
     rate = (3e-3 if config.model is None else 3e-5) if config.learning_rate is None else config.learning_rate
-    optimizer = train.adamw(
+    optimizer = adamw(
         rate, updates=steps, warmup=min(config.warmup, steps // 10), decay=config.decay,
         max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay,
     )  # fmt: skip
-    frozen, trained = adapters.freeze(params, config, mesh)
-    state = train.init_state(trained, optimizer)
+    frozen, trained = freeze(params, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed, mesh=mesh)
+    state = init_state(trained, optimizer)
     del params, trained  # updates consume their buffers
     checkpoints = open_checkpoints(
         folder, dataclasses.asdict(config), MAY_CHANGE, keep=config.keep, keep_best=config.keep_best, data=fingerprint,
         frozen=None if frozen is None else frozen_model(config.model, frozen),
     )  # fmt: skip
     state, start = go_on(checkpoints, state, resume=config.resume, resume_from=config.resume_from)
-    state = train.revived(state)
-    own = shares.fed_rows(mesh, config.batch_size)
-    deal = data.batches(range(len(packed.tokens)), config.batch_size, seed=config.seed, own=own)
+    state = revived(state)
+    own = batch_rows.fed_rows(mesh, config.batch_size)
+    deal = batches(range(len(packed.tokens)), config.batch_size, seed=config.seed, own=own)
     log_from = start + 1 if start else 0
     free_at = 0.0  # when the device was last seen without work
 
@@ -147,12 +144,12 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         loss = supervised.mean_surprise(lm, pg.with_lora(frozen, params), held_out, config.batch_size)
         return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
 
-    def prepare(state: train.TrainState, i: int) -> Packed:
+    def prepare(state: TrainState, i: int) -> Packed:
         """Put the batch of update i on the device; the number of the update is its place in the data."""
         rows = deal[i]
-        return shares.feed(mesh, Packed(*(x[rows] for x in packed)))
+        return batch_rows.feed(mesh, Packed(*(x[rows] for x in packed)))
 
-    def step(state: train.TrainState, i: int, batch: Packed) -> tuple[train.TrainState, dict[str, Any], None]:
+    def step(state: TrainState, i: int, batch: Packed) -> tuple[TrainState, dict[str, Any], None]:
         nonlocal free_at
         queued_at = time.perf_counter()
         state, metrics = supervised.update(
@@ -173,7 +170,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         return state, {**metrics, **numbers}, None
 
     with (
-        distributed.together(lambda: logs.Writer(folder, start_step=log_from, active=first_of_all())) as writer,
+        processes.together(lambda: logs.Writer(folder, start_step=log_from, active=first_of_all())) as writer,
         Progress(steps, start=start) as progress,
     ):
 
@@ -187,7 +184,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         try:
             if start == 0:
                 before = evaluate(state.params)
-                distributed.together(lambda: writer.write(0, before))
+                processes.together(lambda: writer.write(0, before))
                 progress.print(f"before: held-out perplexity {before['eval/perplexity']:.2f}")
             state = loop.run(
                 state, steps=steps, start=start, prepare=prepare, step=step, check=loop.check_finite, report=report,
@@ -204,7 +201,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
                 plot_curves(folder)
             checkpoints.close()
 
-    return distributed.first(lambda: summary(folder))
+    return processes.first(lambda: summary(folder))
 
 
 def begin(config: Config, rows: Placed, mesh: Mesh | None) -> tuple[pg.CausalLM, Any, Any]:
@@ -212,14 +209,14 @@ def begin(config: Config, rows: Placed, mesh: Mesh | None) -> tuple[pg.CausalLM,
     if config.model is not None:
         lm, params, tokenizer = pg.load(config.model, mesh=mesh, remat=config.remat)
         if tokenizer is None:
-            raise ValueError(f"{config.model} holds no tokenizer, and examples are text: add its tokenizer files")
+            raise UserError(f"{config.model} holds no tokenizer, and examples are text: add its tokenizer files")
         return lm, params, tokenizer
     arch = None if config.config is None else read_architecture(config.config)
     vocab_size = config.vocab_size
     if vocab_size is None:
         vocab_size = VOCAB_SIZE if arch is None else arch.vocab_size
     if arch is not None and vocab_size > arch.vocab_size:
-        raise ValueError(f"vocab_size={vocab_size} is more than the {arch.vocab_size} entries that {config.config} has")
+        raise UserError(f"vocab_size={vocab_size} is more than the {arch.vocab_size} entries that {config.config} has")
     tokenizer = folder_tokenizer(config.output / "tokenizer") if config.resume else None
     if tokenizer is None:
         tokenizer = train_tokenizer(texts_of([row for _, row in rows]), vocab_size)
@@ -233,13 +230,13 @@ def begin(config: Config, rows: Placed, mesh: Mesh | None) -> tuple[pg.CausalLM,
 def pack_rows(name: str, rows: Placed, tokenizer: Any, lm: pg.CausalLM, config: Config) -> Packed:
     """Encode and pack rows, and print what came of them."""
     if config.max_length > lm.arch.max_positions:
-        raise ValueError(f"max_length={config.max_length} is more than the model's {lm.arch.max_positions} positions")
+        raise UserError(f"max_length={config.max_length} is more than the model's {lm.arch.max_positions} positions")
     try:
         examples = encode_examples(
             rows, tokenizer, chat=config.chat, max_length=config.max_length, learn_prompt=config.learn_prompt
         )
     except ValueError as error:
-        raise ValueError(f"{name} data: {error}") from error
+        raise UserError(f"{name} data: {error}") from error
     for note in examples.notes():
         print(f"{name} data: {note}")
     packed = pack(examples.examples, config.max_length)
@@ -284,7 +281,7 @@ def check(config: Config) -> None:
         f"{config.eval_every}: checkpoints without one would not count",
     )
     checks.seed_fits(config)
-    adapters.check(config)
+    check_lora(config)
     require(
         config.lora_rank is None or config.model is not None,
         f"lora_rank={config.lora_rank} adapts a model that is there: name it by --model",

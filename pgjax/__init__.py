@@ -2,10 +2,10 @@
 
 `import pgjax as pg`: the pure core (masking, log-probabilities, advantages, KL, losses, the trust region), the causal LM
 behind a bundle of pure functions, and the sampler. The rooms around it, which README.md lists,
-are imported by name: `pgjax.data`, `pgjax.rewards`, `pgjax.train`, `pgjax.loop`, ...
+are imported by name: `pgjax.data`, `pgjax.rollout.rewards`, `pgjax.learning.optimizer`, `pgjax.run.loop`, ...
 """
 
-from pgjax.advantages import (
+from pgjax.core.advantages import (
     group_advantages,
     kl_shaped_rewards,
     leave_one_out_baseline,
@@ -14,10 +14,11 @@ from pgjax.advantages import (
     place_scores,
     truncated_importance_weights,
 )
-from pgjax.kl import adaptive_kl_coef, categorical_kl, kl_k1, kl_k2, kl_k3
-from pgjax.linear_logprobs import linear_token_logprobs
-from pgjax.logprobs import token_entropy, token_frame, token_logprobs
-from pgjax.losses import (
+from pgjax.core.errors import MissingPackageError, NotFiniteError, UserError
+from pgjax.core.kl import adaptive_kl_coef, categorical_kl, kl_k1, kl_k2, kl_k3
+from pgjax.core.linear_logprobs import linear_token_logprobs
+from pgjax.core.logprobs import token_entropy, token_frame, token_logprobs
+from pgjax.core.losses import (
     clipped_surrogate_loss,
     cross_entropy_loss,
     policy_gradient_loss,
@@ -25,24 +26,27 @@ from pgjax.losses import (
     surrogate_diagnostics,
     value_loss,
 )
-from pgjax.masking import masked_mean, masked_whiten
+from pgjax.core.masking import masked_mean, masked_whiten
+from pgjax.core.trust_region import fisher_vector_product, trust_region_step
 from pgjax.models.architecture import Architecture, Rope
 from pgjax.models.causal_lm import CausalLM, causal_lm
-from pgjax.models.classifier import load_reward_model, save_reward_model
 from pgjax.models.heads import init_value_head, token_values
-from pgjax.models.load import load, save_pretrained
+from pgjax.models.io.classifier import load_reward_model, save_reward_model
+from pgjax.models.io.load import load, save_pretrained
 from pgjax.models.lora import init_lora, merge_lora, with_lora
 from pgjax.models.reward_model import RewardModel, reward_model
-from pgjax.rollout import Rollout, Scored, sample, sample_scored
-from pgjax.trust_region import fisher_vector_product, trust_region_step
+from pgjax.rollout.sample import Rollout, Scored, sample, sample_scored
 
 __all__ = [
     "Architecture",
     "CausalLM",
+    "MissingPackageError",
+    "NotFiniteError",
     "RewardModel",
     "Rollout",
     "Rope",
     "Scored",
+    "UserError",
     "adaptive_kl_coef",
     "categorical_kl",
     "causal_lm",

@@ -75,7 +75,7 @@ def once(tmp_path_factory):
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct as the installed package ships it, in float32, read once: (lm, params, tokenizer)."""
-    from pgjax.models.load import load
+    from pgjax.models.io.load import load
 
     return load("SmolLM2-135M-Instruct", dtype=jax.numpy.float32)
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import token_mdp as mdp
-from pgjax.logprobs import token_logprobs
+from experiments.laboratory import token_mdp as mdp
+from pgjax.core.logprobs import token_logprobs
 
 # The same places for both precisions: NumPy's int64 would be int64 under enable_x64 and int32 elsewhere.
 PREFIXES, SEQUENCES, TOKENS = (x.astype(np.int32) for x in (mdp.PREFIXES, mdp.SEQUENCES, mdp.TOKENS))

@@ -27,6 +27,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pgjax.run.peaks import Peaks
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import grain  # noqa: F401  what a child would import, as far as it takes time
@@ -37,9 +39,9 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer  # noqa: F401
 
 from experiments import ppo
-from experiments.cli import plain_errors
-from experiments.resume import last_step
-from pgjax import logs, perf
+from pgjax.run import logs
+from pgjax.run.checkpoint.resume import last_step
+from pgjax.run.exits import plain_errors
 from tests.compiling import xla_flags
 from tests.tiny_model import save_tiny_model
 
@@ -112,7 +114,7 @@ def start(config: ppo.Config, log: Path) -> int:
 
     def work() -> None:
         os.environ["XLA_FLAGS"] = xla_flags(1 if config.mesh is None else 4)
-        ppo.machine_peaks = lambda dtype: perf.Peaks(1e9, 1e9, 1e9)  # measuring takes seconds, and so does drawing
+        ppo.machine_peaks = lambda dtype: Peaks(1e9, 1e9, 1e9)  # measuring takes seconds, and so does drawing
         ppo.plot_curves = lambda folder: None
         begun = (config.output / logs.CONFIG).exists()
         with plain_errors():

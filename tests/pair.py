@@ -15,10 +15,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments import devices, reward_model, sft
 from experiments import ppo as script
-from experiments.model_judge import ModelJudge
-from pgjax import distributed, perf, sharding, shares
+from experiments import reward_model, sft
+from pgjax.parallel import batch_rows, processes, sharding
+from pgjax.rollout.judge import ModelJudge
+from pgjax.run import devices
+from pgjax.run.peaks import Peaks
 from tests.compiling import xla_flags
 
 MESH = "data=2,fsdp=2"
@@ -121,15 +123,15 @@ def learn(folder: Path, output: str, **flags) -> list[Path]:
 def one_infinite_score() -> None:
     """Fetch a reward model's scores, one of which is infinite."""
     mesh = sharding.make_mesh(data=-1)
-    own = shares.judged_rows(mesh, 8)
-    asked = shares.feed(mesh, np.array([np.inf if row == 5 else 0.0 for row in own], np.float32))
+    own = batch_rows.judged_rows(mesh, 8)
+    asked = batch_rows.feed(mesh, np.array([np.inf if row == 5 else 0.0 for row in own], np.float32))
     judge = ModelJudge(None, None, 1.0, None, False, mesh)  # type: ignore[arg-type]
     judge.fetch(asked, lambda row: (f"row {row}", f"on {jax.process_index()}"), own)
 
 
 def without_measuring() -> None:
     """Take peaks out of the air: measuring them costs seconds, and no test here looks at them."""
-    script.machine_peaks = lambda dtype: perf.Peaks(1e9, 1e9, 1e9)
+    script.machine_peaks = lambda dtype: Peaks(1e9, 1e9, 1e9)
 
 
 def caught(work) -> list[str]:
@@ -146,11 +148,11 @@ def main(process: int, port: int, folder: Path) -> None:
     without_measuring()
     found: dict[str, object] = {}
     flags = {"distributed": True, "coordinator": f"localhost:{port}", "num_processes": 2, "process_id": process}
-    distributed.initialize(f"localhost:{port}", 2, process)
-    found["gathered"] = distributed.gather({"process": process, "text": "x" * 3000 * process})
-    found["any"] = [distributed.any_process(process == 1), distributed.any_process(False)]
-    found["first"] = distributed.first(lambda: f"by {jax.process_index()}")
-    found["differ"] = caught(lambda: distributed.agree("the command", {"seed": process, "steps": 3}))
+    processes.initialize(f"localhost:{port}", 2, process)
+    found["gathered"] = processes.gather({"process": process, "text": "x" * 3000 * process})
+    found["any"] = [processes.any_process(process == 1), processes.any_process(False)]
+    found["first"] = processes.first(lambda: f"by {jax.process_index()}")
+    found["differ"] = caught(lambda: processes.agree("the command", {"seed": process, "steps": 3}))
     found["steps"] = caught(lambda: script.main(make_config(folder, "never", steps=3 + process, **flags)))
     found["unfit"] = caught(lambda: script.main(make_config(folder, "never", **{**flags, "mesh": "data=3"})))
     other = {"prompts": f"{__name__}:own_rows", "held_out": f"{__name__}:own_rows", **flags}
@@ -159,7 +161,7 @@ def main(process: int, port: int, folder: Path) -> None:
     with mock.patch.object(devices, "_appears", lambda path: process == 0):  # as where process 1 has another disk
         found["apart"] = caught(lambda: devices.shared_folder(folder / "apart" / "run"))
     found["shared"] = str(devices.shared_folder(Path(f"{folder}/of{process}/run")))
-    found["refused"] = caught(lambda: distributed.first(lambda: [][process]))
+    found["refused"] = caught(lambda: processes.first(lambda: [][process]))
     found["infinite"] = caught(one_infinite_score)
     found["figures"] = script.main(make_config(folder, "two", **flags))
     found["calls"], CALLS[:] = list(CALLS), []

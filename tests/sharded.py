@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import pgjax as pg
-from pgjax import ppo, train
-from pgjax.policy_loss import Batch
-from pgjax.sharding import make_mesh, param_shardings, place
+from pgjax.learning import programs
+from pgjax.learning.optimizer import adamw, init_state
+from pgjax.learning.policy_loss import Batch
+from pgjax.parallel.sharding import make_mesh, param_shardings, place
 from tests.tiny import ARCHITECTURES, left_padded
 
 LAYOUTS = (
@@ -23,7 +24,7 @@ LAYOUTS = (
 )
 ROWS, NEW = 16, 5
 PROMPTS, PROMPT_MASK = left_padded((7, 4, 1, 5, 3, 6, 2, 7) * 2, 7)
-OPTIMIZER = train.adamw(1e-2, updates=4, max_grad_norm=None)
+OPTIMIZER = adamw(1e-2, updates=4, max_grad_norm=None)
 
 
 def tiny_lm(name: str) -> pg.CausalLM:
@@ -60,10 +61,10 @@ def sample(lm: pg.CausalLM, params, temperature: float) -> pg.Rollout:
     return pg.sample(lm, params["lm"], PROMPTS, PROMPT_MASK, jax.random.key(5), **options)
 
 
-def score(lm: pg.CausalLM, params, rollout: pg.Rollout) -> ppo.Scored:
+def score(lm: pg.CausalLM, params, rollout: pg.Rollout) -> programs.Scored:
     """Score a rollout in two parts."""
     options = {"temperature": jnp.float32(1.0), "window": NEW + 1, "parts": 2}
-    return ppo.score(lm, params, rollout.tokens, rollout.attention_mask, **options)
+    return programs.score(lm, params, rollout.tokens, rollout.attention_mask, **options)
 
 
 def acted(lm: pg.CausalLM, params) -> dict:
@@ -87,7 +88,7 @@ def experience() -> tuple[Batch, np.ndarray]:
 def update(lm: pg.CausalLM, state, number: int):
     """Learn from one of the two minibatches of `experience`, in two microbatches."""
     batch, order = experience()
-    return ppo.update(
+    return programs.update(
         state, batch, order, jnp.int32(number), lm=lm, optimizer=OPTIMIZER, microbatches=2, temperature=1.0,
         clip_eps=0.2, value_clip_eps=None, value_coef=0.5, entropy_coef=0.0, kl_loss_coef=0.1,
     )  # fmt: skip
@@ -95,7 +96,7 @@ def update(lm: pg.CausalLM, state, number: int):
 
 def learned(lm: pg.CausalLM, params) -> dict:
     """Take two updates; the first state is kept on the host, the last one where it is too."""
-    state = train.init_state(params, OPTIMIZER)
+    state = init_state(params, OPTIMIZER)
     layout = jax.tree.map(lambda x: x.sharding, state)
     state, losses = update(lm, state, 0)
     found = jax.device_get({"losses": losses, "first": state})

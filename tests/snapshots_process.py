@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pgjax import distributed, loop, sharding
-from pgjax.checkpoint import BadCheckpoint, Checkpoints, SaveFailed
-from pgjax.digest import digest
+from pgjax.parallel import processes, sharding
+from pgjax.run import loop
+from pgjax.run.checkpoint.checkpoints import BadCheckpoint, Checkpoints, SaveFailed
+from pgjax.run.checkpoint.digest import digest
 
 
 def state_of(mesh: jax.sharding.Mesh | None, number: int) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def state_of(mesh: jax.sharding.Mesh | None, number: int) -> dict[str, Any]:
 
 def main(process: int, address: str, folder: Path) -> None:
     """Save, damage one process's file, go on from the last good, and stop together three times; print what each step found."""
-    distributed.initialize(address, 2, process)
+    processes.initialize(address, 2, process)
     mesh = sharding.make_mesh(data=2, fsdp=2)
     with jax.set_mesh(mesh), Checkpoints(folder, made_from={"seed": 0}, keep_best=True) as checkpoints:
         for number in (1, 2):
@@ -38,7 +39,7 @@ def main(process: int, address: str, folder: Path) -> None:
         placed = all(jax.tree.leaves(jax.tree.map(lambda x, y: x.sharding == y.sharding, restored, like)))
         print("restored", digest(restored) == digest(like), placed, checkpoints.best())
 
-        distributed.first(lambda: damage(folder / "2" / "state" / "ocdbt.process_1" / "d"))
+        processes.first(lambda: damage(folder / "2" / "state" / "ocdbt.process_1" / "d"))
         try:
             checkpoints.restore(state_of(mesh, 0))
         except BadCheckpoint as bad:
@@ -70,7 +71,7 @@ def main(process: int, address: str, folder: Path) -> None:
         full_at = 6
         try:
             run(checkpoints.restore(state_of(mesh, 0))[0], 4)
-        except (OSError, distributed.FailedElsewhere) as failed:
+        except (OSError, processes.FailedElsewhere) as failed:
             print("failed:", "No space left" in str(failed), checkpoints.latest())
         full_at, state = -1, checkpoints.restore(state_of(mesh, 0))[0]
         try:

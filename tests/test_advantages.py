@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pgjax.advantages import (
+from pgjax.core.advantages import (
     group_advantages,
     kl_shaped_rewards,
     leave_one_out_baseline,

@@ -3,7 +3,7 @@
 import atexit
 import os
 
-from pgjax.alarm import Alarm
+from pgjax.parallel.failures import Alarm
 
 
 class Coordinator:
@@ -35,8 +35,8 @@ def test_the_thread_has_left_the_client_before_python_ends(monkeypatch):
 def test_a_process_that_failed_ends_for_sure(monkeypatch):
     ended = []
     monkeypatch.setattr(atexit, "register", lambda work: None)
-    monkeypatch.setattr("pgjax.alarm._SECONDS", 0.0)
-    monkeypatch.setattr("pgjax.alarm._POLL", 0.1)
+    monkeypatch.setattr("pgjax.parallel.failures._SECONDS", 0.0)
+    monkeypatch.setattr("pgjax.parallel.failures._POLL", 0.1)
     alarm = Alarm(Coordinator(), 1, 2)
 
     def end(code):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+from pgjax.learning.policy_loss import Batch, ppo_loss
 from pgjax.models import attention, causal_lm
-from pgjax.policy_loss import Batch, ppo_loss
-from pgjax.sharding import make_mesh, param_shardings, place
+from pgjax.parallel.sharding import make_mesh, param_shardings, place
 from tests.tiny import ARCHITECTURES, close, tiny_lm, tiny_params
 
 T = 13  # a number that nothing else has

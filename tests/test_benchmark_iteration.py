@@ -9,14 +9,14 @@ import pytest
 
 import pgjax as pg
 from benchmarks import iteration, timing
-from pgjax import perf
+from pgjax.run.peaks import Peaks
 
 ARCH = pg.Architecture(
     family="llama", vocab_size=64, width=16, depth=2, heads=2, kv_heads=1, head_dim=8, mlp_width=32, max_positions=64,
     activation="silu", norm="rms", norm_eps=1e-5, rope=pg.Rope(theta=10000.0), gated_mlp=True, qkv_bias=False,
     out_bias=False, mlp_bias=False, qk_norm=False, tied=True,
 )  # fmt: skip
-PEAKS = perf.Peaks(matmul_flops=1e9, copy_bytes=1e8, read_bytes=1e8)
+PEAKS = Peaks(matmul_flops=1e9, copy_bytes=1e8, read_bytes=1e8)
 SIZES = {"batch_size": 4, "prompt_length": 3, "new_tokens": 5, "group_size": 2}
 
 

@@ -4,7 +4,7 @@ import pytest
 
 import pgjax as pg
 from benchmarks import profile
-from pgjax import perf
+from pgjax.run.flops import forward_flops
 from tests.tiny_model import save_tiny_model
 
 
@@ -23,7 +23,7 @@ def rows_of(report, name, kind):
 def test_the_products_of_a_step_are_those_on_paper(report, tmp_path):
     arch = pg.load(save_tiny_model(tmp_path))[0].arch
     weights, attention = (rows_of(report, "sampler, a step", kind) for kind in ("weights", "attention"))
-    assert sum(row["flops"] for row in weights) == perf.forward_flops(arch, tokens=4, context=0, head_tokens=4)
+    assert sum(row["flops"] for row in weights) == forward_flops(arch, tokens=4, context=0, head_tokens=4)
     slots = 8 + 4  # the whole cache, what is still empty too
     assert sum(row["flops"] for row in attention) == 4 * 4 * arch.depth * arch.heads * arch.head_dim * slots
 
@@ -31,7 +31,7 @@ def test_the_products_of_a_step_are_those_on_paper(report, tmp_path):
 def test_an_updates_products_are_forward_and_backward(report, tmp_path):
     arch = pg.load(save_tiny_model(tmp_path))[0].arch
     rows = rows_of(report, "update", "weights")
-    once = perf.forward_flops(arch, tokens=4 * 12, context=0, head_tokens=4 * 5)
+    once = forward_flops(arch, tokens=4 * 12, context=0, head_tokens=4 * 5)
     assert 3 * once <= sum(row["flops"] for row in rows) < 4.2 * once  # of the head, the logits are computed twice
 
 

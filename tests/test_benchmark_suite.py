@@ -8,9 +8,9 @@ import pytest
 
 from benchmarks import __main__ as suite
 from benchmarks import compile, logprobs, pictures, scaling, timing
-from pgjax import perf
+from pgjax.run.peaks import Peaks
 
-PEAKS = perf.Peaks(matmul_flops=1e12, copy_bytes=1e10, read_bytes=1e10)
+PEAKS = Peaks(matmul_flops=1e12, copy_bytes=1e10, read_bytes=1e10)
 TINY = {"batch": 2, "length": 4, "vocabulary": 32, "depth": 1, "width": 16, "doublings": 1, "repeats": 1}
 
 

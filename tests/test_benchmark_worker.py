@@ -12,7 +12,7 @@ import pytest
 from benchmarks import timing, worker
 from benchmarks.interpreters import Peer
 from benchmarks.worker import Worker
-from pgjax import perf
+from pgjax.run.peaks import Peaks
 
 SERVES = """
 import time
@@ -101,7 +101,7 @@ while read ask; do echo '{"wall": 1.0, "cpu": 1.0}'; done
 def test_a_peer_that_crashes_costs_its_own_rows_of_that_dtype_alone(tmp_path, monkeypatch, capsys):
     (tmp_path / "python").write_text(CRASHES)
     (tmp_path / "python").chmod(0o755)
-    peaks = perf.Peaks(1.0, 1.0, 1.0)
+    peaks = Peaks(1.0, 1.0, 1.0)
     monkeypatch.setattr(timing.perf, "measured_peaks", lambda dtype: peaks)
     monkeypatch.setattr(worker, "model_folder", lambda *_: contextlib.nullcontext("folder"))
     config = worker.Beside(repeats=2, peer_pythons=(str(tmp_path / "python"),), json=tmp_path / "report.json")

@@ -10,7 +10,8 @@ import pytest
 
 import pgjax as pg
 from benchmarks import interpreters, learner, pictures, rollout, scoring, timing, worker
-from pgjax import perf
+from pgjax.run.flops import decode_bytes
+from pgjax.run.peaks import Peaks
 from tests.tiny import tiny_lm, tiny_params
 
 ARCH = pg.Architecture(
@@ -18,7 +19,7 @@ ARCH = pg.Architecture(
     activation="silu", norm="rms", norm_eps=1e-5, rope=pg.Rope(theta=10000.0), gated_mlp=True, qkv_bias=False,
     out_bias=False, mlp_bias=False, qk_norm=False, tied=True,
 )  # fmt: skip
-PEAKS = perf.Peaks(matmul_flops=1e12, copy_bytes=1e10, read_bytes=1e10)
+PEAKS = Peaks(matmul_flops=1e12, copy_bytes=1e10, read_bytes=1e10)
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +57,11 @@ def test_contenders_own_samples_are_taken_without_the_warm_up():
 
 
 def test_both_measurements_of_the_peaks_are_kept_and_the_best_counts(monkeypatch):
-    measured = iter([perf.Peaks(1.0, 5.0, 3.0), perf.Peaks(2.0, 4.0, 2.0), perf.Peaks(1.0, 6.0, 1.0), PEAKS])
+    measured = iter([Peaks(1.0, 5.0, 3.0), Peaks(2.0, 4.0, 2.0), Peaks(1.0, 6.0, 1.0), PEAKS])
     monkeypatch.setattr(timing.perf, "measured_peaks", lambda dtype: next(measured))
     report = {"peaks": {}, "measured_peaks": {}}
     best, times = timing.with_peaks(report, "float32", {"a": timing.timed(dict)}, 2)
-    assert (
-        best == perf.Peaks(2.0, 5.0, 3.0)
-        and report["peaks"] == {"float32": best._asdict()}
-        and len(times["a"].wall) == 2
-    )
+    assert best == Peaks(2.0, 5.0, 3.0) and report["peaks"] == {"float32": best._asdict()} and len(times["a"].wall) == 2
     (both,) = report["measured_peaks"]["float32"]
     assert both["before"]["matmul_flops"] == 1.0 and both["after"]["matmul_flops"] == 2.0
     assert timing.with_peaks(report, "float32", {}, 1)[0] == PEAKS  # of a second pair, the best of all four
@@ -198,7 +195,7 @@ def test_scoring_and_learning_report_the_work_counted_by_hand():
 
 
 def test_a_share_is_of_the_better_of_the_measurements_before_and_after(monkeypatch):
-    measured = iter([perf.Peaks(2.0, 1.0, 8.0), perf.Peaks(4.0, 1.0, 5.0)])
+    measured = iter([Peaks(2.0, 1.0, 8.0), Peaks(4.0, 1.0, 5.0)])
     monkeypatch.setattr(timing.perf, "measured_peaks", lambda dtype: next(measured))
     report = worker.compare(
         worker.Beside(peer=False, repeats=1), ("float32",), (), tiny_lm("llama"), tiny_params("llama"),
@@ -223,7 +220,7 @@ def test_decode_is_what_lies_between_the_two_programs():
     row = rollout.measure(config, ARCH, "bfloat16", PEAKS, first, whole)
     assert row["decode_step_seconds"] == pytest.approx(0.5) and row["decode_step_cpu_seconds"] == pytest.approx(0.2)
     assert row["tokens_per_second"] == pytest.approx(44 / 6)
-    read = perf.decode_bytes(ARCH, batch=4, context=16 + 5.5, weight_bytes=2, cache_bytes=2)
+    read = decode_bytes(ARCH, batch=4, context=16 + 5.5, weight_bytes=2, cache_bytes=2)
     assert row["decode_mbu"] == pytest.approx(read / 0.5 / 1e10)
     prefill, decode = row["parts"]["prefill"], row["parts"]["decode"]
     assert (prefill["seconds"], decode["seconds"]) == (1.0, pytest.approx(0.5))

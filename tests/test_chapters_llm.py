@@ -10,11 +10,12 @@ import pytest
 import tyro
 
 import pgjax as pg
-from experiments import ch3_llm_reinforce as ch3
-from experiments import ch4_actor_critic as ch4
-from experiments import ch5_ppo as ch5
-from experiments import haiku, small_lm
-from pgjax import train
+from experiments.chapters import ch3_llm_reinforce as ch3
+from experiments.chapters import ch4_actor_critic as ch4
+from experiments.chapters import ch5_ppo as ch5
+from experiments.chapters import small_lm
+from experiments.tasks import haiku
+from pgjax.learning.optimizer import adamw, init_state
 
 SIZES = {"pretrain_steps": 60, "steps": 3, "topics": 2, "repeat": 4, "max_new_tokens": 24}
 
@@ -162,7 +163,7 @@ def test_the_clip_pictures_of_chapter_5():
 def ppo_step(small, params, scores, **options):
     """An update of chapter 5 on the fixture's rollout; one compiled program for all of them."""
     lm, reference, _, rollout, _ = small
-    state = train.init_state(params, optimizer := train.adamw(ch5.Config().learning_rate, updates=SIZES["steps"]))
+    state = init_state(params, optimizer := adamw(ch5.Config().learning_rate, updates=SIZES["steps"]))
     options = {"epochs": 1, "value_coef": 0.5, "clip_eps": 0.2, "kl_coef": 0.0, **options}
     return ch5.update(lm, reference, optimizer, state, rollout, scores, **options)
 
@@ -170,9 +171,9 @@ def ppo_step(small, params, scores, **options):
 def test_ppo_with_one_epoch_and_no_kl_is_actor_critic(small):
     # At ratio 1 the clipped surrogate has the policy gradient's gradient: chapter 5 adds nothing until the second epoch.
     lm, params, _, rollout, scores = small
-    optimizer = train.adamw(ch5.Config().learning_rate, updates=SIZES["steps"])
+    optimizer = adamw(ch5.Config().learning_rate, updates=SIZES["steps"])
     actor, _ = ch4.update(
-        lm, optimizer, train.init_state(params, optimizer), rollout, scores,
+        lm, optimizer, init_state(params, optimizer), rollout, scores,
         shares=ch4.BASELINES["R - V(s_t)"], repeat=4, value_coef=0.5,
     )  # fmt: skip
     ppo, metrics = ppo_step(small, params, scores)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import pgjax as pg
-from experiments import ch1_black_box as ch1
-from experiments import ch2_gaussian_reinforce as ch2
+from experiments.chapters import ch1_black_box as ch1
+from experiments.chapters import ch2_gaussian_reinforce as ch2
 
 
 def test_chapter_1_tells_the_worked_numbers(tmp_path, capsys):

@@ -9,9 +9,9 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from pgjax import train
-from pgjax.checkpoint import Checkpoints
-from pgjax.digest import digest
+from pgjax.learning.optimizer import init_state
+from pgjax.run.checkpoint.checkpoints import Checkpoints
+from pgjax.run.checkpoint.digest import digest
 from tests import sharded
 
 
@@ -99,7 +99,7 @@ def test_sharded_state_restores_onto_another_sharding(tmp_path):
 def learner_on(mesh):
     """Everything a PPO run has: policy and critic, Adam's moments, the coefficient and the key."""
     with sharded.placed(mesh, sharded.host_params(sharded.tiny_lm("llama"))) as params:
-        learner = train.init_state(params, sharded.OPTIMIZER)
+        learner = init_state(params, sharded.OPTIMIZER)
         return {"learner": with_noise(learner), "kl_coef": jnp.float32(0.1), "key": jax.random.key(3)}
 
 

@@ -9,10 +9,12 @@ import pytest
 
 import pgjax as pg
 from benchmarks.hlo import collectives
-from pgjax import ppo, rollout, train
+from pgjax.learning import programs
+from pgjax.learning.optimizer import adamw, init_state
+from pgjax.learning.policy_loss import Batch
 from pgjax.models.causal_lm import causal_lm
-from pgjax.policy_loss import Batch
-from pgjax.sharding import batch_sharding, make_mesh, param_shardings, replicated
+from pgjax.parallel.sharding import batch_sharding, make_mesh, param_shardings, replicated
+from pgjax.rollout import sample
 from tests.compiling import AS_FOR_USERS
 from tests.tiny import ARCHITECTURES
 
@@ -22,7 +24,7 @@ ROWS, PROMPT, NEW = 16, 8, 7
 SHAPE = {"width": 64, "head_dim": 16, "kv_heads": 4, "mlp_width": 160}
 CHUNKS = 3
 ARCH = pg.Architecture(**{**vars(ARCHITECTURES["llama"]), **SHAPE, "vocab_size": CHUNKS * 1024})
-OPTIMIZER = train.adamw(1e-3, updates=4)
+OPTIMIZER = adamw(1e-3, updates=4)
 MATRIX = (
     32 * 64 * 4
 )  # bytes of the smallest matrix of a layer, split in two; what rows send in a decode step is smaller
@@ -40,7 +42,7 @@ def compiled(program: str, arch: pg.Architecture, rows: int, *, group_size: int 
     state = shapes(
         mesh,
         jax.eval_shape(
-            lambda key: train.init_state({"lm": lm.init(key), "value": pg.init_value_head(arch.width)}, OPTIMIZER),
+            lambda key: init_state({"lm": lm.init(key), "value": pg.init_value_head(arch.width)}, OPTIMIZER),
             jax.random.key(0),
         ),
     )
@@ -52,14 +54,14 @@ def compiled(program: str, arch: pg.Architecture, rows: int, *, group_size: int 
         if program == "sample":
             prompts, prompt_mask = (split((rows, PROMPT), dtype) for dtype in (jnp.int32, jnp.bool_))
             options = {"temperature": number, "top_k": index, "top_p": number, "min_p": number}
-            lowered = rollout._generate.lower(
+            lowered = sample._generate.lower(
                 lm, state.params["lm"], prompts, prompt_mask, jax.random.key(0), options, whole((8,), jnp.int32), index,
                 max_new_tokens=NEW, group_size=group_size,
             )  # fmt: skip
         else:
             inside, x = (split((rows, NEW + 1), dtype) for dtype in (jnp.bool_, jnp.float32))
             batch, order = Batch(tokens, mask, inside, x, x, x, x, x), whole((2, rows // 2), jnp.int32)
-            lowered = ppo.update.lower(
+            lowered = programs.update.lower(
                 state, batch, order, index, lm=lm, optimizer=OPTIMIZER, microbatches=2, temperature=1.0, clip_eps=0.2,
                 value_clip_eps=None, value_coef=0.5, entropy_coef=0.0, group_size=group_size,
             )  # fmt: skip

@@ -10,7 +10,8 @@ import jax
 import pytest
 import tyro
 
-from experiments import devices, ppo, reward_model, sft
+from experiments import ppo, reward_model, sft
+from pgjax.run import devices
 from tests import cache_process, kill_campaign, pair
 
 

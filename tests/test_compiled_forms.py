@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pgjax.linear_logprobs import linear_token_logprobs
+from pgjax.core.linear_logprobs import linear_token_logprobs
 from pgjax.models.causal_lm import decode_params, write_slot
 from pgjax.models.transformer import columns_dot
 from tests.compiling import AS_FOR_USERS

@@ -17,7 +17,9 @@ import pytest
 
 import pgjax as pg
 from benchmarks.compile_once import Sizes, lower_learner, lower_sampler
-from pgjax import perf, ppo, rollout
+from pgjax.learning import programs
+from pgjax.rollout import sample
+from pgjax.run.flops import adapter_flops, forward_flops, training_flops
 from tests.compiling import AS_FOR_USERS
 from tests.tiny import ARCHITECTURES
 
@@ -46,7 +48,7 @@ def attention_once() -> float:
 
 def test_a_forward_pass_is_what_paper_says():
     lm = pg.causal_lm(ARCH)
-    paper = perf.forward_flops(ARCH, **PAPER)
+    paper = forward_flops(ARCH, **PAPER)
     assert paper <= counted(lm.apply, lm) <= 1.03 * paper
 
 
@@ -60,8 +62,8 @@ def test_a_gradient_is_what_paper_says_and_what_is_computed_again(remat):
     again = attention_once()
     if remat:  # all of the layer but its last product, whose result no gradient needs; not the head
         last = 2 * ROWS * LENGTH * ARCH.mlp_width * ARCH.width
-        again = perf.forward_flops(ARCH, **{**PAPER, "head_tokens": 0}) - last
-    paper = perf.training_flops(ARCH, **PAPER)
+        again = forward_flops(ARCH, **{**PAPER, "head_tokens": 0}) - last
+    paper = training_flops(ARCH, **PAPER)
     found = counted(jax.grad(loss), lm)
     assert found == pytest.approx(paper + again, rel=0.03)
 
@@ -75,7 +77,7 @@ def test_a_gradient_of_adapters_computes_none_of_the_kernels():
         return pg.token_logprobs(lm.apply(pg.with_lora(frozen, trained), tokens), tokens).sum()
 
     found = jax.jit(jax.grad(loss)).lower(trained, frozen, TOKENS).cost_analysis()["flops"]
-    assert found == pytest.approx(perf.adapter_flops(ARCH, **PAPER) + attention_once(), rel=0.05)
+    assert found == pytest.approx(adapter_flops(ARCH, **PAPER) + attention_once(), rel=0.05)
 
 
 def with_head(lm: pg.CausalLM):
@@ -84,16 +86,16 @@ def with_head(lm: pg.CausalLM):
 
 
 def lower_scored_sampler(lm: pg.CausalLM) -> jax.stages.Lowered:
-    sample = functools.partial(rollout.sample_scored, lm, max_new_tokens=SIZES.new_tokens)
+    program = functools.partial(sample.sample_scored, lm, max_new_tokens=SIZES.new_tokens)
     prompts = functools.partial(jax.ShapeDtypeStruct, (SIZES.sampler_rows, SIZES.prompt_length))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.jit(sample).lower(with_head(lm), prompts(jnp.int32), prompts(jnp.bool_), key)
+    return jax.jit(program).lower(with_head(lm), prompts(jnp.int32), prompts(jnp.bool_), key)
 
 
 def lower_scores(lm: pg.CausalLM, parts: int) -> jax.stages.Lowered:
     frame = functools.partial(jax.ShapeDtypeStruct, (SCORED_ROWS, SIZES.length))
     temperature = jax.ShapeDtypeStruct((), jnp.float32)
-    return ppo.score.lower(
+    return programs.score.lower(
         lm, with_head(lm), frame(jnp.int32), frame(jnp.bool_), temperature, window=SIZES.window, parts=parts
     )
 

@@ -10,12 +10,12 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-import pgjax.advantages as adv
-import pgjax.kl as kl
-import pgjax.logprobs as lp
-import pgjax.losses as losses
-import pgjax.masking as masking
-from pgjax.linear_logprobs import linear_token_logprobs
+import pgjax.core.advantages as adv
+import pgjax.core.kl as kl
+import pgjax.core.logprobs as lp
+import pgjax.core.losses as losses
+import pgjax.core.masking as masking
+from pgjax.core.linear_logprobs import linear_token_logprobs
 
 ROWS, LENGTH, VOCAB, WIDTH = 8, 5, 6, 3
 RNG = np.random.default_rng(0)

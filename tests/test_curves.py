@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from pgjax.curves import PANELS, plot_curves, running_mean, series
-from pgjax.logs import Writer
+from pgjax.run.curves import PANELS, plot_curves, running_mean, series
+from pgjax.run.logs import Writer
 
 
 def write_run(folder, *, steps, metrics):

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 import pgjax as pg
-from experiments.cli import plain_errors
-from experiments.resume import go_on
-from pgjax import checkpoint, logs, loop
-from pgjax.checkpoint import BadCheckpoint, Checkpoints, SaveFailed
-from pgjax.digest import digest, leaf_digests
-from pgjax.leaves import stored_leaves
+from pgjax.run import logs, loop
+from pgjax.run.checkpoint.arrays import stored_leaves
+from pgjax.run.checkpoint.checkpoints import BadCheckpoint, Checkpoints, SaveFailed
+from pgjax.run.checkpoint.digest import digest, leaf_digests
+from pgjax.run.checkpoint.resume import go_on
+from pgjax.run.exits import plain_errors
 from tests.snapshots_process import full_disk
 from tests.tiny import ARCHITECTURES
 
@@ -249,7 +249,9 @@ def test_no_other_word_is_said_about_a_full_disk(tmp_path, monkeypatch, caplog):
     # The bug: a traceback of "Event loop is closed" for each array that could not be written either.
     said = []
     monkeypatch.setattr(sys, "unraisablehook", lambda raised: said.append(raised.exc_value))
-    checkpoint._quiet.__wrapped__()
+    from pgjax.run.checkpoint.checkpoints import _quiet
+
+    _quiet.__wrapped__()
     many = {f"w{i}": jax.random.normal(jax.random.key(i), (64, 100)) for i in range(40)}
     with Checkpoints(tmp_path) as checkpoints, full_disk(20_000):
         with pytest.raises(SaveFailed):

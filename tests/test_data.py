@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgjax.data import batches, bucket_length, completion_texts, encode_prompts, left_pad, split_rows
+from pgjax.data.batches import batches, split_rows
+from pgjax.data.padding import bucket_length, left_pad
+from pgjax.data.prompts import completion_texts, encode_prompts
 
 TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }} {{ message['content'] }}<e>{% endfor %}"

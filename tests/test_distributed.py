@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import pgjax as pg
-from pgjax import logs
-from pgjax.models.classifier import with_padding_token
+from pgjax.models.io.classifier import with_padding_token
 from pgjax.models.reward_model import from_causal_lm
+from pgjax.run import logs
 from tests import pair
 from tests.pair import script
 from tests.tiny_model import other_letters, save_tiny_model
@@ -167,10 +167,10 @@ def test_a_failure_of_one_stops_both(found):
 ALONE = """
 import sys
 import jax
-from experiments.cli import plain_errors
-from experiments.devices import put
+from pgjax.run.exits import plain_errors
+from pgjax.run.devices import put
 from pgjax import distributed, loop, sharding
-from pgjax.checkpoint import Checkpoints
+from pgjax.run.checkpoint.checkpoints import Checkpoints
 
 def step(state, i, work):
     if i in (2, 4) and jax.process_index() == failing:
@@ -218,7 +218,7 @@ def test_a_step_that_fails_on_one_process_alone_ends_both_with_its_words(tmp_pat
 
 GONE = """
 import os, sys
-from experiments.cli import plain_errors
+from pgjax.run.exits import plain_errors
 from pgjax import distributed
 with plain_errors():
     distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))

@@ -1,7 +1,7 @@
 """Snapshots that two processes write: what is wrong on one is said on both, and one process can read them."""
 
-from pgjax.checkpoint import Checkpoints
-from pgjax.digest import digest
+from pgjax.run.checkpoint.checkpoints import Checkpoints
+from pgjax.run.checkpoint.digest import digest
 from tests.pair import finish, free_port, start
 from tests.snapshots_process import state_of
 
@@ -35,9 +35,9 @@ def test_two_processes_save_restore_and_stop_as_one(tmp_path):
 FULL = """
 import os, sys
 import jax
-from experiments.cli import plain_errors
+from pgjax.run.exits import plain_errors
 from pgjax import alarm, distributed, sharding, unanimous
-from pgjax.checkpoint import Checkpoints
+from pgjax.run.checkpoint.checkpoints import Checkpoints
 from tests.snapshots_process import state_of
 
 unanimous._PATIENCE, alarm._SECONDS = 2, 3

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import chi2
 
 from pgjax.models.transformer import columns_dot, half_matmul
-from pgjax.sampling import draw
+from pgjax.rollout.filters import draw
 
 
 def test_draws_over_many_blocks_have_the_distribution_of_the_row():

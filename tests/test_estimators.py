@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import pgjax as pg
-from experiments import estimators
-from experiments import token_mdp as mdp
+from experiments.laboratory import estimators
+from experiments.laboratory import token_mdp as mdp
 
 CONFIG = estimators.Config(
     batch_sizes=(4, 16), sequences=2**14, lambdas=(0.0, 0.5), critic_samples=2048, pretrain_steps=40, prompts=2,

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from experiments.scratch import train_tokenizer
-from pgjax import data, examples
-from pgjax.examples import Example, check_examples, encode_examples
+from pgjax.data import examples
+from pgjax.data.examples import Example, check_examples, encode_examples
+from pgjax.data.prompts import encode_prompts
 
 TOKENIZER = train_tokenizer(["a film that is a fine film, and a dull one"] * 3, 280)  # chat turns end with eos
 END = TOKENIZER.eos_token_id
@@ -32,7 +33,7 @@ def test_the_prompt_is_tokenised_as_ppo_does_it_and_the_completion_apart(chat):
     # The bug: "a fi" + "lm" tokenised as one text merges over the border into tokens that sampling never meets.
     row = {"prompt": "that is a fi", "completion": "lm"}
     (example,) = encode(row, chat=chat).examples
-    prompt = data.encode_prompts([row["prompt"]], TOKENIZER, chat=chat, max_length=None)[0]
+    prompt = encode_prompts([row["prompt"]], TOKENIZER, chat=chat, max_length=None)[0]
     completion = TOKENIZER(row["completion"], add_special_tokens=False)["input_ids"]
     assert example.ids == [*prompt, *completion, END]
     assert example.learned == [False] * len(prompt) + [True] * (len(completion) + 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pgjax.models.architecture import Rope
-from pgjax.models.families import DEFAULTS, architecture_of, config_of
+from pgjax.models.io.config import DEFAULTS, architecture_of, config_of
 
 GOLDENS = Path(__file__).parent / "goldens"
 MODELS = ("llama", "llama3_rope", "qwen2", "qwen3", "gpt2")

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from pgjax.kl import categorical_kl
-from pgjax.logprobs import token_frame, token_logprobs
-from pgjax.losses import clipped_surrogate_loss
-from pgjax.masking import masked_mean
-from pgjax.trust_region import fisher_vector_product, trust_region_step
+from pgjax.core.kl import categorical_kl
+from pgjax.core.logprobs import token_frame, token_logprobs
+from pgjax.core.losses import clipped_surrogate_loss
+from pgjax.core.masking import masked_mean
+from pgjax.core.trust_region import fisher_vector_product, trust_region_step
 from tests import tiny
 from tests.tiny_policy import (
     LENGTH,

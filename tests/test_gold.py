@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from experiments.gold import gold_reward, prefers_first, repeated_share
-from experiments.sentiment import sentiment_reward
+from experiments.tasks.gold import gold_reward, prefers_first, repeated_share
+from experiments.tasks.sentiment import sentiment_reward
 
 
 def test_case_and_punctuation_do_not_hide_a_repeated_word():

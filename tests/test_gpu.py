@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import pgjax as pg
-from pgjax import ppo, train
+from pgjax.learning import programs
+from pgjax.learning.optimizer import adamw, init_state
 from pgjax.models.attention import cuda_capability
-from pgjax.models.slot_attention import slot_attention
+from pgjax.models.decode_attention import slot_attention
 from tests.test_slot_attention import case, plainly
 from tests.tiny import ARCHITECTURES, close, left_padded
 
@@ -80,7 +81,7 @@ def test_what_the_sampler_says_is_what_scoring_says(dtype, precision, bound):
     with jax.default_matmul_precision(precision):
         rolled, said = pg.sample_scored(lm, both, PROMPTS, PROMPT_MASK, jax.random.key(1), max_new_tokens=NEW)
         again = pg.sample(lm, params(), PROMPTS, PROMPT_MASK, jax.random.key(1), max_new_tokens=NEW)
-        scored = ppo.score(lm, both, rolled.tokens, rolled.attention_mask, 1.0, window=NEW + 1, parts=2)
+        scored = programs.score(lm, both, rolled.tokens, rolled.attention_mask, 1.0, window=NEW + 1, parts=2)
     assert np.array_equal(rolled.tokens, again.tokens)
     mask = np.asarray(rolled.mask)[:, -NEW - 1 :]
     close(np.asarray(said.logprobs)[mask], np.asarray(scored.logprobs)[mask], bound)
@@ -88,20 +89,20 @@ def test_what_the_sampler_says_is_what_scoring_says(dtype, precision, bound):
 
 
 def test_training_climbs_its_reward_and_compiles_once():
-    lm, optimizer = lm_of(dtype=jnp.bfloat16), train.adamw(2e-2, updates=1000)
+    lm, optimizer = lm_of(dtype=jnp.bfloat16), adamw(2e-2, updates=1000)
     start = {"lm": params(), "value": pg.init_value_head(ARCH.width)}
-    state, scores = train.init_state(jax.tree.map(jnp.copy, start), optimizer), []
+    state, scores = init_state(jax.tree.map(jnp.copy, start), optimizer), []
     prompts, mask = np.repeat(PROMPTS, 16, axis=0), np.repeat(PROMPT_MASK, 16, axis=0)
     for step in range(30):
         rolled, said = pg.sample_scored(lm, state.params, prompts, mask, jax.random.key(step), max_new_tokens=NEW)
         score = (np.asarray(rolled.tokens)[:, -NEW:] % 2).mean(1, dtype=np.float32)
-        batch, _, _ = ppo.experience(
+        batch, _, _ = programs.experience(
             rolled, said, said, jnp.asarray(score), jnp.float32(0.0), discount=1.0, kl_target=None, kl_horizon=1.0
         )
-        state, _ = ppo.update(
+        state, _ = programs.update(
             state, batch, jnp.arange(64)[None], jnp.int32(0), lm=lm, optimizer=optimizer, microbatches=2, temperature=1.0,
             clip_eps=0.2, value_clip_eps=None, value_coef=0.1, entropy_coef=0.0,
         )  # fmt: skip
         scores.append(float(score.mean()))
     assert scores[0] < 0.6 and np.mean(scores[-3:]) > 0.8
-    assert ppo.update._cache_size() == 1
+    assert programs.update._cache_size() == 1

@@ -12,9 +12,11 @@ import pytest
 
 import pgjax as pg
 from experiments import ppo as script
-from experiments import task
-from pgjax import logs, policy_loss, ppo, train
-from pgjax.sharding import whole_groups
+from pgjax.learning import policy_loss, programs
+from pgjax.learning.optimizer import minibatches
+from pgjax.parallel.sharding import whole_groups
+from pgjax.rollout import task
+from pgjax.run import logs
 from tests import sharded
 from tests.tiny import close, left_padded, tiny_lm, tiny_params
 from tests.tiny_model import save_tiny_model
@@ -87,7 +89,9 @@ def test_scores_loss_and_gradient_of_groups_are_those_of_rows():
     inside = np.concatenate([np.zeros((ROWS, 1), bool), mask[:, P:]], axis=1)
 
     def scored(group_size):
-        found = ppo.score(lm, params, tokens, mask, jnp.float32(0.7), window=window, parts=2, group_size=group_size)
+        found = programs.score(
+            lm, params, tokens, mask, jnp.float32(0.7), window=window, parts=2, group_size=group_size
+        )
         return jax.tree.map(lambda x: jnp.where(inside, x, 0.0), found)
 
     def learned(group_size):
@@ -95,11 +99,11 @@ def test_scores_loss_and_gradient_of_groups_are_those_of_rows():
         batch = policy_loss.Batch(tokens, mask, inside, x - 3, y, z, x)
         options = {"clip_eps": 0.2, "value_clip_eps": None, "value_coef": 0.5, "entropy_coef": 0.1}
         loss_fn = functools.partial(policy_loss.ppo_loss, lm=lm, temperature=0.7, group_size=group_size, **options)
-        accumulate = jax.jit(lambda params: train.accumulate(loss_fn, params, batch, inside.sum(1), 2))
+        accumulate = jax.jit(lambda params: accumulate(loss_fn, params, batch, inside.sum(1), 2))
         return accumulate(params)
 
     with pytest.raises(ValueError, match="12 rows do not divide into 5 parts"):
-        ppo.score(lm, params, tokens, mask, jnp.float32(0.7), window=window, parts=5)
+        programs.score(lm, params, tokens, mask, jnp.float32(0.7), window=window, parts=5)
     sharded.same(scored(G), scored(1), 1e-5)
     (gradient, metrics), (expected, expected_metrics) = learned(G), learned(1)
     same_gradient(gradient, expected)
@@ -149,14 +153,14 @@ def test_a_prompt_is_computed_once():
 
 
 def test_minibatches_hold_whole_groups():
-    order = np.asarray(train.minibatches(jax.random.key(0), 24, 2, 4))
+    order = np.asarray(minibatches(jax.random.key(0), 24, 2, 4))
     assert order.shape == (2, 12) and sorted(order.ravel()) == list(range(24))
     assert (order.reshape(-1, 4) % 4 == np.arange(4)).all() and (
         order.reshape(-1, 4) // 4 == order[:, ::4].reshape(-1, 1) // 4
     ).all()
     assert (np.diff(order[:, ::4].ravel()) != 4).any(), "groups are shuffled"
     with pytest.raises(ValueError, match="24 rows do not divide into 4 minibatches of whole groups of 4"):
-        train.minibatches(jax.random.key(0), 24, 4, 4)
+        minibatches(jax.random.key(0), 24, 4, 4)
 
 
 @pytest.mark.parametrize("axes", [{"data": 4}, {"fsdp": 2, "tensor": 2}], ids=str)
@@ -172,7 +176,7 @@ def test_groups_over_a_mesh_give_what_one_device_gives(axes):
             gradient = jax.jit(jax.grad(lambda params: jnp.square(loss(params)).mean()))(params["lm"])
             scores = {"window": 5, "parts": 2, "group_size": 2}
             return jax.device_get((rolled, gradient)), jax.device_get(
-                ppo.score(lm, params, rolled.tokens, rolled.attention_mask, jnp.float32(1.0), **scores)
+                programs.score(lm, params, rolled.tokens, rolled.attention_mask, jnp.float32(1.0), **scores)
             )
 
     (rolled, gradient), scored = run(axes)

@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.haiku import HELD_OUT, TOPICS, exact_575, haiku_reward, haiku_score, rows, syllables
-from pgjax.rewards import check_reward, load_reward, score
+from experiments.tasks.haiku import HELD_OUT, TOPICS, exact_575, haiku_reward, haiku_score, rows, syllables
+from pgjax.rollout.rewards import check_reward, load_reward, score
 
 HAIKU = "Silver robots hum\nin the quiet of the night\ndreaming of the rain"
 WORDS = (
@@ -145,7 +145,7 @@ def test_topics_differ_and_none_is_held_out_and_trained_on() -> None:
 
 
 def test_the_reward_fits_the_contract() -> None:
-    reward = load_reward("experiments.haiku:haiku_reward")
+    reward = load_reward("experiments.tasks.haiku:haiku_reward")
     check_reward(reward, ["topic"])
     scores, parts = score([reward], None, ["Write a haiku"] * 2, [HAIKU, ""], {"topic": ["x", "y"]})
     np.testing.assert_allclose(scores, [1, 0], atol=1e-7)

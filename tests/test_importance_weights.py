@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import token_mdp as mdp
-from pgjax.advantages import truncated_importance_weights
-from pgjax.losses import policy_gradient_loss
+from experiments.laboratory import token_mdp as mdp
+from pgjax.core.advantages import truncated_importance_weights
+from pgjax.core.losses import policy_gradient_loss
 from tests import enumeration as lab
 from tests.enumeration import close, expected_gradient, frame, in_both_precisions
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from pgjax.kl import adaptive_kl_coef, categorical_kl, kl_k1, kl_k2, kl_k3
-from pgjax.masking import masked_mean
+from pgjax.core.kl import adaptive_kl_coef, categorical_kl, kl_k1, kl_k2, kl_k3
+from pgjax.core.masking import masked_mean
 from tests import reference
 
 RNG = np.random.default_rng(0)

@@ -10,8 +10,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from pgjax.linear_logprobs import linear_token_logprobs
-from pgjax.logprobs import token_logprobs
+from pgjax.core.linear_logprobs import linear_token_logprobs
+from pgjax.core.logprobs import token_logprobs
 from tests.compiling import AS_FOR_USERS
 
 pytestmark = pytest.mark.usefixtures("full_compiles")  # some look at memory and at what is sent

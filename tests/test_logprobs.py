@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from pgjax.logprobs import token_entropy, token_frame, token_logprobs
-from pgjax.masking import masked_mean
+from pgjax.core.logprobs import token_entropy, token_frame, token_logprobs
+from pgjax.core.masking import masked_mean
 from tests import reference
 
 RNG = np.random.default_rng(0)

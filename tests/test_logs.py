@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pgjax.logs import Writer, open_run, read_metrics
+from pgjax.run.logs import Writer, open_run, read_metrics
 from tests.snapshots_process import full_disk
 
 CONFIG = {"steps": 10, "model": "tiny", "ppo": {"clip_eps": 0.2, "coefs": (1, 2)}, "output": Path("runs/a")}

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pgjax import loop
-from pgjax.checkpoint import Checkpoints
+from pgjax.run import loop
+from pgjax.run.checkpoint.checkpoints import Checkpoints
 
 
 def run(

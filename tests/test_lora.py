@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 import pgjax as pg
-from pgjax import ppo, sharding, train
+from pgjax.learning import programs
+from pgjax.learning.optimizer import adamw, init_state
+from pgjax.learning.policy_loss import Batch
 from pgjax.models.lora import KERNELS
-from pgjax.policy_loss import Batch
+from pgjax.parallel import sharding
 from tests.tiny import ARCHITECTURES, FAMILIES, tiny_apply, tiny_lm, tiny_params
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -135,12 +137,12 @@ def test_sampling_and_scoring_speak_of_one_policy():
     params = {"lm": adapted, "value": pg.init_value_head(lm.arch.width)}
     options = {"max_new_tokens": 6, "temperature": 0.9}
     rollout, said = pg.sample_scored(lm, params, TOKENS[:, :5], MASK[:, 4:], jax.random.key(3), **options)
-    scored = ppo.score(
+    scored = programs.score(
         lm, params, rollout.tokens, rollout.attention_mask, jnp.float32(0.9), window=7, parts=2
     )  # fmt: skip
     inside = rollout.mask[:, -7:]
     np.testing.assert_allclose(said.logprobs[inside], scored.logprobs[inside], atol=1e-4)
-    frozen = ppo.score(
+    frozen = programs.score(
         lm, {**params, "lm": tiny_params("qwen3")}, rollout.tokens, rollout.attention_mask, jnp.float32(0.9),
         window=7, parts=2,
     )  # fmt: skip
@@ -162,18 +164,18 @@ def frozen_and_start():
 
 
 def updated(frozen, trained, *, microbatches=1, mesh=None):
-    lm, optimizer = LM, train.adamw(1e-2, updates=3, weight_decay=0.1)
+    lm, optimizer = LM, adamw(1e-2, updates=3, weight_decay=0.1)
     params = jax.tree.map(jnp.copy, {"lm": trained, "value": pg.init_value_head(lm.arch.width)})
     batch = batch_of()
     if mesh is not None:
         params, frozen = (sharding.place(x, sharding.param_shardings(mesh, x)) for x in (params, frozen))
         batch = sharding.place(batch, sharding.batch_sharding(mesh))
-    state, order = train.init_state(params, optimizer), jnp.array([[2, 0, 3, 1]])
+    state, order = init_state(params, optimizer), jnp.array([[2, 0, 3, 1]])
     options = {
         "temperature": 1.0, "clip_eps": 0.2, "value_clip_eps": None, "value_coef": 0.5, "entropy_coef": 0.01,
     }  # fmt: skip
     for _ in range(3):
-        state, metrics = ppo.update(
+        state, metrics = programs.update(
             state, batch, order, jnp.int32(0), frozen, lm=lm, optimizer=optimizer, microbatches=microbatches, **options
         )
     return state, metrics

@@ -8,8 +8,8 @@ import pytest
 
 import pgjax as pg
 from experiments import ppo, reward_model, sft
-from pgjax import logs
-from pgjax.checkpoint import BadCheckpoint
+from pgjax.run import logs
+from pgjax.run.checkpoint.checkpoints import BadCheckpoint
 from tests.tiny_model import save_tiny_model, save_tiny_task, task_config
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

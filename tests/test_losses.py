@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from pgjax.losses import (
+from pgjax.core.losses import (
     clipped_surrogate_loss,
     cross_entropy_loss,
     policy_gradient_loss,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from pgjax.masking import masked_mean, masked_whiten
+from pgjax.core.masking import masked_mean, masked_whiten
 from tests import reference
 
 RNG = np.random.default_rng(0)

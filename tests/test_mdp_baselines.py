@@ -8,18 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import token_mdp as mdp
-from pgjax.advantages import (
+from experiments.laboratory import token_mdp as mdp
+from pgjax.core.advantages import (
     group_advantages,
     kl_shaped_rewards,
     leave_one_out_baseline,
     monte_carlo_returns,
     place_scores,
 )
-from pgjax.kl import kl_k1
-from pgjax.losses import clipped_surrogate_loss, policy_gradient_loss
-from pgjax.masking import masked_mean, masked_whiten
-from pgjax.ppo import baselined
+from pgjax.core.kl import kl_k1
+from pgjax.core.losses import clipped_surrogate_loss, policy_gradient_loss
+from pgjax.core.masking import masked_mean, masked_whiten
+from pgjax.learning.programs import baselined
 from tests import enumeration as lab
 from tests.enumeration import close, expected_gradient, in_both_precisions
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import token_mdp as mdp
-from pgjax.losses import cross_entropy_loss, preference_loss, value_loss
+from experiments.laboratory import token_mdp as mdp
+from pgjax.core.losses import cross_entropy_loss, preference_loss, value_loss
 from tests import enumeration as lab
 from tests.enumeration import close, expected_gradient, in_both_precisions
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import token_mdp as mdp
-from pgjax.advantages import kl_shaped_rewards, monte_carlo_returns, place_scores
-from pgjax.kl import kl_k1, kl_k2
-from pgjax.losses import cross_entropy_loss, policy_gradient_loss
-from pgjax.masking import masked_mean
+from experiments.laboratory import token_mdp as mdp
+from pgjax.core.advantages import kl_shaped_rewards, monte_carlo_returns, place_scores
+from pgjax.core.kl import kl_k1, kl_k2
+from pgjax.core.losses import cross_entropy_loss, policy_gradient_loss
+from pgjax.core.masking import masked_mean
 from tests import enumeration as lab
 from tests.enumeration import close, expected_gradient, in_both_precisions
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import token_mdp as mdp
-from pgjax.losses import clipped_surrogate_loss, surrogate_diagnostics
+from experiments.laboratory import token_mdp as mdp
+from pgjax.core.losses import clipped_surrogate_loss, surrogate_diagnostics
 from tests import enumeration as lab
 from tests.enumeration import close, expected_gradient, frame, in_both_precisions
 

@@ -9,8 +9,8 @@ import time
 import jax
 import pytest
 
-from experiments import devices
-from pgjax import distributed, meeting
+from pgjax.parallel import processes, rendezvous
+from pgjax.run import devices
 from tests import pair
 from tests.compiling import xla_flags
 
@@ -19,7 +19,7 @@ import sys, time
 from pgjax import distributed
 begin = time.monotonic()
 try:
-    distributed.initialize(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), timeout=float(sys.argv[4]))
+    processes.initialize(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), timeout=float(sys.argv[4]))
 except ValueError as error:
     print(error)
     sys.exit(0 if time.monotonic() - begin < float(sys.argv[4]) + 5 else 2)
@@ -72,11 +72,11 @@ import sys, time
 from pgjax import distributed
 begin = time.monotonic()
 try:
-    distributed.initialize(timeout=float(sys.argv[1]))
+    processes.initialize(timeout=float(sys.argv[1]))
 except ValueError as error:
     print(error)
     sys.exit(1 if time.monotonic() - begin < float(sys.argv[1]) + 5 else 2)
-print(distributed.gather(distributed.jax.process_index()))
+print(processes.gather(processes.jax.process_index()))
 """
 
 
@@ -117,8 +117,8 @@ from pgjax import distributed
 pod.running_in_cloud_tpu_vm = True  # what jax says where it finds a TPU's chips
 if "GCE_METADATA_IP" in os.environ:
     del os.environ["TPU_SKIP_MDS_QUERY"]  # which it sets where it finds none
-distributed.initialize(timeout=60)
-print(distributed.gather(distributed.jax.process_index()))
+processes.initialize(timeout=60)
+print(processes.gather(processes.jax.process_index()))
 """
 
 
@@ -165,7 +165,7 @@ def test_hosts_of_a_tpu_pod_find_each_other_by_what_each_is_told():
 def meet_at(process, port, processes=2, timeout=1.0):
     """What a process of a run is told at the coordinator's port; nothing of jax is touched."""
     try:
-        meeting.meet(f"localhost:{port}", processes, process, timeout)
+        rendezvous.meet(f"localhost:{port}", processes, process, timeout)
     except ValueError as error:
         return str(error)
     return ""
@@ -279,12 +279,12 @@ def test_flags_for_several_processes_need_the_flag_that_says_so():
 
 def test_the_environment_fills_in_what_flags_leave_out(monkeypatch):
     asked = []
-    monkeypatch.setattr(distributed, "meet", lambda *given: asked.append(given))
+    monkeypatch.setattr(processes, "meet", lambda *given: asked.append(given))
     monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **options: asked.append(given))
     for name, value in {"COORDINATOR_ADDRESS": "10.0.0.1:8476", "NUM_PROCESSES": "4", "PROCESS_ID": "3"}.items():
         monkeypatch.setenv(f"JAX_{name}", value)
-    distributed.initialize(process=1, timeout=5)
+    processes.initialize(process=1, timeout=5)
     assert asked == [("10.0.0.1:8476", 4, 1, 5), ("10.0.0.1:8476", 4, 1)]
     monkeypatch.setenv("JAX_NUM_PROCESSES", "four")
     with pytest.raises(ValueError, match="JAX_NUM_PROCESSES='four'"):
-        distributed.initialize(timeout=5)
+        processes.initialize(timeout=5)

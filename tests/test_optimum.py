@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import optimum
-from experiments import token_mdp as mdp
+from experiments.laboratory import optimum
+from experiments.laboratory import token_mdp as mdp
 
 FULL = optimum.Config(seeds=2)
 SHORT = dataclasses.replace(FULL, steps=8)

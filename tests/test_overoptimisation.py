@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from experiments import overoptimisation as over
-from experiments import ppo, rlhf, rlhf_report
-from experiments.gao_forms import Curve, best_of, best_of_kl, distance, fit_best_of_n, fit_rl
-from experiments.stages import finished
-from pgjax import logs
+from experiments import ppo, rlhf
+from experiments.study import rlhf_report
+from experiments.study.gao_forms import Curve, best_of, best_of_kl, distance, fit_best_of_n, fit_rl
+from pgjax.run import logs
+from pgjax.run.stages import finished
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -193,7 +194,7 @@ def test_study_of_a_run_without_gold_is_refused_by_name(tmp_path):
 
 def test_ppo_of_the_study_optimises_the_proxy_and_only_watches_gold(tmp_path):
     config = tiny_rlhf(tmp_path)
-    asked = rlhf.asked(config, "ppo") | {"gold": "experiments.gold:gold_reward"}
+    asked = rlhf.asked(config, "ppo") | {"gold": "experiments.tasks.gold:gold_reward"}
     stage = over.Done(tmp_path / "ppo", "x", 1.0, {}, asked, skipped=True)
     study = over.Config(output=tmp_path / "o", held_out_rows=2)
     run = over.ppo_config(study, dict.fromkeys(rlhf.STAGES, stage))

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pgjax.models.load import load, save_pretrained
-from pgjax.models.tokenizer import stop_ids
+from pgjax.models.io.load import load, save_pretrained
+from pgjax.models.io.tokenizer import stop_ids
 
 GOLDENS = Path(__file__).parent / "goldens"
 MODELS = ("llama", "llama3_rope", "qwen2", "qwen3", "gpt2")

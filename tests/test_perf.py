@@ -1,15 +1,18 @@
 """Operations and bytes on paper agree with the model's own arrays and with XLA's count."""
 
 import dataclasses
+import time
 import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from pgjax import perf
 from pgjax.models.architecture import Architecture, Rope
 from pgjax.models.causal_lm import causal_lm
+from pgjax.run import peaks as peaks_module
+from pgjax.run.flops import decode_bytes, forward_flops, mbu, mfu, parameter_counts, training_flops
+from pgjax.run.peaks import Peaks, _median_seconds, measured_peaks
 
 LLAMA = Architecture(
     family="llama",
@@ -54,7 +57,7 @@ def test_counts_are_those_of_the_models_kernels(arch):
     leaves = jax.tree_util.tree_leaves_with_path(params["layers"])
     body = sum(leaf.size for path, leaf in leaves if "kernel" in jax.tree_util.keystr(path))
     head = params["embed"]["tokens"].size if arch.tied else params["head"]["kernel"].size
-    assert perf.parameter_counts(arch) == (body, head)
+    assert parameter_counts(arch) == (body, head)
 
 
 @pytest.mark.parametrize("arch", [LLAMA, QWEN3, GPT2], ids=lambda arch: arch.family)
@@ -65,19 +68,19 @@ def test_forward_flops_agree_with_xla(arch):
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     counted = jax.jit(lm.apply).lower(params, tokens).compile().cost_analysis()["flops"]
     # a plain kernel computes the masked half of attention too, so every token meets all keys
-    paper = perf.forward_flops(arch, tokens=batch * length, context=length, head_tokens=batch * length)
+    paper = forward_flops(arch, tokens=batch * length, context=length, head_tokens=batch * length)
     assert paper <= counted <= 1.15 * paper  # the rest: norms, activations, softmax
 
 
 def test_training_is_six_operations_a_parameter_and_six_a_key():
     length, tokens = 32, 64
-    n = sum(perf.parameter_counts(QWEN3))
+    n = sum(parameter_counts(QWEN3))
     expected = tokens * (6 * n + 6 * QWEN3.depth * QWEN3.heads * QWEN3.head_dim * length)
-    assert perf.training_flops(QWEN3, tokens=tokens, context=length / 2, head_tokens=tokens) == expected
+    assert training_flops(QWEN3, tokens=tokens, context=length / 2, head_tokens=tokens) == expected
 
 
 def test_head_is_counted_for_its_own_tokens_only():
-    without, some = (perf.forward_flops(LLAMA, tokens=10, context=5, head_tokens=n) for n in (0, 4))
+    without, some = (forward_flops(LLAMA, tokens=10, context=5, head_tokens=n) for n in (0, 4))
     assert some - without == 2 * 4 * LLAMA.vocab_size * LLAMA.width
 
 
@@ -86,19 +89,19 @@ def test_decode_bytes_are_those_of_kernels_and_cache(arch):
     batch, length = 4, 16
     cache = jax.eval_shape(lambda: causal_lm(arch, dtype=jnp.bfloat16).init_cache(batch, length))
     cache_size = sum(leaf.size for leaf in jax.tree.leaves(cache))
-    expected = 2 * sum(perf.parameter_counts(arch)) + 4 * cache_size
-    assert perf.decode_bytes(arch, batch=batch, context=length, weight_bytes=2, cache_bytes=4) == expected
+    expected = 2 * sum(parameter_counts(arch)) + 4 * cache_size
+    assert decode_bytes(arch, batch=batch, context=length, weight_bytes=2, cache_bytes=4) == expected
 
 
 def test_peaks_count_a_copy_twice_and_a_read_once(monkeypatch):
-    monkeypatch.setattr(perf, "_median_seconds", lambda run, device: 0.5)
-    peaks = perf.measured_peaks(matmul_size=64, buffer_bytes=1 << 20)
-    assert peaks == perf.Peaks(matmul_flops=4.0 * 64**3, copy_bytes=4.0 * (1 << 20), read_bytes=2.0 * (1 << 20))
+    monkeypatch.setattr(peaks_module, "_median_seconds", lambda run, device: 0.5)
+    peaks = measured_peaks(matmul_size=64, buffer_bytes=1 << 20)
+    assert peaks == Peaks(matmul_flops=4.0 * 64**3, copy_bytes=4.0 * (1 << 20), read_bytes=2.0 * (1 << 20))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_peaks_are_measured_on_the_device_asked_for(dtype):
-    peaks = perf.measured_peaks(dtype, device=jax.devices()[2], matmul_size=256, buffer_bytes=1 << 22)
+    peaks = measured_peaks(dtype, device=jax.devices()[2], matmul_size=256, buffer_bytes=1 << 22)
     assert all(peak > 1e6 for peak in peaks)
 
 
@@ -110,16 +113,16 @@ def test_timing_waits_for_the_device_and_leaves_out_the_warm_up(monkeypatch, pla
         calls.append(1)
         clock[0] += 100.0 if len(calls) == 1 else len(calls)  # the first call compiles
 
-    monkeypatch.setattr(perf.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(perf.jax, "block_until_ready", lambda x: waited.append(len(calls)))
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: waited.append(len(calls)))
     device = types.SimpleNamespace(platform=platform)
     # On a CPU the median of 2, 3 and 4 seconds; elsewhere of the means of 2 to 17, 18 to 33 and 34 to 49.
-    assert perf._median_seconds(run, device, repeats=3, budget=1e9) == seconds
+    assert _median_seconds(run, device, repeats=3, budget=1e9) == seconds
     assert waited == [1, *(1 + together * i for i in (1, 2, 3))]
 
 
 def test_share_of_a_peak_refuses_no_time_and_no_peak():
-    assert perf.mfu(3.0, 2.0, 6.0) == perf.mbu(3.0, 2.0, 6.0) == 0.25
+    assert mfu(3.0, 2.0, 6.0) == mbu(3.0, 2.0, 6.0) == 0.25
     for seconds, peak in ((0.0, 1.0), (1.0, 0.0), (-1.0, 1.0), (float("nan"), 1.0)):
         with pytest.raises(ValueError, match="above 0"):
-            perf.mfu(1.0, seconds, peak)
+            mfu(1.0, seconds, peak)

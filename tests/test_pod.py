@@ -15,7 +15,7 @@ from benchmarks import pod, pod_judge
 from benchmarks.hlo import Collective, Loop, bytes_of
 from benchmarks.pod_programs import Case
 from benchmarks.pod_report import KINDS, picture, show
-from pgjax.mesh import make_mesh
+from pgjax.parallel.mesh import make_mesh
 from tests.tiny import tiny_lm
 
 ROOT = Path(__file__).resolve().parents[1]

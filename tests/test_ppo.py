@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 
 import pgjax as pg
-from experiments import devices
 from experiments import ppo as script
-from pgjax import logs, loop, ppo, rollout, train
-from pgjax.checkpoint import Checkpoints
-from pgjax.curves import plot_curves
-from pgjax.rewards import RewardError
+from pgjax.learning import programs
+from pgjax.learning.optimizer import accumulate, adamw, init_state
+from pgjax.rollout import sample
+from pgjax.rollout.rewards import RewardError
+from pgjax.run import devices, logs, loop
+from pgjax.run.checkpoint.checkpoints import Checkpoints
+from pgjax.run.curves import plot_curves
 from tests.tiny_model import save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -95,9 +97,9 @@ def change(config: script.Config, **fields) -> script.Config:
 def final_state(config: script.Config, folder: Path | None = None):
     """Restore a run's last checkpoint."""
     lm, params, _ = pg.load(config.model)
-    optimizer = train.adamw(1.0, updates=1)
+    optimizer = adamw(1.0, updates=1)
     state = script.State(
-        train.init_state({"lm": params, "value": pg.init_value_head(lm.arch.width)}, optimizer),
+        init_state({"lm": params, "value": pg.init_value_head(lm.arch.width)}, optimizer),
         jnp.float32(0),
         jax.random.key(0),
     )
@@ -231,11 +233,11 @@ def test_from_the_second_step_on_nothing_compiles_and_no_transfer_is_hidden(conf
         return scores
 
     fresh_box.act = guard
-    before = rollout._generate._cache_size()
+    before = sample._generate._cache_size()
     try:
         # A length that no other test has, and a snapshot a step.
         script.main(change(config, steps=4, epochs=2, kl_target=1.0, max_new_tokens=5, save_every=1))
-        assert rollout._generate._cache_size() - before == 1, "sampler: training and evaluation share one program"
+        assert sample._generate._cache_size() - before == 1, "sampler: training and evaluation share one program"
     finally:
         jax.config.update("jax_transfer_guard", "allow")
         jax.monitoring.clear_event_listeners()
@@ -276,17 +278,17 @@ def small_batch(lm, rows=4, prompt=3, new=5):
     attention_mask = jnp.concatenate([jnp.ones((rows, prompt - 1), bool), mask.at[:, 0].set(True)], axis=1)
     keys = jax.random.split(jax.random.key(2), 4)
     noise = [jax.random.normal(key, mask.shape) for key in keys]
-    return ppo.Batch(tokens, attention_mask, mask, -3 + 0.1 * noise[0], *noise[1:])
+    return programs.Batch(tokens, attention_mask, mask, -3 + 0.1 * noise[0], *noise[1:])
 
 
 def test_uneven_microbatches_do_not_change_the_ppo_gradient(model):
     lm, params, _ = pg.load(model)
     params = {"lm": params, "value": pg.init_value_head(lm.arch.width)}
     batch = small_batch(lm)
-    loss_fn = functools.partial(ppo.ppo_loss, **LOSS, lm=lm)
-    accumulate = jax.jit(train.accumulate, static_argnums=(0, 4))
-    whole, _ = accumulate(loss_fn, params, batch, batch.mask.sum(1), 1)
-    parts, _ = accumulate(loss_fn, params, batch, batch.mask.sum(1), 4)
+    loss_fn = functools.partial(programs.ppo_loss, **LOSS, lm=lm)
+    accumulated = jax.jit(accumulate, static_argnums=(0, 4))
+    whole, _ = accumulated(loss_fn, params, batch, batch.mask.sum(1), 1)
+    parts, _ = accumulated(loss_fn, params, batch, batch.mask.sum(1), 4)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-6), whole, parts)
 
 
@@ -296,7 +298,7 @@ def test_what_stands_outside_the_mask_changes_no_gradient(model):
     batch = small_batch(lm)
     spoil = lambda x: jnp.where(batch.mask, x, jnp.nan)
     spoilt = batch._replace(**{name: spoil(getattr(batch, name)) for name in batch._fields[3:7]})
-    loss_fn = functools.partial(ppo.ppo_loss, **(LOSS | {"value_clip_eps": 0.2}), lm=lm)
+    loss_fn = functools.partial(programs.ppo_loss, **(LOSS | {"value_clip_eps": 0.2}), lm=lm)
     gradient = jax.jit(jax.grad(loss_fn, has_aux=True))
     jax.tree.map(np.testing.assert_array_equal, gradient(params, batch)[0], gradient(params, spoilt)[0])
 
@@ -304,7 +306,7 @@ def test_what_stands_outside_the_mask_changes_no_gradient(model):
 def test_the_policy_loss_does_not_touch_the_value_head(model):
     lm, params, _ = pg.load(model)
     params = {"lm": params, "value": pg.init_value_head(lm.arch.width)}
-    loss_fn = functools.partial(ppo.ppo_loss, **(LOSS | {"value_coef": 0.0}), lm=lm)
+    loss_fn = functools.partial(programs.ppo_loss, **(LOSS | {"value_coef": 0.0}), lm=lm)
     grad, _ = jax.jit(jax.grad(loss_fn, has_aux=True))(params, small_batch(lm))
     assert all(not np.any(x) for x in jax.tree.leaves(grad["value"])) and np.any(grad["lm"]["embed"]["tokens"])
 
@@ -332,7 +334,7 @@ def test_the_policy_loss_does_not_touch_the_value_head(model):
         ({"rewards": ("no_such_module:f",)}, "no_such_module"),
         ({"model": "no/such/model"}, "no/such/model"),
         ({"prompts": "nothing.jsonl"}, "nothing.jsonl"),
-        ({"prompts": "experiments.haiku:nothing"}, "nothing"),
+        ({"prompts": "experiments.tasks.haiku:nothing"}, "nothing"),
         ({"max_new_tokens": 63}, "max_new_tokens|tokens"),
         ({"max_new_tokens": 64}, "64 positions"),
     ],

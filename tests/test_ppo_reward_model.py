@@ -12,13 +12,13 @@ import pytest
 import tyro
 
 import pgjax as pg
-from experiments import model_judge, task
 from experiments import ppo as script
-from experiments.model_judge import differences, load_judge
-from pgjax import logs
+from pgjax.data.preferences import TEMPLATED
 from pgjax.models.reward_model import from_causal_lm
-from pgjax.preferences import TEMPLATED
-from pgjax.rewards import RewardError
+from pgjax.rollout import judge, task
+from pgjax.rollout.judge import differences, load_judge
+from pgjax.rollout.rewards import RewardError
+from pgjax.run import logs
 from tests.tiny_model import other_letters, save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -155,7 +155,7 @@ def test_reference_and_reward_model_are_bit_identical_afterwards(config, monkeyp
         return loaded
 
     monkeypatch.setattr(script.pg, "load", keeping(pg.load))
-    monkeypatch.setattr(model_judge.pg, "load_reward_model", keeping(pg.load_reward_model))
+    monkeypatch.setattr(judge.pg, "load_reward_model", keeping(pg.load_reward_model))
     script.main(change(config, **(RLOO if variant == "rloo" else {"epochs": 2})))
     assert len(kept) == 2, "the policy's start, which is the reference, and the reward model"
     for params, before in kept:
@@ -261,7 +261,7 @@ def test_parameters_spread_over_a_mesh_give_the_same_scores(folders):
     assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(spread))
     tokens = jax.random.randint(jax.random.key(0), (4, 9), 0, 200)
     mask = jnp.arange(9)[None, :] < jnp.array([[9], [3], [5], [1]])
-    one, four = (np.asarray(model_judge._scores(rm, x, tokens, mask)) for x in (params, spread))
+    one, four = (np.asarray(judge._scores(rm, x, tokens, mask)) for x in (params, spread))
     np.testing.assert_allclose(one, four, rtol=1e-5)
 
 
@@ -272,7 +272,7 @@ def test_a_score_that_is_not_finite_stops_the_run_and_names_the_row(config, monk
         rm, params, tokenizer = original(source, **options)
         return rm, params | {"score": {"kernel": params["score"]["kernel"] * jnp.nan}}, tokenizer
 
-    monkeypatch.setattr(model_judge.pg, "load_reward_model", broken)
+    monkeypatch.setattr(judge.pg, "load_reward_model", broken)
     with pytest.raises(RewardError, match=r"reward 'reward_model' returned nan in row 0") as stopped:
         script.main(config)
     assert stopped.value.prompt.startswith("say ")
@@ -301,12 +301,12 @@ def test_a_language_model_is_no_reward_model(config, folders):
 @pytest.mark.parametrize(
     "arguments, rewards, held_out",
     [
-        ([], ("experiments.haiku:haiku_reward",), True),
+        ([], ("experiments.tasks.haiku:haiku_reward",), True),
         (["--reward-model", "x"], (), True),
         (["sentiment", "--reward-model=x"], (), True),
         (["--reward_model", "x", "--rewards", "math:fsum"], ("math:fsum",), True),
         (["--reward-model", "x", "--prompts", "y"], (), False),
-        (["--reward-model-weight", "2"], ("experiments.haiku:haiku_reward",), True),
+        (["--reward-model-weight", "2"], ("experiments.tasks.haiku:haiku_reward",), True),
     ],
 )
 def test_a_reward_model_takes_the_place_of_the_presets_black_box_unless_rewards_are_named(arguments, rewards, held_out):

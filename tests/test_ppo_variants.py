@@ -14,7 +14,9 @@ import pytest
 
 import pgjax as pg
 from experiments import ppo as script
-from pgjax import logs, ppo, train
+from pgjax.learning import programs
+from pgjax.learning.optimizer import Optimizer, init_state
+from pgjax.run import logs
 from tests import reference
 from tests.tiny_model import save_tiny_model
 
@@ -52,9 +54,9 @@ def change(config: script.Config, **fields) -> script.Config:
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The arguments and the batch of every call of `ppo.experience`."""
+    """The arguments and the batch of every call of `programs.experience`."""
     calls = []
-    original = ppo.experience
+    original = programs.experience
 
     def recorded(rollout, policy, frozen, scores, kl_coef, **options):
         found = original(rollout, policy, frozen, scores, kl_coef, **options)
@@ -133,7 +135,7 @@ def test_each_variant_learns_from_its_own_advantages(config, seen, name):
 
 def test_only_the_kind_with_a_critic_moves_the_value_head(config, monkeypatch):
     states = []
-    original = ppo.update
+    original = programs.update
 
     def recorded(*args, **options):
         state, metrics = original(*args, **options)
@@ -157,7 +159,7 @@ def constant(prompts, completions, **columns):
     return [3.7] * len(completions)
 
 
-SGD = train.Optimizer(optax.sgd(1.0).init, optax.sgd(1.0).update, lambda update: 1.0)
+SGD = Optimizer(optax.sgd(1.0).init, optax.sgd(1.0).update, lambda update: 1.0)
 LENGTHS = (5, 1, 3, 4, 2, 5, 1, 2)
 
 
@@ -167,7 +169,7 @@ def uneven_batch(lm, prompt=3, new=5):
     mask = jnp.concatenate([jnp.zeros((rows, 1), bool), jnp.arange(new)[None, :] < jnp.array(LENGTHS)[:, None]], axis=1)
     attention_mask = jnp.concatenate([jnp.ones((rows, prompt - 1), bool), mask.at[:, 0].set(True)], axis=1)
     noise = [jax.random.normal(key, mask.shape) for key in jax.random.split(jax.random.key(2), 5)]
-    return ppo.Batch(
+    return programs.Batch(
         tokens, attention_mask, mask, -5.5 + 0.3 * noise[0], *noise[1:4], ref_logprobs=-5.5 + 0.3 * noise[4]
     )
 
@@ -224,8 +226,8 @@ def test_an_update_is_the_gradient_of_the_whole_minibatchs_loss_in_however_many_
     known, policy = direct(params, batch)
     order = jnp.array([[3, 1, 6, 0, 4, 2, 7, 5]])  # uneven between the parts too
     for parts in (1, 4) if algorithm == "ppo" else (4,):
-        state = train.init_state(jax.tree.map(jnp.copy, params), SGD)
-        state, metrics = ppo.update(
+        state = init_state(jax.tree.map(jnp.copy, params), SGD)
+        state, metrics = programs.update(
             state,
             batch,
             order,
@@ -256,14 +258,14 @@ def test_a_kl_in_the_loss_needs_the_references_logprobs(model):
     lm, params = loaded(model)
     batch = uneven_batch(lm)._replace(ref_logprobs=None)
     with pytest.raises(ValueError, match=r"kl_loss_coef=0.5 needs the batch's ref_logprobs"):
-        ppo.ppo_loss(params, batch, lm=lm, **OPTIONS, kl_loss_coef=0.5)
+        programs.ppo_loss(params, batch, lm=lm, **OPTIONS, kl_loss_coef=0.5)
 
 
 @pytest.mark.parametrize("reduce", ["sequence_mean", "sequence_sum"])
 def test_weights_of_tokens_turn_a_token_mean_into_the_other_reductions(reduce):
     mask = jnp.arange(6)[None, :] < jnp.array([[6], [1], [0], [3]])
     x = jax.random.normal(jax.random.key(0), mask.shape)
-    found = pg.masked_mean(x * ppo.token_weights(mask, reduce), mask)
+    found = pg.masked_mean(x * programs.token_weights(mask, reduce), mask)
     assert float(found) == pytest.approx(reference.reduce(np.asarray(x), np.asarray(mask), reduce), rel=1e-5)
 
 
@@ -272,9 +274,10 @@ def test_the_kl_of_a_sequence_is_summed_over_its_own_tokens():
     new, old = draw.normal(size=(3, 4)).astype(np.float32), draw.normal(size=(3, 4)).astype(np.float32)
     mask = np.array([[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0]], bool)
     scored = [
-        ppo.Scored(jnp.asarray(np.where(mask[:, 2:], x, np.nan)), jnp.asarray(x), jnp.asarray(x)) for x in (new, old)
+        programs.Scored(jnp.asarray(np.where(mask[:, 2:], x, np.nan)), jnp.asarray(x), jnp.asarray(x))
+        for x in (new, old)
     ]
-    found = ppo.sequence_kl(*scored, jnp.asarray(mask))
+    found = programs.sequence_kl(*scored, jnp.asarray(mask))
     np.testing.assert_allclose(found, np.where(mask[:, 2:], new - old, 0).sum(1), rtol=1e-5)
 
 

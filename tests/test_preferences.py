@@ -8,10 +8,7 @@ import numpy as np
 import pytest
 
 import pgjax as pg
-from experiments.rows import load_rows
-from pgjax import train
-from pgjax.models.tokenizer import STOP_IDS
-from pgjax.preferences import (
+from pgjax.data.preferences import (
     Answered,
     Encoded,
     Reference,
@@ -21,7 +18,10 @@ from pgjax.preferences import (
     encode_pairs,
     encode_references,
 )
-from pgjax.reward_learning import calibration, features, pair_batch, pair_metrics, pair_scores, update
+from pgjax.data.sources import load_rows
+from pgjax.learning.optimizer import adamw, init_state
+from pgjax.learning.reward_learning import calibration, features, pair_batch, pair_metrics, pair_scores, update
+from pgjax.models.io.tokenizer import STOP_IDS
 from tests.goldens.reward_cases import END, end_padded_tokenizer, random_params
 from tests.tiny import ARCHITECTURES
 
@@ -283,8 +283,8 @@ def test_lengths_fall_into_few_buckets_and_never_beyond_the_positions():
 
 def first_update(pairs, microbatches, center_coef):
     """What an update reports of the loss and of the gradient."""
-    optimizer = train.adamw(0.0, updates=1, max_grad_norm=None)
-    state = train.init_state(jax.tree.map(jnp.copy, random_params(RM)), optimizer)
+    optimizer = adamw(0.0, updates=1, max_grad_norm=None)
+    state = init_state(jax.tree.map(jnp.copy, random_params(RM)), optimizer)
     batch = jax.device_put(pair_batch(pairs, most=64))
     _, metrics = update(state, batch, jnp.float32(center_coef), rm=RM, optimizer=optimizer, microbatches=microbatches)
     assert all(x.is_deleted() for x in jax.tree.leaves(state[:2]))  # its memory is the new state's

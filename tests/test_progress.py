@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-import pgjax.progress
-from pgjax.progress import Progress, format_seconds
+import pgjax.run.progress
+from pgjax.run.progress import Progress, format_seconds
 
 METRICS = {"objective/scores": 0.25, "objective/kl": 1.5, "perf/tokens_per_second": 1234.5, "lr": 1e-5}
 
@@ -15,7 +15,7 @@ METRICS = {"objective/scores": 0.25, "objective/kl": 1.5, "perf/tokens_per_secon
 def clock(monkeypatch):
     """Give a clock that the test moves by hand."""
     now = [100.0]
-    monkeypatch.setattr(pgjax.progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(pgjax.run.progress.time, "monotonic", lambda: now[0])
     return now
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pgjax.prompts import check_rows
-from pgjax.tables import read_table
+from pgjax.data.prompts import check_rows
+from pgjax.data.tables import read_table
 
 
 def read_rows(path):

@@ -11,8 +11,9 @@ import pytest
 
 import pgjax as pg
 from experiments import ppo as script
-from pgjax import logs, perf
-from pgjax.checkpoint import Checkpoints
+from pgjax.run import logs
+from pgjax.run.checkpoint.checkpoints import Checkpoints
+from pgjax.run.peaks import Peaks
 from tests.tiny_model import save_tiny_model
 
 SCORES = [0.1, 0.9, 0.3, 0.2]  # of each step: the best snapshot is neither the first nor among the last two
@@ -32,7 +33,7 @@ def change(config, **fields):
 @pytest.fixture(scope="module", autouse=True)
 def unmeasured():
     measure, draw = script.machine_peaks, script.plot_curves
-    script.machine_peaks, script.plot_curves = lambda dtype: perf.Peaks(1e9, 1e9, 1e9), lambda folder: None
+    script.machine_peaks, script.plot_curves = lambda dtype: Peaks(1e9, 1e9, 1e9), lambda folder: None
     yield
     script.machine_peaks, script.plot_curves = measure, draw
 

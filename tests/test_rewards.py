@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pgjax.rewards import RewardError, check_reward, load_reward, reward_names, score
+from pgjax.rollout.rewards import RewardError, check_reward, load_reward, reward_names, score
 
 PROMPTS = ["first prompt", "second prompt", "third prompt"]
 COMPLETIONS = ["one", "two", "three"]

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import tyro
 
-from experiments import ppo, reward_model, rlhf, rlhf_report, sft
-from experiments.stages import finished, put_aside, run_stage
-from pgjax.loop import Interrupted
+from experiments import ppo, reward_model, rlhf, sft
+from experiments.study import rlhf_report
+from pgjax.run.loop import Interrupted
+from pgjax.run.stages import finished, put_aside, run_stage
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -203,7 +204,7 @@ def test_pairs_of_ones_own_go_straight_to_the_reward_model(tmp_path, stand_ins):
             "reward_model: batch_size=.* microbatches=3",
         ),
         ({"prompts": "nosuch.jsonl", "held_out_prompts": None}, "nosuch.jsonl: there is no such file"),
-        ({"gold": "experiments.gold:silver"}, "silver"),
+        ({"gold": "experiments.tasks.gold:silver"}, "silver"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_runs(tmp_path, stand_ins, changes, message):

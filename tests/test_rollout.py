@@ -6,9 +6,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy.stats import chi2
 
-from pgjax.logprobs import token_logprobs
-from pgjax.rollout import Rollout, sample
-from pgjax.sampling import filter_logits
+from pgjax.core.logprobs import token_logprobs
+from pgjax.rollout.filters import filter_logits
+from pgjax.rollout.sample import Rollout, sample
 from tests.tiny import FAMILIES, close, left_padded, tiny_apply, tiny_lm, tiny_params
 
 LENGTHS = (7, 4, 1, 5)

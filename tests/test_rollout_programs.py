@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pgjax.logprobs import token_logprobs
-from pgjax.rollout import sample
+from pgjax.core.logprobs import token_logprobs
+from pgjax.rollout.sample import sample
 from tests.tiny import left_padded, tiny_apply, tiny_lm, tiny_params
 
 PROMPTS, PROMPT_MASK = left_padded((7, 4, 1, 5), 7)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pgjax.data import left_pad
-from pgjax.linear_logprobs import linear_token_logprobs
-from pgjax.rollout import sample
+from pgjax.core.linear_logprobs import linear_token_logprobs
+from pgjax.data.padding import left_pad
+from pgjax.rollout.sample import sample
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "smollm2_greedy.json").read_text())
 PAD = EOS = GOLDEN["eos_id"]  # one id for both, as SmolLM2 has it

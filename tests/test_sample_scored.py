@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from experiments import ppo as script
-from pgjax import logs, policy_loss, ppo, rollout
+from pgjax.learning import policy_loss, programs
+from pgjax.rollout import sample
+from pgjax.run import logs
 from tests.tiny import FAMILIES, close, left_padded, tiny_lm, tiny_params
 from tests.tiny_model import save_tiny_model
 
@@ -37,13 +39,13 @@ def test_what_the_sampler_says_equals_a_pass_of_its_own(name, temperature):
     lm = tiny_lm(name)
     params = {"lm": tiny_params(name), "value": critic(lm)}
     options = {"max_new_tokens": NEW, "eos_ids": EOS, "temperature": temperature}
-    rolled, said = rollout.sample_scored(lm, params, PROMPTS, PROMPT_MASK, KEY, **options)
-    plain = rollout.sample(lm, params["lm"], PROMPTS, PROMPT_MASK, KEY, **options)
+    rolled, said = sample.sample_scored(lm, params, PROMPTS, PROMPT_MASK, KEY, **options)
+    plain = sample.sample(lm, params["lm"], PROMPTS, PROMPT_MASK, KEY, **options)
     jax.tree.map(np.testing.assert_array_equal, rolled[:3], plain[:3])
     # Two programs round a float32 sum in two ways, by up to 5.5e-6 on another kind of CPU; a column too early is off by nats.
     close(rolled.logprobs, plain.logprobs, 2e-5)
     temperature = jnp.float32(temperature)
-    scored = ppo.score(lm, params, rolled.tokens, rolled.attention_mask, temperature, window=NEW + 1, parts=1)
+    scored = programs.score(lm, params, rolled.tokens, rolled.attention_mask, temperature, window=NEW + 1, parts=1)
     mask = np.asarray(rolled.mask[:, -(NEW + 1) :])
     assert not mask[:, 0].any() and 0 < mask.sum() < mask.size, "some rows end early"
     for mine, known in zip(said, scored, strict=True):
@@ -53,7 +55,7 @@ def test_what_the_sampler_says_equals_a_pass_of_its_own(name, temperature):
 def test_a_greedy_policy_has_no_entropy_and_log_probability_0():
     lm = tiny_lm("gpt2")
     params = {"lm": tiny_params("gpt2"), "value": critic(lm)}
-    _, said = rollout.sample_scored(lm, params, PROMPTS, PROMPT_MASK, KEY, max_new_tokens=NEW, temperature=0.0)
+    _, said = sample.sample_scored(lm, params, PROMPTS, PROMPT_MASK, KEY, max_new_tokens=NEW, temperature=0.0)
     assert np.array_equal(said.entropy, np.zeros((4, NEW + 1))) and np.array_equal(
         said.logprobs, np.zeros((4, NEW + 1))
     )
@@ -63,10 +65,10 @@ def test_a_greedy_policy_has_no_entropy_and_log_probability_0():
 def test_without_old_logprobs_the_ratio_is_1_and_the_gradient_is_reinforces():
     lm = tiny_lm("llama")
     params = {"lm": tiny_params("llama"), "value": critic(lm)}
-    rolled, said = rollout.sample_scored(lm, params, PROMPTS, PROMPT_MASK, KEY, max_new_tokens=NEW)
+    rolled, said = sample.sample_scored(lm, params, PROMPTS, PROMPT_MASK, KEY, max_new_tokens=NEW)
     mask = rolled.mask[:, -(NEW + 1) :]
     advantages = jax.random.normal(KEY, mask.shape)
-    batch = ppo.Batch(rolled.tokens, rolled.attention_mask, mask, None, said.values, said.values, advantages)
+    batch = programs.Batch(rolled.tokens, rolled.attention_mask, mask, None, said.values, said.values, advantages)
     options = {
         "lm": lm, "temperature": 1.0, "clip_eps": 0.2, "value_clip_eps": None, "value_coef": 0.0, "entropy_coef": 0.0,
     }  # fmt: skip
@@ -99,7 +101,7 @@ def config(tmp_path) -> script.Config:
 @pytest.mark.parametrize("flags", [{}, REINFORCE], ids=["PPO", "RLOO"])
 def test_a_script_with_one_update_a_rollout_skips_the_pass_and_learns_the_same(config, monkeypatch, flags):
     passes = []
-    original = ppo.score
+    original = programs.score
     monkeypatch.setattr(script.ppo, "score", lambda *args, **options: passes.append(0) or original(*args, **options))
     config = dataclasses.replace(config, **flags)
     found = []

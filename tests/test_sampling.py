@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from pgjax import sampling
-from pgjax.sampling import at_or_above_threshold, draw, filter_logits
+from pgjax.rollout import filters
+from pgjax.rollout.filters import at_or_above_threshold, draw, filter_logits
 from tests.reference import log_softmax
 from tests.tiny import close
 
@@ -201,7 +201,7 @@ def test_a_draw_is_a_function_of_its_row_key_and_position():
     keys = jax.random.split(jax.random.key(0), 64)
     rows = jnp.broadcast_to(jnp.asarray(filtered(LOGITS)), (64, 8))
     positions = jnp.arange(64, dtype=jnp.int32)
-    draw = jax.jit(lambda *args: sampling.draw(*args)[0])
+    draw = jax.jit(lambda *args: filters.draw(*args)[0])
     tokens = draw(rows, keys, positions)
     assert np.array_equal(draw(rows[::-1], keys[::-1], positions[::-1]), tokens[::-1])
     elsewhere = jnp.where(positions[:, None] == 5, rows, rows[:, ::-1])  # the other rows want other tokens

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 import pgjax as pg
-from experiments import devices, ppo, reward_model, rlhf, rlhf_pairs, sft
-from experiments.task import make_task
-from pgjax import logs, sharding
+from experiments import ppo, reward_model, rlhf, sft
+from experiments.study import pairs
+from pgjax.parallel import sharding
+from pgjax.rollout.task import make_task
+from pgjax.run import devices, logs
 from tests.tiny_model import save_tiny_task, task_config
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -63,7 +65,7 @@ def test_pairs_are_sampled_on_a_mesh(folder):
         task = make_task(
             lm, tokenizer, [], None, [[{"prompt": "sky:"}] * 6], chat=False, max_new_tokens=4, temperature=1.0, mesh=mesh
         )  # fmt: skip
-        return rlhf_pairs.complete(task, params, task.prompt_sets[0], 4, jax.random.key(0))
+        return pairs.complete(task, params, task.prompt_sets[0], 4, jax.random.key(0))
 
     alone = sampled(None)
     with devices.on_devices(devices.Flags(mesh=MESH)) as mesh:

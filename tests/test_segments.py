@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pgjax.models.sequences import segment_positions
+from pgjax.models.forward import segment_positions
 from tests.tiny import FAMILIES, close, tiny_apply, tiny_lm, tiny_params
 
 LENGTHS = (5, 3, 4)

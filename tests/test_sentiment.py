@@ -5,9 +5,9 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import sentiment
-from experiments.sentiment import HELD_OUT, OPENINGS, rows, sentiment_reward
-from pgjax.rewards import check_reward, load_reward, score
+from experiments.tasks import sentiment
+from experiments.tasks.sentiment import HELD_OUT, OPENINGS, rows, sentiment_reward
+from pgjax.rollout.rewards import check_reward, load_reward, score
 
 
 def judge(*completions: str, prompt: str = "The film was") -> list[float]:
@@ -35,7 +35,7 @@ def test_openings_differ_and_lean_to_neither_side() -> None:
 
 
 def test_the_reward_fits_the_contract() -> None:
-    reward = load_reward("experiments.sentiment:sentiment_reward")
+    reward = load_reward("experiments.tasks.sentiment:sentiment_reward")
     check_reward(reward, ["topic"])
     scores, _ = score([reward], None, ["a", "b"], [" great", ""])
     assert scores[0] > 0.5 and scores[1] == 0

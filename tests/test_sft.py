@@ -17,12 +17,13 @@ import pytest
 import pgjax as pg
 from experiments import scratch
 from experiments import sft as script
-from experiments.rows import load_rows
-from pgjax import logs, loop, supervised
-from pgjax.checkpoint import Checkpoints
-from pgjax.examples import encode_examples
-from pgjax.logs import read_metrics
-from pgjax.packing import pack
+from pgjax.data.examples import encode_examples
+from pgjax.data.packing import pack
+from pgjax.data.sources import load_rows
+from pgjax.learning import supervised
+from pgjax.run import logs, loop
+from pgjax.run.checkpoint.checkpoints import Checkpoints
+from pgjax.run.logs import read_metrics
 from tests.tiny_model import save_tiny_model
 
 ADJECTIVES = ("fine", "dull", "long", "short", "odd", "kind")

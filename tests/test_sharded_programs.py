@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 import pgjax as pg
-from pgjax import reward_learning, supervised, train
+from pgjax.data.packing import Packed
+from pgjax.data.preferences import Encoded
+from pgjax.learning import reward_learning, supervised
+from pgjax.learning.optimizer import init_state
 from pgjax.models.reward_model import reward_model
-from pgjax.packing import Packed
-from pgjax.preferences import Encoded
-from pgjax.sharding import batch_sharding, init_sharded, make_mesh, param_shardings, place
+from pgjax.parallel.sharding import batch_sharding, init_sharded, make_mesh, param_shardings, place
 from tests.sharded import (
     LAYOUTS,
     NEW,
@@ -91,7 +92,7 @@ def fine_tuning(lm, params):
     rng = np.random.default_rng(2)
     segments = np.sort(rng.integers(1, 4, (8, 12)), axis=1).astype(np.int32)
     packed = Packed(rng.integers(0, 24, (8, 12)).astype(np.int32), segments, rng.random((8, 12)) < 0.7)
-    state = train.init_state(params, OPTIMIZER)
+    state = init_state(params, OPTIMIZER)
     for _ in range(2):
         state, metrics = supervised.update(state, packed, lm=lm, optimizer=OPTIMIZER, microbatches=2)
     held_out = supervised.mean_surprise(lm, state.params, Packed(*(x[:7] for x in packed)), 6)
@@ -103,7 +104,7 @@ def preferring(rm, params):
     rng = np.random.default_rng(3)
     pairs = [Encoded(*(list(rng.integers(0, 24, n)) for n in lengths), 0.1) for lengths in rng.integers(2, 12, (8, 2))]
     batch = reward_learning.pair_batch(pairs, most=64)
-    state = train.init_state(params, OPTIMIZER)
+    state = init_state(params, OPTIMIZER)
     for _ in range(2):
         state, metrics = reward_learning.update(
             state, batch, jnp.float32(0.01), rm=rm, optimizer=OPTIMIZER, microbatches=2
@@ -132,7 +133,7 @@ def test_parameters_and_moments_are_born_where_they_belong():
     lm, mesh = tiny_lm("qwen3"), make_mesh(data=1, fsdp=2, tensor=2)
     params = init_sharded(lm.init, jax.random.key(0), mesh=mesh)
     same(params, jax.jit(lm.init)(jax.random.key(0)), 1e-5)
-    state = train.init_state(params, OPTIMIZER)
+    state = init_state(params, OPTIMIZER)
     assert jax.tree.map(lambda x: x.sharding, state) == param_shardings(mesh, state)
     parts = jax.tree_util.tree_map_with_path(
         lambda path, x: x.size // x.addressable_shards[0].data.size, state.opt_state[1][0].mu

@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import pgjax as pg
-from pgjax import train
-from pgjax.sharding import check_batch, constrain, make_mesh, param_shardings, parse_mesh
+from pgjax.learning.optimizer import accumulate
+from pgjax.parallel.sharding import check_batch, constrain, make_mesh, param_shardings, parse_mesh
 from tests.tiny_model import save_tiny_model
 
 
@@ -73,7 +73,7 @@ def test_rows_that_the_mesh_cannot_share_are_refused_before_compute():
         jax.set_mesh(mesh),
         pytest.raises(ValueError, match="each microbatch: 2 rows do not divide over data=2 x fsdp=2"),
     ):
-        train.accumulate(lambda w, x: (jnp.mean(w * x), {}), jnp.ones(()), jnp.ones(8), jnp.ones(8), microbatches=4)
+        accumulate(lambda w, x: (jnp.mean(w * x), {}), jnp.ones(()), jnp.ones(8), jnp.ones(8), microbatches=4)
 
 
 def test_outside_a_mesh_and_inside_shard_map_constraints_do_nothing():

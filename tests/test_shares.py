@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from pgjax import shares
-from pgjax.sharding import batch_sharding, make_mesh
+from pgjax.parallel import batch_rows
+from pgjax.parallel.sharding import batch_sharding, make_mesh
 
 
 def mesh_of(processes, **axes):
@@ -40,9 +40,9 @@ def of_process(monkeypatch, number, rule, mesh, rows):
 @pytest.mark.parametrize("mesh, count", MESHES)
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_every_row_is_judged_once_by_a_process_that_feeds_it(monkeypatch, mesh, count, size):
-    rows = size * len(shares.holders(mesh))
-    judged = [of_process(monkeypatch, i, shares.judged_rows, mesh, rows) for i in range(count)]
-    fed = [of_process(monkeypatch, i, shares.fed_rows, mesh, rows) for i in range(count)]
+    rows = size * len(batch_rows.holders(mesh))
+    judged = [of_process(monkeypatch, i, batch_rows.judged_rows, mesh, rows) for i in range(count)]
+    fed = [of_process(monkeypatch, i, batch_rows.fed_rows, mesh, rows) for i in range(count)]
     assert sorted(row for own in judged for row in own) == list(range(rows))
     assert {row for own in fed for row in own} == set(range(rows))
     for own, held in zip(judged, fed, strict=True):
@@ -53,7 +53,7 @@ def test_every_row_is_judged_once_by_a_process_that_feeds_it(monkeypatch, mesh, 
 
 def test_rows_by_hand(monkeypatch):
     def found(mesh, rows):
-        rules = shares.fed_rows, shares.judged_rows
+        rules = batch_rows.fed_rows, batch_rows.judged_rows
         return [[of_process(monkeypatch, i, rule, mesh, rows) for rule in rules] for i in range(2)]
 
     straight, crossed, spanning = (MESHES[i][0] for i in (1, 2, 4))
@@ -74,7 +74,7 @@ def test_parts_are_where_jax_puts_them(sizes, turned):
         devices=np.vectorize(lambda device: SimpleNamespace(process_index=device.id), otypes=[object])(mesh.devices),
         axis_names=mesh.axis_names,
     )
-    parts = shares.holders(numbered)
+    parts = batch_rows.holders(numbered)
     where = batch_sharding(mesh).devices_indices_map((len(parts),))
     for device, (index,) in where.items():
         (part,) = range(len(parts))[index]
@@ -84,14 +84,14 @@ def test_parts_are_where_jax_puts_them(sizes, turned):
 def test_a_batch_comes_back_as_it_was_fed():
     mesh = make_mesh(data=2, tensor=2)
     tree = {"x": np.arange(12).reshape(4, 3), "y": np.arange(4.0)}
-    for placed in (shares.feed(mesh, tree), shares.feed(None, tree)):
+    for placed in (batch_rows.feed(mesh, tree), batch_rows.feed(None, tree)):
         assert placed["x"].shape == (4, 3) and placed["y"].dtype == jnp.float32
-        np.testing.assert_array_equal(shares.local_rows(placed["x"], [3, 1]), tree["x"][[3, 1]])
-        assert shares.local_rows(placed["x"], []).shape == (0, 3)
-    assert shares.feed(mesh, tree)["x"].sharding == batch_sharding(mesh)
+        np.testing.assert_array_equal(batch_rows.local_rows(placed["x"], [3, 1]), tree["x"][[3, 1]])
+        assert batch_rows.local_rows(placed["x"], []).shape == (0, 3)
+    assert batch_rows.feed(mesh, tree)["x"].sharding == batch_sharding(mesh)
 
 
 def test_rows_that_do_not_divide_are_refused():
-    for rule in (shares.fed_rows, shares.judged_rows):
+    for rule in (batch_rows.fed_rows, batch_rows.judged_rows):
         with pytest.raises(ValueError, match="6 rows do not divide over data=4"):
             rule(make_mesh(data=4), 6)

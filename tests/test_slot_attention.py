@@ -11,8 +11,8 @@ import pytest
 from pgjax import sample
 from pgjax.models import causal_lm
 from pgjax.models.attention import attention
-from pgjax.models.slot_attention import BLOCK, slot_attention, takes
-from pgjax.sharding import make_mesh
+from pgjax.models.decode_attention import BLOCK, slot_attention, takes
+from pgjax.parallel.sharding import make_mesh
 from tests.tiny import ARCHITECTURES, close, left_padded
 
 interpreted = functools.partial(slot_attention, interpret=True)

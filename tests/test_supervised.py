@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import pgjax as pg
-from pgjax import supervised, train
-from pgjax.examples import Example
-from pgjax.packing import Packed, pack
+from pgjax.data.examples import Example
+from pgjax.data.packing import Packed, pack
+from pgjax.learning import supervised
+from pgjax.learning.optimizer import Optimizer, init_state
 from tests.tiny import close, tiny_lm, tiny_params
 
 
@@ -73,12 +74,12 @@ def test_the_packed_gradient_is_that_of_the_examples_apart(name, microbatches):
     rows = 4 * -(-len(packed.tokens) // 4)
     packed = Packed(*(np.pad(x, ((0, rows - len(x)), (0, 0))) for x in packed))  # rows without a token, too
     assert len({int(n) for n in packed.mask.sum(1)}) > 2  # uneven rows
-    optimizer = train.Optimizer(  # a step is minus the gradient
+    optimizer = Optimizer(  # a step is minus the gradient
         lambda params: (),
         lambda grad, state, params: (jax.tree.map(jnp.negative, grad), state),
         lambda i: jnp.float32(1),
     )
-    given = train.init_state(jax.tree.map(jnp.copy, params), optimizer)
+    given = init_state(jax.tree.map(jnp.copy, params), optimizer)
     state, metrics = supervised.update(
         given, jax.device_put(packed), lm=lm, optimizer=optimizer, microbatches=microbatches
     )

@@ -9,9 +9,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from experiments.rows import load_rows
-from pgjax.prompts import check_rows
-from pgjax.tables import as_messages, check_messages, check_same_columns, read_table
+from pgjax.data.prompts import check_rows
+from pgjax.data.sources import load_rows
+from pgjax.data.tables import as_messages, check_messages, check_same_columns, read_table
 
 
 def rows_here():

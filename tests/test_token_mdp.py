@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import token_mdp as mdp
-from pgjax.advantages import kl_shaped_rewards, monte_carlo_returns
-from pgjax.kl import categorical_kl, kl_k1, kl_k2, kl_k3
-from pgjax.logprobs import token_entropy
-from pgjax.losses import clipped_surrogate_loss, policy_gradient_loss
+from experiments.laboratory import token_mdp as mdp
+from pgjax.core.advantages import kl_shaped_rewards, monte_carlo_returns
+from pgjax.core.kl import categorical_kl, kl_k1, kl_k2, kl_k3
+from pgjax.core.logprobs import token_entropy
+from pgjax.core.losses import clipped_surrogate_loss, policy_gradient_loss
 from tests import enumeration as lab
 from tests.enumeration import LOGP, LOGQ, PI, REF, close, in_both_precisions
 

@@ -11,7 +11,7 @@ import pytest
 from pgjax.models.architecture import Rope
 from pgjax.models.attention import attention
 from pgjax.models.causal_lm import causal_lm, decode_params, logits_of
-from pgjax.models.sequences import positions_of
+from pgjax.models.forward import positions_of
 from pgjax.models.transformer import rope_frequencies, rotary_table, rotate
 from tests.tiny import ARCHITECTURES, FAMILIES, LLAMA3_ROPE, close, left_padded, tiny_apply, tiny_lm, tiny_params
 

@@ -10,13 +10,13 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from experiments import token_mdp as mdp
-from pgjax.advantages import kl_shaped_rewards, monte_carlo_returns
-from pgjax.kl import categorical_kl, kl_k1
-from pgjax.logprobs import token_frame, token_logprobs
-from pgjax.losses import clipped_surrogate_loss
-from pgjax.masking import masked_mean
-from pgjax.trust_region import trust_region_step
+from experiments.laboratory import token_mdp as mdp
+from pgjax.core.advantages import kl_shaped_rewards, monte_carlo_returns
+from pgjax.core.kl import categorical_kl, kl_k1
+from pgjax.core.logprobs import token_frame, token_logprobs
+from pgjax.core.losses import clipped_surrogate_loss
+from pgjax.core.masking import masked_mean
+from pgjax.core.trust_region import trust_region_step
 from tests.tiny_policy import MASK, draw, fisher_matrix, logits_of, product, same, same_bits, step, surrogate
 
 

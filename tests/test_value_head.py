@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pgjax.advantages import monte_carlo_returns
-from pgjax.logprobs import token_logprobs
-from pgjax.losses import clipped_surrogate_loss, policy_gradient_loss, value_loss
+from pgjax.core.advantages import monte_carlo_returns
+from pgjax.core.logprobs import token_logprobs
+from pgjax.core.losses import clipped_surrogate_loss, policy_gradient_loss, value_loss
 from pgjax.models.heads import init_value_head, token_values
 from tests.tiny import close, left_padded, tiny_lm, tiny_params
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from pgjax.models.load import load
-from pgjax.models.save import named_tensors
+from pgjax.models.io.load import load
+from pgjax.models.io.save import named_tensors
 from tests.tiny import equal
 
 GOLDENS = Path(__file__).parent / "goldens"

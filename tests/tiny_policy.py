@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from pgjax.logprobs import token_logprobs
-from pgjax.losses import clipped_surrogate_loss
-from pgjax.trust_region import fisher_vector_product, trust_region_step
+from pgjax.core.logprobs import token_logprobs
+from pgjax.core.losses import clipped_surrogate_loss
+from pgjax.core.trust_region import fisher_vector_product, trust_region_step
 
 ROWS, LENGTH, VOCAB, WIDTH = 4, 5, 6, 3
 MASK = np.array([[1, 1, 0, 0, 1], [0, 1, 1, 1, 1], [0, 0, 0, 0, 0], [0, 0, 1, 0, 0]], bool)

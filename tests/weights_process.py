@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 import pgjax as pg
-from pgjax import distributed
-from pgjax.models import load as loading
-from pgjax.sharding import make_mesh
+from pgjax.models.io import load as loading
+from pgjax.parallel import processes
+from pgjax.parallel.sharding import make_mesh
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -35,14 +35,14 @@ def error_of(work):
     """Give the error of work that must not succeed."""
     try:
         work()
-    except (ValueError, OSError, distributed.FailedElsewhere) as error:
+    except (ValueError, OSError, processes.FailedElsewhere) as error:
         return f"{type(error).__name__}: {error}"
     return "none"
 
 
 def main(port, process, folder):
     """Load on a mesh across the processes, save, load again; fail on one process alone."""
-    distributed.initialize(f"localhost:{port}", 2, process)
+    processes.initialize(f"localhost:{port}", 2, process)
     mesh, counts = make_mesh(fsdp=4), []
     numbers_read(counts)
     lm, params, _ = pg.load(GOLDENS / "qwen3", mesh=mesh)

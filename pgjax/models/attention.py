@@ -10,7 +10,7 @@ import jax
 import jax.extend.backend
 import jax.numpy as jnp
 
-from pgjax.sharding import ambient_mesh, constrain, fitting
+from pgjax.parallel.sharding import ambient_mesh, constrain, fitting
 
 Kernel = Literal["xla", "cudnn"]  # the implementations of `jax.nn.dot_product_attention`
 

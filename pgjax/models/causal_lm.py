@@ -12,12 +12,12 @@ import jax.numpy as jnp
 
 from pgjax.models.architecture import Architecture
 from pgjax.models.attention import Kernel, attention, cuda_capability, cudnn_takes
-from pgjax.models.groups import check_groups
+from pgjax.models.decode_attention import slot_attention, takes
+from pgjax.models.forward import Params, embed, forward, rotary, run
 from pgjax.models.lora import merge_lora
-from pgjax.models.sequences import Params, embed, forward, rotary, run
-from pgjax.models.slot_attention import slot_attention, takes
+from pgjax.models.shared_prompts import check_groups
 from pgjax.models.transformer import Block, KeyValue, Norm, fuse
-from pgjax.sharding import constrain, gathered, splits
+from pgjax.parallel.sharding import constrain, gathered, splits
 
 Cache = tuple[KeyValue, ...]  # one pair a layer: separate buffers, so that a decode step writes each in place
 

@@ -6,11 +6,11 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from pgjax.linear_logprobs import linear_token_logprobs
-from pgjax.logprobs import token_frame
-from pgjax.masking import as_floats, where_mask
+from pgjax.core.linear_logprobs import linear_token_logprobs
+from pgjax.core.logprobs import token_frame
+from pgjax.core.masking import as_floats, where_mask
 from pgjax.models.transformer import along_last
-from pgjax.sharding import ambient_mesh, fitting
+from pgjax.parallel.sharding import ambient_mesh, fitting
 
 
 def head_logprobs(

@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from pgjax.masking import check_whole
+from pgjax.core.checks import check_whole
+from pgjax.parallel.sharding import fold_in, init_sharded
 
 KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
 FACTORS = ("lora_a", "lora_b", "lora_scale")  # beside the "kernel" of a linear map
@@ -39,7 +41,7 @@ def init_lora(
         ValueError: a rank below 1, an alpha that is not finite or not above 0, or targets that are none of these.
 
     >>> import pgjax as pg
-    >>> from pgjax.models.families import architecture_of
+    >>> from pgjax.models.io.config import architecture_of
     >>> config = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8, "n_layer": 3, "n_head": 2, "n_positions": 32}
     >>> lm = pg.causal_lm(architecture_of(config))
     >>> adapters = init_lora(jax.random.key(1), lm.init(jax.random.key(0)), rank=2, targets=("q", "up"))
@@ -181,3 +183,30 @@ def _backward(product: Product, saved: tuple[jax.Array, ...], cotangent: jax.Arr
 
 
 adapted_dot.defvjp(_forward, _backward)
+
+
+def freeze(
+    params: dict[str, Any], *, rank: int | None, alpha: float, seed: int, mesh: Mesh | None = None
+) -> tuple[Any | None, dict[str, Any]]:
+    """Divide parameters into what stays as it is and what is trained; `with_lora` puts the two together.
+
+    Args:
+      params: of a language model, or of one under "lm" with a head beside it, which is trained.
+      rank: of the adapters; None: everything is trained.
+      alpha: the adapters' weight times the rank.
+      seed: of the run.
+      mesh: that the parameters lie on, or None.
+
+    Returns:
+      The model's parameters; and adapters to them, with the head. Without a rank None, and all parameters.
+
+    Example:
+      >>> freeze({"layers": {}}, rank=None, alpha=32.0, seed=0)
+      (None, {'layers': {}})
+    """
+    if rank is None:
+        return None, params
+    init = functools.partial(init_lora, rank=rank, alpha=alpha)
+    key = fold_in(jax.random.key(seed), 2**32 - 2)  # no step of a run, nor its evaluation, folds in this number
+    adapters = init_sharded(init, key, params.get("lm", params), mesh=mesh)
+    return ({"lm": params["lm"]}, {**params, "lm": adapters}) if "lm" in params else (params, adapters)

@@ -48,7 +48,7 @@ def reward_model(
     Returns:
         A `RewardModel`.
 
-    >>> from pgjax.models.families import architecture_of
+    >>> from pgjax.models.io.config import architecture_of
     >>> config = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 4}
     >>> rm = reward_model(architecture_of(config))
     >>> params = rm.init(jax.random.key(0))
@@ -123,7 +123,7 @@ def from_causal_lm(lm: CausalLM, params: Params, key: jax.Array, *, remat: bool 
     Returns:
         The reward model and its parameters.
 
-    >>> from pgjax.models.families import architecture_of
+    >>> from pgjax.models.io.config import architecture_of
     >>> config = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 4}
     >>> lm = causal_lm(architecture_of(config))
     >>> rm, params = from_causal_lm(lm, lm.init(jax.random.key(0)), jax.random.key(1))

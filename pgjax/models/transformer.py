@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pgjax.models.architecture import Architecture, Rope
 from pgjax.models.lora import FACTORS, adapted_dot
-from pgjax.sharding import constrain
+from pgjax.parallel.sharding import constrain
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import pgjax as pg
-from pgjax.models.families import architecture_of
+from pgjax.models.io.config import architecture_of
 
 END = "<|end|>"
 TEXTS = [

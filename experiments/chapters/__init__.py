@@ -1,0 +1,1 @@
+"""Five chapters from a parabola to PPO, and the small language model that they share."""

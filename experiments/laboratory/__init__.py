@@ -1,0 +1,1 @@
+"""The exact token MDP, and what estimators and algorithms do on it."""

@@ -1,0 +1,1 @@
+"""What the RLHF and over-optimisation studies need beside the stages: pairs, fits, reports."""

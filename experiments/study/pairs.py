@@ -1,0 +1,127 @@
+"""Pairs for the reward model: two samples of each prompt, and a judge with a known gold score who prefers one of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+import pgjax as pg
+from experiments.tasks.gold import prefers_first
+from pgjax.data.prompts import completion_texts
+from pgjax.data.tables import Row
+from pgjax.parallel import processes, sharding
+from pgjax.rollout import rewards
+from pgjax.rollout.task import Encoded, Task, last_sampled, make_task, score_rows
+from pgjax.run.checkpoint.records import write_whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """How pairs are sampled from the fine-tuned model and judged."""
+
+    train: int = 8192  # pairs to learn from
+    held_out: int = 512  # pairs to measure on, of prompts kept aside
+    scale: float = 8.0  # how sure the judge is: P(first preferred) = sigmoid(scale * (gold_first - gold_second))
+    temperature: float = 1.0  # of the samples
+    batch_size: int = 256  # completions sampled at once
+
+
+def make_pairs(
+    config: Pairs, folder: Path, model: Path, row_sets: Sequence[Sequence[Row]],
+    *, gold: str, chat: bool, max_new_tokens: int, seed: int, mesh: Mesh | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Sample two completions of each prompt, let the judge prefer one, and write train.jsonl and held_out.jsonl.
+
+    Args:
+      config: how many, and how.
+      folder: where the files go.
+      model: source of the model that is sampled from.
+      row_sets: the prompts to train on, and those kept aside; taken again from the start where there are too few.
+      gold: the judge's score, as module:function.
+      chat: put prompts through the chat template.
+      max_new_tokens: the longest completion.
+      seed: of the prompts' order, the samples and the judge's coin.
+      mesh: of the devices to sample on; None: one.
+
+    Returns:
+      Of both files: pairs, gold (mean), gold_std, judge_right (share of pairs whose preferred answer has the higher gold).
+    """
+    processes.first(lambda: folder.mkdir(parents=True, exist_ok=True))
+    lm, params, tokenizer = pg.load(model, mesh=mesh)
+    figures: dict[str, float] = {}
+    counts = {"train": config.train, "held_out": config.held_out}
+    for i, ((name, count), rows) in enumerate(zip(counts.items(), row_sets, strict=True)):
+        order = np.random.default_rng([seed, i]).permutation(len(rows))
+        prompts = [rows[order[k % len(rows)]] for k in range(count) for _ in range(2)]
+        print(f"sampling two completions for each of {count} prompts ({name})")
+        task = make_task(
+            lm, tokenizer, [], None, [prompts], chat=chat, max_new_tokens=max_new_tokens, temperature=config.temperature,
+            mesh=mesh,
+        )  # fmt: skip
+        texts, ends = complete(task, params, task.prompt_sets[0], config.batch_size, jax.random.key(2 * seed + i))
+        work = functools.partial(
+            write_pairs, folder / f"{name}.jsonl", gold, prompts, texts, ends, scale=config.scale, seed=2 * seed + i
+        )
+        found = processes.first(work)
+        figures |= {f"{name}_{key}": x for key, x in {"pairs": float(count), **found}.items()}
+    return figures
+
+
+def write_pairs(
+    path: Path, gold: str, prompts: Sequence[Row], texts: Sequence[str], ends: Sequence[str], *, scale: float, seed: int
+) -> dict[str, float]:
+    """Judge completions by their gold score, write the pairs, and give the figures of `judge`."""
+    scores, _ = score_rows([rewards.load_reward(gold)], None, prompts, texts)
+    pairs, found = judge(scores, prompts, texts, ends, scale=scale, seed=seed)
+    write_lines(path, pairs)
+    return found
+
+
+def complete(
+    task: Task, params: Any, prompts: Sequence[Encoded], batch_size: int, key: jax.Array
+) -> tuple[list[str], list[str]]:
+    """Sample a completion for each prompt: the texts, and the text of the token that ended each ("" where none did)."""
+    texts: list[str] = []
+    ends: list[str] = []
+    size = min(batch_size, len(prompts))
+    sharding.check_batch(task.mesh, size, "the completions that are sampled at once")
+    for _, count, rollout in task.rollouts(params, prompts, size, key):
+        tokens, mask = (x[:count] for x in processes.fetch((rollout.tokens, rollout.mask)))
+        texts += completion_texts(tokens, mask, task.tokenizer)
+        last = last_sampled(tokens, mask).tolist()
+        ends += [task.tokenizer.decode([token]) if token in task.eos_ids else "" for token in last]
+    return texts, ends
+
+
+def judge(
+    gold: np.ndarray, rows: Sequence[Row], texts: Sequence[str], ends: Sequence[str], *, scale: float, seed: int
+) -> tuple[list[Row], dict[str, float]]:
+    """Let the judge's coin prefer one of each two neighbours; what ended a completion stays on it.
+
+    PPO's reward model will see the token that ends a completion: so it must see it while it learns.
+    """
+    first_wins = prefers_first(gold[::2].tolist(), gold[1::2].tolist(), scale=scale, seed=seed)
+    chosen = [2 * k + (not wins) for k, wins in enumerate(first_wins)]
+    rejected = [2 * k + wins for k, wins in enumerate(first_wins)]
+    pairs = [
+        {
+            "prompt": rows[good]["prompt"], "chosen": texts[good] + ends[good], "rejected": texts[bad] + ends[bad],
+            "gold_chosen": float(gold[good]), "gold_rejected": float(gold[bad]),
+        }
+        for good, bad in zip(chosen, rejected, strict=True)
+    ]  # fmt: skip
+    right = np.mean(np.sign(gold[chosen] - gold[rejected]) / 2 + 0.5)  # equal scores count half
+    return pairs, {"gold": float(gold.mean()), "gold_std": float(gold.std()), "judge_right": float(right)}
+
+
+def write_lines(path: Path, rows: Sequence[Row]) -> None:
+    """Write a JSON Lines file whole or not at all."""
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,0 +1,1 @@
+"""Black boxes and their prompts: haiku, sentiment, film reviews, the gold score."""

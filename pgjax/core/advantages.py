@@ -1,0 +1,289 @@
+"""From scores to advantages: placement, KL shaping, Monte Carlo returns, baselines over groups of samples."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from pgjax.core.checks import check_number, check_whole
+from pgjax.core.masking import as_float, as_floats, as_mask, where_mask
+
+_Affine = tuple[jax.Array, jax.Array]  # x -> second + first * x
+
+
+def place_scores(scores: jax.typing.ArrayLike, mask: jax.typing.ArrayLike) -> jax.Array:
+    """Put each sequence's score at its last sampled token.
+
+    r[b, t] = scores[b] if t is the last place inside mask[b], else 0. Unbiased: with no discount every token of
+    the sequence gets the score as its return.
+
+    Args:
+      scores: [B], reward units, of any real dtype.
+      mask: [B, T] boolean, sampled by the policy.
+
+    Returns:
+      [B, T] float32; a row with an empty mask is all zeros.
+
+    Raises:
+      AssertionError: the shapes don't fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(place_scores(jnp.array([0.9]), jnp.array([[False, True, True, False]])))
+      [[0.  0.  0.9 0. ]]
+    """
+    scores, mask = as_float(scores), jnp.asarray(mask)
+    chex.assert_rank([scores, mask], [1, 2])
+    chex.assert_equal_shape_prefix([scores, mask], 1)
+    places = jax.lax.broadcasted_iota(jnp.int32, mask.shape, 1)
+    last = jnp.max(places, axis=1, keepdims=True, initial=-1, where=as_mask(mask, mask))
+    return where_mask(places == last, jnp.broadcast_to(scores[:, None], mask.shape))
+
+
+def kl_shaped_rewards(
+    scores: jax.typing.ArrayLike,
+    kl: jax.typing.ArrayLike,
+    mask: jax.typing.ArrayLike,
+    *,
+    kl_coef: jax.typing.ArrayLike,
+) -> jax.Array:
+    """Pay the score at the last sampled token and charge the KL on every sampled one.
+
+    r[b, t] = scores[b] [t is last] - kl_coef * kl[b, t] inside the mask, 0 outside.
+    Ziegler et al. (2019), "Fine-Tuning Language Models from Human Preferences".
+
+    With k1 for `kl` and reward-to-go this is unbiased: the exact gradient of E[score] - kl_coef * KL(policy ||
+    reference). Any other estimator here is biased: its gradient lacks what `kl` itself gives as a loss, so k3 or
+    `categorical_kl` is exact only if it stands in the loss as well.
+
+    Args:
+      scores: [B], reward units.
+      kl: [B, T], nats a token, `kl_k1(old_logprobs, ref_logprobs)` as a rule.
+      mask: [B, T] boolean, sampled by the policy.
+      kl_coef: [], reward units a nat.
+
+    Returns:
+      [B, T] float32, reward units.
+
+    Raises:
+      AssertionError: the shapes don't fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> kl, mask = jnp.array([[9.0, 0.5, 1.0]]), jnp.array([[False, True, True]])
+      >>> print(kl_shaped_rewards(jnp.array([2.0]), kl, mask, kl_coef=0.5))
+      [[ 0.   -0.25  1.5 ]]
+    """
+    scores, kl = as_floats(scores, kl)
+    coef = jnp.asarray(kl_coef).astype(kl.dtype)  # a plain number has no say in the dtype, with 64 bits enabled either
+    chex.assert_rank([kl, coef], [2, 0])
+    return place_scores(scores, mask) - coef * where_mask(as_mask(mask, kl), kl)
+
+
+def monte_carlo_returns(
+    rewards: jax.typing.ArrayLike,
+    mask: jax.typing.ArrayLike | None,
+    *,
+    discount: jax.typing.ArrayLike = 1.0,
+) -> jax.Array:
+    """Sum the rewards from each sampled token to the end of its sequence.
+
+    G_t = r_t + discount * G_{t'}, t' the next place inside the mask; the end of the sequence is worth 0, and
+    so is a cut at the length limit: nothing is bootstrapped. Places outside the mask count neither as reward
+    nor as a step of discounting.
+
+    Unbiased at discount 1. A lower one biases: what token t does to the reward at u is weighed by
+    discount^(u - t), while the prefixes are not weighed: the gradient of no objective. Nota and Thomas (2020),
+    "Is the Policy Gradient a Gradient?".
+
+    Args:
+      rewards: [B, T], one a token; integers become float32.
+      mask: [B, T] boolean, sampled by the policy; None counts every place.
+      discount: [] in [0, 1], a factor a sampled token; may be traced.
+
+    Returns:
+      [B, T] float32, reward units; 0 outside the mask.
+
+    Raises:
+      ValueError: `discount` is a number below 0.
+      AssertionError: the shapes don't fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> mask = jnp.array([[False, True, True, False]])
+      >>> print(monte_carlo_returns(jnp.array([[7.0, 1.0, 2.0, 7.0]]), mask, discount=0.5))
+      [[0. 2. 2. 0.]]
+    """
+    rewards = as_float(rewards)
+    check_number("discount", discount, 0)
+    factor = jnp.asarray(discount).astype(rewards.dtype)
+    chex.assert_rank([rewards, factor], [2, 0])
+    inside = as_mask(mask, rewards)
+    factors = jnp.where(inside, factor, 1.0)
+
+    def join(later: _Affine, earlier: _Affine) -> _Affine:
+        return earlier[0] * later[0], earlier[1] + earlier[0] * later[1]
+
+    elements = (factors, where_mask(inside, rewards))
+    _, returns = jax.lax.associative_scan(join, elements, reverse=True, axis=1)
+    return where_mask(inside, returns)
+
+
+def monte_carlo_advantages(
+    rewards: jax.typing.ArrayLike,
+    values: jax.typing.ArrayLike,
+    mask: jax.typing.ArrayLike | None,
+    *,
+    discount: jax.typing.ArrayLike = 1.0,
+) -> jax.Array:
+    """Subtract the values from the Monte Carlo returns.
+
+    A_t = G_t - V_t inside the mask. Ahmadian et al. (2024), "Back to Basics". Unbiased for any values read before
+    the token, right or wrong (lambda = 1: nothing is bootstrapped); right ones lower the variance. A value that
+    has seen the token biases.
+
+    Args:
+      rewards: [B, T], one a token.
+      values: [B, T], the value before each token, reward units.
+      mask: [B, T] boolean, sampled by the policy; None counts every place.
+      discount: [] in [0, 1], a factor a sampled token.
+
+    Returns:
+      [B, T] float32, reward units; 0 outside the mask.
+
+    Raises:
+      AssertionError: the shapes don't fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> rewards, values = jnp.array([[1.0, 2.0]]), jnp.array([[0.5, 0.5]])
+      >>> print(monte_carlo_advantages(rewards, values, jnp.array([[True, True]])))
+      [[2.5 1.5]]
+    """
+    rewards, values = as_floats(rewards, values)
+    chex.assert_equal_shape([rewards, values])
+    returns = monte_carlo_returns(rewards, mask, discount=discount)
+    return where_mask(as_mask(mask, rewards), returns - values)
+
+
+def _groups(scores: jax.typing.ArrayLike, group_size: int) -> jax.Array:
+    scores = as_float(scores)
+    chex.assert_rank(scores, 1)
+    if group_size < 2:
+        raise ValueError(f"group_size must be at least 2, got {group_size}: one sample has none to compare with")
+    check_whole("group_size", group_size, 2)
+    if scores.shape[0] % group_size:
+        raise ValueError(f"{scores.shape[0]} scores do not divide into groups of group_size {group_size}")
+    return scores.reshape(-1, group_size)
+
+
+def leave_one_out_baseline(scores: jax.typing.ArrayLike, *, group_size: int) -> jax.Array:
+    """Average the scores of the other samples of the same prompt.
+
+    b_i = sum_{j != i} s_j / (G - 1) over the group of i. Kool et al. (2019), "Buy 4 REINFORCE Samples, Get a
+    Baseline for Free!"; Ahmadian et al. (2024), RLOO. Independent of sample i, so `scores - b` is unbiased;
+    the mean of the whole group as a baseline scales the expected gradient by 1 - 1/G.
+
+    Args:
+      scores: [B], reward units; the `group_size` rows of one prompt are adjacent.
+      group_size: G, samples a prompt, at least 2, divides B.
+
+    Returns:
+      [B] float32, reward units.
+
+    Raises:
+      ValueError: `group_size` is below 2 or does not divide B.
+      AssertionError: `scores` is not of rank 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(leave_one_out_baseline(jnp.array([1.0, 3.0, 5.0, 7.0]), group_size=2))
+      [3. 1. 7. 5.]
+    """
+    groups = _groups(scores, group_size)
+    others = jnp.sum(groups, axis=1, keepdims=True) - groups
+    return (others / (group_size - 1)).reshape(-1)
+
+
+def group_advantages(scores: jax.typing.ArrayLike, *, group_size: int, normalize: bool = True) -> jax.Array:
+    """Compare each sample's score with its group's mean, in the group's standard deviations.
+
+    A_i = (s_i - mean) / (std + 1e-4), std the sample standard deviation (divided by G - 1): GRPO, Shao et al.
+    (2024), "DeepSeekMath", in the form that public trainers use. `normalize=False`: A_i = s_i - mean, Dr.
+    GRPO, Liu et al. (2025), "Understanding R1-Zero-Like Training". A group of equal scores gives exactly 0.
+
+    Biased. Without `normalize`: the exact gradient times 1 - 1/G. With it: turned, and blind to the scores' scale.
+    Two samples climb the chance to win, P(s > s') - P(s < s') against the policy held fixed; as G grows it
+    becomes the exact gradient over the scores' standard deviation, so each prompt is weighed by one over its own.
+
+    Args:
+      scores: [B], reward units; the `group_size` rows of one prompt are adjacent.
+      group_size: G, samples a prompt, at least 2, divides B.
+      normalize: whether to divide by the group's standard deviation.
+
+    Returns:
+      [B] float32, in standard deviations, or reward units without `normalize`.
+
+    Raises:
+      ValueError: `group_size` is below 2 or does not divide B.
+      AssertionError: `scores` is not of rank 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(group_advantages(jnp.array([1.0, 3.0, 5.0, 5.0]), group_size=2, normalize=False))
+      [-1.  1.  0.  0.]
+    """
+    groups = _groups(scores, group_size)
+    # Measured from the group's first score, equal scores are exactly 0: no rounding blown up by 1e4.
+    shifted = groups - groups[:, :1]
+    centred = shifted - jnp.mean(shifted, axis=1, keepdims=True)
+    if not normalize:
+        return centred.reshape(-1)
+    variance = jnp.sum(jnp.square(centred), axis=1, keepdims=True) / (group_size - 1)
+    varied = variance > 0
+    deviation = where_mask(varied, jnp.sqrt(jnp.where(varied, variance, 1.0)))
+    return (centred / (deviation + 1e-4)).reshape(-1)
+
+
+def truncated_importance_weights(
+    logprobs: jax.typing.ArrayLike,
+    sampler_logprobs: jax.typing.ArrayLike,
+    mask: jax.typing.ArrayLike | None = None,
+    *,
+    cap: jax.typing.ArrayLike,
+) -> jax.Array:
+    """Weigh samples of another policy as those of the policy, no sample by more than a cap.
+
+    w = min(exp(logprobs - sampler_logprobs), cap). Ionides (2008), "Truncated Importance Sampling". For samples
+    of a sampler that differs from the learner: in precision, by a filter such as top_p, by age.
+
+    Of whole sequences ([B]), w times the advantage is unbiased at `cap` = inf, if the sampler may draw whatever the
+    policy may. Of single tokens ([B, T]) it corrects each token's draw at the sampler's prefixes: the gradient of the local
+    objective (`losses.clipped_surrogate_loss`), biased for the policy's own. A cap biases towards the sampler's
+    gradient, by the mass that it cuts off, and bounds the variance.
+
+    Args:
+      logprobs: any shape ([B, T] tokens, [B] sequences), nats, under the policy.
+      sampler_logprobs: the same shape, nats, under what was sampled from.
+      mask: the same shape, boolean; None counts every entry.
+      cap: [] above 0; infinity for none.
+
+    Returns:
+      The same shape, float32, 0 outside the mask; carries no gradient.
+
+    Raises:
+      ValueError: `cap` is a number not above 0.
+      AssertionError: the shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> policy, sampler = jnp.log(jnp.array([0.2, 0.8])), jnp.log(jnp.array([0.4, 0.2]))
+      >>> print(truncated_importance_weights(policy, sampler, cap=2.0).round(3))
+      [0.5 2. ]
+    """
+    check_number("cap", cap, 0, strict=True)
+    new, old = jax.lax.stop_gradient(as_floats(logprobs, sampler_logprobs))
+    bound = jax.lax.stop_gradient(jnp.asarray(cap).astype(new.dtype))
+    chex.assert_equal_shape([new, old])
+    inside = as_mask(mask, new)
+    # The cap goes on before exp: nothing overflows.
+    return where_mask(inside, jnp.exp(jnp.minimum(where_mask(inside, new - old), jnp.log(bound))))

@@ -1,0 +1,209 @@
+"""The divergence of the policy from its reference: estimators, the exact sum, an adaptive weight.
+
+Where an estimator stands decides what it does. With pi the policy, d = log pi - log ref of a sampled token,
+and samples drawn from pi:
+
+- k1 in the reward, with reward-to-go: the exact gradient of the sequence's KL(pi || ref).
+- k1 as a loss: an expected gradient of zero (the mean score). A penalty that does nothing.
+- k2 as a loss, of the log-ratio summed over the sequence: the exact gradient of KL(pi || ref).
+- k2 as a loss, token by token: not that gradient. It drops each token's effect on the tokens after it.
+- k3 as a loss: the gradient of the forward KL(ref || pi), not of the divergence that it estimates.
+- k2, k3 or the categorical KL in the reward: the gradient of its mean, less what it gives as a loss.
+- k3 or the categorical KL in the reward and in the loss, both: exact, for its mean is the KL.
+
+All of it is said of the sum over a sequence's tokens. The mean is that over T where every sequence has T tokens;
+where lengths vary it is biased: k1 as a loss then changes the lengths, by the gradient of
+E[1 / length] for one sequence, and by less in a larger batch.
+"""
+
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from pgjax.core.checks import check_number
+from pgjax.core.logprobs import shifted_logits, token_frame
+from pgjax.core.masking import as_float, as_floats, where_mask
+
+
+def _log_ratio(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
+    logprobs, ref_logprobs = as_floats(logprobs, ref_logprobs)
+    chex.assert_equal_shape([logprobs, ref_logprobs])
+    return logprobs - jax.lax.stop_gradient(ref_logprobs)
+
+
+def _finite_gradient(function: Callable[[jax.Array], jax.Array], d: jax.Array) -> jax.Array:
+    # No mask comes in here, so a masked place may hold anything: a value that is not finite stays as it is
+    # and gets no gradient, because 0 * inf would put NaN into the gradient of everything before it.
+    value = jax.lax.stop_gradient(function(d))
+    finite = jnp.isfinite(value)
+    return jnp.where(finite, function(jnp.where(finite, d, 0.0)), value)
+
+
+def kl_k1(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
+    """Estimate KL(policy || reference) by the log-ratio: unbiased, of either sign.
+
+    k1 = d = log pi - log ref. Schulman (2020), "Approximating KL Divergence", joschu.net/blog/kl-approx.html.
+
+    Placement: in the reward with reward-to-go (`kl_shaped_rewards`, `monte_carlo_returns`), or summed over the
+    sequence in its score, its policy gradient is unbiased. As a loss term its expected on-policy gradient is 0:
+    it penalises nothing.
+
+    Args:
+      logprobs: any shape, nats, of tokens sampled from the policy.
+      ref_logprobs: the same shape, nats, of the same tokens; carries no gradient.
+
+    Returns:
+      The same shape, float32, in nats.
+
+    Raises:
+      AssertionError: the shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(kl_k1(jnp.array([-1.0, -3.0]), jnp.array([-2.0, -2.0])))
+      [ 1. -1.]
+    """
+    return _log_ratio(logprobs, ref_logprobs)
+
+
+def kl_k2(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
+    """Estimate KL(policy || reference) by half the squared log-ratio: biased, never negative.
+
+    k2 = d^2 / 2, d = log pi - log ref. Schulman (2020), "Approximating KL Divergence".
+
+    Placement: as a loss on whole sequences (`logprobs` summed over tokens first) its expected on-policy
+    gradient is exactly that of the KL. As a loss on single tokens it is biased: each token's effect on later
+    ones is gone, and it equals `categorical_kl` as a loss. In the reward it is biased: the gradient of its own
+    mean, less what it gives as a loss.
+
+    Args:
+      logprobs: any shape, nats, sampled from the policy: [B, T] tokens or [B] sequences.
+      ref_logprobs: the same shape, nats; carries no gradient.
+
+    Returns:
+      The same shape, float32, in nats.
+
+    Raises:
+      AssertionError: the shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(kl_k2(jnp.array([-1.0, -4.0]), jnp.array([-2.0, -2.0])))
+      [0.5 2. ]
+    """
+    return _finite_gradient(lambda d: 0.5 * jnp.square(d), _log_ratio(logprobs, ref_logprobs))
+
+
+def kl_k3(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
+    """Estimate KL(policy || reference) without bias and never below zero.
+
+    k3 = exp(-d) - 1 + d, d = log pi - log ref. Schulman (2020), "Approximating KL Divergence"; the KL term of
+    GRPO (Shao et al. 2024).
+
+    Placement: a fine measurement. As a loss it is biased: its expected on-policy gradient is that of the forward
+    KL, of each token's distribution at the policy's prefixes, or of KL(reference || policy) itself if logprobs
+    are summed over the sequence first. In the reward it is biased too: the KL's gradient less that one.
+
+    Args:
+      logprobs: any shape, nats, of tokens sampled from the policy.
+      ref_logprobs: the same shape, nats; carries no gradient.
+
+    Returns:
+      The same shape, float32, in nats.
+
+    Raises:
+      AssertionError: the shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(kl_k3(jnp.array([-1.0, -2.0]), jnp.array([-1.0, -2.0])))
+      [0. 0.]
+    """
+    # expm1 keeps the digits that exp(-d) - 1 + d loses near d = 0.
+    return _finite_gradient(lambda d: jnp.expm1(-d) + d, _log_ratio(logprobs, ref_logprobs))
+
+
+def categorical_kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
+    """Sum KL(policy || reference) over the vocabulary, at each token.
+
+    kl[:, t] = sum_v p_v (log p_v - log q_v), p = softmax(logits[:, t - 1]), q = softmax(ref_logits[:, t -
+    1]).
+
+    As a loss it is biased: its gradient is exact for each token's distribution given its prefix, and drops the
+    effect on which prefixes come up. In the reward it gives just that effect; in both it is exact. Divide both
+    logits by the temperature first if it is not 1.
+
+    Args:
+      logits: [B, T, V] of any floating type; -inf is fine (a forbidden token).
+      ref_logits: [B, T, V]; carries no gradient. -inf where the policy's is finite gives inf, and no gradient there.
+
+    Returns:
+      [B, T] float32, in nats; entry 0 is 0.
+
+    Raises:
+      AssertionError: the shapes differ or are not of rank 3.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(categorical_kl(jnp.zeros((1, 2, 4)), jnp.array([[[0.0] * 4, [9.0] * 4]])))
+      [[0. 0.]]
+    """
+    chex.assert_rank(logits, 3)
+    chex.assert_equal_shape([logits, ref_logits])
+    policy, reference = as_floats(logits, jax.lax.stop_gradient(ref_logits))
+    z, usable = shifted_logits(policy)
+    ref_z, ref_usable = shifted_logits(reference)
+    logp = z - jnp.log(jnp.sum(jnp.exp(z), axis=-1, keepdims=True))
+    logq = ref_z - jnp.log(jnp.sum(jnp.exp(ref_z), axis=-1, keepdims=True))
+    possible = ~jnp.isneginf(z)
+    # Elsewhere it is inf, and not summed: the gradient of that sum would be 0 * inf, which no mask holds back.
+    covered = ~jnp.any(possible & jnp.isneginf(ref_z), axis=-1)
+    summed = possible & covered[..., None]
+    kl = jnp.sum(jnp.exp(logp) * (where_mask(summed, logp) - where_mask(summed, logq)), axis=-1)
+    kl = jnp.where(covered, kl, jnp.inf)
+    return token_frame(jnp.where(usable & ref_usable, kl, jnp.nan))
+
+
+def adaptive_kl_coef(
+    coef: jax.typing.ArrayLike,
+    kl: jax.typing.ArrayLike,
+    *,
+    target: jax.typing.ArrayLike,
+    horizon: jax.typing.ArrayLike,
+    batch_size: jax.typing.ArrayLike,
+) -> jax.Array:
+    """Move the weight of the KL penalty towards the one that holds the KL at its target.
+
+    coef * (1 + clip(kl / target - 1, -0.2, 0.2) * batch_size / horizon).
+    Ziegler et al. (2019), "Fine-Tuning Language Models from Human Preferences", section 2.2.
+
+    Args:
+      coef: [] the present weight, reward units a nat.
+      kl: [] nats a sequence: the KL summed over each sequence's tokens, then averaged over sequences. A mean
+        over tokens here is wrong by the length.
+      target: [] nats a sequence.
+      horizon: [] episodes over which an error of 20% or more moves the weight by about 20%; more than a fifth of batch_size,
+        or the weight may fall below 0.
+      batch_size: [] episodes since the last change.
+
+    Returns:
+      [], float32: the next weight.
+
+    Raises:
+      AssertionError: an argument is not a scalar.
+      ValueError: `target` or `horizon` is a number not above 0.
+
+    Example:
+      >>> print(adaptive_kl_coef(0.1, 9.0, target=6.0, horizon=10000, batch_size=500))
+      0.101
+    """
+    chex.assert_rank([coef, kl, target, horizon, batch_size], 0)
+    check_number("target", target, 0, strict=True)
+    check_number("horizon", horizon, 0, strict=True)
+    coef, kl, target, horizon, batch_size = (
+        as_float(x).astype(jnp.float32) for x in (coef, kl, target, horizon, batch_size)
+    )
+    error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
+    return coef * (1.0 + error * batch_size / horizon)

@@ -1,0 +1,145 @@
+"""Log-probabilities and entropies in the token frame. The one shift between logits and tokens is here.
+
+Every per-token array is [B, T] and entry t speaks of `tokens[:, t]`, which the model predicts at position
+t - 1. `token_frame` moves what was computed at a position to the token that it predicts.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from pgjax.core.checks import check_number
+from pgjax.core.masking import as_float
+
+
+def token_frame(x: jax.Array) -> jax.Array:
+    """Move each position's value to the token that the position predicts.
+
+    y[:, t] = x[:, t - 1], y[:, 0] = 0.
+
+    Args:
+      x: [B, T, ...], one value a position.
+
+    Returns:
+      The same shape, one value a token; the last position, which predicts no token, drops out.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(token_frame(jnp.array([[1.0, 2.0, 3.0]])))
+      [[0. 1. 2.]]
+    """
+    return jnp.concatenate([jnp.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
+
+
+def next_tokens(tokens: jax.Array) -> jax.Array:
+    """Give each position the token that it predicts; the last one gets id 0, which `token_frame` drops again.
+
+    Example:
+      >>> print(next_tokens(jnp.array([[5, 6, 7]])))
+      [[6 7 0]]
+    """
+    tokens = jnp.asarray(tokens).astype(jnp.int32)
+    return jnp.concatenate([tokens[:, 1:], jnp.zeros_like(tokens[:, :1])], axis=1)
+
+
+def _scaled(logits: jax.Array, temperature: jax.typing.ArrayLike) -> jax.Array:
+    return as_float(logits) / jax.lax.stop_gradient(jnp.asarray(temperature)).astype(as_float(logits).dtype)
+
+
+def shifted_logits(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Subtract each row's largest logit, and say which rows are usable.
+
+    A row with NaN or +inf, or with nothing but -inf, is not: it is replaced by zeros, so that it can't put
+    NaN into the gradient where a mask has left it out.
+
+    Args:
+      logits: [..., V] floating.
+
+    Returns:
+      ([..., V] logits of which the largest is 0, [...] boolean: the row is usable).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> z, usable = shifted_logits(jnp.array([[1.0, 3.0], [jnp.nan, 0.0]]))
+      >>> print(z, usable)
+      [[-2.  0.]
+       [ 0.  0.]] [ True False]
+    """
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    usable = jnp.isfinite(top)
+    shifted = jnp.where(usable, logits - top, 0.0)
+    return shifted, jnp.squeeze(usable, axis=-1)
+
+
+def picked_logits(logits: jax.Array, ids: jax.Array) -> jax.Array:
+    """Pick the logit of an id from each row: [..., V] and [...] to [...]; 0 for an id outside the vocabulary."""
+    # A comparison instead of a gather: it fuses with the sums over V beside it, and V may be sharded.
+    hit = jax.lax.broadcasted_iota(ids.dtype, logits.shape, logits.ndim - 1) == ids[..., None]
+    return jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+
+
+def token_logprobs(logits: jax.Array, tokens: jax.Array, *, temperature: jax.typing.ArrayLike = 1.0) -> jax.Array:
+    """Read off each token's log-probability given the tokens before it.
+
+    logprobs[:, t] = log softmax(logits[:, t - 1] / temperature)[tokens[:, t]], logprobs[:, 0] = 0.
+
+    Logits of -inf are fine (a forbidden token). A row of logits with NaN gives NaN there and no gradient.
+
+    Args:
+      logits: [B, T, V] of any floating type; computed in float32.
+      tokens: [B, T] integer ids in [0, V); an id outside gives NaN at its place.
+      temperature: [] above 0, the sampler's; carries no gradient.
+
+    Returns:
+      [B, T] float32, in nats; entry 0 is 0.
+
+    Raises:
+      ValueError: `temperature` is a number that is not above 0.
+      AssertionError: the shapes don't fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(token_logprobs(jnp.zeros((1, 3, 4)), jnp.array([[0, 1, 2]])))
+      [[ 0.        -1.3862944 -1.3862944]]
+    """
+    check_number("temperature", temperature, 0, strict=True)
+    chex.assert_rank([logits, tokens], [3, 2])
+    chex.assert_equal_shape_prefix([logits, tokens], 2)
+    ids = next_tokens(tokens)
+    z, usable = shifted_logits(_scaled(logits, temperature))
+    logprobs = picked_logits(z, ids) - jnp.log(jnp.sum(jnp.exp(z), axis=-1))
+    return token_frame(jnp.where(usable & (ids >= 0) & (ids < logits.shape[-1]), logprobs, jnp.nan))
+
+
+def token_entropy(logits: jax.Array, *, temperature: jax.typing.ArrayLike = 1.0) -> jax.Array:
+    """Compute the entropy of the distribution that each token was drawn from.
+
+    entropy[:, t] = logsumexp(z) - sum_v softmax(z)_v z_v with z = logits[:, t - 1] / temperature.
+    As a bonus in the loss it is biased: its gradient is exact for each token's distribution given its prefix, and drops
+    the effect on which prefixes come up.
+
+    Args:
+      logits: [B, T, V] of any floating type; -inf is fine (a forbidden token).
+      temperature: [] above 0, the sampler's; carries no gradient.
+
+    Returns:
+      [B, T] float32, in nats, not below 0; entry 0 is 0.
+
+    Raises:
+      ValueError: `temperature` is a number that is not above 0.
+      AssertionError: `logits` is not of rank 3.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(token_entropy(jnp.zeros((1, 2, 4))))
+      [[0.        1.3862944]]
+    """
+    check_number("temperature", temperature, 0, strict=True)
+    chex.assert_rank(logits, 3)
+    z, usable = shifted_logits(_scaled(logits, temperature))
+    weights = jnp.exp(z)
+    total = jnp.sum(weights, axis=-1)
+    # exp(-inf) * -inf is NaN where its limit is 0, in the value and in the gradient.
+    finite_z = jnp.where(jnp.isneginf(z), 0.0, z)
+    entropy = jnp.log(total) - jnp.sum(weights * finite_z, axis=-1) / total
+    return token_frame(jnp.where(usable, entropy, jnp.nan))

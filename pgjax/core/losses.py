@@ -1,0 +1,327 @@
+"""Losses: scalars for `jax.grad`. Gradients flow through `logprobs` and `values`, and through nothing else.
+
+With `axis_name`, numerators and denominators are summed over devices, so a loss is that of the global batch;
+for its gradient inside `shard_map` and `pmap` see `masking.masked_mean`.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+from jax.typing import ArrayLike
+
+from pgjax.core.checks import check_number
+from pgjax.core.masking import AxisName, as_floats, as_mask, global_sum, masked_mean, where_mask
+
+_REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum")
+
+
+def _aligned(mask: ArrayLike | None, *xs: ArrayLike) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Bring arrays to one float type and zero them outside the mask, before any exp can see them."""
+    arrays = as_floats(*xs)
+    chex.assert_equal_shape(arrays)
+    inside = as_mask(mask, arrays[0])
+    return inside, tuple(where_mask(inside, x) for x in arrays)
+
+
+def _reduce(losses: jax.Array, mask: jax.Array, reduce: str, axis_name: AxisName) -> jax.Array:
+    if reduce not in _REDUCTIONS:
+        raise ValueError(f"reduce must be one of {', '.join(_REDUCTIONS)}, got {reduce!r}")
+    if reduce == "token_mean" or losses.ndim < 2:
+        return masked_mean(losses, mask, axis_name=axis_name)
+    sums = jnp.sum(where_mask(mask, losses), axis=-1)
+    counts = jnp.sum(mask.astype(losses.dtype), axis=-1)
+    rows = sums / jnp.maximum(counts, 1.0) if reduce == "sequence_mean" else sums
+    return masked_mean(rows, counts > 0, axis_name=axis_name)
+
+
+def _ratio_range(clip_eps: ArrayLike, clip_eps_high: ArrayLike | None, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    above = clip_eps if clip_eps_high is None else clip_eps_high
+    check_number("clip_eps", clip_eps, 0)
+    check_number("clip_eps_high", above, 0)
+    return 1.0 - jnp.asarray(clip_eps, dtype), 1.0 + jnp.asarray(above, dtype)
+
+
+def policy_gradient_loss(
+    logprobs: ArrayLike,
+    advantages: ArrayLike,
+    mask: ArrayLike | None = None,
+    *,
+    reduce: str = "token_mean",
+    axis_name: AxisName = None,
+) -> jax.Array:
+    """Compute the loss whose gradient is minus the policy gradient.
+
+    L = -reduce(advantages * logprobs). Williams (1992), "Simple Statistical Gradient-Following Algorithms".
+
+    Unbiased on samples of the present policy, with "sequence_sum" and returns to go, less any value read before
+    the token. The means over tokens give the same over T where every sequence has T tokens. Where lengths vary
+    they are biased: "sequence_mean" gives the gradient of E[R / length] for an advantage R that all tokens
+    share; "token_mean" is the exact gradient over the mean length only as the batch grows, and of one sequence
+    equals "sequence_mean". A baseline then biases too: even a constant advantage changes the lengths.
+
+    Args:
+      logprobs: any shape ([B, T] tokens, [B] sequences), nats, of what the present policy sampled.
+      advantages: the same shape; carries no gradient.
+      mask: the same shape, boolean; None counts every entry.
+      reduce: "token_mean": every token counts the same. "sequence_mean": mean over the last axis, then every
+        sequence counts the same. "sequence_sum": sum over the last axis, then mean over sequences. Sequences
+        with an empty mask count in neither. With fewer than two axes an entry is a sequence, and all three
+        are the mean.
+      axis_name: mapped axis or axes to reduce over too (they split sequences, not tokens).
+
+    Returns:
+      [], float32.
+
+    Raises:
+      ValueError: `reduce` is none of the three.
+      AssertionError: the shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(policy_gradient_loss(jnp.array([-1.0, -2.0]), jnp.array([1.0, -1.0])))
+      -0.5
+    """
+    inside, (logprobs, advantages) = _aligned(mask, logprobs, stop_gradient(advantages))
+    return _reduce(-advantages * logprobs, inside, reduce, axis_name)
+
+
+def clipped_surrogate_loss(
+    logprobs: ArrayLike,
+    old_logprobs: ArrayLike,
+    advantages: ArrayLike,
+    mask: ArrayLike | None = None,
+    *,
+    clip_eps: ArrayLike = 0.2,
+    clip_eps_high: ArrayLike | None = None,
+    dual_clip: ArrayLike | None = None,
+    reduce: str = "token_mean",
+    axis_name: AxisName = None,
+) -> jax.Array:
+    """Compute PPO's clipped loss.
+
+    L = -reduce(min(r A, clip(r, 1 - clip_eps, 1 + clip_eps_high) A)), r = exp(logprobs - old_logprobs).
+    Schulman et al. (2017), "Proximal Policy Optimization Algorithms"; a higher upper bound: Yu et al. (2025),
+    "DAPO"; `dual_clip` c: max(min(...), c A) where A < 0, Ye et al. (2020), "Mastering Complex Control in
+    MOBA Games".
+
+    Where logprobs equal old_logprobs, at any bound, its gradient is that of `policy_gradient_loss`. After that,
+    and unclipped: a [B] ratio of whole sequences keeps E[R]'s exact gradient; ratios of tokens give that of the
+    local objective E_old[sum_t r_t A_t] (Kakade & Langford 2002; the prefixes and what follows stay the old
+    policy's), biased for the new policy; the clip leaves out more.
+
+    An entry's gradient is 0 if and only if (A > 0 and r > 1 + clip_eps_high) or (A < 0 and r < 1 - clip_eps),
+    or A < 0 and r > dual_clip, or A = 0.
+
+    Args:
+      logprobs: any shape ([B, T] tokens, [B] sequences), nats, under the present policy.
+      old_logprobs: the same shape, nats, under the policy that sampled; carries no gradient.
+      advantages: the same shape; carries no gradient.
+      mask: the same shape, boolean; None counts every entry.
+      clip_eps: [] not below 0; 0 is a value like any other.
+      clip_eps_high: [] not below 0; None: `clip_eps`.
+      dual_clip: [] above 1; None: no bound on r where A < 0.
+      reduce: "token_mean", "sequence_mean" or "sequence_sum", as in `policy_gradient_loss`.
+      axis_name: mapped axis or axes to reduce over too.
+
+    Returns:
+      [], float32.
+
+    Raises:
+      ValueError: a bound is a number out of its range, or `reduce` is none of the three.
+      AssertionError: the shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> new, old, advantages = jnp.log(jnp.array([1.5, 0.9])), jnp.zeros(2), jnp.array([1.0, 1.0])
+      >>> print(clipped_surrogate_loss(new, old, advantages, clip_eps=0.2))
+      -1.05
+    """
+    if dual_clip is not None:
+        check_number("dual_clip", dual_clip, 1, strict=True)
+    inside, (new, old, advantages) = _aligned(mask, logprobs, stop_gradient(old_logprobs), stop_gradient(advantages))
+    low, high = _ratio_range(clip_eps, clip_eps_high, new.dtype)
+    upper = jnp.where(advantages > 0, high, jnp.asarray(jnp.inf if dual_clip is None else dual_clip, new.dtype))
+    lower = jnp.where(advantages < 0, low, -jnp.inf)
+    # Comparisons, not min and clip: at a tie those share the gradient out in ways of their own. And what gets no gradient
+    # goes out before exp: where it overflows, 0 * inf would be NaN.
+    at = jnp.exp(stop_gradient(new - old))
+    stopped = (at < lower) | (at > upper)
+    moving = jnp.exp(where_mask(~stopped & (advantages != 0), new - old))
+    ratio = jnp.where(stopped, stop_gradient(jnp.clip(at, lower, upper)), moving)
+    return _reduce(-ratio * advantages, inside, reduce, axis_name)
+
+
+def value_loss(
+    values: ArrayLike,
+    returns: ArrayLike,
+    mask: ArrayLike | None = None,
+    *,
+    old_values: ArrayLike | None = None,
+    clip_eps: ArrayLike | None = None,
+    axis_name: AxisName = None,
+) -> jax.Array:
+    """Compute half the mean squared error of the values, clipped against the old values if asked.
+
+    L = mean(0.5 (V - G)^2), or with `old_values` and `clip_eps`
+    L = mean(0.5 max((V - G)^2, (clip(V, V_old - eps, V_old + eps) - G)^2)), the larger of the two errors: the
+    value clipping of the PPO code of Dhariwal et al. (2017), "OpenAI Baselines".
+
+    Unclipped and with on-policy returns it is least at each prefix's expected return, the value with which
+    `monte_carlo_advantages` varies little. The clip biases that towards the old value wherever the expected
+    return lies beyond the bound.
+
+    Args:
+      values: any shape, reward units.
+      returns: the same shape; carries no gradient.
+      mask: the same shape, boolean; None counts every entry.
+      old_values: the same shape, the values at sampling time; carries no gradient. Goes with `clip_eps`.
+      clip_eps: [] not below 0, reward units. Goes with `old_values`.
+      axis_name: mapped axis or axes to reduce over too.
+
+    Returns:
+      [], float32, reward units squared.
+
+    Raises:
+      ValueError: one of `old_values` and `clip_eps` comes without the other, or `clip_eps` is below 0.
+      AssertionError: the shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(value_loss(jnp.array([1.0, 2.0]), jnp.array([0.0, 2.0])))
+      0.25
+    """
+    if (old_values is None) != (clip_eps is None):
+        given, absent = ("clip_eps", "old_values") if old_values is None else ("old_values", "clip_eps")
+        raise ValueError(f"value_loss got {given} without {absent}; give both to clip, neither not to")
+    if old_values is None or clip_eps is None:
+        inside, (new, target) = _aligned(mask, values, stop_gradient(returns))
+        return masked_mean(0.5 * jnp.square(new - target), inside, axis_name=axis_name)
+    check_number("clip_eps", clip_eps, 0)
+    inside, (new, target, old) = _aligned(mask, values, stop_gradient(returns), stop_gradient(old_values))
+    bound = jax.lax.stop_gradient(jnp.asarray(clip_eps, new.dtype))
+    held = old + jnp.clip(new - old, -bound, bound)
+    error, held_error = jnp.square(new - target), jnp.square(held - target)
+    return masked_mean(0.5 * jnp.where(held_error > error, held_error, error), inside, axis_name=axis_name)
+
+
+def cross_entropy_loss(logprobs: ArrayLike, mask: ArrayLike | None = None, *, axis_name: AxisName = None) -> jax.Array:
+    """Compute the mean negative log-likelihood, for supervised fine-tuning.
+
+    L = -mean(logprobs) over the mask. On samples of another policy its expected gradient is that of KL(other ||
+    policy), over the number of tokens: exact for one length, and where lengths vary as the batch grows.
+
+    Args:
+      logprobs: any shape, nats, from `token_logprobs` or `linear_token_logprobs`.
+      mask: the same shape, boolean: the tokens to learn; None counts every entry (entry 0 of a row too).
+      axis_name: mapped axis or axes to reduce over too.
+
+    Returns:
+      [], float32, nats a token.
+
+    Raises:
+      AssertionError: the shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(cross_entropy_loss(jnp.array([[0.0, -1.0, -3.0]]), jnp.array([[False, True, True]])))
+      2.0
+    """
+    return -masked_mean(logprobs, mask, axis_name=axis_name)
+
+
+def preference_loss(
+    chosen: ArrayLike, rejected: ArrayLike, *, margin: ArrayLike | None = None, center_coef: ArrayLike = 0.0
+) -> jax.Array:
+    """Compute the Bradley-Terry loss of a reward model.
+
+    L = mean(-log sigmoid(chosen - rejected - margin)) + center_coef * mean((chosen + rejected)^2). Bradley
+    and Terry (1952); margin: Touvron et al. (2023), "Llama 2"; centring: Eisenstein et al. (2023), "Helping
+    or Herding?".
+
+    If preferences are drawn from sigmoid of the true rewards' difference, it is least at the true reward plus any
+    constant. Centring picks the constant and shrinks the scores towards 0; a margin stretches them. Both bias.
+
+    Args:
+      chosen: [B], the model's scores of the preferred answers; carries gradient.
+      rejected: [B], of the other answers; carries gradient.
+      margin: [B] or [], how far apart the two should be at least; carries no gradient.
+      center_coef: [] weight of the pull of the pair's sum towards 0.
+
+    Returns:
+      [], float32.
+
+    Raises:
+      AssertionError: the shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(preference_loss(jnp.array([1.0]), jnp.array([1.0])))
+      0.6931472
+    """
+    chosen, rejected, offset, weight = as_floats(
+        chosen, rejected, stop_gradient(0.0 if margin is None else margin), stop_gradient(center_coef)
+    )
+    chex.assert_equal_shape([chosen, rejected])
+    chex.assert_rank(weight, 0)
+    if offset.ndim:
+        chex.assert_equal_shape([chosen, offset])
+    losses = -jax.nn.log_sigmoid(chosen - rejected - offset)
+    sums = jnp.where(weight == 0, 0.0, chosen + rejected)  # without centring, large ones don't overflow either
+    return masked_mean(losses) + weight.astype(jnp.float32) * masked_mean(jnp.square(sums))
+
+
+def surrogate_diagnostics(
+    logprobs: ArrayLike,
+    old_logprobs: ArrayLike,
+    mask: ArrayLike | None = None,
+    *,
+    clip_eps: ArrayLike = 0.2,
+    clip_eps_high: ArrayLike | None = None,
+    axis_name: AxisName = None,
+) -> dict[str, jax.Array]:
+    """Measure how far the policy has moved from the one that sampled.
+
+    With r = exp(logprobs - old_logprobs): approx_kl = mean(r - 1 - log r), which estimates KL(old || new)
+    without bias and never below 0 (Schulman 2020); clip_fraction = share of r < 1 - clip_eps or r > 1 + clip_eps_high;
+    mean, least, largest r. Per token; times T, it is the KL of whole sequences, where every sequence has T tokens.
+
+    Args:
+      logprobs: any shape, nats, under the present policy.
+      old_logprobs: the same shape, nats, under the policy that sampled.
+      mask: the same shape, boolean; None counts every entry.
+      clip_eps: [] the loss's bound.
+      clip_eps_high: [] its upper bound; None: `clip_eps`.
+      axis_name: mapped axis or axes to reduce over too.
+
+    Returns:
+      A dict of [] float32: approx_kl, clip_fraction, ratio_mean, ratio_min, ratio_max; all 0 if the mask is
+      empty. Carries no gradient.
+
+    Raises:
+      ValueError: a bound is a number below 0.
+      AssertionError: the shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> found = surrogate_diagnostics(jnp.log(jnp.array([1.0, 1.5])), jnp.zeros(2))
+      >>> print(found["clip_fraction"], found["ratio_max"])
+      0.5 1.5
+    """
+    inside, (new, old) = _aligned(mask, stop_gradient(logprobs), stop_gradient(old_logprobs))
+    log_ratio = new - old
+    ratio = jnp.exp(log_ratio)
+    least = jnp.min(jnp.where(inside, ratio, jnp.inf))
+    largest = jnp.max(jnp.where(inside, ratio, -jnp.inf))
+    if axis_name is not None:
+        least, largest = jax.lax.pmin(least, axis_name), jax.lax.pmax(largest, axis_name)
+    seen = global_sum(inside.astype(ratio.dtype), axis_name) > 0
+    low, high = _ratio_range(clip_eps, clip_eps_high, ratio.dtype)
+    far = ((ratio < low) | (ratio > high)).astype(ratio.dtype)
+    return {
+        "approx_kl": masked_mean(jnp.expm1(log_ratio) - log_ratio, inside, axis_name=axis_name),
+        "clip_fraction": masked_mean(far, inside, axis_name=axis_name),
+        "ratio_mean": masked_mean(ratio, inside, axis_name=axis_name),
+        "ratio_min": where_mask(seen, least).astype(jnp.float32),
+        "ratio_max": where_mask(seen, largest).astype(jnp.float32),
+    }

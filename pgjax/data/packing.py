@@ -1,0 +1,81 @@
+"""Examples side by side in rows of one length, told apart by segment ids."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pgjax.core.errors import UserError
+from pgjax.data.examples import Example
+
+
+class Packed(NamedTuple):
+    """Examples side by side in rows of one length."""
+
+    tokens: Any  # [R, L] int32
+    segment_ids: Any  # [R, L] int32: 1, 2, ... in each row, 0 on padding
+    mask: Any  # [R, L] bool, True where the token is learned; never the first one of a segment
+
+
+def pack(examples: Sequence[Example], length: int, pad_id: int = 0) -> Packed:
+    """Put examples side by side into as few rows as a simple rule finds: the longest first, each where it fits best.
+
+    The first token of an example is never learned: its prediction would come from the example before it.
+
+    Args:
+      examples: each of at least 1 and at most ``length`` tokens.
+      length: of a row, L.
+      pad_id: the id put in the padding; only segment id 0 says what is padding.
+
+    Returns:
+      The rows, in the order of their longest examples; the same ones for the same examples.
+
+    Raises:
+      ValueError: no examples, or one that is empty or longer than ``length``.
+
+    Example:
+      >>> short, long = Example([1, 2], [False, True]), Example([3, 4, 5], [True, True, True])
+      >>> packed = pack([short, long, short], 5)
+      >>> packed.tokens.tolist(), packed.segment_ids.tolist()
+      ([[3, 4, 5, 1, 2], [1, 2, 0, 0, 0]], [[1, 1, 1, 2, 2], [1, 1, 0, 0, 0]])
+      >>> packed.mask.astype(int).tolist()
+      [[0, 1, 1, 0, 1], [0, 1, 0, 0, 0]]
+    """
+    if not examples:
+        raise UserError("there are no examples to pack")
+    rows = _best_fit([len(example.ids) for example in examples], length)
+    tokens = np.full((len(rows), length), pad_id, np.int32)
+    segment_ids = np.zeros((len(rows), length), np.int32)
+    mask = np.zeros((len(rows), length), np.bool_)
+    for row, numbers in enumerate(rows):
+        begin = 0
+        for segment, number in enumerate(numbers, start=1):
+            ids, learned = examples[number]
+            place = slice(begin, begin + len(ids))
+            tokens[row, place], segment_ids[row, place], mask[row, place] = ids, segment, learned
+            mask[row, begin] = False
+            begin += len(ids)
+    return Packed(tokens, segment_ids, mask)
+
+
+def _best_fit(lengths: Sequence[int], length: int) -> list[list[int]]:
+    """Deal numbers of examples into rows: the longest first, each into the fullest row that still holds it."""
+    worst = max(range(len(lengths)), key=lengths.__getitem__)
+    if lengths[worst] > length or min(lengths) < 1:
+        raise UserError(f"examples have {min(lengths)} to {lengths[worst]} tokens: each needs 1 to {length}")
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (free places, row), sorted
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        found = bisect.bisect_left(rooms, (lengths[number], 0))
+        if found == len(rooms):
+            room, row = length, len(rows)
+            rows.append([])
+        else:
+            room, row = rooms.pop(found)
+        rows[row].append(number)
+        if room > lengths[number]:
+            bisect.insort(rooms, (room - lengths[number], row))
+    return rows

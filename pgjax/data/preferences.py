@@ -1,0 +1,308 @@
+"""Preferences: rows with two answers to one prompt, checked to the row and turned into token ids."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pgjax.core.errors import UserError
+from pgjax.data.prompts import Prompt, check_prompt, encode_prompt
+from pgjax.data.tables import Placed, Row, as_messages, check_messages, check_same_columns, check_text, left_out_notes
+from pgjax.models.io.tokenizer import stop_ids
+
+TEMPLATED = "prompts_were_templated"  # kept among a tokenizer's settings: how a reward model has seen its prompts
+
+
+class Answered(NamedTuple):
+    """A prompt with an answer to it."""
+
+    prompt: Prompt
+    answer: str
+
+
+class Pair(NamedTuple):
+    """Two answers to one prompt, the first one preferred."""
+
+    place: str  # where its row stands
+    chosen: Answered
+    rejected: Answered
+    margin: float  # how far apart their scores should be at least
+
+
+class Reference(NamedTuple):
+    """An answer to normalise scores on."""
+
+    place: str  # where its row stands
+    answered: Answered
+
+
+class Encoded(NamedTuple):
+    """A pair in token ids, each answer behind its prompt."""
+
+    chosen: list[int]
+    rejected: list[int]
+    margin: float
+
+
+class Kept(NamedTuple):
+    """What became of rows."""
+
+    kept: list[Any]
+    left_out: dict[str, list[str]]  # why -> places of the rows
+
+    def notes(self) -> list[str]:
+        """Say what was left out, a line for each reason; no lines where there is nothing to say."""
+        return left_out_notes(self.left_out)
+
+
+def check_pairs(placed: Placed) -> Kept:
+    """Check rows of preferences, leaving out those that say nothing.
+
+    Columns: ``chosen`` and ``rejected``, each a text or a list of messages; ``prompt``, a text or a list of messages, which
+    may be missing where both answers are whole conversations; and, if there is one, ``margin``, a number of at least 0,
+    which is 0 where it is missing. A list of messages may be written in JSON, as CSV has it. Messages that begin with the
+    assistant's answer the prompt, others hold it; the last message is what is judged. Other columns are not looked at.
+    Rows with two equal answers or an empty one are left out.
+
+    Args:
+      placed: rows with their places; at least one.
+
+    Returns:
+      The pairs as `Pair`, and where the others stood.
+
+    Raises:
+      ValueError: a missing column, a value of another kind, answers to different prompts, or no row that says
+        anything; it names the place.
+
+    Example:
+      >>> rows = [{"prompt": "Hi", "chosen": "Hello", "rejected": "No"}, {"prompt": "Hi", "chosen": "a", "rejected": "a"}]
+      >>> pairs = check_pairs([(f"line {i}", row) for i, row in enumerate(rows, start=1)])
+      >>> pairs.kept[0].chosen, pairs.notes()
+      (Answered(prompt='Hi', answer='Hello'), ['left out 1 row, two equal answers: line 2'])
+    """
+    check_same_columns(placed, ("prompt", "chosen", "rejected"))
+    missing = [name for name in ("chosen", "rejected") if name not in placed[0][1]]
+    if missing:
+        place, row = placed[0]
+        raise UserError(
+            f"{place}: there is no column {missing[0]!r}; the columns are {', '.join(map(repr, row)) or 'none'}"
+        )
+    kept: list[Pair] = []
+    left_out: dict[str, list[str]] = {}
+    for place, row in placed:
+        chosen, rejected = (_answered(place, row, name) for name in ("chosen", "rejected"))
+        pair = Pair(place, chosen, rejected, _margin(place, row))
+        if chosen.prompt != rejected.prompt:
+            raise UserError(f"{place}: 'chosen' and 'rejected' answer different prompts, so they do not compare")
+        why = "an empty answer" if not (chosen.answer.strip() and rejected.answer.strip()) else "two equal answers"
+        if why == "two equal answers" and chosen.answer != rejected.answer:
+            kept.append(pair)
+        else:
+            left_out.setdefault(why, []).append(place)
+    return _some_left(Kept(kept, left_out), "pair is left to learn from")
+
+
+def check_answers(placed: Placed) -> Kept:
+    """Check rows with a ``prompt`` and a ``completion``, each a text or a list of messages; empty completions are left out.
+
+    Args:
+      placed: rows with their places; at least one.
+
+    Returns:
+      The rows as `Reference`, and where the others stood.
+
+    Raises:
+      ValueError: a row that is none, naming the place, or nothing is left.
+
+    Example:
+      >>> check_answers([("line 1", {"prompt": "Hi", "completion": "Hello"})]).kept
+      [Reference(place='line 1', answered=Answered(prompt='Hi', answer='Hello'))]
+    """
+    check_same_columns(placed, ("prompt", "completion"))
+    if "completion" not in placed[0][1]:
+        listed = ", ".join(map(repr, placed[0][1])) or "none"
+        raise UserError(f"{placed[0][0]}: there is no column 'completion'; the columns are {listed}")
+    answers = [Reference(place, _answered(place, row, "completion")) for place, row in placed]
+    empty = [place for place, answered in answers if not answered.answer.strip()]
+    kept = [reference for reference in answers if reference.answered.answer.strip()]
+    return _some_left(Kept(kept, {"an empty answer": empty} if empty else {}), "reference is left")
+
+
+def encode_answers(answers: Sequence[Answered], tokenizer: Any, *, chat: bool, eos: bool) -> list[list[int]]:
+    """Turn prompts with their answers into token ids, as a policy samples them: the prompt's ids, then the answer's.
+
+    The answer is tokenised apart, without special tokens of the tokenizer's own, and ends with the end of sequence.
+
+    Args:
+      answers: prompts with answers.
+      tokenizer: a Hugging Face tokenizer.
+      chat: put prompts that are texts through the chat template too; messages always go through it.
+      eos: end each answer with the end of sequence, unless it ends with one already; False where completions say
+        themselves whether they ended.
+
+    Returns:
+      The ids of each, unpadded.
+
+    Raises:
+      ValueError: no chat template where one is needed, messages that it refuses, or no end of sequence to add.
+
+    Example:
+      >>> class Letters:  # stands in for a tokenizer
+      ...     eos_token_id, init_kwargs = 0, {}
+      ...     def __call__(self, text, **options):
+      ...         ids = lambda text: [ord(letter) for letter in text]
+      ...         return {"input_ids": ids(text) if isinstance(text, str) else [ids(one) for one in text]}
+      >>> encode_answers([Answered("ab", "c")], Letters(), chat=False, eos=True)
+      [[97, 98, 99, 0]]
+    """
+    places = [f"answer {number} (counted from 0)" for number in range(len(answers))]
+    return [prompt + answer for prompt, answer in _encode(places, answers, tokenizer, chat=chat, eos=eos)]
+
+
+def _encode(
+    places: Sequence[str], answers: Sequence[Answered], tokenizer: Any, *, chat: bool, eos: bool
+) -> list[tuple[list[int], list[int]]]:
+    """Encode as `encode_answers` does, the ids of each prompt and of its answer apart."""
+    stops = stop_ids(tokenizer)
+    if eos and not stops:
+        raise UserError("the tokenizer has no end-of-sequence token to end an answer with: add one, or use eos=False")
+    end = [] if not eos else [tokenizer.eos_token_id if tokenizer.eos_token_id in stops else stops[0]]
+    texts = [answered.answer for answered in answers]
+    endings = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    prompts: dict[str, list[int]] = {}  # the two answers of a pair, and often many pairs, share one
+    encoded = []
+    for place, answered, ids in zip(places, answers, endings, strict=True):
+        key = repr(answered.prompt)
+        if key not in prompts:
+            templated = chat or not isinstance(answered.prompt, str)
+            prompts[key] = encode_prompt(answered.prompt, tokenizer, chat=templated, place=place)
+        ended = len(ids) > 0 and int(ids[-1]) in stops
+        encoded.append((prompts[key], [*map(int, ids), *([] if ended else end)]))
+    return encoded
+
+
+def encode_pairs(pairs: Kept, tokenizer: Any, *, chat: bool, eos: bool, max_length: int) -> Kept:
+    """Turn pairs into token ids; nothing is ever cut.
+
+    Left out are pairs of which an answer is too long or holds an end of sequence before its end, which a policy would have
+    stopped at, and pairs whose answers have the same ids.
+
+    Args:
+      pairs: of `check_pairs`.
+      tokenizer: a Hugging Face tokenizer.
+      chat: as in `encode_answers`.
+      eos: as in `encode_answers`.
+      max_length: longest prompt with answer, in tokens.
+
+    Returns:
+      The pairs as `Encoded`, and where all others stood.
+
+    Raises:
+      ValueError: no pair is left, or `encode_answers` refuses.
+
+    Example:
+      >>> from tokenizers import Tokenizer, models
+      >>> from transformers import PreTrainedTokenizerFast
+      >>> letters = Tokenizer(models.BPE(vocab={"e": 0, "a": 1, "b": 2}, merges=[]))
+      >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="e")
+      >>> pairs = check_pairs([("line 1", {"prompt": "a", "chosen": "b", "rejected": "ab"})])
+      >>> encode_pairs(pairs, tokenizer, chat=False, eos=True, max_length=4).kept
+      [Encoded(chosen=[1, 2, 0], rejected=[1, 1, 2, 0], margin=0.0)]
+    """
+    answers = [answered for pair in pairs.kept for answered in (pair.chosen, pair.rejected)]
+    places = [pair.place for pair in pairs.kept for _ in range(2)]
+    ids = _encode(places, answers, tokenizer, chat=chat, eos=eos)
+    kept, left_out = [], {why: list(places) for why, places in pairs.left_out.items()}
+    for pair, chosen, rejected in zip(pairs.kept, ids[::2], ids[1::2], strict=True):
+        why = _fault(chosen, tokenizer, max_length) or _fault(rejected, tokenizer, max_length)
+        if why is None and chosen == rejected:
+            why = "two equal answers"
+        if why is None:
+            kept.append(Encoded(chosen[0] + chosen[1], rejected[0] + rejected[1], pair.margin))
+        else:
+            left_out.setdefault(why, []).append(pair.place)
+    return _some_left(Kept(kept, left_out), "pair is left to learn from")
+
+
+def encode_references(references: Kept, tokenizer: Any, *, chat: bool, eos: bool, max_length: int) -> Kept:
+    """Turn references into token ids, leaving out what `encode_pairs` would.
+
+    Args:
+      references: of `check_answers`.
+      tokenizer: a Hugging Face tokenizer.
+      chat: as in `encode_answers`.
+      eos: as in `encode_answers`.
+      max_length: longest prompt with answer, in tokens.
+
+    Returns:
+      The ids of each, and where all others stood.
+
+    Raises:
+      ValueError: nothing is left, or `encode_answers` refuses.
+
+    Example:
+      >>> class Letters:  # stands in for a tokenizer
+      ...     eos_token_id, init_kwargs = 0, {}
+      ...     def __call__(self, text, **options):
+      ...         ids = lambda text: [ord(letter) for letter in text]
+      ...         return {"input_ids": ids(text) if isinstance(text, str) else [ids(one) for one in text]}
+      >>> rows = [("line 1", {"prompt": "a", "completion": "b"}), ("line 2", {"prompt": "a", "completion": "bcd"})]
+      >>> found = encode_references(check_answers(rows), Letters(), chat=False, eos=True, max_length=3)
+      >>> found.kept, found.notes()
+      ([[97, 98, 0]], ['left out 1 row, longer than 3 tokens: line 2'])
+    """
+    places, answers = zip(*references.kept, strict=True)
+    kept, left_out = [], {why: list(places) for why, places in references.left_out.items()}
+    for place, ids in zip(places, _encode(places, answers, tokenizer, chat=chat, eos=eos), strict=True):
+        why = _fault(ids, tokenizer, max_length)
+        if why is None:
+            kept.append(ids[0] + ids[1])
+        else:
+            left_out.setdefault(why, []).append(place)
+    return _some_left(Kept(kept, left_out), "reference is left")
+
+
+def _fault(ids: tuple[list[int], list[int]], tokenizer: Any, max_length: int) -> str | None:
+    """Say why a prompt with its answer cannot be scored, if so."""
+    prompt, answer = ids
+    if not set(stop_ids(tokenizer)).isdisjoint(answer[:-1]):
+        return "an end of sequence inside the answer"
+    return f"longer than {max_length} tokens" if len(prompt) + len(answer) > max_length else None
+
+
+def _some_left(found: Kept, what: str) -> Kept:
+    if not found.kept:
+        raise UserError(f"no {what}: {'; '.join(found.notes())}")
+    return found
+
+
+def _answered(place: str, row: Row, name: str) -> Answered:
+    """Find the prompt and the text that is judged in a row's column."""
+    prompt, value = as_messages(row.get("prompt")), as_messages(row[name])
+    if not isinstance(value, list):
+        check_text(place, f"the column {name!r}", value)
+        if "prompt" not in row:
+            listed = ", ".join(map(repr, row))
+            raise UserError(f"{place}: there is no column 'prompt'; the columns are {listed}")
+        check_prompt(place, prompt)
+        return Answered(prompt, value)
+    check_messages(place, f"the column {name!r}", value)
+    if value[-1]["role"] != "assistant":
+        raise UserError(f"{place}: {name!r} ends with the role {value[-1]['role']!r}, not 'assistant'")
+    before: list[Mapping[str, str]] = []
+    if value[0]["role"] == "assistant":
+        check_prompt(place, prompt)
+        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or ())
+    return Answered([*before, *value[:-1]], value[-1]["content"])
+
+
+def _margin(place: str, row: Row) -> float:
+    given = row.get("margin", 0.0)
+    try:
+        margin = math.nan if isinstance(given, bool) else float(given)  # a CSV gives texts
+    except (TypeError, ValueError):
+        margin = math.nan
+    if not 0 <= margin < math.inf:
+        raise UserError(f"{place}: the margin is {given!r}, not a finite number of at least 0")
+    return margin

@@ -1,0 +1,327 @@
+"""Tables of rows from JSON lines, CSV, parquet, plain text, or the package `datasets`; each row with its place."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pgjax.core.errors import MissingPackageError, UserError
+
+Row = dict[str, Any]
+Placed = Sequence[tuple[str, Row]]  # rows, each behind the words that say where it stands
+_MANY = 5  # places that a note lists
+
+
+def read_table(source: str | os.PathLike[str], *, text_column: str = "prompt") -> list[tuple[str, Row]]:
+    """Read the rows of a table, each with the words that say where it stands.
+
+    Args:
+      source: a file that ends in ``.jsonl`` (an object a line, blank lines skipped), ``.csv`` (with a header
+        line), ``.parquet`` (needs pyarrow) or ``.txt`` (a text a line, blank lines skipped), in UTF-8; or a
+        folder or a name that the package ``datasets`` knows, as ``NAME``, ``NAME:SPLIT`` or
+        ``NAME:CONFIGURATION:SPLIT``; the split is ``train`` where none is given.
+      text_column: the column that the lines of a ``.txt`` file come in.
+
+    Returns:
+      The pairs (place, row) in order: ``("rows.jsonl, line 7", {...})``.
+
+    Raises:
+      ValueError: no such file or data set, an unknown ending, no rows, or a malformed line; it names the file
+        and the line.
+      ImportError: the package that reads this kind is not installed; it names it.
+
+    Example:
+      >>> import tempfile
+      >>> path = Path(tempfile.mkdtemp()) / "rows.csv"
+      >>> _ = path.write_text("prompt,topic\\nWrite a haiku about rain,rain\\n")
+      >>> [(place[-16:], row["topic"]) for place, row in read_table(path)]
+      [('rows.csv, line 2', 'rain')]
+    """
+    path = Path(source)
+    readers: dict[str, Callable[[Path], list[tuple[str, Row]]]] = {
+        ".jsonl": _read_jsonl,
+        ".csv": _read_csv,
+        ".txt": lambda path: _read_text(path, text_column),
+        ".parquet": _read_parquet,
+    }
+    if path.suffix.lower() in readers:
+        if not path.is_file():
+            raise UserError(f"{path}: there is no such file")
+        numbered = readers[path.suffix.lower()](path)
+    elif path.is_file():
+        raise UserError(f"{path}: a table's file ends in {', '.join(readers)}, not {path.suffix or 'nothing'!r}")
+    else:
+        numbered = _read_dataset(os.fspath(source), list(readers))
+    if not numbered:
+        raise UserError(f"{source}: the {'file' if path.is_file() else 'data set'} holds no rows")
+    return [(f"{source}, {place}", row) for place, row in numbered]
+
+
+def check_dicts(placed: Placed) -> None:
+    """Check that all rows are dicts from column to value.
+
+    Args:
+      placed: rows with their places.
+
+    Raises:
+      ValueError: naming the place.
+
+    Example:
+      >>> check_dicts([("row 0", "a")])
+      Traceback (most recent call last):
+      pgjax.UserError: row 0: 'a' is not a row, a dict from column to value
+    """
+    for place, row in placed:
+        if not isinstance(row, Mapping):
+            raise UserError(f"{place}: {row!r} is not a row, a dict from column to value")
+
+
+def check_same_columns(placed: Placed, among: Collection[str] | None = None) -> None:
+    """Check that all rows have the columns of the first one.
+
+    Args:
+      placed: rows with their places; at least one.
+      among: the columns that count; None: all.
+
+    Raises:
+      ValueError: naming the place and the columns.
+
+    Example:
+      >>> check_same_columns([("row 0", {"text": "a"}), ("row 1", {"text": "b", "n": 1})])
+      Traceback (most recent call last):
+      pgjax.UserError: row 1: its columns differ from those of the first row in ['n']; give every row the same ones
+    """
+    check_dicts(placed)
+    for place, row in placed:
+        odd = sorted(name for name in set(row) ^ set(placed[0][1]) if among is None or name in among)
+        if odd:
+            raise UserError(
+                f"{place}: its columns differ from those of the first row in {odd}; give every row the same ones"
+            )
+
+
+def check_text(place: str, name: str, text: Any) -> None:
+    """Check that a value is a text that can be encoded.
+
+    Args:
+      place: where its row stands.
+      name: what it is, for the message.
+      text: the value.
+
+    Raises:
+      ValueError: naming the place.
+
+    Example:
+      >>> check_text("line 2", "the answer", 3)
+      Traceback (most recent call last):
+      pgjax.UserError: line 2: the answer is 3, not a text
+    """
+    if not isinstance(text, str):
+        raise UserError(f"{place}: {name} is {text!r}, not a text")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(f"{place}: {name} {text!r} holds half a surrogate pair, which is no text")
+
+
+def check_messages(place: str, name: str, messages: Any) -> None:
+    """Check that a value is a list of messages ``{"role": text, "content": text}``.
+
+    Args:
+      place: where its row stands.
+      name: what it is, for the message.
+      messages: the value.
+
+    Raises:
+      ValueError: naming the place.
+
+    Example:
+      >>> check_messages("line 2", "the prompt", [{"role": "user"}])
+      Traceback (most recent call last):
+      pgjax.UserError: line 2: a message is {'role': 'user'}, not {'role': a text, 'content': a text}
+    """
+    if not isinstance(messages, list):
+        raise UserError(f"{place}: {name} is {messages!r}, not a list of messages")
+    if not messages:
+        raise UserError(f"{place}: {name} is an empty list of messages")
+    for message in messages:
+        if not isinstance(message, Mapping) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
+            raise UserError(f"{place}: a message is {message!r}, not {{'role': a text, 'content': a text}}")
+        check_text(place, "a message's content", message["content"])
+
+
+def as_messages(value: Any) -> Any:
+    """Read a text that is a JSON list of messages, which is how CSV holds one, as that list.
+
+    Args:
+      value: of a column that may hold messages.
+
+    Returns:
+      The list; any other value as it is.
+
+    Example:
+      >>> as_messages('[{"role": "user", "content": "Hi"}]'), as_messages("[{x}]")
+      ([{'role': 'user', 'content': 'Hi'}], '[{x}]')
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    like = bool(found) and all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in found)
+    return found if like else value
+
+
+def note(done: str, places: Sequence[str], noun: str, rest: str) -> str:
+    """Say what was done to some rows, how many they are, and where the first of them stand.
+
+    Args:
+      done: the verb.
+      places: of the rows; at least one.
+      noun: one of them.
+      rest: what follows the noun.
+
+    Returns:
+      A line.
+
+    Example:
+      >>> note("left out", ["line 2"], "row", ", empty"), note("cut", ["line 3", "line 5"], "text", " into pieces")
+      ('left out 1 row, empty: line 2', 'cut 2 texts into pieces: line 3; line 5')
+    """
+    more = f" and {len(places) - _MANY} more" if len(places) > _MANY else ""
+    plural = "" if len(places) == 1 else "s"
+    return f"{done} {len(places)} {noun}{plural}{rest}: {'; '.join(places[:_MANY])}{more}"
+
+
+def left_out_notes(left_out: Mapping[str, Sequence[str]]) -> list[str]:
+    """Say which rows were left out, a line for each reason.
+
+    Args:
+      left_out: why -> places of the rows.
+
+    Returns:
+      The lines; none where nothing was left out.
+
+    Example:
+      >>> left_out_notes({"empty": ["line 2", "line 5"]})
+      ['left out 2 rows, empty: line 2; line 5']
+    """
+    return [note("left out", places, "row", f", {why}") for why, places in left_out.items()]
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """Split a file into numbered lines, ends kept; only the newline ends a line, no other separator."""
+    numbered = []
+    for number, raw in enumerate(io.BytesIO(path.read_bytes()), start=1):
+        try:
+            numbered.append((number, raw.decode("utf-8-sig" if number == 1 else "utf-8")))
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}, line {number}: not UTF-8 text ({error.reason}); save the file as UTF-8"
+            ) from error
+    return numbered
+
+
+def _read_jsonl(path: Path) -> list[tuple[str, Row]]:
+    rows = []
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, object_pairs_hook=_object)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error.msg} at character {error.pos + 1})") from error
+        except (ValueError, RecursionError) as error:  # a number of too many digits, lists too deep
+            raise UserError(f"{path}, line {number}: JSON that cannot be read ({error})") from error
+        if not isinstance(row, dict):
+            raise UserError(f'{path}, line {number}: a {type(row).__name__}, not an object like {{"prompt": "..."}}')
+        rows.append((f"line {number}", row))
+    return rows
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise UserError(f"the key {twice!r} is there twice")
+    return found
+
+
+def _read_text(path: Path, column: str) -> list[tuple[str, Row]]:
+    return [(f"line {number}", {column: line.rstrip("\r\n")}) for number, line in _lines(path) if line.strip()]
+
+
+def _read_csv(path: Path) -> list[tuple[str, Row]]:
+    # The csv module refuses fields beyond 128 KiB unless told otherwise; a text may well be longer.
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    rows: list[tuple[str, Row]] = []
+    header: list[str] | None = None
+    try:
+        for fields in reader:
+            place = f"line {reader.line_num}"
+            if not fields:
+                continue
+            if header is None:
+                header = _check_header(path, fields)
+            elif len(fields) != len(header):
+                raise UserError(f"{path}, {place}: {len(fields)} fields, but the header names {len(header)} columns")
+            else:
+                rows.append((place, dict(zip(header, fields, strict=True))))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
+    return rows
+
+
+def _check_header(path: Path, header: list[str]) -> list[str]:
+    twice = [name for name in header if header.count(name) > 1]
+    if twice:
+        raise UserError(f"{path}, line 1: the column {twice[0]!r} is there twice")
+    return header
+
+
+def _read_parquet(path: Path) -> list[tuple[str, Row]]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{path}: reading parquet needs pyarrow: pip install pyarrow, or save it as .jsonl"
+        ) from error
+    try:
+        records: Iterable[Row] = parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's own errors are these two
+        raise UserError(f"{path}: not a parquet file ({error})") from error
+    return _counted(records)
+
+
+def _read_dataset(source: str, endings: Sequence[str]) -> list[tuple[str, Row]]:
+    kinds = f"no file (those end in {', '.join(endings)})"
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{source!r} is {kinds}; as a name for the package datasets it needs: pip install datasets"
+        ) from error
+    name, *rest = source.split(":")
+    if len(rest) > 2 or not name or not all(rest):
+        raise UserError(f"{source!r} is {kinds}, nor NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT of datasets")
+    split = rest[-1] if rest else "train"
+    saved = any((Path(name) / file).is_file() for file in ("dataset_dict.json", "dataset_info.json"))
+    try:
+        if saved:
+            found = datasets.load_from_disk(name)
+            records: Iterable[Row] = found[split] if isinstance(found, datasets.DatasetDict) else found
+        else:
+            records = datasets.load_dataset(name, rest[0] if len(rest) == 2 else None, split=split)
+        return _counted(records)
+    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = f"{type(error).__name__}: {error}"[:400]
+        raise UserError(f"{source!r} is {kinds}, and datasets cannot give its split {split!r} ({reason})") from error
+
+
+def _counted(records: Iterable[Row]) -> list[tuple[str, Row]]:
+    return [(f"row {number} (counted from 0)", dict(row)) for number, row in enumerate(records)]

@@ -1,0 +1,227 @@
+"""One optimizer step from a loss: microbatches that add up exactly, and a state that never takes in a non-finite number."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pgjax.core.checks import check_whole
+from pgjax.core.masking import as_float
+from pgjax.parallel.sharding import (
+    ambient_mesh,
+    check_batch,
+    constrain,
+    constrain_batch,
+    constrain_params,
+    init_sharded,
+    mesh_of,
+)
+
+Metrics = dict[str, jax.Array]
+LossFn = Callable[[Any, Any], tuple[jax.Array, Metrics]]  # (params, batch) -> scalar, metrics; means over batch
+
+
+class Optimizer(NamedTuple):
+    """A gradient transformation and the learning rate that it goes by."""
+
+    init: optax.TransformInitFn
+    update: optax.TransformUpdateFn
+    learning_rate: optax.Schedule  # update number, from 0, -> rate
+
+
+class TrainState(NamedTuple):
+    """What an update changes."""
+
+    params: Any
+    opt_state: Any
+    updates: jax.Array  # [] int32, optimizer steps so far
+    healthy: jax.Array  # [] bool, False from the first non-finite loss or gradient on: nothing changes any more
+
+
+@functools.lru_cache(maxsize=64)  # equal arguments give the same functions, and so the same compiled programs
+def adamw(
+    learning_rate: float,
+    *,
+    updates: int,
+    warmup: int = 0,
+    decay: bool = False,
+    max_grad_norm: float | None = 1.0,
+    weight_decay: float = 0.0,
+    eps: float = 1e-8,
+) -> Optimizer:
+    """Build AdamW (Loshchilov & Hutter 2019) with linear warm-up, clipping by global norm and, if asked, linear decay.
+
+    Args:
+        learning_rate: the peak rate.
+        updates: optimizer steps of the whole run; the end of the decay.
+        warmup: optimizer steps from rate 0 to the peak; the first one already moves.
+        decay: fall linearly to 0 at `updates`; otherwise stay at the peak.
+        max_grad_norm: gradients are scaled down to this global norm; None does not clip.
+        weight_decay: decoupled; on matrices alone, not on norms and biases, which are vectors in each layer.
+        eps: added to the root of the second moment: where gradients are small beside it, the steps shrink with them.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ValueError: a number out of range.
+
+    >>> optimizer = adamw(1e-3, updates=10, warmup=2)
+    >>> [round(float(optimizer.learning_rate(i)), 4) for i in range(3)]
+    [0.0005, 0.001, 0.001]
+    """
+    if not (learning_rate >= 0 and math.isfinite(learning_rate)):
+        raise ValueError(f"learning_rate must be finite and not below 0, got {learning_rate}")
+    if not 0 <= warmup <= updates:
+        raise ValueError(f"warmup must be from 0 to the run's {updates} updates, got {warmup}")
+    if not (eps > 0 and math.isfinite(eps)):
+        raise ValueError(f"eps must be finite and above 0, got {eps}")  # 0 divides 0 by 0 where a gradient is 0
+    if not (weight_decay >= 0 and math.isfinite(weight_decay)):
+        raise ValueError(f"weight_decay must be finite and not below 0, got {weight_decay}")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be above 0, or None, got {max_grad_norm}")
+
+    def schedule(update: jax.typing.ArrayLike) -> jax.Array:
+        done = jnp.asarray(update, jnp.float32)
+        rate = jnp.minimum(1.0, (done + 1) / max(warmup, 1))
+        if decay:
+            rate = rate * jnp.clip((updates - done) / max(updates - warmup, 1), 0.0, 1.0)
+        return learning_rate * rate
+
+    def is_matrix(path: tuple[Any, ...], x: jax.Array) -> bool:
+        stacked = jax.tree_util.DictKey("layers") in path  # over depth: a norm's scale is [L, D] there
+        return x.ndim - stacked > 1
+
+    def matrices(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+    clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
+    chain = optax.chain(clip, optax.adamw(schedule, eps=eps, weight_decay=weight_decay, mask=matrices))
+    return Optimizer(chain.init, chain.update, schedule)
+
+
+def init_state(params: Any, optimizer: Optimizer) -> TrainState:
+    """Wrap parameters with a fresh optimizer state; where they lie on a mesh, so does it.
+
+    >>> state = init_state({"w": jnp.ones(3)}, adamw(0.1, updates=1))
+    >>> int(state.updates), bool(state.healthy)
+    (0, True)
+    """
+
+    def fresh(params: Any) -> tuple[Any, jax.Array, jax.Array]:
+        return optimizer.init(params), jnp.zeros((), jnp.int32), jnp.ones((), bool)
+
+    return TrainState(params, *init_sharded(fresh, params, mesh=mesh_of(params)))
+
+
+def revived(state: TrainState) -> TrainState:
+    """Let a restored state learn again, after a number that was not finite had stopped it.
+
+    >>> state = init_state(jnp.float32(1.0), adamw(0.1, updates=1))._replace(healthy=jnp.array(False))
+    >>> bool(revived(state).healthy)
+    True
+    """
+    return state._replace(healthy=state.healthy | True)  # not a new array: laid out as the old one
+
+
+def accumulate(loss_fn: LossFn, params: Any, batch: Any, weight: jax.Array, microbatches: int) -> tuple[Any, Metrics]:
+    """Compute the gradient of a mean over a whole batch, one microbatch at a time.
+
+    grad = sum_m (W_m / W) grad_m, with W_m the sum of `weight` over microbatch m: where the loss is a mean over tokens and
+    the weight counts each row's tokens, this is the gradient of the mean over the tokens of all microbatches, however
+    unevenly they are spread. (With `reduce="sequence_mean"` or `"sequence_sum"`, give each row weight 1.)
+
+    Args:
+        loss_fn: (params, batch) -> loss, metrics, all means over the batch they are given.
+        params: differentiated.
+        batch: a tree of arrays [B, ...].
+        weight: [B] what each row counts in the mean.
+        microbatches: how many; divides B.
+
+    Returns:
+        The gradient, and the metrics with "loss" among them, as means over the whole batch: floats, summed in float32 at least.
+
+    Raises:
+        ValueError: B does not divide into so many microbatches.
+
+    >>> loss = lambda w, x: (jnp.mean(w * x), {})
+    >>> grad, metrics = accumulate(loss, jnp.float32(2.0), jnp.arange(4.0), jnp.ones(4), microbatches=2)
+    >>> float(grad), float(metrics["loss"])
+    (1.5, 3.0)
+    """
+    rows = weight.shape[0]
+    check_whole("microbatches", microbatches, 1)
+    if rows % microbatches:
+        raise ValueError(f"{rows} rows do not divide into {microbatches} microbatches")
+    weights = weight.sum().astype(jnp.float32)
+    total = jnp.where(weights > 0, weights, 1.0)  # where nothing counts, the gradient is 0
+
+    def part(batch: Any, weight: jax.Array) -> tuple[Any, Metrics]:
+        (loss, metrics), grad = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+        share = weight.sum().astype(jnp.float32) / total
+        found = constrain_params(grad), {"loss": loss, **metrics}
+        return jax.tree.map(lambda x: as_float(x) * share.astype(as_float(x).dtype), found)
+
+    def narrowed(grad: Any, metrics: Metrics) -> tuple[Any, Metrics]:
+        return jax.tree.map(lambda x, of: x.astype(of.dtype), grad, params), metrics
+
+    check_batch(ambient_mesh(), rows // microbatches, "each microbatch")
+    if microbatches == 1:
+        return narrowed(*part(*constrain_batch((batch, weight))))
+    split = jax.tree.map(lambda x: x.reshape(microbatches, rows // microbatches, *x.shape[1:]), (batch, weight))
+    split = jax.tree.map(lambda x: constrain(x, None, "batch"), split)  # each part on all devices
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, batch, weight))
+    return narrowed(*jax.lax.scan(lambda total, xs: (jax.tree.map(jnp.add, total, part(*xs)), None), zeros, split)[0])
+
+
+def apply_gradient(state: TrainState, grad: Any, loss: jax.Array, optimizer: Optimizer) -> tuple[TrainState, Metrics]:
+    """Take an optimizer step, unless the loss or the gradient is not finite, now or earlier.
+
+    Args:
+        state: before the step.
+        grad: like `state.params`.
+        loss: [] checked for being finite.
+        optimizer: the one that made `state.opt_state`.
+
+    Returns:
+        The state after the step (the same parameters, with healthy=False, when something was not finite), and
+        {"train/grad_norm", "train/healthy", "lr"}.
+
+    >>> optimizer = adamw(0.1, updates=1)
+    >>> state = init_state(jnp.float32(1.0), optimizer)
+    >>> state, metrics = apply_gradient(state, jnp.float32(jnp.nan), jnp.float32(0.0), optimizer)
+    >>> float(state.params), bool(state.healthy)
+    (1.0, False)
+    """
+    norm = optax.global_norm(grad)
+    healthy = state.healthy & jnp.isfinite(norm) & jnp.isfinite(loss)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a Python float to the power of its int32 count
+        updates, opt_state = optimizer.update(grad, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    stepped = TrainState(params, opt_state, state.updates + 1, healthy)
+    kept = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), stepped, state._replace(healthy=healthy))
+    kept = constrain_params(kept)  # laid out as the state that came in, whose memory it takes
+    rate = jnp.asarray(optimizer.learning_rate(state.updates), jnp.float32)
+    return kept, {"train/grad_norm": norm, "train/healthy": healthy, "lr": rate}
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "count", "group_size"))
+def minibatches(key: jax.Array, rows: int, count: int, group_size: int = 1) -> jax.Array:
+    """Shuffle row numbers into `count` equal minibatches, rows of one group together: [count, rows / count] int32.
+
+    >>> minibatches(jax.random.key(0), 6, 3).shape
+    (3, 2)
+    >>> minibatches(jax.random.key(0), 6, 1, group_size=2).tolist()
+    [[0, 1, 2, 3, 4, 5]]
+    """
+    if count < 1 or group_size < 1 or rows % (count * group_size):
+        groups = f" of whole groups of {group_size}" if group_size > 1 else ""
+        raise ValueError(f"{rows} rows do not divide into {count} minibatches{groups}")
+    order = jax.random.permutation(key, rows // group_size)[:, None] * group_size + jnp.arange(group_size)[None, :]
+    return order.reshape(count, rows // count)

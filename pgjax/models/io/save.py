@@ -1,0 +1,275 @@
+"""A model out to a folder in Hugging Face layout: one tensor at a time off the devices, whole or not at all."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import shutil
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from pgjax.core.errors import UserError
+from pgjax.models.architecture import Architecture
+from pgjax.models.io.tensors import Slot, slot_of
+from pgjax.models.io.tokenizer import TOKENIZER_FILES, stop_ids
+from pgjax.models.lora import merge_lora
+from pgjax.parallel.processes import first, together
+
+MAX_SHARD_BYTES = 5 * 10**9  # of one file of weights; the host holds one at a time
+_INDEX = "model.safetensors.index.json"
+_OURS = {"config.json", "generation_config.json", "model.safetensors", _INDEX, *TOKENIZER_FILES}
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
+class Outgoing(NamedTuple):
+    """One tensor of a checkpoint that is to be written."""
+
+    size: int  # in bytes
+    fetch: Callable[[], np.ndarray]  # brings it to the host, contiguous; a collective where processes share the model
+
+
+def write_folder(
+    folder: str | os.PathLike[str],
+    arch: Architecture,
+    init: Callable[[jax.Array], Any],
+    config: dict[str, Any],
+    params: dict[str, Any],
+    tokenizer: Any | None,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a model of any kind in Hugging Face layout, whole or not at all.
+
+    Every process calls this: together they bring one tensor at a time off the devices, and the first one writes. The
+    others wait for it, and get its error where it has one.
+
+    Args:
+        folder: as in `save_pretrained`.
+        arch: which names the tensors.
+        init: (key) -> parameters, of whose shapes `params` must be.
+        config: of config.json, without token ids and dtype.
+        params: to be saved, on any devices; adapters are merged (`lora`).
+        tokenizer: None for none.
+        max_shard_bytes: a model larger than this is written as several files and an index.
+
+    Raises:
+        UserError: when the folder holds other files.
+        ValueError: when the parameters are of other shapes.
+
+    >>> import tempfile
+    >>> from pgjax.models.causal_lm import causal_lm
+    >>> from pgjax.models.io.config import architecture_of, config_of
+    >>> config = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 4}
+    >>> lm = causal_lm(architecture_of(config))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_folder(folder, lm.arch, lm.init, config_of(lm.arch), lm.init(jax.random.key(0)), None)
+    ...     sorted(path.name for path in Path(folder).iterdir())
+    ['config.json', 'generation_config.json', 'model.safetensors']
+    """
+    target, params = Path(folder).expanduser().absolute(), merge_lora(params)
+    _check_params(arch, init, params)
+    first(lambda: _check_replaceable(target))
+    tensors = named_tensors(arch, params)
+    config = {**config, **_token_ids(tokenizer), "dtype": str(jax.tree.leaves(params)[0].dtype)}
+    values = ((name, tensor.fetch()) for name, tensor in tensors.items())
+
+    def write() -> None:
+        try:
+            if jax.process_index() == 0:
+                _write_files(target, config, tokenizer, _shards(tensors, max_shard_bytes), values)
+        finally:
+            if jax.process_count() > 1:  # fetching is done together: to the end, also where the first could not write
+                deque(values, maxlen=0)
+
+    together(write)
+
+
+def named_tensors(arch: Architecture, params: Any) -> dict[str, Outgoing]:
+    """List the tensors of a Hugging Face checkpoint that a parameter tree makes, in the dtypes of the parameters.
+
+    Args:
+        arch: the architecture that the parameters are of.
+        params: the tree; its leaves may be spread over devices and processes.
+
+    Returns:
+        By name, how large a tensor is and how to fetch it; in the same order on every process.
+
+    >>> from pgjax.models.causal_lm import causal_lm
+    >>> from pgjax.models.io.config import architecture_of
+    >>> config = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 4}
+    >>> lm = causal_lm(architecture_of(config))
+    >>> fused = named_tensors(lm.arch, lm.init(jax.random.key(0)))["transformer.h.1.attn.c_attn.weight"]
+    >>> fused.size, fused.fetch().shape
+    (3072, (16, 48))
+    """
+    sources: dict[str, list[tuple[Slot, Any, int]]] = {}  # of each tensor, the leaves: three where GPT-2 fuses them
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        slot = slot_of(arch, tuple(key.key for key in keys))
+        for layer in range(leaf.shape[0] if slot.stacked else 1):
+            sources.setdefault(slot.name.format(layer), []).append((slot, leaf, layer))
+    return {
+        name: Outgoing(
+            sum(leaf.nbytes // (leaf.shape[0] if slot.stacked else 1) for slot, leaf, _ in parts),
+            functools.partial(_fetch, sorted(parts, key=lambda part: part[0].part or 0)),
+        )
+        for name, parts in sources.items()
+    }
+
+
+def _fetch(parts: list[tuple[Slot, Any, int]]) -> np.ndarray:
+    values = [_on_host(leaf, layer if slot.stacked else None) for slot, leaf, layer in parts]
+    if len(values) > 1:
+        return np.concatenate(values, axis=-1)
+    slot, value = parts[0][0], values[0]
+    return np.ascontiguousarray(value[None] if slot.row else value.T if slot.transposed else value)
+
+
+def _on_host(leaf: Any, layer: int | None) -> np.ndarray:
+    if not isinstance(leaf, jax.Array) or _is_host_memory(leaf):
+        whole = np.asarray(leaf)  # a view
+        return whole if layer is None else whole[layer]
+    # A new array: np.asarray(leaf) would keep the host's copy of the leaf for as long as the leaf lives.
+    part = _copied(leaf) if layer is None else _layer(leaf, layer)
+    if part.is_fully_addressable:
+        return np.asarray(part)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(part, tiled=True))
+
+
+def _is_host_memory(leaf: jax.Array) -> bool:
+    return (
+        len(leaf.sharding.device_set) == 1
+        and leaf.is_fully_addressable
+        and next(iter(leaf.devices())).platform == "cpu"
+    )
+
+
+@jax.jit
+def _layer(leaf: jax.Array, layer: int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+
+
+@jax.jit
+def _copied(leaf: jax.Array) -> jax.Array:
+    return jax.numpy.copy(leaf)
+
+
+def _shards(tensors: Mapping[str, Outgoing], max_bytes: int) -> list[list[str]]:
+    """Fill files with tensors in their order; one that is larger than a file gets its own."""
+    shards: list[list[str]] = []
+    room = 0
+    for name, tensor in tensors.items():
+        if not shards or tensor.size > room:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(name)
+        room -= tensor.size
+    return shards
+
+
+def _write_files(
+    target: Path,
+    config: dict[str, Any],
+    tokenizer: Any | None,
+    shards: list[list[str]],
+    values: Iterator[tuple[str, np.ndarray]],
+) -> None:
+    draft = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+    draft.mkdir(parents=True)
+    try:
+        _write_json(draft / "config.json", config)
+        _write_json(draft / "generation_config.json", _generation_config(tokenizer))
+        _write_weights(draft, shards, values)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(draft)
+        _swap(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _write_weights(draft: Path, shards: list[list[str]], values: Iterator[tuple[str, np.ndarray]]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    owner: dict[str, str] = {}
+    total = 0
+    for number, names in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        held = dict(next(values) for _ in names)
+        owner |= dict.fromkeys(held, file)
+        total += sum(value.nbytes for value in held.values())
+        try:
+            save_file(held, draft / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            found = re.search(r"os error (\d+)", str(error))
+            if found is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(draft.parent)) from error
+        del held  # before the next is filled
+    if len(shards) > 1:
+        _write_json(draft / _INDEX, {"metadata": {"total_size": total}, "weight_map": owner})
+
+
+def _token_ids(tokenizer: Any | None) -> dict[str, Any]:
+    """All three are written, null where unknown: transformers would put its own numbers where they are absent."""
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return {**ids, "pad_token_id": tokenizer.pad_token_id}
+
+
+def _generation_config(tokenizer: Any | None) -> dict[str, Any]:
+    config = {name: value for name, value in _token_ids(tokenizer).items() if value is not None}
+    if tokenizer is not None and len(stop_ids(tokenizer)) > 1:
+        config["eos_token_id"] = list(stop_ids(tokenizer))
+    return config
+
+
+def _check_params(arch: Architecture, init: Callable[[jax.Array], Any], params: dict[str, Any]) -> None:
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+    wanted, given = shapes(jax.eval_shape(init, jax.random.key(0))), shapes(params)
+    wrong = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
+    if wrong:
+        told = ", ".join(f"{name} is {given.get(name)}, expected {wanted.get(name)}" for name in wrong[:8])
+        raise UserError(f"the parameters are not those of the {arch.family} model: {told}")
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UserError(f"{target} is a file; a model is saved as a folder")
+    names = sorted(entry.name for entry in target.iterdir())
+    others = [name for name in names if name not in _OURS and not _SHARD.fullmatch(name)]
+    if others:
+        raise UserError(f"{target} holds other files ({', '.join(others[:8])}): save to a new folder")
+
+
+def _swap(draft: Path, target: Path) -> None:
+    """Put the draft in the target's place; what was there goes only after the new one stands."""
+    if not target.exists():
+        draft.rename(target)
+        return
+    old = target.parent / f".{target.name}.old.{uuid.uuid4().hex}"
+    target.rename(old)
+    try:
+        draft.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,191 @@
+"""Tokenizers from a model folder and from a GGUF file's metadata, and the ids that end a completion."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pgjax.core.errors import UserError
+from pgjax.models.io.tensors import read_json
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+_WHOLE = ("tokenizer.json", "vocab.json", "tokenizer.model")  # any one of them is enough
+STOP_IDS = "stop_token_ids"  # kept among the tokenizer's own settings, so that tokenizer_config.json carries it
+
+# How text is cut before the byte-pair merges, by `tokenizer.ggml.pre`: None is the byte-level default of GPT-2.
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PRE_TOKENIZERS = ("gpt-2", "llama-bpe", "smollm")
+_CONTROL, _USER_DEFINED = 3, 4  # token types of the format
+
+
+def folder_tokenizer(folder: Path) -> Any | None:
+    """Read the tokenizer of a folder in Hugging Face layout.
+
+    Args:
+        folder: the path.
+
+    Returns:
+        The tokenizer, None where the folder holds none.
+
+    Raises:
+        ValueError: its files are damaged.
+    """
+    if not any((folder / name).is_file() for name in _WHOLE):
+        return None
+    _quiet()
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    # tokenizer.json says everything, and is taken as it stands. AutoTokenizer may rebuild it as the class that
+    # tokenizer_config.json names: as a GPT2Tokenizer, SmolLM2's would no longer cut digits one by one.
+    reader = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
+    try:
+        tokenizer = reader.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # damaged files surface as errors of JSON, of Rust, KeyError and more
+        raise UserError(f"{folder}: its tokenizer's files cannot be read ({error})") from error
+    for name in ("generation_config.json", "config.json"):
+        stops = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+        if stops is not None:
+            tokenizer.init_kwargs[STOP_IDS] = stops if isinstance(stops, list) else [stops]
+            break
+    return tokenizer
+
+
+def prepare_tokenizer(tokenizer: Any, *, vocab_size: int, origin: str) -> Any:
+    """Make a tokenizer pad on the left, with the end of sequence where it has no padding token of its own.
+
+    Args:
+        tokenizer: changed in place.
+        vocab_size: rows of the model's embedding.
+        origin: of the model, for messages.
+
+    Returns:
+        The same tokenizer.
+
+    Raises:
+        ValueError: when it has ids, or ids that end a completion, beyond the model's vocabulary, which an embedding would
+            silently clamp.
+    """
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise UserError(
+            f"{origin}: the tokenizer's largest id is {largest}, the model's vocabulary ends at {vocab_size - 1}"
+        )
+    if odd := [i for i in stop_ids(tokenizer) if not 0 <= i < vocab_size]:
+        raise UserError(
+            f"{origin}: eos_token_id holds {odd[0]}, outside the model's vocabulary of {vocab_size}: mend its "
+            "generation_config.json or config.json"
+        )
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def stop_ids(tokenizer: Any) -> tuple[int, ...]:
+    """List the ids that end a completion: those of generation_config.json or config.json, else the tokenizer's own.
+
+    Args:
+        tokenizer: as `load` returns it.
+
+    Returns:
+        Ids in the model's order; empty where the tokenizer has no end of sequence.
+    """
+    if STOP_IDS in tokenizer.init_kwargs:
+        return tuple(int(i) for i in tokenizer.init_kwargs[STOP_IDS])
+    return () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
+
+
+def gguf_tokenizer(fields: Mapping[str, Any], *, max_length: int) -> Any | None:
+    """Build the tokenizer that a GGUF file's metadata describes: byte-level BPE (Radford et al. 2019).
+
+    Args:
+        fields: the metadata, one value a key.
+        max_length: positions of the model, in tokens.
+
+    Returns:
+        A `transformers.PreTrainedTokenizerFast`, or None where the file holds no tokenizer.
+
+    Raises:
+        ValueError: for another kind of tokenizer, or a way to cut text that is not implemented.
+    """
+    kind = fields.get("tokenizer.ggml.model")
+    if kind is None:
+        return None
+    if kind != "gpt2":
+        raise UserError(f"tokenizer.ggml.model {kind!r} is not supported in GGUF; supported: gpt2 (byte-level BPE)")
+    pre = fields.get("tokenizer.ggml.pre")
+    if pre not in PRE_TOKENIZERS:
+        raise UserError(f"tokenizer.ggml.pre {pre!r} is not supported; supported: {', '.join(PRE_TOKENIZERS)}")
+    _quiet()
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = fields["tokenizer.ggml.tokens"]
+    named = {
+        name: tokens[fields[f"tokenizer.ggml.{key}_token_id"]]
+        for name, key in (
+            ("bos_token", "bos"),
+            ("eos_token", "eos"),
+            ("unk_token", "unknown"),
+            ("pad_token", "padding"),
+        )
+        if f"tokenizer.ggml.{key}_token_id" in fields
+    }
+    stops = [fields[name] for name in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if name in fields]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_byte_level_bpe(fields, pre),
+        chat_template=fields.get("tokenizer.chat_template"),
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+        **{STOP_IDS: sorted(set(stops), key=stops.index)},
+        **named,
+    )
+
+
+def _byte_level_bpe(fields: Mapping[str, Any], pre: str) -> Any:
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    cuts: dict[str, list[Any]] = {
+        "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+        "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+        "llama-bpe": [
+            pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ],
+    }
+    tokens, merges = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.merges"]
+    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre == "llama-bpe"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts[pre])
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = list(zip(tokens, fields["tokenizer.ggml.token_type"], strict=True))
+    tokenizer.add_special_tokens(
+        [AddedToken(t, normalized=False, special=True) for t, kind in kinds if kind == _CONTROL]
+    )
+    tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t, kind in kinds if kind == _USER_DEFINED])
+    # llama.cpp puts the first token in front for this kind even where the file does not say so.
+    if fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
+        bos = fields["tokenizer.ggml.bos_token_id"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{tokens[bos]} $A", pair=f"{tokens[bos]} $A {tokens[bos]} $B", special_tokens=[(tokens[bos], bos)]
+        )
+    return tokenizer
+
+
+def _quiet() -> None:
+    """Keep transformers from advising to install torch: it is not needed here."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

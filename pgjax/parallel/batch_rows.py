@@ -1,0 +1,148 @@
+"""Which rows of a batch are whose, where several processes share it.
+
+A process feeds the rows that its own devices hold; where tensor spans processes, they feed the same rows alike. It judges its
+share of them, so that each row is judged once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from pgjax.parallel.sharding import RULES, batch_sharding, check_batch, place
+
+
+def holders(mesh: Mesh | None) -> list[list[int]]:
+    """Say which processes hold what of a batch: of each of its data x fsdp equal parts, those with a device that does.
+
+    Args:
+      mesh: with any of the axes data, fsdp and tensor; None: one device of this process.
+
+    Returns:
+      The numbers of the processes, rising, of each part.
+
+    Example:
+      >>> from pgjax.parallel.sharding import make_mesh
+      >>> holders(make_mesh(data=-1))[0], holders(None)
+      ([0], [[0]])
+    """
+    if mesh is None:
+        return [[jax.process_index()]]
+    axes = [mesh.axis_names.index(axis) for axis in RULES["batch"] if axis in mesh.axis_names]
+    parts = np.moveaxis(mesh.devices, axes, range(len(axes)))
+    count = int(np.prod(parts.shape[: len(axes)]))
+    return [sorted({device.process_index for device in part}) for part in parts.reshape(count, -1)]
+
+
+def fed_rows(mesh: Mesh | None, rows: int) -> list[int]:
+    """List the rows of a batch that this process feeds: those that its devices hold.
+
+    Args:
+      mesh: or None for one device.
+      rows: of the whole batch, B.
+
+    Returns:
+      Their numbers in the batch, rising.
+
+    Raises:
+      ValueError: data x fsdp does not divide the rows.
+
+    Example:
+      >>> fed_rows(None, 3)
+      [0, 1, 2]
+    """
+    return [row for begin, end, _ in _own_spans(mesh, rows) for row in range(begin, end)]
+
+
+def judged_rows(mesh: Mesh | None, rows: int) -> list[int]:
+    """List the rows of a batch that this process judges: its share of those it feeds. Every row is judged by one process.
+
+    Args:
+      mesh: or None for one device.
+      rows: of the whole batch, B.
+
+    Returns:
+      Their numbers in the batch, rising; there may be none where many processes hold few rows.
+
+    Raises:
+      ValueError: data x fsdp does not divide the rows.
+
+    Example:
+      >>> judged_rows(None, 3)
+      [0, 1, 2]
+    """
+    judged: list[int] = []
+    for begin, end, processes in _own_spans(mesh, rows):
+        rank, count, size = processes.index(jax.process_index()), len(processes), end - begin
+        judged += range(begin + rank * size // count, begin + (rank + 1) * size // count)
+    return judged
+
+
+def feed(mesh: Mesh | None, tree: Any) -> Any:
+    """Put a batch on the devices, its rows over data and fsdp, each process those that it feeds.
+
+    Args:
+      mesh: None: on the default device.
+      tree: of host arrays [b, ...] with the rows of `fed_rows`, in their order.
+
+    Returns:
+      The same tree of arrays [B, ...] on the devices.
+
+    Example:
+      >>> feed(None, np.arange(2)).tolist()
+      [0, 1]
+    """
+    sharding = batch_sharding(mesh)
+    if sharding is None:
+        return place(tree, None)
+    parts = holders(mesh)
+    own = _own(parts)
+
+    def put(x: Any) -> jax.Array:
+        size = len(x) // len(own)
+
+        def piece(index: Any) -> Any:
+            begin = own.index((index[0].start or 0) // size) * size
+            return x[begin : begin + size]
+
+        return jax.make_array_from_callback((size * len(parts), *x.shape[1:]), sharding, piece)
+
+    return jax.tree.map(put, tree)
+
+
+def local_rows(x: jax.Array, rows: Sequence[int]) -> np.ndarray:
+    """Bring rows of an array to the host from the devices of this process; nothing goes between processes.
+
+    Args:
+      x: [B, ...].
+      rows: their numbers; this process feeds them.
+
+    Returns:
+      [rows, ...], in the order asked for.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> local_rows(jnp.arange(4) * 10, [1, 3]).tolist()
+      [10, 30]
+    """
+    if x.is_fully_addressable:
+        return jax.device_get(x)[list(rows)]
+    pieces = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    held = {begin + k: row for begin, piece in jax.device_get(pieces).items() for k, row in enumerate(piece)}
+    return np.array([held[row] for row in rows], x.dtype).reshape(len(rows), *x.shape[1:])
+
+
+def _own_spans(mesh: Mesh | None, rows: int) -> list[tuple[int, int, list[int]]]:
+    """Where each part that this process holds begins and ends in a batch, and all processes that hold it."""
+    check_batch(mesh, rows, "the batch")
+    parts = holders(mesh)
+    size = rows // len(parts)
+    return [(part * size, (part + 1) * size, parts[part]) for part in _own(parts)]
+
+
+def _own(parts: Sequence[Sequence[int]]) -> list[int]:
+    return [part for part, processes in enumerate(parts) if jax.process_index() in processes]

@@ -1,0 +1,179 @@
+"""A reward model as one more judge: a frozen program on the device, beside the black boxes on the host.
+
+Token ids go from the policy straight into it. Where its tokenizer is another one, completions are decoded and encoded again.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from pgjax.core.errors import UserError
+from pgjax.data.padding import bucket_length, left_pad
+from pgjax.data.preferences import TEMPLATED, Answered, encode_answers
+from pgjax.data.prompts import Prompt, encode_prompts
+from pgjax.models.causal_lm import CausalLM
+from pgjax.models.io.classifier import load_reward_model
+from pgjax.models.io.tokenizer import stop_ids
+from pgjax.models.reward_model import RewardModel
+from pgjax.parallel import batch_rows, processes
+from pgjax.rollout.rewards import RewardError
+from pgjax.rollout.sample import Rollout
+
+REWARD_MODEL = "reward_model"  # its name among the rewards, in metrics and samples
+Read = Callable[[], tuple[list[str], np.ndarray]]  # -> completions of the rows fed here; did each end by itself?
+
+
+class ModelJudge(NamedTuple):
+    """A reward model and how its score counts. Nothing here ever changes its parameters."""
+
+    rm: RewardModel
+    params: Any
+    weight: float  # of its score in the sum
+    tokenizer: Any | None  # its own, where the policy's ids are not its ids
+    chat: bool  # put prompts through its own tokenizer's chat template
+    mesh: Mesh | None = None  # over which its parameters and the rows of a batch are spread
+
+    def check(self, prompts: Sequence[Prompt], length: int, max_new_tokens: int) -> None:
+        """Refuse prompts that its positions cannot hold with their completions; `length` is the longest, in policy tokens."""
+        if self.tokenizer is not None:
+            if self.chat and self.tokenizer.chat_template is None:
+                raise UserError(
+                    "the reward model's tokenizer has no chat template, and prompts go through one: use --no-chat, or a reward "
+                    "model for conversations"
+                )
+            length = max(map(len, encode_prompts(prompts, self.tokenizer, chat=self.chat, max_length=None)))
+        if length + max_new_tokens > self.rm.arch.max_positions:
+            raise UserError(
+                f"prompts of up to {length} tokens with max_new_tokens={max_new_tokens} need {length + max_new_tokens} "
+                f"positions, but the reward model has {self.rm.arch.max_positions}: shorten the prompts or the completions"
+            )
+
+    def queue(self, prompts: Sequence[Prompt], rollout: Rollout, read: Read) -> jax.Array:
+        """Put the scoring of a rollout on the device: [B], in reward units; without a translation nothing is waited for.
+
+        The prompts are those that this process feeds.
+        """
+        tokens, mask = rollout.tokens, rollout.attention_mask
+        if self.tokenizer is not None:
+            tokens, mask = batch_rows.feed(self.mesh, self.translated(prompts, *read()))
+        return _scores(self.rm, self.params, tokens, mask)
+
+    def translated(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], ended: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Encode texts for the reward model as it was trained: prompt, answer, and its end of sequence where it ended.
+
+        An answer that comes out longer than its positions is judged as if it had been stopped there.
+        """
+        limit = self.rm.arch.max_positions
+        ids: list[list[int]] = []
+
+        def encode() -> int:
+            answers = [Answered(*pair) for pair in zip(prompts, completions, strict=True)]
+            encoded = functools.partial(encode_answers, answers, self.tokenizer, chat=self.chat)
+            cut, whole = encoded(eos=False), encoded(eos=bool(stop_ids(self.tokenizer)))
+            ids.extend((x if end else y)[:limit] for x, y, end in zip(whole, cut, ended, strict=True))
+            return max(map(len, ids))
+
+        longest = max(processes.shared(encode))  # of the whole batch: all processes take one program
+        length = min(bucket_length(longest), limit)  # buckets: few lengths, few programs
+        return left_pad(ids, 0, length=length)
+
+    def fetch(self, asked: jax.Array, texts: Callable[[int], tuple[Prompt, str]], own: Sequence[int]) -> np.ndarray:
+        """Bring its scores to the host, refusing any that is not finite: [B] float32.
+
+        Of a refused row the process that it is an own row of tells prompt and completion, as `texts` gives them.
+        """
+        scores = np.asarray(processes.fetch(asked), np.float32)
+        bad = np.flatnonzero(~np.isfinite(scores))
+
+        def refuse() -> None:
+            row = int(bad[0])
+            if row in own:
+                prompt, completion = texts(row)
+                raise RewardError(
+                    f"returned {scores[row]} in row {row}", reward=REWARD_MODEL, row=row,
+                    prompt=prompt, completion=completion, value=float(scores[row]),
+                )  # fmt: skip
+
+        if bad.size:
+            processes.together(refuse)
+        return scores
+
+
+@functools.partial(jax.jit, static_argnames="rm")
+def _scores(rm: RewardModel, params: Any, tokens: jax.Array, attention_mask: jax.Array) -> jax.Array:
+    return rm.apply(params, tokens, attention_mask)
+
+
+def load_judge(
+    source: str, weight: float, lm: CausalLM, tokenizer: Any, *, chat: bool, mesh: Mesh | None = None
+) -> ModelJudge:
+    """Load a reward model for a policy; say so once where texts have to be encoded again for it."""
+    rm, params, own = load_reward_model(source, mesh=mesh)
+    if own is None:
+        raise UserError(
+            f"the reward model {source} holds no tokenizer: nobody can tell what its ids mean; add its files"
+        )
+    if tokenizer is None:
+        raise UserError("the policy's source holds no tokenizer, and prompts are text: add its tokenizer files")
+    if own.init_kwargs.get(TEMPLATED, chat) != chat:
+        raise UserError(
+            f"the reward model {source} was trained with chat={not chat}, but the policy's prompts have chat={chat}: it would "
+            f"judge what it has never seen; give {'--no-chat' if chat else '--chat'}, or train it likewise"
+        )
+    differing = differences(tokenizer, own, chat=chat)
+    if lm.arch.vocab_size > rm.arch.vocab_size:
+        differing.append(f"vocabulary size ({lm.arch.vocab_size} and {rm.arch.vocab_size})")
+    if differing:
+        print(
+            f"the tokenizers of the policy and of the reward model {source} differ in {', '.join(differing)}: "
+            "completions are decoded, and encoded again for it"
+        )
+    return ModelJudge(rm, params, weight, own if differing else None, chat, mesh)
+
+
+def differences(tokenizer: Any, other: Any, *, chat: bool) -> list[str]:
+    """Name what makes another tokenizer give a text of this one other ids.
+
+    How they pad does not count, and neither does a padding token that only the other one has.
+
+    Args:
+      tokenizer: a fast Hugging Face tokenizer, the policy's.
+      other: the reward model's.
+      chat: whether prompts go through the chat template.
+
+    Returns:
+      Names of parts; empty where the ids are the same.
+
+    Example:
+      >>> from tokenizers import Tokenizer, models
+      >>> from transformers import PreTrainedTokenizerFast
+      >>> make = lambda *letters: PreTrainedTokenizerFast(tokenizer_object=Tokenizer(
+      ...     models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])))
+      >>> differences(make("a", "b"), make("a", "b"), chat=False), differences(make("a", "b"), make("b", "a"), chat=False)
+      ([], ['vocabulary'])
+    """
+    mine, its = (json.loads(x.backend_tokenizer.to_str()) for x in (tokenizer, other))
+    model, its_model = dict(mine["model"]), dict(its["model"])
+    added, its_added = ({token["content"]: token for token in x["added_tokens"]} for x in (mine, its))
+    if other.pad_token not in added:
+        its_added.pop(other.pad_token, None)
+    parts = {
+        "vocabulary": (model.pop("vocab"), its_model.pop("vocab")),
+        "merges": (model.pop("merges", None), its_model.pop("merges", None)),
+        "kind": (model, its_model),
+        "added tokens": (added, its_added),
+        "normaliser": (mine["normalizer"], its["normalizer"]),
+        "pre-tokeniser": (mine["pre_tokenizer"], its["pre_tokenizer"]),
+        "first token": (tokenizer("")["input_ids"], other("")["input_ids"]),
+        "chat template": (tokenizer.chat_template, other.chat_template) if chat else (None, None),
+    }
+    return [name for name, (x, y) in parts.items() if x != y]

@@ -1,0 +1,329 @@
+"""Sample completions: one compiled program a prompt bucket, a prefill and then a decode loop over a key-value cache."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pgjax.core.checks import check_whole
+from pgjax.data.padding import bucket_length
+from pgjax.models.causal_lm import CausalLM, Params, decode_params
+from pgjax.models.heads import state_values
+from pgjax.models.shared_prompts import check_groups, firsts, repeated
+from pgjax.models.transformer import columns_dot
+from pgjax.parallel.sharding import (
+    batch_sharding,
+    check_batch,
+    constrain,
+    constrain_batch,
+    entered,
+    mesh_of,
+    place,
+    replicated,
+)
+from pgjax.rollout.filters import draw, kept_logits
+
+
+class Scored(NamedTuple):
+    """What one model says of a batch, each [B, W]: of the last W entries of the token frame."""
+
+    logprobs: jax.Array  # log pi(token_t | before), nats
+    values: jax.Array  # V(before t), units of reward
+    entropy: jax.Array  # of the distribution that token t was drawn from, nats
+
+
+class Rollout(NamedTuple):
+    """Prompts and their sampled completions; every field is [B, P + max_new_tokens], in the token frame."""
+
+    tokens: jax.Array  # int32; pad_id before the prompt and after the end
+    attention_mask: jax.Array  # bool; True where a token is not padding
+    mask: jax.Array  # bool; True where the policy sampled the token, the end-of-sequence token included
+    logprobs: jax.Array  # float32; of the distribution sampled from; 0 outside mask
+
+
+def sample(
+    lm: CausalLM,
+    params: Params,
+    prompts: jax.typing.ArrayLike,
+    prompt_mask: jax.typing.ArrayLike,
+    key: jax.Array,
+    *,
+    max_new_tokens: int,
+    temperature: jax.typing.ArrayLike = 1.0,
+    top_k: jax.typing.ArrayLike | None = None,
+    top_p: jax.typing.ArrayLike | None = None,
+    min_p: jax.typing.ArrayLike | None = None,
+    eos_ids: Sequence[int] = (),
+    pad_id: int = 0,
+    group_size: int = 1,
+) -> Rollout:
+    """Continue left-padded prompts until each row's end-of-sequence token or the length limit.
+
+    tokens[i, t] ~ softmax(filter(logits / temperature)) given tokens[i, :t], with the randomness
+    fold_in(fold_in(key, i), position): a row's sample depends neither on the other rows, nor on padding or sharding.
+    Compiles once for a batch size, a prompt bucket (`data.bucket_length`) and max_new_tokens; temperature, the
+    filters, the end-of-sequence ids (up to 8) and pad_id are data. Over a mesh, parameters are gathered over fsdp once,
+    before the first step; rows stay split over data and fsdp, heads over tensor.
+
+    Args:
+        lm: the model's functions.
+        params: its parameters; where they lie on a mesh, that is where it runs.
+        prompts: [B, P] token ids, padded on the left.
+        prompt_mask: [B, P] True on real tokens; at least one a row.
+        key: a typed key.
+        max_new_tokens: the longest completion, in tokens.
+        temperature: 0 is greedy; its log-probabilities are 0, those of a sure thing.
+        top_k, top_p, min_p: see `sampling.filter_logits`; None is off.
+        eos_ids: ids that end a sequence; none: every completion has the full length.
+        pad_id: written where there is no token.
+        group_size: completions a prompt: so many adjacent rows hold the same one, and its prefill is computed once.
+
+    Returns:
+        A `Rollout`.
+
+    Raises:
+        ValueError: shapes, lengths or options that cannot be meant, or rows that the mesh cannot share, with the numbers.
+
+    >>> import jax
+    >>> import pgjax as pg
+    >>> from pgjax.models.io.config import architecture_of
+    >>> config = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    >>> lm = pg.causal_lm(architecture_of(config))
+    >>> rollout = pg.sample(lm, lm.init(jax.random.key(0)), np.array([[0, 5]]), np.array([[False, True]]),
+    ...                     jax.random.key(1), max_new_tokens=3)
+    >>> rollout.mask.tolist()
+    [[False, False, True, True, True]]
+    """
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    return _run(lm, params, None, prompts, prompt_mask, key, max_new_tokens, options, eos_ids, pad_id, group_size)[0]
+
+
+def sample_scored(
+    lm: CausalLM,
+    params: dict[str, Any],
+    prompts: jax.typing.ArrayLike,
+    prompt_mask: jax.typing.ArrayLike,
+    key: jax.Array,
+    *,
+    max_new_tokens: int,
+    temperature: jax.typing.ArrayLike = 1.0,
+    eos_ids: Sequence[int] = (),
+    pad_id: int = 0,
+    group_size: int = 1,
+) -> tuple[Rollout, Scored]:
+    """Sample as `sample` does, and keep what the policy said on the way: no second pass over its own completions.
+
+    The log-probabilities, values and entropies of `ppo.score` with the same parameters, up to the rounding between decoding
+    and a whole forward pass: 2e-5 nats in float32, more in 16 bits. No filters, as these would change the distribution.
+
+    Args:
+        params: {"lm": parameters, "value": a value head}.
+        lm, prompts, prompt_mask, key, max_new_tokens, temperature, eos_ids, pad_id, group_size: as of `sample`.
+
+    Returns:
+        The rollout of `sample` with the same key, and what the policy said of its last max_new_tokens + 1 entries; 0 where
+        nothing was sampled.
+
+    Raises:
+        ValueError: as `sample`.
+
+    >>> import pgjax as pg
+    >>> from pgjax.models.io.config import architecture_of
+    >>> config = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    >>> lm = pg.causal_lm(architecture_of(config))
+    >>> params = {"lm": lm.init(jax.random.key(0)), "value": pg.init_value_head(8)}
+    >>> _, said = sample_scored(lm, params, [[0, 5]], [[False, True]], jax.random.key(1), max_new_tokens=3)
+    >>> said.entropy.shape
+    (1, 4)
+    """
+    options = {"temperature": temperature, "top_k": None, "top_p": None, "min_p": None}
+    head = params["value"]
+    return _run(lm, params["lm"], head, prompts, prompt_mask, key, max_new_tokens, options, eos_ids, pad_id, group_size)
+
+
+def _run(lm, params, value_head, prompts, prompt_mask, key, max_new_tokens, options, eos_ids, pad_id, group_size):
+    """Check what was asked, and run the one program of it."""
+    prompts, prompt_mask = (x if isinstance(x, jax.Array) else np.asarray(x) for x in (prompts, prompt_mask))
+    if prompts.dtype.kind not in "iu":
+        raise ValueError(f"prompts must be token ids, whole numbers, got {prompts.dtype}")
+    prompts, prompt_mask = prompts.astype(np.int32), prompt_mask.astype(np.bool_)
+    _check_prompts(lm, prompts, prompt_mask, max_new_tokens, group_size)
+    _check_options(lm.arch.vocab_size, **options, eos_ids=eos_ids)
+    check_whole("pad_id", pad_id, 0)
+    mesh = mesh_of(params)
+    check_batch(mesh, len(prompts) // group_size, "prompts")
+    length = prompts.shape[1]
+    extra = bucket_length(length) - length
+    off = {"temperature": 1.0, "top_k": lm.arch.vocab_size, "top_p": 1.0, "min_p": 0.0}
+    options = {
+        name: _as_scalar(off[name] if x is None else x, np.int32 if name == "top_k" else np.float32)
+        for name, x in options.items()
+    }
+    room = max(8, 1 << (len(eos_ids) - 1).bit_length())
+    eos = np.full(room, -1, np.int32)
+    eos[: len(eos_ids)] = list(eos_ids)
+    prompts, prompt_mask = _with_columns(prompts, extra), _with_columns(prompt_mask, extra)
+    batch = place((prompts, prompt_mask), batch_sharding(mesh))  # in the open: no transfer is hidden
+    others = place((options, eos, np.int32(pad_id)), replicated(mesh))
+    with entered(mesh):
+        rollout, said = _generate(
+            lm, params, *batch, key, *others,
+            max_new_tokens=max_new_tokens, value_head=value_head, group_size=group_size,
+        )  # fmt: skip
+        return _without_columns(rollout, extra) if extra else rollout, said
+
+
+@functools.partial(jax.jit, static_argnames=("lm", "max_new_tokens", "group_size"))
+def _generate(
+    lm,
+    params,
+    prompts,
+    prompt_mask,
+    key,
+    options,
+    eos,
+    pad_id,
+    max_new_tokens: int,
+    value_head=None,
+    group_size: int = 1,
+) -> tuple[Rollout, Scored | None]:
+    prompts, prompt_mask = constrain_batch((prompts, prompt_mask))
+    batch, start = prompts.shape
+    length = start + max_new_tokens
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    prompt_lengths = prompt_mask.sum(1, dtype=jnp.int32)
+    weights = decode_params(params, lm.dtype)
+    unembedding = lm.unembedding(weights).astype(lm.dtype)
+
+    def choose(hidden: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+        # Every device draws for rows of its own, tensor's too, and needs their logits whole: these change hands here.
+        logits = constrain(constrain(columns_dot(unembedding, hidden), "batch", "vocab"), "row")
+        kept = kept_logits(logits, **options)
+        token, logprob = draw(kept, row_keys, constrain(prompt_lengths + step, "batch"))
+        if value_head is None:
+            return constrain_batch((token, logprob, ()))
+        logprobs = jax.nn.log_softmax(kept)
+        entropy = -jnp.sum(jnp.exp(logprobs) * jnp.maximum(logprobs, jnp.finfo(jnp.float32).min), axis=1)
+        return constrain_batch((token, logprob, (state_values(value_head, hidden), entropy)))
+
+    def write(step: jax.Array, alive: jax.Array, chosen: tuple[Any, ...], written: tuple[Rollout, Any]) -> Any:
+        token, *said = chosen
+        logprob, more = jax.tree.map(lambda x: jnp.where(alive, x, 0.0), said)
+        column = Rollout(jnp.where(alive, token, pad_id), alive, alive, logprob), more
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start + step, axis=1)
+        return constrain_batch(jax.tree.map(lambda x, y: put(x, y[:, None]), written, column))
+
+    def advance(carry):
+        step, token, alive, written, cache = carry
+        index = start + step  # where the token that is read now stands; the one drawn goes one further
+        slots = jnp.where(columns < start, seen, columns <= index)
+        hidden, cache = lm.decode(weights, token, prompt_lengths + step, index, slots, cache)
+        chosen = token, *_ = choose(hidden, step + 1)
+        written = write(step + 1, alive, chosen, written)
+        return step + 1, token, alive & ~jnp.isin(token, eos), written, cache
+
+    def unfinished(carry):
+        step, _, alive, _, _ = carry
+        return (step + 1 < max_new_tokens) & alive.any()
+
+    columns = jnp.arange(length, dtype=jnp.int32)[None, :]
+    grow = functools.partial(jnp.pad, pad_width=((0, 0), (0, max_new_tokens)))
+    seen = grow(prompt_mask)
+    blank = jnp.zeros((batch, length), jnp.float32)
+    rollout = Rollout(jnp.where(seen, grow(prompts), pad_id), seen, jnp.zeros_like(seen), blank)
+    once = (firsts(x, group_size) for x in (prompts, prompt_mask))
+    read = lm.prefill(params, *once, lm.init_cache(batch // group_size, length))
+    hidden, cache = jax.tree.map(lambda x: repeated(x, group_size), read)
+    alive = jnp.ones(batch, bool)
+    step = jnp.int32(0)
+    chosen = token, _, more = choose(hidden, step)
+    written = write(step, alive, chosen, (rollout, jax.tree.map(lambda _: blank, more)))
+    carry = step, token, alive & ~jnp.isin(token, eos), written, cache
+    rollout, more = jax.lax.while_loop(unfinished, advance, carry)[3]
+    if value_head is None:
+        return rollout, None
+    return rollout, Scored(*(x[:, -(max_new_tokens + 1) :] for x in (rollout.logprobs, *more)))
+
+
+def _with_columns(x: jax.Array | np.ndarray, count: int) -> jax.Array | np.ndarray:
+    return _pad_left(x, count) if isinstance(x, jax.Array) else np.pad(x, ((0, 0), (count, 0)))
+
+
+# Outside jit, a pad or a slice would send its numbers to the device in the dark.
+@functools.partial(jax.jit, static_argnames="count")
+def _pad_left(x: jax.Array, count: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (count, 0)))
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _without_columns(rollout: Rollout, count: int) -> Rollout:
+    return constrain_batch(jax.tree.map(lambda x: x[:, count:], rollout))
+
+
+def _as_scalar(x: jax.typing.ArrayLike, dtype: type[np.generic]) -> jax.Array | np.generic:
+    return x.astype(dtype) if isinstance(x, jax.Array) else dtype(x)
+
+
+def _check_prompts(
+    lm: CausalLM, prompts: jax.Array | np.ndarray, mask: jax.Array | np.ndarray, new: int, group_size: int
+) -> None:
+    if prompts.ndim != 2 or prompts.shape != mask.shape or 0 in prompts.shape:
+        raise ValueError(f"prompts and prompt_mask must both be [B, P], got {prompts.shape} and {mask.shape}")
+    check_whole("max_new_tokens", new, 1)
+    check_groups(prompts.shape, 0, group_size)
+    length, limit = prompts.shape[1] + new, lm.arch.max_positions
+    if length > limit:
+        raise ValueError(
+            f"prompts of {prompts.shape[1]} tokens with max_new_tokens={new} need {length} positions, but the model has "
+            f"{limit}: shorten the prompts or the completions"
+        )
+    known_mask, known = _known(mask), _known(prompts)
+    if known_mask is not None:
+        real_last = known_mask[:, -1] & (known_mask[:, 1:] >= known_mask[:, :-1]).all(1)
+        if not real_last.all():
+            row = int(np.argmin(real_last))
+            raise ValueError(
+                f"row {row} of prompt_mask is not padding on the left and then tokens: pad with data.left_pad"
+            )
+        if known is not None and (odd := known_mask & ((known < 0) | (known >= lm.arch.vocab_size))).any():
+            row, column = np.argwhere(odd)[0]
+            raise ValueError(
+                f"row {row} of prompts holds the id {known[row, column]}, outside the vocabulary of {lm.arch.vocab_size}"
+            )
+        shown = None if known is None else np.where(known_mask, known, -1)
+        if shown is not None and (odd := (shown != np.repeat(shown[::group_size], group_size, axis=0)).any(1)).any():
+            row = int(np.argmax(odd))
+            raise ValueError(
+                f"row {row} of prompts is not that of row {row - row % group_size}, but group_size={group_size}"
+            )
+
+
+def _known(x: Any) -> np.ndarray | None:
+    """Bring a value to the host, in the open; None for one that is not known yet, or not here."""
+    if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+        return None
+    return np.asarray(jax.device_get(x))
+
+
+def _check_options(vocab: int, temperature: Any, top_k: Any, top_p: Any, min_p: Any, eos_ids: Sequence[int]) -> None:
+    def check(name: str, value: Any, ok: Callable[[float], bool], meant: str) -> None:
+        known = None if value is None else _known(value)
+        if known is not None and (known.ndim or not ok(float(known))):
+            raise ValueError(f"{name} must be {meant}, got {value}")
+
+    check("temperature", temperature, lambda x: 0 <= x < float("inf"), "a finite number not below 0 (0 is greedy)")
+    check(
+        "top_k", top_k, lambda x: 1 <= x < 2**31 and x == int(x), "a whole number of at least 1 and below 2^31, or None"
+    )
+    check("top_p", top_p, lambda x: 0 < x <= 1, "above 0 and at most 1, or None")
+    check("min_p", min_p, lambda x: 0 <= x <= 1, "from 0 to 1, or None")
+    if not isinstance(eos_ids, Collection):
+        raise ValueError(f"eos_ids must be a sequence of ids, got {eos_ids!r}")
+    for eos in eos_ids:
+        if not 0 <= eos < vocab or eos != int(eos):
+            raise ValueError(f"eos_ids holds {eos}, no id of the vocabulary of {vocab}")

@@ -1,0 +1,259 @@
+"""A task: prompts in, completions out, and the black box's scores beside them. What every LLM experiment here shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from pgjax.core.errors import UserError
+from pgjax.data.padding import left_pad
+from pgjax.data.prompts import completion_texts, encode_prompts
+from pgjax.data.tables import Row
+from pgjax.models.causal_lm import CausalLM
+from pgjax.models.io.tokenizer import stop_ids
+from pgjax.parallel import batch_rows, processes
+from pgjax.parallel.sharding import fold_in, whole_groups
+from pgjax.rollout import rewards
+from pgjax.rollout.judge import REWARD_MODEL, ModelJudge
+from pgjax.rollout.sample import Rollout, Scored, sample, sample_scored
+
+
+class Encoded(NamedTuple):
+    """A row and the token ids of its prompt."""
+
+    row: Row
+    ids: list[int]
+
+
+class Judged(NamedTuple):
+    """What the black box says of a rollout, whole; on the host of every process."""
+
+    scores: np.ndarray  # [B] float32, weighted sum
+    parts: dict[str, np.ndarray]  # each reward's own, [B]
+    ended: np.ndarray  # [B] True where the completion ended by itself
+    shown: list[tuple[int, Any, str]]  # row, prompt and completion of the first few
+
+    def samples(self) -> list[Row]:
+        """Say what became of the first few prompts."""
+        return [
+            {
+                "prompt": prompt,
+                "completion": completion,
+                "score": float(self.scores[row]),
+                **{f"rewards/{name}": float(part[row]) for name, part in self.parts.items()},
+            }
+            for row, prompt, completion in self.shown
+        ]
+
+
+SHOWN = 8  # rows of a batch that its samples show
+
+
+class Task(NamedTuple):
+    """How to sample and judge; parameters come with each call, and of a batch the prompts of the rows that this process feeds."""
+
+    lm: CausalLM
+    tokenizer: Any
+    judges: Sequence[rewards.Reward]
+    weights: Sequence[float] | None  # None: 1 each
+    prompt_sets: list[list[Encoded]]  # of each row set
+    longest: int  # tokens of the longest prompt of all
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float
+    eos_ids: tuple[int, ...]
+    pad_id: int  # never looked at: masks say what is padding
+    reward_model: ModelJudge | None = None  # one more judge, on the device
+    mesh: Mesh | None = None  # over which the rows of a batch are spread
+    group_size: int = 1  # so many adjacent rows of a batch have one prompt, whose prefill they share
+
+    def generate(self, params: Any, prompts: Sequence[Encoded], key: jax.Array) -> Rollout:
+        """Sample a completion for each prompt; returns while the device is still at it.
+
+        All prompts are padded to the longest of all: one shape, so that nothing compiles once training is under way.
+        """
+        return sample(
+            self.lm, params, *self._padded(prompts), key,
+            max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
+            eos_ids=self.eos_ids, pad_id=self.pad_id, group_size=self.group_size,
+        )  # fmt: skip
+
+    def generate_scored(self, params: Any, prompts: Sequence[Encoded], key: jax.Array) -> tuple[Rollout, Scored]:
+        """Sample likewise, without filters, from {"lm", "value"}, and keep what these said on the way."""
+        return sample_scored(
+            self.lm, params, *self._padded(prompts), key,
+            max_new_tokens=self.max_new_tokens, temperature=self.temperature, eos_ids=self.eos_ids, pad_id=self.pad_id,
+            group_size=self.group_size,
+        )  # fmt: skip
+
+    def _padded(self, prompts: Sequence[Encoded]) -> tuple[Any, Any]:
+        tokens, mask = left_pad([prompt.ids for prompt in prompts], self.pad_id, length=self.longest)
+        return (tokens, mask) if self.mesh is None else batch_rows.feed(self.mesh, (tokens, mask))
+
+    def judge(self, prompts: Sequence[Encoded], rollout: Rollout, asked: jax.Array | None = None) -> Judged:
+        """Decode the completions and put them before the black boxes; `asked` is what `ask` has queued, for its score.
+
+        Each process decodes and judges its own rows; where a black box fails on one, all stop.
+        """
+        size = len(rollout.tokens)
+        own = batch_rows.judged_rows(self.mesh, size)  # a part of those that are fed
+        fed = dict(zip(batch_rows.fed_rows(self.mesh, size), prompts, strict=True))
+
+        def judge_own() -> tuple[list[int], Judged]:
+            rows = [fed[i].row for i in own]
+            completions, ended = self._texts(rollout, own)
+            shown = [(i, row["prompt"], text) for i, row, text in zip(own, rows, completions, strict=True) if i < SHOWN]
+            return own, Judged(*score_rows(self.judges, self.weights, rows, completions), ended, shown)
+
+        judged = _joined(processes.shared(judge_own))
+        if asked is None or self.reward_model is None:
+            return judged
+        said = self.reward_model.fetch(asked, lambda i: (fed[i].row["prompt"], *self._texts(rollout, [i])[0]), own)
+        scores = judged.scores + np.float32(self.reward_model.weight) * said
+        return judged._replace(scores=scores, parts=judged.parts | {REWARD_MODEL: said})
+
+    def ask(self, prompts: Sequence[Encoded], rollout: Rollout) -> jax.Array | None:
+        """Queue the reward model's scores of a rollout; None without one."""
+        if self.reward_model is None:
+            return None
+        fed = batch_rows.fed_rows(self.mesh, len(rollout.tokens))
+        texts = [prompt.row["prompt"] for prompt in prompts]
+        return self.reward_model.queue(texts, rollout, lambda: self._texts(rollout, fed))
+
+    def _texts(self, rollout: Rollout, rows: Sequence[int]) -> tuple[list[str], np.ndarray]:
+        """Read rows of a rollout that this process feeds: each completion, and whether it ended by itself."""
+        tokens, mask = (batch_rows.local_rows(x, rows) for x in (rollout.tokens, rollout.mask))
+        return completion_texts(tokens, mask, self.tokenizer), np.isin(last_sampled(tokens, mask), self.eos_ids)
+
+    def rollouts(
+        self, params: Any, prompts: Sequence[Encoded], batch_size: int, key: jax.Array
+    ) -> Iterator[tuple[list[Encoded], int, Rollout]]:
+        """Sample a completion for each prompt, batch by batch: those fed here, how many rows count, and what came of the batch.
+
+        A short last batch is filled up with prompts of its own: one shape, one program.
+        """
+        fed = batch_rows.fed_rows(self.mesh, batch_size)
+        for begin in range(0, len(prompts), batch_size):
+            wanted = prompts[begin : begin + batch_size]
+            own = [wanted[i % len(wanted)] for i in fed]
+            yield own, len(wanted), self.generate(params, own, fold_in(key, begin))
+
+    def evaluate(
+        self,
+        params: Any,
+        prompts: Sequence[Encoded],
+        samples: int,
+        batch_size: int,
+        key: jax.Array,
+        kl: Callable[[Rollout], jax.Array] | None = None,
+    ) -> dict[str, float]:
+        """Judge `samples` completions of each prompt: means over all of them, taken as independent for standard errors.
+
+        `kl` gives nats a sequence [B], to the reference.
+        """
+        task = self._replace(group_size=whole_groups(None, samples, self.group_size))
+        repeated = [prompt for prompt in prompts for _ in range(samples)]
+        found: dict[str, list[np.ndarray]] = {}
+        for own, count, rollout in task.rollouts(params, repeated, batch_size, key):
+            judged = self.judge(own, rollout, self.ask(own, rollout))
+            figures = {"scores": judged.scores, **{f"rewards/{name}": part for name, part in judged.parts.items()}}
+            if kl is not None:
+                figures["kl"] = processes.fetch(kl(rollout))
+            for name, figure in figures.items():
+                found.setdefault(name, []).append(figure[:count])
+        whole = {name: np.concatenate(pieces).astype(np.float64) for name, pieces in found.items()}
+        errors = {f"{name}_stderr": _standard_error(whole[name]) for name in ("scores", "kl") if name in whole}
+        return {name: float(np.mean(values)) for name, values in whole.items()} | errors
+
+
+def _joined(pieces: Sequence[tuple[list[int], Judged]]) -> Judged:
+    """Put what the processes judged together, row by row in the order of the batch."""
+    rows, judged = zip(*pieces, strict=True)
+    order = np.argsort(np.concatenate(rows))
+    scores, parts, ended = jax.tree.map(lambda *x: np.concatenate(x)[order], *(piece[:3] for piece in judged))
+    return Judged(scores, parts, ended, sorted((x for piece in judged for x in piece.shown), key=lambda x: x[0]))
+
+
+def _standard_error(values: np.ndarray) -> float:
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+def make_task(
+    lm: CausalLM,
+    tokenizer: Any,
+    judges: Sequence[rewards.Reward],
+    weights: Sequence[float] | None,
+    row_sets: Sequence[Sequence[Row]],
+    *,
+    chat: bool,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    reward_model: ModelJudge | None = None,
+    mesh: Mesh | None = None,
+    group_size: int = 1,
+) -> Task:
+    """Encode the prompts of every row set, refusing any that the model's positions cannot hold."""
+    if tokenizer is None:
+        raise UserError("the model's source holds no tokenizer, and prompts are text: add its tokenizer files")
+    limit = lm.arch.max_positions - max_new_tokens
+    if limit < 1:
+        raise UserError(
+            f"max_new_tokens={max_new_tokens} leaves no room for a prompt in {lm.arch.max_positions} positions"
+        )
+    encoded = []
+    for rows in row_sets:
+        prompts = [row["prompt"] for row in rows]  # their numbers here are not those of the user's file
+        ids = encode_prompts(prompts, tokenizer, chat=chat, max_length=limit, place="a prompt")
+        encoded.append([Encoded(*pair) for pair in zip(rows, ids, strict=True)])
+    longest = max(len(prompt.ids) for prompts in encoded for prompt in prompts)
+    if reward_model is not None:
+        texts = [prompt.row["prompt"] for prompts in encoded for prompt in prompts]
+        reward_model.check(texts, longest, max_new_tokens)
+    pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    eos_ids = stop_ids(tokenizer)
+    return Task(
+        lm, tokenizer, judges, weights, encoded, longest, max_new_tokens, temperature, top_k, top_p, eos_ids, pad_id,
+        reward_model, mesh, group_size,
+    )  # fmt: skip
+
+
+def last_sampled(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Pick the last sampled token of each row, [B].
+
+    Example:
+      >>> last_sampled(np.array([[5, 6, 7], [5, 8, 0]]), np.array([[0, 1, 1], [0, 1, 0]]))
+      array([7, 8])
+    """
+    return tokens[np.arange(len(tokens)), tokens.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)]
+
+
+def score_rows(
+    judges: Sequence[rewards.Reward], weights: Sequence[float] | None, rows: Sequence[Row], completions: Sequence[str]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Put completions and their rows' columns before the black boxes: weighted sums [B], and each one's own scores.
+
+    Without black boxes all sums are 0.
+
+    Example:
+      >>> length = lambda prompts, completions, **columns: [float(len(text)) for text in completions]
+      >>> score_rows([length], None, [{"prompt": "a"}], ["abc"])[0]
+      array([3.], dtype=float32)
+    """
+    if not (judges and rows):
+        nothing = np.zeros(len(rows), np.float32)
+        return nothing, dict.fromkeys(rewards.reward_names(judges), nothing)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return rewards.score(judges, weights, columns.pop("prompt"), completions, columns)
+
+
+def check_columns(rows: Sequence[Row], judges: Sequence[rewards.Reward]) -> None:
+    """Check that the rewards take the columns that the rows have."""
+    for judge in judges:
+        rewards.check_reward(judge, [name for name in rows[0] if name != "prompt"])

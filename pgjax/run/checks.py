@@ -1,0 +1,82 @@
+"""What the scripts refuse in their configs, by a ValueError that names the field and the number it has."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pgjax.core.errors import UserError
+
+
+def require(ok: bool, message: str) -> None:
+    """Refuse what is not so, with the message for the user.
+
+    Example:
+      >>> require(3 > 4, "three must be above four")
+      Traceback (most recent call last):
+      pgjax.UserError: three must be above four
+    """
+    if not ok:
+        raise UserError(message)
+
+
+def at_least_one(config: Any, *names: str, of: str = "") -> None:
+    """Refuse fields of a config that are below 1; `of` stands before a name in the message.
+
+    Example:
+      >>> from experiments.sft import Config
+      >>> at_least_one(Config(batch_size=0), "epochs", "batch_size", of="sft.")
+      Traceback (most recent call last):
+      pgjax.UserError: sft.batch_size must be at least 1, got 0
+    """
+    for name, value in _of(config, names):
+        require(value >= 1, f"{of}{name} must be at least 1, got {value}")
+
+
+def not_negative(config: Any, *names: str) -> None:
+    """Refuse fields of a config that are below 0 or not finite.
+
+    Example:
+      >>> from experiments.sft import Config
+      >>> not_negative(Config(weight_decay=-0.1), "warmup", "weight_decay")
+      Traceback (most recent call last):
+      pgjax.UserError: weight_decay must be finite and not below 0, got -0.1
+    """
+    for name, value in _of(config, names):
+        require(0 <= value < math.inf, f"{name} must be finite and not below 0, got {value}")
+
+
+def above_zero(config: Any, *names: str) -> None:
+    """Refuse fields of a config that are 0, below, or not finite; None passes.
+
+    Example:
+      >>> from experiments.sft import Config
+      >>> above_zero(Config(max_grad_norm=0.0), "max_grad_norm")
+      Traceback (most recent call last):
+      pgjax.UserError: max_grad_norm must be above 0, got 0.0
+    """
+    for name, value in _of(config, names):
+        require(value is None or 0 < value < math.inf, f"{name} must be above 0, got {value}")
+
+
+def seed_fits(config: Any) -> None:
+    """Refuse a seed that is no number of 32 bits.
+
+    Example:
+      >>> from experiments.sft import Config
+      >>> seed_fits(Config(seed=-1))
+      Traceback (most recent call last):
+      pgjax.UserError: seed must be from 0 to 2^32 - 1, got -1
+    """
+    require(0 <= config.seed < 2**32, f"seed must be from 0 to 2^32 - 1, got {config.seed}")
+
+
+def _of(config: Any, names: tuple[str, ...]) -> list[tuple[str, Any]]:
+    return [(name, vars(config)[name]) for name in names]
+
+
+def check_lora(config: Any) -> None:
+    """Refuse a rank and an alpha that mean nothing."""
+    if config.lora_rank is not None:
+        at_least_one(config, "lora_rank")
+    above_zero(config, "lora_alpha")
