@@ -166,8 +166,8 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
     check_shares(mesh, config.batch_size, minibatches=config.minibatches, microbatches=config.microbatches)
     config = dataclasses.replace(config, output=shared_folder(config.output))
-    judges = processes.together(lambda: [rewards.load_reward(spec) for spec in config.rewards])
-    row_sets = processes.together(lambda: read_rows(config, judges))
+    judges = processes.all_or_none(lambda: [rewards.load_reward(spec) for spec in config.rewards])
+    row_sets = processes.all_or_none(lambda: read_rows(config, judges))
     agree_on(f"the rows of {config.prompts}", row_sets)
     lm, params, tokenizer = pg.load(config.model, mesh=mesh, remat=config.remat)
     reward_model = None
@@ -189,7 +189,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
             check_steps(config.steps, last_step(config.output), config.output)
         return logs.open_run(config.output, dataclasses.asdict(config), resume=config.resume, may_change=MAY_CHANGE)
 
-    folder = processes.first(open_folder)
+    folder = processes.on_process_0(open_folder)
     train_prompts, held_out = task.prompt_sets
     own = batch_rows.fed_rows(mesh, config.batch_size)
     deal = batches(train_prompts, config.batch_size, seed=config.seed, group_size=group, own=own)
@@ -308,7 +308,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         return State(learner, kl_coef, key), {**metrics, **of_updates, **health, **numbers}, judged.samples()
 
     with (
-        processes.together(lambda: logs.Writer(folder, start_step=log_from, active=first_of_all())) as writer,
+        processes.all_or_none(lambda: logs.Writer(folder, start_step=log_from, active=first_of_all())) as writer,
         Progress(config.steps, start=start) as progress,
     ):
 
@@ -321,7 +321,9 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
                 progress.samples(done, samples[:3])
 
         def evaluate(params: Any, step: int) -> None:
-            if step in processes.first(lambda: [x["step"] for x in logs.read_metrics(folder) if "eval/scores" in x]):
+            if step in processes.on_process_0(
+                lambda: [x["step"] for x in logs.read_metrics(folder) if "eval/scores" in x]
+            ):
                 return  # done before the run was stopped
 
             params = pg.with_lora(frozen, params)
@@ -340,7 +342,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
                     f"the log-probabilities of {config.model} are not finite before the first update: its weights hold NaN or "
                     f"infinities, or overflow in {jnp.dtype(lm.dtype).name}"
                 )
-            processes.together(lambda: writer.write(step, {f"eval/{name}": x for name, x in figures.items()}))
+            processes.all_or_none(lambda: writer.write(step, {f"eval/{name}": x for name, x in figures.items()}))
             progress.print(
                 f"held-out score after {step} steps: {figures['scores']:.3f} +- {figures['scores_stderr']:.3f}, "
                 f"KL {figures['kl']:.2f}"
@@ -367,7 +369,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
                 plot_curves(folder)
             checkpoints.close()
 
-    return processes.first(lambda: summary(folder))
+    return processes.on_process_0(lambda: summary(folder))
 
 
 def read_rows(config: Config, judges: list[rewards.Reward]) -> tuple[list[Row], list[Row]]:

@@ -101,7 +101,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
     config = dataclasses.replace(config, output=shared_folder(config.output))
     check_shares(mesh, config.batch_size, microbatches=config.microbatches)
-    pair_sets = processes.together(lambda: read_pairs(config))
+    pair_sets = processes.all_or_none(lambda: read_pairs(config))
     lm, lm_params, tokenizer = pg.load(config.model, mesh=mesh, remat=config.remat)
     if tokenizer is None:
         raise UserError(f"{config.model} holds no tokenizer, and pairs are text: add its tokenizer files")
@@ -110,9 +110,9 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     rm, params, tokenizer = with_padding_token(rm, params, tokenizer)
     kept = pair_sets["training"].kept
     tokenizer.init_kwargs[preferences.TEMPLATED] = config.chat or not isinstance(kept[0].chosen.prompt, str)
-    train_pairs, held_out, references = processes.together(lambda: encoded(config, rm, tokenizer, pair_sets))
+    train_pairs, held_out, references = processes.all_or_none(lambda: encoded(config, rm, tokenizer, pair_sets))
     agree_on(f"what the tokenizer makes of {config.pairs}", (train_pairs, held_out, references))
-    folder = processes.first(
+    folder = processes.on_process_0(
         lambda: logs.open_run(config.output, dataclasses.asdict(config), resume=config.resume, may_change=MAY_CHANGE)
     )
     deal = batches(train_pairs, config.batch_size, seed=config.seed, own=batch_rows.fed_rows(mesh, config.batch_size))
@@ -153,7 +153,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         return state, {**metrics, **{f"eval/{name}": x for name, x in figures.items()}}, None
 
     with (
-        processes.together(lambda: logs.Writer(folder, start_step=log_from, active=first_of_all())) as writer,
+        processes.all_or_none(lambda: logs.Writer(folder, start_step=log_from, active=first_of_all())) as writer,
         Progress(steps, start=start) as progress,
     ):
 
@@ -165,7 +165,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
             params = pg.with_lora(frozen, trained)
             scores = reward_learning.pair_scores(rm, params, held_out, batch_size=config.batch_size)
             figures = reward_learning.pair_metrics(scores)
-            processes.together(lambda: writer.write(done, {f"eval/{name}": x for name, x in figures.items()}))
+            processes.all_or_none(lambda: writer.write(done, {f"eval/{name}": x for name, x in figures.items()}))
             progress.print(
                 f"after {done} of {steps} steps, on {len(held_out)} held-out pairs: accuracy {figures['accuracy']:.3f} +- "
                 f"{figures['accuracy_stderr']:.3f}, margin {figures['margin']:.3f}, loss {figures['loss']:.3f}, "
@@ -195,7 +195,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
                 checkpoints=checkpoints, save_every=config.save_every,
                 score=lambda metrics: -metrics["eval/loss"] if "eval/loss" in metrics else None,
             )  # fmt: skip
-            if not processes.first(lambda: finished(folder)):
+            if not processes.on_process_0(lambda: finished(folder)):
                 scores = evaluate(state.params, steps)
                 if first_of_all():
                     plot_calibration(folder / "calibration.png", np.asarray(scores))
@@ -204,10 +204,10 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
                     state, best = to_best(checkpoints, state)
                     progress.print(f"model_best is the model after step {best}")
                     save(state.params, folder / "model_best")
-                processes.together(lambda: writer.write(steps, figures))
+                processes.all_or_none(lambda: writer.write(steps, figures))
         finally:
             checkpoints.close()
-    return processes.first(lambda: summary(folder))
+    return processes.on_process_0(lambda: summary(folder))
 
 
 def read_pairs(config: Config) -> dict[str, preferences.Kept]:

@@ -130,13 +130,13 @@ def main(config: Config) -> dict[str, float]:
 def run(config: Config) -> dict[str, float]:
     """Do the work of `main`; all processes of a run call this alike."""
     # now, since the stages that read them come late
-    processes.together(lambda: read_prompts(config))
+    processes.all_or_none(lambda: read_prompts(config))
     folders = {name: config.output / name for name in STAGES}
     done: dict[str, Done] = {}
     for name, made_from in MADE_FROM.items():
         if name == config.from_stage:  # not before: what comes first may be refused, and then nothing has moved
             later = [folders[other] for other in STAGES[STAGES.index(name) :]]
-            for moved in processes.first(functools.partial(put_aside, later)):
+            for moved in processes.on_process_0(functools.partial(put_aside, later)):
                 print(f"moved the old stage to {moved}")
         if name == "pairs" and config.pairs is not None:
             print(f"pairs: those of {config.pairs}")

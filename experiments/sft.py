@@ -103,7 +103,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
     config = dataclasses.replace(config, output=shared_folder(config.output))
     check_shares(mesh, config.batch_size, microbatches=config.microbatches)
-    rows, held_out_rows = processes.together(
+    rows, held_out_rows = processes.all_or_none(
         lambda: load_row_sets(config.data, config.held_out, config.held_out_rows, check_examples, text_column="text")
     )
     agree_on(f"the rows of {config.data}", (rows, held_out_rows))
@@ -120,7 +120,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         tokenizer.save_pretrained(folder / "tokenizer")  # a run from scratch that goes on must find it
         return folder
 
-    folder = processes.first(open_folder)
+    folder = processes.on_process_0(open_folder)
     rate = (3e-3 if config.model is None else 3e-5) if config.learning_rate is None else config.learning_rate
     optimizer = adamw(
         rate, updates=steps, warmup=min(config.warmup, steps // 10), decay=config.decay,
@@ -170,7 +170,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         return state, {**metrics, **numbers}, None
 
     with (
-        processes.together(lambda: logs.Writer(folder, start_step=log_from, active=first_of_all())) as writer,
+        processes.all_or_none(lambda: logs.Writer(folder, start_step=log_from, active=first_of_all())) as writer,
         Progress(steps, start=start) as progress,
     ):
 
@@ -184,7 +184,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         try:
             if start == 0:
                 before = evaluate(state.params)
-                processes.together(lambda: writer.write(0, before))
+                processes.all_or_none(lambda: writer.write(0, before))
                 progress.print(f"before: held-out perplexity {before['eval/perplexity']:.2f}")
             state = loop.run(
                 state, steps=steps, start=start, prepare=prepare, step=step, check=loop.check_finite, report=report,
@@ -201,7 +201,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
                 plot_curves(folder)
             checkpoints.close()
 
-    return processes.first(lambda: summary(folder))
+    return processes.on_process_0(lambda: summary(folder))
 
 
 def begin(config: Config, rows: Placed, mesh: Mesh | None) -> tuple[pg.CausalLM, Any, Any]:

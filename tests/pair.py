@@ -151,7 +151,7 @@ def main(process: int, port: int, folder: Path) -> None:
     processes.initialize(f"localhost:{port}", 2, process)
     found["gathered"] = processes.gather({"process": process, "text": "x" * 3000 * process})
     found["any"] = [processes.any_process(process == 1), processes.any_process(False)]
-    found["first"] = processes.first(lambda: f"by {jax.process_index()}")
+    found["first"] = processes.on_process_0(lambda: f"by {jax.process_index()}")
     found["differ"] = caught(lambda: processes.agree("the command", {"seed": process, "steps": 3}))
     found["steps"] = caught(lambda: script.main(make_config(folder, "never", steps=3 + process, **flags)))
     found["unfit"] = caught(lambda: script.main(make_config(folder, "never", **{**flags, "mesh": "data=3"})))
@@ -161,7 +161,7 @@ def main(process: int, port: int, folder: Path) -> None:
     with mock.patch.object(devices, "_appears", lambda path: process == 0):  # as where process 1 has another disk
         found["apart"] = caught(lambda: devices.shared_folder(folder / "apart" / "run"))
     found["shared"] = str(devices.shared_folder(Path(f"{folder}/of{process}/run")))
-    found["refused"] = caught(lambda: processes.first(lambda: [][process]))
+    found["refused"] = caught(lambda: processes.on_process_0(lambda: [][process]))
     found["infinite"] = caught(one_infinite_score)
     found["figures"] = script.main(make_config(folder, "two", **flags))
     found["calls"], CALLS[:] = list(CALLS), []

@@ -39,7 +39,7 @@ def main(process: int, address: str, folder: Path) -> None:
         placed = all(jax.tree.leaves(jax.tree.map(lambda x, y: x.sharding == y.sharding, restored, like)))
         print("restored", digest(restored) == digest(like), placed, checkpoints.best())
 
-        processes.first(lambda: damage(folder / "2" / "state" / "ocdbt.process_1" / "d"))
+        processes.on_process_0(lambda: damage(folder / "2" / "state" / "ocdbt.process_1" / "d"))
         try:
             checkpoints.restore(state_of(mesh, 0))
         except BadCheckpoint as bad:

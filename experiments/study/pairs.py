@@ -54,7 +54,7 @@ def make_pairs(
     Returns:
       Of both files: pairs, gold (mean), gold_std, judge_right (share of pairs whose preferred answer has the higher gold).
     """
-    processes.first(lambda: folder.mkdir(parents=True, exist_ok=True))
+    processes.on_process_0(lambda: folder.mkdir(parents=True, exist_ok=True))
     lm, params, tokenizer = pg.load(model, mesh=mesh)
     figures: dict[str, float] = {}
     counts = {"train": config.train, "held_out": config.held_out}
@@ -70,7 +70,7 @@ def make_pairs(
         work = functools.partial(
             write_pairs, folder / f"{name}.jsonl", gold, prompts, texts, ends, scale=config.scale, seed=2 * seed + i
         )
-        found = processes.first(work)
+        found = processes.on_process_0(work)
         figures |= {f"{name}_{key}": x for key, x in {"pairs": float(count), **found}.items()}
     return figures
 

@@ -151,7 +151,7 @@ def agree(what: str, value: Any) -> None:
             raise UserError(f"{what}: not the same on all processes ({told}); give all the same")
 
 
-def together(work: Callable[[], T]) -> T:
+def all_or_none(work: Callable[[], T]) -> T:
     """Do work of the host that may fail on one process, and fail on all where it does.
 
     Args:
@@ -165,16 +165,16 @@ def together(work: Callable[[], T]) -> T:
       Exception: what `work` raised here.
 
     Example:
-      >>> together(lambda: 1 + 1)
+      >>> all_or_none(lambda: 1 + 1)
       2
     """
     results: list[T] = []
-    shared(lambda: results.append(work()))
+    gather_results(lambda: results.append(work()))
     return results[0]
 
 
-def shared(work: Callable[[], T]) -> list[T]:
-    """Do work of the host as `together` does, and give every process the results of all.
+def gather_results(work: Callable[[], T]) -> list[T]:
+    """Do work of the host as `all_or_none` does, and give every process the results of all.
 
     Args:
       work: returns a small value; each process does its own.
@@ -183,11 +183,11 @@ def shared(work: Callable[[], T]) -> list[T]:
       One value a process; the same list on all.
 
     Raises:
-      FailedElsewhere: as in `together`.
+      FailedElsewhere: as in `all_or_none`.
       Exception: what `work` raised here.
 
     Example:
-      >>> shared(lambda: 1 + 1)
+      >>> gather_results(lambda: 1 + 1)
       [2]
     """
     if jax.process_count() == 1:
@@ -207,7 +207,7 @@ def shared(work: Callable[[], T]) -> list[T]:
     return [value for _, value in outcomes]
 
 
-def first(work: Callable[[], T]) -> T:
+def on_process_0(work: Callable[[], T]) -> T:
     """Do work of the host on process 0 alone, such as writing a file, and give all its result or its failure.
 
     Args:
@@ -221,7 +221,7 @@ def first(work: Callable[[], T]) -> T:
       FailedElsewhere: on the other processes, where it raised anything else on process 0.
 
     Example:
-      >>> first(lambda: "the run's folder")
+      >>> on_process_0(lambda: "the run's folder")
       "the run's folder"
     """
 
@@ -233,7 +233,7 @@ def first(work: Callable[[], T]) -> T:
         except ValueError as error:
             return None, str(error)
 
-    result, refused = shared(on_the_first)[0]
+    result, refused = gather_results(on_the_first)[0]
     if refused is not None:
         raise UserError(refused)
     return result  # type: ignore[return-value]

@@ -82,7 +82,7 @@ class ModelJudge(NamedTuple):
             ids.extend((x if end else y)[:limit] for x, y, end in zip(whole, cut, ended, strict=True))
             return max(map(len, ids))
 
-        longest = max(processes.shared(encode))  # of the whole batch: all processes take one program
+        longest = max(processes.gather_results(encode))  # of the whole batch: all processes take one program
         length = min(bucket_length(longest), limit)  # buckets: few lengths, few programs
         return left_pad(ids, 0, length=length)
 
@@ -104,7 +104,7 @@ class ModelJudge(NamedTuple):
                 )  # fmt: skip
 
         if bad.size:
-            processes.together(refuse)
+            processes.all_or_none(refuse)
         return scores
 
 

@@ -110,7 +110,7 @@ class Task(NamedTuple):
             shown = [(i, row["prompt"], text) for i, row, text in zip(own, rows, completions, strict=True) if i < SHOWN]
             return own, Judged(*score_rows(self.judges, self.weights, rows, completions), ended, shown)
 
-        judged = _joined(processes.shared(judge_own))
+        judged = _joined(processes.gather_results(judge_own))
         if asked is None or self.reward_model is None:
             return judged
         said = self.reward_model.fetch(asked, lambda i: (fed[i].row["prompt"], *self._texts(rollout, [i])[0]), own)

@@ -239,7 +239,7 @@ def shared_folder(folder: Path) -> Path:
     """
     if jax.process_count() == 1:
         return folder
-    path = Path(processes.first(lambda: str(folder.absolute())))
+    path = Path(processes.on_process_0(lambda: str(folder.absolute())))
     made, wrong, seen = _seen_by_all(path.parent)
     if made is None:
         raise UserError(f"no file can be made in {path.parent} ({wrong}): choose another --output")
@@ -250,7 +250,7 @@ def shared_folder(folder: Path) -> Path:
 
 def _seen_by_all(folder: Path) -> tuple[str | None, str | None, bool]:
     """Make a folder on process 0, unless it is there: its path, or why it takes no file; and whether all processes see it."""
-    mark, wrong = processes.first(lambda: _mark(folder))
+    mark, wrong = processes.on_process_0(lambda: _mark(folder))
     if mark is None:
         return None, wrong, False
     seen = not processes.any_process(not _appears(Path(mark)))

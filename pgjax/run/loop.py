@@ -106,7 +106,7 @@ def run(
             pending, done, latest_score = None, number, score(metrics)
             report(number, metrics, samples)
 
-        processes.together(tell)
+        processes.all_or_none(tell)
 
     def prepared(i: int) -> Any:
         try:

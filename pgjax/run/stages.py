@@ -74,7 +74,7 @@ def run_stage(
       ({'sum': 3}, True)
     """
     new = {"config": _plain(asked), "made_from": {stage.folder.name: stage.id for stage in made_from}}
-    done, resume, spent = processes.first(lambda: _begin(folder, new, redo))
+    done, resume, spent = processes.on_process_0(lambda: _begin(folder, new, redo))
     if done is not None:
         print(f"{folder.name}: complete, skipped")
         return done
@@ -87,7 +87,7 @@ def run_stage(
             write_json(_begun(folder), {**new, "seconds": spent + time.perf_counter() - start})
         raise
     seconds = spent + time.perf_counter() - start
-    return processes.first(lambda: _complete(folder, new, seconds, metrics))
+    return processes.on_process_0(lambda: _complete(folder, new, seconds, metrics))
 
 
 def _begun(folder: Path) -> Path:

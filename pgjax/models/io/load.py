@@ -20,7 +20,7 @@ from pgjax.models.io.save import write_folder
 from pgjax.models.io.sources import find
 from pgjax.models.io.tensors import Tensors, read_json, read_params, safetensors_of, some_rows_digest
 from pgjax.models.io.tokenizer import folder_tokenizer, prepare_tokenizer
-from pgjax.parallel.processes import agree, together
+from pgjax.parallel.processes import agree, all_or_none
 from pgjax.parallel.sharding import param_shardings
 
 T = TypeVar("T")
@@ -85,11 +85,11 @@ def read_alike(source: str | os.PathLike[str], read: Callable[[], tuple[T, Tenso
     Raises:
         ValueError: on all processes, where they have read other configurations or other weights.
     """
-    model, tensors = together(read)
+    model, tensors = all_or_none(read)
     if jax.process_count() > 1:
         functions: Any = model
         agree(f"the configuration of {source}", dataclasses.asdict(functions[0].arch))
-        agree(f"the weights of {source}", {"the digest of some rows": together(lambda: some_rows_digest(tensors))})
+        agree(f"the weights of {source}", {"the digest of some rows": all_or_none(lambda: some_rows_digest(tensors))})
     return model
 
 

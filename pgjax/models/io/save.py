@@ -21,7 +21,7 @@ from pgjax.models.architecture import Architecture
 from pgjax.models.io.tensors import Slot, slot_of
 from pgjax.models.io.tokenizer import TOKENIZER_FILES, stop_ids
 from pgjax.models.lora import merge_lora
-from pgjax.parallel.processes import first, together
+from pgjax.parallel.processes import all_or_none, on_process_0
 
 MAX_SHARD_BYTES = 5 * 10**9  # of one file of weights; the host holds one at a time
 _INDEX = "model.safetensors.index.json"
@@ -76,7 +76,7 @@ def write_folder(
     """
     target, params = Path(folder).expanduser().absolute(), merge_lora(params)
     _check_params(arch, init, params)
-    first(lambda: _check_replaceable(target))
+    on_process_0(lambda: _check_replaceable(target))
     tensors = named_tensors(arch, params)
     config = {**config, **_token_ids(tokenizer), "dtype": str(jax.tree.leaves(params)[0].dtype)}
     values = ((name, tensor.fetch()) for name, tensor in tensors.items())
@@ -89,7 +89,7 @@ def write_folder(
             if jax.process_count() > 1:  # fetching is done together: to the end, also where the first could not write
                 deque(values, maxlen=0)
 
-    together(write)
+    all_or_none(write)
 
 
 def named_tensors(arch: Architecture, params: Any) -> dict[str, Outgoing]:

@@ -244,7 +244,9 @@ class Checkpoints:
             except BadCheckpoint as bad:
                 reasons[step] = str(bad)
                 continue
-            places = {bad: processes.first(functools.partial(put_aside, self.folder / str(bad))) for bad in reasons}
+            places = {
+                bad: processes.on_process_0(functools.partial(put_aside, self.folder / str(bad))) for bad in reasons
+            }
             self._manager.reload()
             return state, extra, [f"{why}; it lies in {places[step]} now" for step, why in reasons.items()]
         raise BadCheckpoint(
@@ -339,7 +341,7 @@ class Checkpoints:
                 return str(bad)
             return None
 
-        said = [message for message in processes.shared(attempt) if message is not None]
+        said = [message for message in processes.gather_results(attempt) if message is not None]
         if said:
             raise BadCheckpoint(said[0])
         return result
