@@ -28,6 +28,9 @@ from pgjax.core.losses import (
 )
 from pgjax.core.masking import masked_mean, masked_whiten
 from pgjax.core.trust_region import fisher_vector_product, trust_region_step
+from pgjax.learning.algorithms import Algorithm, Batch, Experience, dr_grpo, grpo, ppo, reinforce, rloo
+from pgjax.learning.iteration import Iteration, Sampled, State, iteration
+from pgjax.learning.optimizer import adamw
 from pgjax.models.architecture import Architecture, Rope
 from pgjax.models.causal_lm import CausalLM, causal_lm
 from pgjax.models.heads import init_value_head, token_values
@@ -38,24 +41,34 @@ from pgjax.models.reward_model import RewardModel, reward_model
 from pgjax.rollout.sample import Rollout, Scored, sample, sample_scored
 
 __all__ = [
+    "Algorithm",
     "Architecture",
+    "Batch",
     "CausalLM",
+    "Experience",
+    "Iteration",
     "MissingPackageError",
     "NotFiniteError",
     "RewardModel",
     "Rollout",
     "Rope",
+    "Sampled",
     "Scored",
+    "State",
     "UserError",
+    "adamw",
     "adaptive_kl_coef",
     "categorical_kl",
     "causal_lm",
     "clipped_surrogate_loss",
     "cross_entropy_loss",
+    "dr_grpo",
     "fisher_vector_product",
     "group_advantages",
+    "grpo",
     "init_lora",
     "init_value_head",
+    "iteration",
     "kl_k1",
     "kl_k2",
     "kl_k3",
@@ -71,8 +84,11 @@ __all__ = [
     "monte_carlo_returns",
     "place_scores",
     "policy_gradient_loss",
+    "ppo",
     "preference_loss",
+    "reinforce",
     "reward_model",
+    "rloo",
     "sample",
     "sample_scored",
     "save_pretrained",
