@@ -14,6 +14,7 @@ from jax.test_util import check_grads
 
 from pgjax.core.linear_logprobs import linear_token_logprobs, linear_token_logprobs_and_entropy
 from pgjax.core.logprobs import token_entropy, token_logprobs
+from pgjax.models.heads import head_logprobs, head_logprobs_and_entropy
 from tests import reference
 from tests.compiling import AS_FOR_USERS
 
@@ -363,6 +364,21 @@ def test_an_unembedding_that_stays_split_gives_the_same(batch, split):
     assert_same(found(linear_token_logprobs, **options), expected)
     expected = found(plain_both, with_entropy)
     assert_same(found(linear_token_logprobs_and_entropy, with_entropy, **options), expected)
+
+
+def test_the_heads_take_the_ambient_mesh():
+    unembedding, hidden = jnp.concatenate([UNEMBEDDING, UNEMBEDDING[:1]])[:, :2], HIDDEN[:, :, :2]
+    value_and_grad = jax.value_and_grad(partial(mixed_loss, head_logprobs_and_entropy), argnums=(0, 1))
+    expected = both(plain_mixed_loss, hidden, unembedding, temperature=0.7)
+    step = jax.jit(lambda h, w: value_and_grad(h, w, temperature=0.7))
+    assert_same(step(hidden, unembedding), expected)
+    mesh = jax.make_mesh((1, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh):
+        assert_same(step(hidden, unembedding), expected)
+        _, inside, outside = _collectives_inside_loops(step.lower(hidden, unembedding).compile(AS_FOR_USERS).as_text())
+        assert inside == 0 and outside >= 2
+        logprobs = jax.jit(head_logprobs)(hidden, unembedding, TOKENS)
+    assert_same(logprobs, plain(hidden, unembedding, TOKENS))
 
 
 def _collectives_inside_loops(text):
