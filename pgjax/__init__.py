@@ -16,7 +16,7 @@ from pgjax.core.advantages import (
 )
 from pgjax.core.errors import MissingPackageError, NotFiniteError, UserError
 from pgjax.core.kl import adaptive_kl_coef, categorical_kl, kl_k1, kl_k2, kl_k3
-from pgjax.core.linear_logprobs import linear_token_logprobs
+from pgjax.core.linear_logprobs import linear_token_logprobs, linear_token_logprobs_and_entropy
 from pgjax.core.logprobs import token_entropy, token_frame, token_logprobs
 from pgjax.core.losses import (
     clipped_surrogate_loss,
@@ -75,6 +75,7 @@ __all__ = [
     "kl_shaped_rewards",
     "leave_one_out_baseline",
     "linear_token_logprobs",
+    "linear_token_logprobs_and_entropy",
     "load",
     "load_reward_model",
     "masked_mean",
