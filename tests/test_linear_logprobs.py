@@ -12,7 +12,8 @@ from jax.test_util import check_grads
 
 from pgjax.core.linear_logprobs import linear_token_logprobs
 from pgjax.core.logprobs import token_logprobs
-from tests.compiling import AS_FOR_USERS
+from tests.compare import assert_close
+from tests.compile_options import AS_FOR_USERS
 
 pytestmark = pytest.mark.usefixtures("full_compiles")  # some look at memory and at what is sent
 
@@ -41,9 +42,8 @@ def mesh_of(data, fsdp):
     return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
-def assert_same(tree, expected, **tolerance):
-    tolerance = tolerance or {"rtol": 1e-5, "atol": 5e-6}
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), tree, expected)
+def assert_same(tree, expected, *, rtol=1e-5, atol=5e-6):
+    assert_close(tree, expected, atol, rtol=rtol)
 
 
 def both(loss, *arrays, **options):
