@@ -15,8 +15,9 @@ from jax.test_util import check_grads
 from pgjax.core.linear_logprobs import linear_token_logprobs, linear_token_logprobs_and_entropy
 from pgjax.core.logprobs import token_entropy, token_logprobs
 from pgjax.models.heads import head_logprobs, head_logprobs_and_entropy
-from tests import reference
-from tests.compiling import AS_FOR_USERS
+from tests import core_in_numpy
+from tests.compare import assert_close
+from tests.compile_options import AS_FOR_USERS
 
 pytestmark = pytest.mark.usefixtures("full_compiles")  # some look at memory and at what is sent
 
@@ -64,9 +65,8 @@ def mesh_of(data, fsdp):
     return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
-def assert_same(tree, expected, **tolerance):
-    tolerance = tolerance or {"rtol": 1e-5, "atol": 5e-6}
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), tree, expected)
+def assert_same(tree, expected, *, rtol=1e-5, atol=5e-6):
+    assert_close(tree, expected, atol, rtol=rtol)
 
 
 def both(loss, *arrays, **options):
@@ -120,8 +120,8 @@ def test_float64_equals_numpy_to_its_last_digits(chunk_size):
         gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))(*arrays)
         assert {x.dtype.name for x in (logprobs, entropies, *gradients)} == {"float64"}
     exact = {"rtol": 1e-12, "atol": 1e-12}
-    np.testing.assert_allclose(logprobs, reference.token_logprobs(z, tokens), **exact)
-    np.testing.assert_allclose(entropies, reference.token_entropy(z), **exact)
+    np.testing.assert_allclose(logprobs, core_in_numpy.token_logprobs(z, tokens), **exact)
+    np.testing.assert_allclose(entropies, core_in_numpy.token_entropy(z), **exact)
     assert_same(gradients, expected, **exact)
 
 

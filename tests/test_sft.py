@@ -24,7 +24,7 @@ from pgjax.models.io import scratch
 from pgjax.run import logs, loop
 from pgjax.run.checkpoint.checkpoints import Checkpoints
 from pgjax.run.logs import read_metrics
-from tests.tiny_model import save_tiny_model
+from tests.tiny_task import save_tiny_model
 
 ADJECTIVES = ("fine", "dull", "long", "short", "odd", "kind")
 NOUNS = ("film", "play", "book", "song")

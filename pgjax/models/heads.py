@@ -131,14 +131,3 @@ def state_values(head: dict[str, jax.Array], hidden: jax.Array) -> jax.Array:
     finite = jnp.isfinite(hidden).all(-1)
     states = where_mask(jnp.broadcast_to(finite[..., None], hidden.shape), hidden)
     return jnp.where(finite, jnp.sum(states * along_last(kernel, states), axis=-1) + bias, jnp.nan)
-
-
-def head_logprobs_and_entropy(hidden, unembedding, tokens, *, temperature=1.0):
-    """Placeholder until the chunked pass gives both."""
-    from pgjax.core.logprobs import token_entropy
-    from pgjax.models.causal_lm import logits_of
-
-    logits = logits_of(hidden, unembedding)
-    return head_logprobs(hidden, unembedding, tokens, temperature=temperature), token_entropy(
-        logits, temperature=temperature
-    )
