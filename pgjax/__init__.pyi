@@ -1,0 +1,52 @@
+"""The public names of pgjax and their homes, a line each: read by type checkers, and by `__init__.py` at run time."""
+
+from pgjax.core.advantages import group_advantages as group_advantages
+from pgjax.core.advantages import kl_shaped_rewards as kl_shaped_rewards
+from pgjax.core.advantages import leave_one_out_baseline as leave_one_out_baseline
+from pgjax.core.advantages import monte_carlo_advantages as monte_carlo_advantages
+from pgjax.core.advantages import monte_carlo_returns as monte_carlo_returns
+from pgjax.core.advantages import place_scores as place_scores
+from pgjax.core.advantages import truncated_importance_weights as truncated_importance_weights
+from pgjax.core.errors import MissingPackageError as MissingPackageError
+from pgjax.core.errors import NotFiniteError as NotFiniteError
+from pgjax.core.errors import UserError as UserError
+from pgjax.core.kl import adaptive_kl_coef as adaptive_kl_coef
+from pgjax.core.kl import categorical_kl as categorical_kl
+from pgjax.core.kl import kl_k1 as kl_k1
+from pgjax.core.kl import kl_k2 as kl_k2
+from pgjax.core.kl import kl_k3 as kl_k3
+from pgjax.core.linear_logprobs import linear_token_logprobs as linear_token_logprobs
+from pgjax.core.logprobs import token_entropy as token_entropy
+from pgjax.core.logprobs import token_frame as token_frame
+from pgjax.core.logprobs import token_logprobs as token_logprobs
+from pgjax.core.losses import clipped_surrogate_loss as clipped_surrogate_loss
+from pgjax.core.losses import cross_entropy_loss as cross_entropy_loss
+from pgjax.core.losses import policy_gradient_loss as policy_gradient_loss
+from pgjax.core.losses import preference_loss as preference_loss
+from pgjax.core.losses import surrogate_diagnostics as surrogate_diagnostics
+from pgjax.core.losses import value_loss as value_loss
+from pgjax.core.masking import masked_mean as masked_mean
+from pgjax.core.masking import masked_whiten as masked_whiten
+from pgjax.core.trust_region import fisher_vector_product as fisher_vector_product
+from pgjax.core.trust_region import trust_region_step as trust_region_step
+from pgjax.models.architecture import Architecture as Architecture
+from pgjax.models.architecture import Rope as Rope
+from pgjax.models.causal_lm import CausalLM as CausalLM
+from pgjax.models.causal_lm import causal_lm as causal_lm
+from pgjax.models.heads import init_value_head as init_value_head
+from pgjax.models.heads import token_values as token_values
+from pgjax.models.io.classifier import load_reward_model as load_reward_model
+from pgjax.models.io.classifier import save_reward_model as save_reward_model
+from pgjax.models.io.load import load as load
+from pgjax.models.io.load import save_pretrained as save_pretrained
+from pgjax.models.lora import init_lora as init_lora
+from pgjax.models.lora import merge_lora as merge_lora
+from pgjax.models.lora import with_lora as with_lora
+from pgjax.models.reward_model import RewardModel as RewardModel
+from pgjax.models.reward_model import reward_model as reward_model
+from pgjax.rollout.sample import Rollout as Rollout
+from pgjax.rollout.sample import Scored as Scored
+from pgjax.rollout.sample import sample as sample
+from pgjax.rollout.sample import sample_scored as sample_scored
+
+__version__: str
