@@ -241,7 +241,7 @@ def test_the_tokenizer_loses_nothing_and_adds_nothing():
         ({"model": "no-such-model", "config": None}, "'no-such-model' is not a model source"),
         ({"model": "x"}, "config and vocab_size are for a model from scratch"),
         ({"held_out_rows": 24}, "can't hold out 24 of 24 rows"),
-        ({"chat": True, "data": f"{__name__}:texts"}, "plain texts do not go through a chat template"),
+        ({"chat": True, "data": f"{__name__}:texts"}, "plain texts cannot be rendered with a chat template"),
         ({"data": f"{__name__}:wrong"}, "row 0: the columns are 'question', 'answer'"),
     ],
 )
