@@ -19,7 +19,8 @@ from pgjax.parallel import batch_rows, processes
 from pgjax.parallel.sharding import fold_in, whole_groups
 from pgjax.rollout import rewards
 from pgjax.rollout.judge import REWARD_MODEL, ModelJudge
-from pgjax.rollout.sample import Rollout, Scored, sample, sample_scored
+from pgjax.run.statistics import clustered_stderr
+from pgjax.rollout.sample import Rollout, sample
 
 
 class Encoded(NamedTuple):
@@ -78,25 +79,18 @@ class Task(NamedTuple):
         All prompts are padded to the longest of all: one shape, so that nothing compiles once training is under way.
         """
         return sample(
-            self.lm, params, *self._padded(prompts), key,
+            self.lm, params, *self.padded(prompts), key,
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
             eos_ids=self.eos_ids, pad_id=self.pad_id, group_size=self.group_size,
         )  # fmt: skip
 
-    def generate_scored(self, params: Any, prompts: Sequence[Encoded], key: jax.Array) -> tuple[Rollout, Scored]:
-        """Sample likewise, without filters, from {"lm", "value"}, and keep what these said on the way."""
-        return sample_scored(
-            self.lm, params, *self._padded(prompts), key,
-            max_new_tokens=self.max_new_tokens, temperature=self.temperature, eos_ids=self.eos_ids, pad_id=self.pad_id,
-            group_size=self.group_size,
-        )  # fmt: skip
-
-    def _padded(self, prompts: Sequence[Encoded]) -> tuple[Any, Any]:
+    def padded(self, prompts: Sequence[Encoded]) -> tuple[Any, Any]:
+        """Pad prompts on the left, on the devices where there is a mesh: tokens and mask, [B, P] each."""
         tokens, mask = left_pad([prompt.ids for prompt in prompts], self.pad_id, length=self.longest)
         return (tokens, mask) if self.mesh is None else batch_rows.feed(self.mesh, (tokens, mask))
 
-    def judge(self, prompts: Sequence[Encoded], rollout: Rollout, asked: jax.Array | None = None) -> Judged:
-        """Decode the completions and put them before the black boxes; `asked` is what `ask` has queued, for its score.
+    def judge(self, prompts: Sequence[Encoded], rollout: Rollout, model_scores: jax.Array | None = None) -> Judged:
+        """Decode the completions and put them before the black boxes; `model_scores` are those of `queue_reward_model`.
 
         Each process decodes and judges its own rows; where a black box fails on one, all stop.
         """
@@ -111,13 +105,13 @@ class Task(NamedTuple):
             return own, Judged(*score_rows(self.judges, self.weights, rows, completions), ended, shown)
 
         judged = _joined(processes.gather_results(judge_own))
-        if asked is None or self.reward_model is None:
+        if model_scores is None or self.reward_model is None:
             return judged
-        said = self.reward_model.fetch(asked, lambda i: (fed[i].row["prompt"], *self._texts(rollout, [i])[0]), own)
-        scores = judged.scores + np.float32(self.reward_model.weight) * said
-        return judged._replace(scores=scores, parts=judged.parts | {REWARD_MODEL: said})
+        more = self.reward_model.fetch(model_scores, lambda i: (fed[i].row["prompt"], *self._texts(rollout, [i])[0]), own)
+        scores = judged.scores + np.float32(self.reward_model.weight) * more
+        return judged._replace(scores=scores, parts=judged.parts | {REWARD_MODEL: more})
 
-    def ask(self, prompts: Sequence[Encoded], rollout: Rollout) -> jax.Array | None:
+    def queue_reward_model(self, prompts: Sequence[Encoded], rollout: Rollout) -> jax.Array | None:
         """Queue the reward model's scores of a rollout; None without one."""
         if self.reward_model is None:
             return None
@@ -152,23 +146,25 @@ class Task(NamedTuple):
         key: jax.Array,
         kl: Callable[[Rollout], jax.Array] | None = None,
     ) -> dict[str, float]:
-        """Judge `samples` completions of each prompt: means over all of them, taken as independent for standard errors.
+        """Judge `samples` completions of each prompt: means over all of them, with standard errors clustered by prompt.
 
-        `kl` gives nats a sequence [B], to the reference.
+        `kl` gives nats a sequence [B], to the reference. There are no standard errors of a single prompt.
         """
         task = self._replace(group_size=whole_groups(None, samples, self.group_size))
         repeated = [prompt for prompt in prompts for _ in range(samples)]
         found: dict[str, list[np.ndarray]] = {}
         for own, count, rollout in task.rollouts(params, repeated, batch_size, key):
-            judged = self.judge(own, rollout, self.ask(own, rollout))
+            judged = self.judge(own, rollout, self.queue_reward_model(own, rollout))
             figures = {"scores": judged.scores, **{f"rewards/{name}": part for name, part in judged.parts.items()}}
             if kl is not None:
                 figures["kl"] = processes.fetch(kl(rollout))
             for name, figure in figures.items():
                 found.setdefault(name, []).append(figure[:count])
         whole = {name: np.concatenate(pieces).astype(np.float64) for name, pieces in found.items()}
-        errors = {f"{name}_stderr": _standard_error(whole[name]) for name in ("scores", "kl") if name in whole}
-        return {name: float(np.mean(values)) for name, values in whole.items()} | errors
+        clusters = np.repeat(np.arange(len(prompts)), samples)
+        errors = {f"{name}_stderr": clustered_stderr(whole[name], clusters) for name in ("scores", "kl") if name in whole}
+        known = {name: error for name, error in errors.items() if error is not None}
+        return {name: float(np.mean(values)) for name, values in whole.items()} | known
 
 
 def _joined(pieces: Sequence[tuple[list[int], Judged]]) -> Judged:
@@ -177,10 +173,6 @@ def _joined(pieces: Sequence[tuple[list[int], Judged]]) -> Judged:
     order = np.argsort(np.concatenate(rows))
     scores, parts, ended = jax.tree.map(lambda *x: np.concatenate(x)[order], *(piece[:3] for piece in judged))
     return Judged(scores, parts, ended, sorted((x for piece in judged for x in piece.shown), key=lambda x: x[0]))
-
-
-def _standard_error(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
 def make_task(
