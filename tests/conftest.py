@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from tests.compiling import xla_flags
+from tests.compile_options import xla_flags
 
 # Neither what XLA leaves out nor how it makes code changes what a program means. Who sets these variables wants it otherwise, as
 # the last part of .ci/run does.

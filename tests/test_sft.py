@@ -24,7 +24,7 @@ from pgjax.models.io import scratch
 from pgjax.run import logs, loop
 from pgjax.run.checkpoint.checkpoints import Checkpoints
 from pgjax.run.logs import read_metrics
-from tests.tiny_model import save_tiny_model
+from tests.tiny_task import save_tiny_model
 
 ADJECTIVES = ("fine", "dull", "long", "short", "odd", "kind")
 NOUNS = ("film", "play", "book", "song")
@@ -241,7 +241,7 @@ def test_the_tokenizer_loses_nothing_and_adds_nothing():
         ({"model": "no-such-model", "config": None}, "'no-such-model' is not a model source"),
         ({"model": "x"}, "config and vocab_size are for a model from scratch"),
         ({"held_out_rows": 24}, "can't hold out 24 of 24 rows"),
-        ({"chat": True, "data": f"{__name__}:texts"}, "plain texts do not go through a chat template"),
+        ({"chat": True, "data": f"{__name__}:texts"}, "plain texts cannot be rendered with a chat template"),
         ({"data": f"{__name__}:wrong"}, "row 0: the columns are 'question', 'answer'"),
     ],
 )

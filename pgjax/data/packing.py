@@ -1,4 +1,4 @@
-"""Examples side by side in rows of one length, told apart by segment ids."""
+"""Pack examples into rows of one length, with segment ids that separate them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pgjax.data.tables import Placed
 
 
 class Packed(NamedTuple):
-    """Examples side by side in rows of one length."""
+    """Rows of one length, each holding several examples."""
 
     tokens: Any  # [R, L] int32
     segment_ids: Any  # [R, L] int32: 1, 2, ... in each row, 0 on padding
@@ -22,20 +22,20 @@ class Packed(NamedTuple):
 
 
 def pack(examples: Sequence[Example], length: int, pad_id: int = 0) -> Packed:
-    """Put examples side by side into as few rows as a simple rule finds: the longest first, each where it fits best.
+    """Pack examples into few rows by best fit: the longest first, each into the fullest row that still holds it.
 
     The first token of an example is never learned: its prediction would come from the example before it.
 
     Args:
       examples: each of at least 1 and at most ``length`` tokens.
       length: of a row, L.
-      pad_id: the id put in the padding; only segment id 0 says what is padding.
+      pad_id: the id of padding; padding is recognised by segment id 0, not by this id.
 
     Returns:
-      The rows, in the order of their longest examples; the same ones for the same examples.
+      The rows, in the order of their longest examples. The result is deterministic.
 
     Raises:
-      ValueError: no examples, or one that is empty or longer than ``length``.
+      UserError: no examples, or one that is empty or longer than ``length``.
 
     Example:
       >>> short, long = Example([1, 2], [False, True]), Example([3, 4, 5], [True, True, True])
@@ -107,7 +107,7 @@ def pack_rows(
 
 
 def _best_fit(lengths: Sequence[int], length: int) -> list[list[int]]:
-    """Deal numbers of examples into rows: the longest first, each into the fullest row that still holds it."""
+    """Assign examples, by index, to rows: the longest first, each to the fullest row that still holds it."""
     worst = max(range(len(lengths)), key=lengths.__getitem__)
     if lengths[worst] > length or min(lengths) < 1:
         raise UserError(f"examples have {min(lengths)} to {lengths[worst]} tokens: each needs 1 to {length}")
