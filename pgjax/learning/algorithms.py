@@ -18,7 +18,6 @@ from pgjax.core.errors import UserError
 from pgjax.core.losses import clipped_surrogate_loss, policy_gradient_loss
 from pgjax.core.masking import masked_whiten, where_mask
 
-
 REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum")  # of a loss over tokens
 
 

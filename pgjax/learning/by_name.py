@@ -42,14 +42,20 @@ def load_algorithm(spec: str, **options: Any) -> Algorithm:
     arguments = {name: value for name, value in given.items() if name in takes}
     made = found(**arguments)
     if not isinstance(made, Algorithm):
-        raise UserError(f"the algorithm {spec} must be a pgjax.Algorithm or a function that gives one, and gives {made!r}")
+        raise UserError(
+            f"the algorithm {spec} must be a pgjax.Algorithm or a function that gives one, and gives {made!r}"
+        )
     return made._replace(**{name: value for name, value in given.items() if name not in takes})
 
 
 def _find(spec: str) -> Any:
     module, colon, name = spec.rpartition(":")
     if not colon:
-        named = {key: x for key, x in vars(algorithms).items() if getattr(x, "__annotations__", {}).get("return") == "Algorithm"}
+        named = {
+            key: x
+            for key, x in vars(algorithms).items()
+            if getattr(x, "__annotations__", {}).get("return") == "Algorithm"
+        }
         if name not in named or name.startswith("_"):
             known = ", ".join(key for key in named if not key.startswith("_"))
             raise UserError(f"there is no algorithm {spec!r}: it is one of {known}, or module:name for your own")

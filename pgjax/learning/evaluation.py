@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from pgjax.core.errors import NotFiniteError
 from pgjax.learning import programs
 from pgjax.parallel.sharding import place, replicated, whole_groups
 from pgjax.rollout.sample import Rollout
@@ -47,3 +50,30 @@ def evaluate(
 
     figures = task.evaluate(params, prompts, samples, batch_size, key, kl)
     return {f"eval/{name}": x for name, x in figures.items()}
+
+
+def check_start(figures: dict[str, float], source: Any, dtype: Any) -> dict[str, float]:
+    """Refuse a model whose log-probabilities are not finite before anything is learned.
+
+    Args:
+        figures: of `evaluate`, before the first update.
+        source: of the model, for the message.
+        dtype: of its activations, likewise.
+
+    Returns:
+        The figures.
+
+    Raises:
+        NotFiniteError: the KL is not finite.
+
+    Example:
+        >>> check_start({"eval/kl": float("nan")}, "my-model", "float16")
+        Traceback (most recent call last):
+        pgjax.NotFiniteError: the log-probabilities of my-model are not finite before the first update: ...
+    """
+    if not math.isfinite(figures["eval/kl"]):
+        raise NotFiniteError(
+            f"the log-probabilities of {source} are not finite before the first update: its weights hold NaN or "
+            f"infinities, or overflow in {jnp.dtype(dtype).name}"
+        )
+    return figures

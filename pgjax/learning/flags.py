@@ -9,14 +9,15 @@ from typing import Any, Literal
 from pgjax.learning.algorithms import Algorithm
 from pgjax.learning.by_name import load_algorithm
 from pgjax.learning.iteration import check_options
+from pgjax.learning.optimizer import Optimizer, adamw
 from pgjax.run.checks import above_zero, at_least_one, not_negative, require
 
 _COLDEST = 1e-6  # the lowest temperature: far below it logits / temperature leave float32
 
 
 @dataclasses.dataclass(frozen=True)
-class AlgorithmFlags:
-    """An algorithm and its options; None leaves an option as the algorithm has it (learning/algorithms.py)."""
+class LearningFlags:
+    """An algorithm, its options and its optimizer; None leaves an option as the algorithm has it (learning/algorithms.py)."""
 
     algorithm: str = "ppo"  # ppo, rloo, grpo, dr_grpo, reinforce, or your own as module:name
     group_size: int | None = None  # completions of each prompt; they share its computation
@@ -38,10 +39,20 @@ class AlgorithmFlags:
     epochs: int = 1  # passes over an iteration's completions
     minibatches: int | None = None  # optimizer updates in an epoch; None: 2, or 1 where the loss is for on-policy data
     microbatches: int = 2  # parts of a minibatch, for memory; the gradient is the same
+    learning_rate: float = 3e-5  # of AdamW, reached after the warm-up
+    warmup_updates: int = 4  # updates over which the rate rises linearly
+    decay: bool = False  # fall linearly to 0 over the run
+    weight_decay: float = 0.0  # of AdamW, decoupled, on matrices only
+    adam_eps: float = 1e-8  # of AdamW; larger ones damp what has small gradients
+    max_grad_norm: float = 1.0  # clip the gradient to this global norm
 
 
+_ALGORITHM = (
+    "group_size", "reduce", "clip_eps", "clip_eps_high", "dual_clip", "value_coef", "value_clip_eps", "entropy_coef",
+    "discount", "kl_coef", "kl_loss_coef",
+)  # fmt: skip
 _ITERATION = (
-    "algorithm", "kl_target", "kl_horizon", "importance_cap", "max_approx_kl", "teacher_force", "epochs", "minibatches",
+    "kl_target", "kl_horizon", "importance_cap", "max_approx_kl", "teacher_force", "epochs", "minibatches",
     "microbatches",
 )  # fmt: skip
 
@@ -50,7 +61,7 @@ def algorithm_of(config: Any) -> Algorithm:
     """Build the algorithm that a config asks for.
 
     Args:
-        config: with the fields of `AlgorithmFlags`.
+        config: with the fields of `LearningFlags`.
 
     Returns:
         The algorithm.
@@ -59,28 +70,49 @@ def algorithm_of(config: Any) -> Algorithm:
         UserError: as `load_algorithm`.
 
     Example:
-        >>> algorithm_of(AlgorithmFlags("rloo", kl_coef=0.0)).kl_coef
+        >>> algorithm_of(LearningFlags("rloo", kl_coef=0.0)).kl_coef
         0.0
     """
-    fields = [field.name for field in dataclasses.fields(AlgorithmFlags) if field.name not in _ITERATION]
-    return load_algorithm(config.algorithm, **{name: getattr(config, name) for name in fields})
+    return load_algorithm(config.algorithm, **{name: getattr(config, name) for name in _ALGORITHM})
+
+
+def optimizer_of(config: Any, steps: int, minibatches: int) -> Optimizer:
+    """Build the AdamW that a config asks for.
+
+    Args:
+        config: with the fields of `LearningFlags`.
+        steps: iterations of the whole run.
+        minibatches: updates in an epoch.
+
+    Returns:
+        The optimizer.
+
+    Example:
+        >>> round(float(optimizer_of(LearningFlags(learning_rate=1e-3), 10, 2).learning_rate(100)), 6)
+        0.001
+    """
+    updates = steps * config.epochs * minibatches
+    return adamw(
+        config.learning_rate, updates=updates, warmup=min(config.warmup_updates, updates), decay=config.decay,
+        max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay, eps=config.adam_eps,
+    )  # fmt: skip
 
 
 def iteration_options(config: Any, algorithm: Algorithm) -> dict[str, Any]:
     """Give the arguments of `iteration` that a config holds.
 
     Args:
-        config: with the fields of `AlgorithmFlags`.
+        config: with the fields of `LearningFlags`.
         algorithm: of `algorithm_of`.
 
     Returns:
         The arguments by name, the number of minibatches settled.
 
     Example:
-        >>> iteration_options(AlgorithmFlags("rloo"), load_algorithm("rloo"))["minibatches"]
+        >>> iteration_options(LearningFlags("rloo"), load_algorithm("rloo"))["minibatches"]
         1
     """
-    options = {name: getattr(config, name) for name in _ITERATION[1:]}
+    options = {name: getattr(config, name) for name in _ITERATION}
     return options | {"minibatches": config.minibatches or (1 if algorithm.on_policy else 2)}
 
 
@@ -88,7 +120,7 @@ def check_policy(config: Any) -> None:
     """Refuse values of a config that no sampler and no algorithm can use, before anything is loaded.
 
     Args:
-        config: with the fields of `AlgorithmFlags`, and steps, batch_size, max_new_tokens, temperature, top_k, top_p.
+        config: with the fields of `LearningFlags`, and steps, batch_size, max_new_tokens, temperature, top_k, top_p.
 
     Raises:
         UserError: with the field and its value.
@@ -114,7 +146,8 @@ def check_policy(config: Any) -> None:
         f"temperature must be above 0 (a greedy policy has no gradient), from {_COLDEST:g} on, got {config.temperature}",
     )
     require(
-        config.top_k is None or 1 <= config.top_k < 2**31, f"top_k must be from 1 to 2^31 - 1, or None, got {config.top_k}"
+        config.top_k is None or 1 <= config.top_k < 2**31,
+        f"top_k must be from 1 to 2^31 - 1, or None, got {config.top_k}",
     )
     require(config.top_p is None or 0 < config.top_p <= 1, f"top_p must be above 0 and at most 1, got {config.top_p}")
     not_negative(config, "truncation_penalty")

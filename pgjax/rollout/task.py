@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from pgjax.core.errors import UserError
 from pgjax.data.padding import left_pad
-from pgjax.data.prompts import completion_texts, encode_prompts
+from pgjax.data.prompts import check_rows, completion_texts, encode_prompts
+from pgjax.data.sources import load_row_sets
 from pgjax.data.tables import Row
 from pgjax.models.causal_lm import CausalLM
 from pgjax.models.io.tokenizer import stop_ids
@@ -19,8 +20,9 @@ from pgjax.parallel import batch_rows, processes
 from pgjax.parallel.sharding import fold_in, whole_groups
 from pgjax.rollout import rewards
 from pgjax.rollout.judge import REWARD_MODEL, ModelJudge
-from pgjax.run.statistics import clustered_stderr
 from pgjax.rollout.sample import Rollout, sample
+from pgjax.run.devices import agree_on
+from pgjax.run.statistics import clustered_stderr
 
 
 class Encoded(NamedTuple):
@@ -37,6 +39,16 @@ class Judged(NamedTuple):
     parts: dict[str, np.ndarray]  # each reward's own, [B]
     ended: np.ndarray  # [B] True where the completion ended by itself
     shown: list[tuple[int, Any, str]]  # row, prompt and completion of the first few
+
+    def metrics(self) -> dict[str, float]:
+        """Average what was judged, under the names of the logs."""
+        return {
+            "objective/scores": self.scores.mean(),
+            "objective/scores_std": self.scores.std(),
+            **{f"rewards/{name}": part.mean() for name, part in self.parts.items()},
+            "val/num_eos_tokens": self.ended.sum(),
+            "completions/clipped_ratio": 1 - self.ended.mean(),
+        }
 
     def samples(self) -> list[Row]:
         """Say what became of the first few prompts."""
@@ -66,7 +78,7 @@ class Task(NamedTuple):
     max_new_tokens: int
     temperature: float
     top_k: int | None
-    top_p: float
+    top_p: float | None
     eos_ids: tuple[int, ...]
     pad_id: int  # never looked at: masks say what is padding
     reward_model: ModelJudge | None = None  # one more judge, on the device
@@ -107,7 +119,9 @@ class Task(NamedTuple):
         judged = _joined(processes.gather_results(judge_own))
         if model_scores is None or self.reward_model is None:
             return judged
-        more = self.reward_model.fetch(model_scores, lambda i: (fed[i].row["prompt"], *self._texts(rollout, [i])[0]), own)
+        more = self.reward_model.fetch(
+            model_scores, lambda i: (fed[i].row["prompt"], *self._texts(rollout, [i])[0]), own
+        )
         scores = judged.scores + np.float32(self.reward_model.weight) * more
         return judged._replace(scores=scores, parts=judged.parts | {REWARD_MODEL: more})
 
@@ -162,7 +176,9 @@ class Task(NamedTuple):
                 found.setdefault(name, []).append(figure[:count])
         whole = {name: np.concatenate(pieces).astype(np.float64) for name, pieces in found.items()}
         clusters = np.repeat(np.arange(len(prompts)), samples)
-        errors = {f"{name}_stderr": clustered_stderr(whole[name], clusters) for name in ("scores", "kl") if name in whole}
+        errors = {
+            f"{name}_stderr": clustered_stderr(whole[name], clusters) for name in ("scores", "kl") if name in whole
+        }
         known = {name: error for name, error in errors.items() if error is not None}
         return {name: float(np.mean(values)) for name, values in whole.items()} | known
 
@@ -173,6 +189,36 @@ def _joined(pieces: Sequence[tuple[list[int], Judged]]) -> Judged:
     order = np.argsort(np.concatenate(rows))
     scores, parts, ended = jax.tree.map(lambda *x: np.concatenate(x)[order], *(piece[:3] for piece in judged))
     return Judged(scores, parts, ended, sorted((x for piece in judged for x in piece.shown), key=lambda x: x[0]))
+
+
+def read_task(
+    specs: Sequence[str], prompts: str, held_out: str | None, held_out_rows: int
+) -> tuple[list[rewards.Reward], tuple[list[Row], list[Row]]]:
+    """Load the rewards and the rows of a task, and check that they go together, alike on all processes.
+
+    Args:
+        specs: the rewards, each as module:function.
+        prompts: source of the rows to train on, as for `data.sources.load_rows`.
+        held_out: likewise, of those for evaluations; None: rows of `prompts`, kept aside.
+        held_out_rows: how many are kept aside then.
+
+    Returns:
+        The rewards; the rows to train on and the held-out ones.
+
+    Raises:
+        UserError: a source or a reward that cannot be loaded, rows that are not prompts, or columns that a reward lacks.
+    """
+
+    def read() -> tuple[list[rewards.Reward], tuple[list[Row], list[Row]]]:
+        judges = [rewards.load_reward(spec) for spec in specs]
+        row_sets = load_row_sets(prompts, held_out, held_out_rows, check_rows)
+        for rows in row_sets:
+            check_columns(rows, judges)
+        return judges, row_sets
+
+    judges, row_sets = processes.all_or_none(read)
+    agree_on(f"the rows of {prompts}", row_sets)
+    return judges, row_sets
 
 
 def make_task(
@@ -186,7 +232,7 @@ def make_task(
     max_new_tokens: int,
     temperature: float,
     top_k: int | None = None,
-    top_p: float = 1.0,
+    top_p: float | None = None,
     reward_model: ModelJudge | None = None,
     mesh: Mesh | None = None,
     group_size: int = 1,
@@ -208,6 +254,7 @@ def make_task(
     if reward_model is not None:
         texts = [prompt.row["prompt"] for prompts in encoded for prompt in prompts]
         reward_model.check(texts, longest, max_new_tokens)
+    agree_on("what the tokenizer makes of the rows", encoded)
     pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     eos_ids = stop_ids(tokenizer)
     return Task(
