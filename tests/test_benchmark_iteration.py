@@ -27,7 +27,7 @@ def model():
 
 
 def test_the_benchmark_runs_from_start_to_end_though_its_peers_do_not(model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(timing.perf, "measured_peaks", lambda dtype: PEAKS)
+    monkeypatch.setattr(timing, "measured_peaks", lambda dtype: PEAKS)
     pg.save_pretrained(tmp_path / "tiny", *model, None)
     python = tmp_path / "python"  # it has what TRL's PPO needs, and crashes
     has = {"python": "3.11.0", "trl": "1.12.0"} | dict.fromkeys(
