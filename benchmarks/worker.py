@@ -44,8 +44,8 @@ class Beside:
 class Worker:
     """A peer's process; it holds what it has set up until it is closed."""
 
-    def __init__(self, who: str, command: Sequence[str], setup: Mapping[str, Any]) -> None:
-        """Start it and wait until it is ready.
+    def __init__(self, who: str, command: Sequence[str], setup: Mapping[str, Any], *, folder: Path = ROOT) -> None:
+        """Start it in a working directory, and wait until it is ready.
 
         Raises:
             PeerError: it ended before or gave no answer, with what it printed.
@@ -54,7 +54,7 @@ class Worker:
         self.failure: str | None = None  # why it can't go on, with what it printed
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  of stderr: a pipe that nobody reads would fill up
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, cwd=ROOT,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, cwd=folder,
             env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
         )  # fmt: skip
         try:
