@@ -41,7 +41,7 @@ class Sizes(NamedTuple):
 
 
 def lower_sampler(lm: pg.CausalLM, sizes: Sizes) -> jax.stages.Lowered:
-    """Trace `pg.sample`, prefill and decode loop, as it is inside a user's jit."""
+    """Trace `pg.sample`, prefill and decode loop, as inside a user's jit."""
 
     def sample(params: Any, prompts: jax.Array, mask: jax.Array, key: jax.Array) -> Any:
         return pg.sample(lm, params, prompts, mask, key, max_new_tokens=sizes.new_tokens)
@@ -76,7 +76,7 @@ def lower_learner(lm: pg.CausalLM, sizes: Sizes) -> jax.stages.Lowered:
 
 
 def measure(program: str, model: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
-    """Lower and compile one program, and count how often the persistent cache had what was asked for.
+    """Lower and compile one program, and count the hits and misses of the persistent cache.
 
     Args:
         program: of PROGRAMS.
@@ -111,12 +111,12 @@ def measure(program: str, model: dict[str, Any], sizes: Sizes) -> dict[str, Any]
 
 
 def main(line: str) -> None:
-    """Do what one line of JSON says, and print what it took."""
-    asked = json.loads(line)
-    jax.config.update("jax_compilation_cache_dir", asked["cache"])
+    """Compile the program that one line of JSON describes, and print the seconds."""
+    request = json.loads(line)
+    jax.config.update("jax_compilation_cache_dir", request["cache"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    found = measure(asked["program"], asked["model"], Sizes(**asked["sizes"]))
+    found = measure(request["program"], request["model"], Sizes(**request["sizes"]))
     print(json.dumps({**found, "import": _IMPORTED - _STARTED}), flush=True)
 
 

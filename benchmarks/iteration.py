@@ -57,6 +57,7 @@ from benchmarks.timing import (
 )
 from benchmarks.worker import Beside, device, leave_out, model_folder, workers
 from experiments.ppo import Config as PPO
+from pgjax.core.errors import UserError
 from pgjax.learning import programs
 from pgjax.learning.optimizer import adamw, init_state, minibatches
 from pgjax.parallel.sharding import fold_in, whole_groups
@@ -106,7 +107,7 @@ def main(config: Config) -> Row:
     """Run the benchmark; return and print the report."""
     check(config)
     if config.group_size < 2 or config.batch_size % config.group_size or config.batch_size % config.parts:
-        raise ValueError(
+        raise UserError(
             f"batch_size={config.batch_size} must be a multiple of group_size={config.group_size}, at least 2, "
             f"and of parts={config.parts}"
         )
@@ -215,7 +216,7 @@ class Iterations:
 
 
 def odd_ids(completions: np.ndarray) -> np.ndarray:
-    """Judge completions on the host by the share of odd ids.
+    """Score completions on the host by the share of odd ids.
 
     >>> odd_ids(np.array([[1, 2, 3, 4], [1, 3, 5, 7]])).tolist()
     [0.5, 1.0]
@@ -224,7 +225,7 @@ def odd_ids(completions: np.ndarray) -> np.ndarray:
 
 
 def peer_setups(config: Config, folder: str, prompts: np.ndarray, dtype: str) -> dict[str, Row]:
-    """Write down what each peer needs to know."""
+    """Make the set-up of each peer."""
     shared = {
         "folder": folder, "dtype": dtype, "threads": config.peer_threads, "device": device(), "seed": config.seed,
         "new_tokens": config.new_tokens, "learning_rate": config.learning_rate, "kl_coef": config.kl_coef,

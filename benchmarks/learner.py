@@ -14,7 +14,7 @@ the shared body) over a batch, without the optimizer:
 
 Log-probabilities are computed on the last `new_tokens` tokens only, here as in torch. In bfloat16 parameters stay
 float32 and are cast inside: torch does that by autocast; its model with bfloat16 weights (which training should not
-use: small updates vanish) is shown beside. Losses of all are in the report, so that one sees that the work is the same.
+use: small updates vanish) is shown too. The report holds all losses, to show that the work is the same.
 Tunix, whose critic is a second network, computes the policy loss alone (benchmarks/peers/tunix.py). Peers are processes of
 their own.
 """
@@ -49,6 +49,7 @@ from benchmarks.timing import (
 )
 from benchmarks.worker import Beside, compare, device
 from experiments.ppo import Config as PPO
+from pgjax.core.errors import UserError
 from pgjax.learning import programs
 from pgjax.run.flops import training_flops
 from pgjax.run.peaks import Peaks
@@ -77,7 +78,7 @@ def main(config: Config) -> Row:
     """Run the benchmark; return and print the report."""
     check(config)
     if not 0 < config.new_tokens < config.length:
-        raise ValueError(f"new_tokens={config.new_tokens} must be between 0 and length={config.length}")
+        raise UserError(f"new_tokens={config.new_tokens} must be between 0 and length={config.length}")
     lm, params, _ = pg.load(config.model)
     batch = make_batch(config, lm, params)
     report = compare(
@@ -94,7 +95,7 @@ def main(config: Config) -> Row:
 
 
 def make_batch(config: Config, lm: pg.CausalLM, params: Any) -> programs.Batch:
-    """Make random experience whose old log-probabilities lie a little beside the model's own, so that some are clipped."""
+    """Make random experience whose old log-probabilities differ a little from the model's own, so that some are clipped."""
     draw = np.random.default_rng(config.seed)
     rows, window = config.batch_size, config.new_tokens + 1
     tokens = jnp.asarray(draw.integers(1, lm.arch.vocab_size, (rows, config.length)), jnp.int32)
@@ -114,7 +115,7 @@ def make_batch(config: Config, lm: pg.CausalLM, params: Any) -> programs.Batch:
 
 
 def contender(lm: pg.CausalLM, params: Any, batch: programs.Batch, dtype: str) -> Contender:
-    """Give our run: the loss and its gradient, jitted."""
+    """Make our run: the loss and its gradient, jitted."""
     ours, defaults = pg.causal_lm(lm.arch, dtype=jnp.dtype(dtype)), PPO()
 
     def loss(params: Any, batch: programs.Batch) -> jax.Array:
@@ -134,9 +135,9 @@ def contender(lm: pg.CausalLM, params: Any, batch: programs.Batch, dtype: str) -
 
 
 def peer_setups(config: Config, folder: str, batch: programs.Batch, dtype: str) -> dict[str, Row]:
-    """Write down, for the peers of a dtype, what they need to know.
+    """Make the set-ups of the peers of a dtype.
 
-    Entry 0 of our window is the prompt's last token: nothing is sampled there, and theirs begins after it.
+    Entry 0 of our window is the prompt's last token, which is not sampled; the peers' window begins after it.
     """
     defaults = PPO()
     shared = {

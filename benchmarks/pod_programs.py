@@ -1,4 +1,4 @@
-"""What `benchmarks.pod` compiles: chips, models, meshes, and the programs of PPO over shapes on a pod that is not there."""
+"""The chips, models, meshes and programs of PPO that `benchmarks.pod` compiles, from shapes alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GIB = 1 << 30
 class Chip(NamedTuple):
     """One chip. Speeds as Google publishes them (docs.cloud.google.com/tpu/docs/v5e, v5p, v6e)."""
 
-    memory: float  # bytes that the compiler says it may use
+    memory: float  # bytes, as the compiler reports them
     flops: float  # bfloat16 operations a second
     read_bytes: float  # of its memory, a second
     link_bytes: float  # that may arrive from other chips a second, over all links together
@@ -104,7 +104,7 @@ class Case(NamedTuple):
 
 
 def make_case(topology: str, model: str, mesh: str | None, *, prompt_length: int, new_tokens: int) -> Case:
-    """Describe the pod to jax, and the model that is to lie on it.
+    """Describe the pod to jax, and lay the model out over it.
 
     Args:
         topology: of TOPOLOGIES.
@@ -134,7 +134,7 @@ def training_state(case: Case) -> TrainState:
 
 
 def bytes_a_chip(tree: Any) -> int:
-    """Add up the parts of laid-out shapes that one device holds."""
+    """Add up the bytes that one device holds of a tree of shapes with shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
@@ -144,8 +144,7 @@ def lower(case: Case, program: str, rows: int) -> jax.stages.Lowered:
     Args:
         case: the model on its pod.
         program: of PROGRAMS.
-        rows: worked on at once, for each part of data x fsdp; scoring and learner get PARTS times as many, one part after
-            the other.
+        rows: at once, for each part of data x fsdp; scoring and learner get PARTS times as many, one part after the other.
     """
     state, at_once = training_state(case), rows * case.shares
     split, whole = sharding.batch_sharding(case.mesh), sharding.replicated(case.mesh)

@@ -185,5 +185,5 @@ def test_what_cannot_be_compiled_is_refused_at_once(monkeypatch):
     with pytest.raises(ValueError, match=r"models: 3B not known; there are 135M, 0.5B, 1.5B, 8B"):
         pod.main(pod.Config(models=("135M", "3B")))
     monkeypatch.setattr(pod.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="libtpu, which compiles for TPUs, is not installed"):
+    with pytest.raises(pod.MissingPackageError, match="libtpu, which compiles for TPUs, is not installed"):
         pod.main(pod.Config())
