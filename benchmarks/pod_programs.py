@@ -17,12 +17,13 @@ from pgjax.models.io.config import architecture_of
 from pgjax.parallel import sharding
 from pgjax.parallel.mesh import make_mesh, parse_mesh
 from pgjax.rollout import sample
+from pgjax.run.peaks import PUBLISHED
 
 GIB = 1 << 30
 
 
 class Chip(NamedTuple):
-    """One chip. Speeds as Google publishes them (docs.cloud.google.com/tpu/docs/v5e, v5p, v6e)."""
+    """One chip. Its links as Google publishes them (docs.cloud.google.com/tpu/docs/v5e, v5p, v6e)."""
 
     memory: float  # bytes, as the compiler reports them
     flops: float  # bfloat16 operations a second
@@ -33,9 +34,9 @@ class Chip(NamedTuple):
     flops_a_cycle: float
 
 
-V5E = Chip(15.75 * GIB, 197e12, 819e9, 200e9, 2**17)
-V5P = Chip(95.74 * GIB, 459e12, 2765e9, 600e9, 2**18)
-V6E = Chip(31.25 * GIB, 918e12, 1600e9, 400e9, 2**19)
+V5E = Chip(15.75 * GIB, *PUBLISHED["TPU v5e"], 200e9, 2**17)
+V5P = Chip(95.74 * GIB, *PUBLISHED["TPU v5p"], 600e9, 2**18)
+V6E = Chip(31.25 * GIB, *PUBLISHED["TPU v6e"], 400e9, 2**19)
 TOPOLOGIES = {"v5e:4x4": V5E, "v5e:16x16": V5E, "v5p:4x4x4": V5P, "v6e:16x16": V6E}
 
 _QWEN = {

@@ -1,5 +1,7 @@
 """The profile of a step and of an update: products do the work counted on paper, and no time is lost or counted twice."""
 
+import json
+
 import pytest
 
 import pgjax as pg
@@ -9,9 +11,13 @@ from tests.tiny_model import save_tiny_model
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    folder = save_tiny_model(tmp_path_factory.mktemp("model"))
-    return profile.main(profile.Config(model=str(folder), batch_size=4, prompt_length=8, new_tokens=4, lines=3))
+def report(once):
+    def make(folder):
+        sizes = {"batch_size": 4, "prompt_length": 8, "new_tokens": 4, "lines": 3}
+        model = save_tiny_model(folder / "model")
+        profile.main(profile.Config(model=str(model), json=folder / "report.json", **sizes))
+
+    return json.loads((once("profile", make) / "report.json").read_text())
 
 
 def rows_of(report, name, kind):
