@@ -19,7 +19,7 @@ import jax.numpy as jnp  # noqa: E402
 
 import pgjax as pg  # noqa: E402
 from pgjax.learning import programs  # noqa: E402
-from pgjax.learning.optimizer import TrainState, adamw, init_state  # noqa: E402
+from pgjax.learning.optimizer import TrainState, init_state  # noqa: E402
 from pgjax.models.io.config import architecture_of  # noqa: E402
 
 _IMPORTED = time.perf_counter()
@@ -56,7 +56,7 @@ def lower_sampler(lm: pg.CausalLM, sizes: Sizes) -> jax.stages.Lowered:
 
 def lower_learner(lm: pg.CausalLM, sizes: Sizes) -> jax.stages.Lowered:
     """Trace `programs.update`: gradient of PPO's loss, clipping by the global norm, AdamW."""
-    optimizer = adamw(1e-5, updates=1000)
+    optimizer = pg.adamw(1e-5, updates=1000)
 
     def init(key: jax.Array) -> TrainState:
         return init_state({"lm": lm.init(key), "value": pg.init_value_head(lm.arch.width)}, optimizer)
@@ -64,14 +64,13 @@ def lower_learner(lm: pg.CausalLM, sizes: Sizes) -> jax.stages.Lowered:
     state = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
     array: Any = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
     rows, window = sizes.learner_rows, sizes.window
-    batch = programs.Batch(
+    batch = pg.Batch(
         array(jnp.int32, rows, sizes.length), array(bool, rows, sizes.length), array(bool, rows, window),
         *(array(jnp.float32, rows, window) for _ in range(5)),
     )  # fmt: skip
     return programs.update.lower(
         state, batch, array(jnp.int32, 1, rows), array(jnp.int32), lm=lm, optimizer=optimizer,
-        microbatches=sizes.microbatches, temperature=1.0, clip_eps=0.2, value_clip_eps=None, value_coef=0.5,
-        entropy_coef=0.0,
+        algorithm=pg.ppo(), microbatches=sizes.microbatches,
     )  # fmt: skip
 
 

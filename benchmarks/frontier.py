@@ -335,16 +335,13 @@ def draw(
     """Sample each prompt many times and score the completions; without a reference the KL is left 0."""
     repeated = [prompt for prompt in prompts for _ in range(samples)]
     scores, kl = [], []
-    head = pg.init_value_head(task.lm.arch.width)
-    scorer = functools.partial(
-        programs.score, task.lm, temperature=jnp.float32(1.0), window=task.max_new_tokens + 1, parts=4
+    logprobs_of = functools.partial(
+        programs.reference_logprobs, task.lm, temperature=jnp.float32(1.0), window=task.max_new_tokens + 1, parts=4
     )
     for own, _, rollout in task.rollouts(policy, repeated, batch_size, key):
         if reference is not None:
-            passes = [
-                scorer({"lm": x, "value": head}, rollout.tokens, rollout.attention_mask) for x in (policy, reference)
-            ]
-            kl.append(np.asarray(programs.sequence_kl(*passes, rollout.mask)))
+            both = (logprobs_of(x, rollout.tokens, rollout.attention_mask) for x in (policy, reference))
+            kl.append(np.asarray(programs.sequence_kl(*both, rollout.mask)))
         scores.append(task.judge(own, rollout).scores)
     shape, count = (len(prompts), samples), len(repeated)
     found = np.concatenate(scores)[:count].astype(np.float64).reshape(shape)

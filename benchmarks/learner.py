@@ -3,8 +3,8 @@
     python -m benchmarks.learner
     python -m benchmarks.learner --peer-pythons ONE/bin/python OTHER/bin/python --json benchmarks/results/learner.json
 
-One run is the forward and backward pass of `pgjax.learning.programs.ppo_loss` (clipped surrogate + value loss, the value head on
-the shared body) over a batch, without the optimizer:
+One run is the forward and backward pass of `pgjax.learning.policy_loss` for PPO (clipped surrogate + value loss, the value
+head on the shared body) over a batch, without the optimizer:
 
     tokens/s = batch_size * length / seconds
     FLOPs    = training_flops(tokens, context = length / 2, head_tokens = batch_size * new_tokens)
@@ -48,12 +48,12 @@ from benchmarks.timing import (
     weight_bytes,
 )
 from benchmarks.worker import Beside, compare, device
-from experiments.ppo import Config as PPO
 from pgjax.core.errors import UserError
-from pgjax.learning import programs
+from pgjax.learning.policy_loss import policy_loss
 from pgjax.run.flops import training_flops
 from pgjax.run.peaks import Peaks
 
+CLIP_EPS, VALUE_COEF = 0.2, 0.5  # of PPO's loss, here as in torch
 TORCH = (Need("torch"), Need("transformers"))
 PEERS = (
     *(
@@ -94,7 +94,7 @@ def main(config: Config) -> Row:
     return report
 
 
-def make_batch(config: Config, lm: pg.CausalLM, params: Any) -> programs.Batch:
+def make_batch(config: Config, lm: pg.CausalLM, params: Any) -> pg.Batch:
     """Make random experience whose old log-probabilities differ a little from the model's own, so that some are clipped."""
     draw = np.random.default_rng(config.seed)
     rows, window = config.batch_size, config.new_tokens + 1
@@ -103,7 +103,7 @@ def make_batch(config: Config, lm: pg.CausalLM, params: Any) -> programs.Batch:
     hidden = lm.hidden(params, tokens)[:, -window:]
     logprobs = pg.linear_token_logprobs(hidden, lm.unembedding(params), tokens[:, -window:])
     noise = lambda scale: jnp.asarray(draw.normal(0, scale, (rows, window)), jnp.float32)
-    return programs.Batch(
+    return pg.Batch(
         tokens=tokens,
         attention_mask=jnp.ones(tokens.shape, bool),
         mask=mask,
@@ -114,15 +114,12 @@ def make_batch(config: Config, lm: pg.CausalLM, params: Any) -> programs.Batch:
     )
 
 
-def contender(lm: pg.CausalLM, params: Any, batch: programs.Batch, dtype: str) -> Contender:
+def contender(lm: pg.CausalLM, params: Any, batch: pg.Batch, dtype: str) -> Contender:
     """Make our run: the loss and its gradient, jitted."""
-    ours, defaults = pg.causal_lm(lm.arch, dtype=jnp.dtype(dtype)), PPO()
+    ours, algorithm = pg.causal_lm(lm.arch, dtype=jnp.dtype(dtype)), pg.ppo(clip_eps=CLIP_EPS, value_coef=VALUE_COEF)
 
-    def loss(params: Any, batch: programs.Batch) -> jax.Array:
-        return programs.ppo_loss(
-            params, batch, lm=ours, temperature=1.0, clip_eps=defaults.clip_eps, value_clip_eps=None,
-            value_coef=defaults.value_coef, entropy_coef=0.0,
-        )[0]  # fmt: skip
+    def loss(params: Any, batch: pg.Batch) -> jax.Array:
+        return policy_loss(params, batch, lm=ours, algorithm=algorithm, temperature=1.0)[0]
 
     step = jax.jit(jax.value_and_grad(loss))
     both = {"lm": params, "value": pg.init_value_head(lm.arch.width)}
@@ -134,16 +131,15 @@ def contender(lm: pg.CausalLM, params: Any, batch: programs.Batch, dtype: str) -
     return timed(run)
 
 
-def peer_setups(config: Config, folder: str, batch: programs.Batch, dtype: str) -> dict[str, Row]:
+def peer_setups(config: Config, folder: str, batch: pg.Batch, dtype: str) -> dict[str, Row]:
     """Make the set-ups of the peers of a dtype.
 
     Entry 0 of our window is the prompt's last token, which is not sampled; the peers' window begins after it.
     """
-    defaults = PPO()
     shared = {
         "task": "learner", "folder": folder, "dtype": "float32", "autocast": False, "threads": config.peer_threads,
         "device": device(), "tokens": np.asarray(batch.tokens).tolist(), "window": config.new_tokens,
-        "clip_eps": defaults.clip_eps, "value_coef": defaults.value_coef,
+        "clip_eps": CLIP_EPS, "value_coef": VALUE_COEF,
         **{
             name: np.asarray(x)[:, 1:].tolist()
             for name, x in (("old_logprobs", batch.old_logprobs), ("returns", batch.returns), ("advantages", batch.advantages))

@@ -1,11 +1,12 @@
-"""Compile the three programs of PPO for TPU pods on a machine without one, and check memory, collectives and time.
+"""Compile the four programs of PPO for TPU pods on a machine without one, and check memory, collectives and time.
 
     pip install 'jax[tpu]'                      # libtpu, the compiler; no TPU is needed
-    python -m benchmarks.pod                    # four pods, four models, three programs: an hour and more on two cores
+    python -m benchmarks.pod                    # four pods, four models, four programs: hours on two cores
     python -m benchmarks.pod --topologies v5e:4x4 --models 135M --no-search
 
-Shapes only: no weight exists. The programs are those that training runs (the sampler, `programs.score`, `programs.update`),
-over float32 parameters and Adam moments with bfloat16 arithmetic, prompts of 256 and completions of 256 tokens. Of each it prints
+Shapes only: no weight exists. The programs are those that training runs: the sampler, `programs.teacher_force` (scoring),
+`programs.reference_logprobs`, `programs.update` (learner); over float32 parameters and Adam moments with bfloat16 arithmetic,
+prompts of 256 and completions of 256 tokens. Of each it prints
 
     memory       bytes a chip, those of the compiler and those that training keeps beside the program, against the chip's;
                  parameters, moments, gradient, gathered weights and cache are worked out on paper, "other" is the rest
@@ -57,7 +58,7 @@ class Config:
     prompt_length: int = 256  # tokens
     new_tokens: int = 256  # sampled for each prompt
     sampler_rows: int = 16  # at once, for each part of data x fsdp
-    scoring_rows: int = 4  # likewise; the batch is two parts of it
+    scoring_rows: int = 4  # likewise, of policy and reference; the batch is two parts of it
     learner_rows: int = 2  # likewise; the minibatch is two microbatches of it
     search: bool = True  # look for the largest batches afterwards
     go_on: bool = False  # keep what the JSON holds already
@@ -79,7 +80,8 @@ def main(config: Config) -> Row:
     shown = {row["topology"] for row in report["rows"]}.union(config.topologies)
     report["chips"] = {name: chip._asdict() for name, chip in TOPOLOGIES.items() if name in shown}
     done = {(row["topology"], row["model"], row["program"]) for row in report["rows"]}
-    rows = dict(zip(PROGRAMS, (config.sampler_rows, config.scoring_rows, config.learner_rows), strict=True))
+    scored = config.scoring_rows
+    rows = dict(zip(PROGRAMS, (config.sampler_rows, scored, scored, config.learner_rows), strict=True))
     for one in itertools.product(config.topologies, config.models, config.programs):
         if one not in done:
             print("compiling", *one, file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 import pgjax as pg
 from pgjax.learning import programs
-from pgjax.learning.optimizer import TrainState, adamw, init_state
+from pgjax.learning.optimizer import TrainState, init_state
 from pgjax.models.causal_lm import CausalLM
 from pgjax.models.io.config import architecture_of
 from pgjax.parallel import sharding
@@ -74,9 +74,9 @@ MESHES = {
     "v5p:4x4x4": {"8B": "data=4,fsdp=4,tensor=4", "": "data=16,fsdp=4"},
     "v6e:16x16": {"8B": "data=4,fsdp=16,tensor=4", "": "data=16,fsdp=16"},
 }
-PROGRAMS = ("sampler", "scoring", "learner")
-PARTS = 2  # of the scoring's batch and of the learner's minibatch, so that the programs hold their loops
-OPTIMIZER = adamw(1e-5, updates=1000)
+PROGRAMS = ("sampler", "scoring", "reference", "learner")
+PARTS = 2  # of the batch that is scored, and of the learner's minibatch, so that the programs hold their loops
+OPTIMIZER = pg.adamw(1e-5, updates=1000)
 
 
 class Case(NamedTuple):
@@ -166,14 +166,15 @@ def lower(case: Case, program: str, rows: int) -> jax.stages.Lowered:
             )  # fmt: skip
         batch = PARTS * at_once
         tokens, mask = array(jnp.int32, batch, length), array(bool, batch, length)
+        given = tokens, mask, array(jnp.float32)
         if program == "scoring":
-            return programs.score.lower(
-                case.lm, state.params, tokens, mask, array(jnp.float32), window=window, parts=PARTS
-            )
+            return programs.teacher_force.lower(case.lm, state.params, *given, window=window, parts=PARTS)
+        if program == "reference":
+            return programs.reference_logprobs.lower(case.lm, state.params["lm"], *given, window=window, parts=PARTS)
         floats: list[Any] = [array(jnp.float32, batch, window) for _ in range(5)]
-        experience = programs.Batch(tokens, mask, array(bool, batch, window), *floats)
+        experience = pg.Batch(tokens, mask, array(bool, batch, window), *floats)
         order = jax.ShapeDtypeStruct((1, batch), jnp.int32, sharding=whole)
         return programs.update.lower(
-            state, experience, order, array(jnp.int32), lm=case.lm, optimizer=OPTIMIZER, microbatches=PARTS,
-            temperature=1.0, clip_eps=0.2, value_clip_eps=None, value_coef=0.5, entropy_coef=0.0,
+            state, experience, order, array(jnp.int32), lm=case.lm, algorithm=pg.ppo(), optimizer=OPTIMIZER,
+            microbatches=PARTS,
         )  # fmt: skip

@@ -42,7 +42,7 @@ from benchmarks.hlo import Computation, Instruction, Loop, instructions, parse
 from benchmarks.scaling import experience
 from benchmarks.timing import Row, begun, save, show
 from pgjax.learning import programs
-from pgjax.learning.optimizer import adamw, init_state
+from pgjax.learning.optimizer import init_state
 from pgjax.rollout import sample
 from pgjax.run.flops import mfu
 from pgjax.run.peaks import Peaks, measured_peaks
@@ -115,16 +115,14 @@ def sampler(config: Config, lm: pg.CausalLM, params: Any) -> Program:
 
 def update(config: Config, lm: pg.CausalLM, params: Any) -> Program:
     """Compile PPO's update; each run consumes the state that the run before it left."""
-    length, optimizer = config.prompt_length + config.new_tokens, adamw(3e-6, updates=1_000_000)
+    length, optimizer = config.prompt_length + config.new_tokens, pg.adamw(3e-6, updates=1_000_000)
     start = {"lm": jax.tree.map(jnp.copy, params), "value": pg.init_value_head(lm.arch.width)}
     held = [init_state(start, optimizer)]
     rows = config.batch_size
     batch = experience(np.random.default_rng(config.seed), rows, length, config.new_tokens, lm.arch.vocab_size)
     given = batch._replace(old_logprobs=None), jnp.arange(rows, dtype=jnp.int32)[None, :], jnp.int32(0)
-    compiled = programs.update.lower(
-        held[0], *given, lm=lm, optimizer=optimizer, microbatches=1, temperature=1.0, clip_eps=0.2, value_clip_eps=0.2,
-        value_coef=0.1, entropy_coef=0.0,
-    ).compile()  # fmt: skip
+    lowered = programs.update.lower(held[0], *given, lm=lm, algorithm=pg.ppo(value_clip_eps=0.2), optimizer=optimizer)
+    compiled = lowered.compile()
 
     def run() -> Any:
         held[0], metrics = compiled(held[0], *given)

@@ -38,8 +38,8 @@ import pgjax as pg
 from benchmarks.checks import Dtype, check, command
 from benchmarks.timing import SPEED, Row, Timing, begun, figures, save, show, timed, with_peaks
 from pgjax.core.errors import UserError
-from pgjax.learning import programs
 from pgjax.learning.optimizer import accumulate
+from pgjax.learning.policy_loss import policy_loss
 from pgjax.models.causal_lm import decode_params, logits_of
 from pgjax.rollout.filters import draw
 from pgjax.run.checks import require
@@ -161,12 +161,10 @@ def learner_program(config: Config, sizes: Sizes) -> Program:
     rng = np.random.default_rng(config.seed)
     batch = experience(rng, sizes.batch, sizes.length, sizes.length // 2, sizes.vocabulary)
 
-    def loss(params: Any, batch: programs.Batch) -> tuple[jax.Array, Any]:
-        return programs.ppo_loss(
-            params, batch, lm=lm, temperature=1.0, clip_eps=0.2, value_clip_eps=None, value_coef=0.5, entropy_coef=0.0
-        )
+    def loss(params: Any, batch: pg.Batch) -> tuple[jax.Array, Any]:
+        return policy_loss(params, batch, lm=lm, algorithm=pg.ppo(), temperature=1.0)
 
-    def gradient(params: Any, batch: programs.Batch) -> Any:
+    def gradient(params: Any, batch: pg.Batch) -> Any:
         return accumulate(loss, params, batch, batch.mask.sum(1), sizes.microbatches)
 
     compiled = jax.jit(gradient).lower(params, batch).compile()
@@ -175,14 +173,14 @@ def learner_program(config: Config, sizes: Sizes) -> Program:
     return Program(compiled, lambda: compiled(params, batch), flops, tokens)
 
 
-def experience(draw: np.random.Generator, rows: int, length: int, sampled: int, vocabulary: int) -> programs.Batch:
+def experience(draw: np.random.Generator, rows: int, length: int, sampled: int, vocabulary: int) -> pg.Batch:
     """Make random experience, the last tokens of each row sampled."""
     window = sampled + 1
     noise = lambda: jnp.asarray(draw.standard_normal((rows, window)), jnp.float32)
     tokens = jnp.asarray(draw.integers(0, vocabulary, (rows, length)), jnp.int32)
     mask = jnp.broadcast_to(jnp.arange(window)[None, :] > 0, (rows, window))
     guess = jnp.full((rows, window), -math.log(vocabulary))
-    return programs.Batch(tokens, jnp.ones(tokens.shape, bool), mask, guess, noise(), noise(), noise())
+    return pg.Batch(tokens, jnp.ones(tokens.shape, bool), mask, guess, noise(), noise(), noise())
 
 
 def decode_program(config: Config, sizes: Sizes) -> Program:

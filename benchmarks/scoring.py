@@ -3,8 +3,8 @@
     python -m benchmarks.scoring
     python -m benchmarks.scoring --peer-pythons ONE/bin/python OTHER/bin/python --json benchmarks/results/scoring.json
 
-One run is `pgjax.learning.programs.score`: a forward pass without a gradient, and on the last `new_tokens` tokens
-log-probabilities, entropy and values. PPO runs it in every iteration, on the reference and, where needed, on the policy.
+One run is `pgjax.learning.programs.teacher_force`: a forward pass without a gradient, and on the last `new_tokens` tokens
+log-probabilities, entropy and values. PPO runs it on the policy where it learns from a rollout more than once.
 
     tokens/s = batch_size * length / seconds
     FLOPs    = forward_flops(tokens, context = length / 2, head_tokens = batch_size * new_tokens)
@@ -91,7 +91,7 @@ def main(config: Config) -> Row:
 
 
 def contender(config: Config, lm: pg.CausalLM, params: Any, tokens: np.ndarray, dtype: str) -> Contender:
-    """Make our run: `programs.score` on the whole batch."""
+    """Make our run: `programs.teacher_force` on the whole batch."""
     ours = pg.causal_lm(lm.arch, dtype=jnp.dtype(dtype))
     both = {"lm": params, "value": pg.init_value_head(lm.arch.width)}
     ids, temperature = jnp.asarray(tokens, jnp.int32), jnp.float32(1.0)
@@ -99,7 +99,9 @@ def contender(config: Config, lm: pg.CausalLM, params: Any, tokens: np.ndarray, 
 
     def run() -> dict[str, float]:
         # entry 0 of the window is the prompt's last token: nothing is sampled there
-        found = programs.score(ours, both, ids, attended, temperature, window=config.new_tokens + 1, parts=config.parts)
+        found = programs.teacher_force(
+            ours, both, ids, attended, temperature, window=config.new_tokens + 1, parts=config.parts
+        )
         logprobs, _, entropy = (np.asarray(x)[:, 1:] for x in found)
         return {"logprob": float(logprobs.mean()), "entropy": float(entropy.mean())}
 
