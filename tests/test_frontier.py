@@ -13,14 +13,9 @@ import pytest
 import pgjax as pg
 from benchmarks import frontier, frontier_report
 from pgjax.core.errors import UserError
-from tests.tiny_model import save_tiny_model
+from tests.tiny_task import EARLY_LETTERS, early_letters, save_tiny_model
 
 WORDS = ("good", "bad", "fine", "awful", "great", "sad", "nice", "ugly")
-
-
-def early_letters(prompts, completions, **columns):
-    """A black box that random letters score differently in: the share of characters up to m."""
-    return [sum(letter < "m" for letter in text) / max(len(text), 1) for text in completions]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +24,7 @@ def config_in():
 
     def make(folder):
         return frontier.Config(
-            model=str(folder / "model"), prompts=str(folder / "prompts.txt"), reward=f"{__name__}:early_letters",
+            model=str(folder / "model"), prompts=str(folder / "prompts.txt"), reward=EARLY_LETTERS,
             held_out_prompts=2, output=folder / "runs",
             episodes=(16,), kl_coefs=(0.05,), seeds=(0,), batch_size=8, max_new_tokens=3, samples=16,
             reference_samples=8, best_of=(1, 4), peer=False, picture=folder / "frontier.png", json=folder / "report.json",

@@ -1,4 +1,4 @@
-"""Preferences: rows with two answers to one prompt, checked to the row and turned into token ids."""
+"""Preferences: rows with two answers to one prompt, checked and turned into token ids."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pgjax.data.prompts import Prompt, check_prompt, encode_prompt
 from pgjax.data.tables import Placed, Row, as_messages, check_messages, check_same_columns, check_text, left_out_notes
 from pgjax.models.io.tokenizer import stop_ids
 
-TEMPLATED = "prompts_were_templated"  # kept among a tokenizer's settings: how a reward model has seen its prompts
+TEMPLATED = "prompts_were_templated"  # a tokenizer's setting: was a reward model trained with its chat template?
 
 
 class Answered(NamedTuple):
@@ -24,21 +24,21 @@ class Answered(NamedTuple):
 class Pair(NamedTuple):
     """Two answers to one prompt, the first one preferred."""
 
-    place: str  # where its row stands
+    place: str  # location of its row
     chosen: Answered
     rejected: Answered
-    margin: float  # how far apart their scores should be at least
+    margin: float  # by how much the scores should differ at least
 
 
 class Reference(NamedTuple):
-    """An answer to normalise scores on."""
+    """An answer whose score is used to normalise scores."""
 
-    place: str  # where its row stands
+    place: str  # location of its row
     answered: Answered
 
 
 class Encoded(NamedTuple):
-    """A pair in token ids, each answer behind its prompt."""
+    """A pair in token ids: each is the prompt followed by an answer."""
 
     chosen: list[int]
     rejected: list[int]
@@ -46,34 +46,34 @@ class Encoded(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What became of rows."""
+    """The rows that were kept, and the locations of the others."""
 
     kept: list[Any]
-    left_out: dict[str, list[str]]  # why -> places of the rows
+    left_out: dict[str, list[str]]  # reason -> locations of the rows
 
     def notes(self) -> list[str]:
-        """Say what was left out, a line for each reason; no lines where there is nothing to say."""
+        """Report what was left out, a line for each reason; an empty list where nothing was."""
         return left_out_notes(self.left_out)
 
 
 def check_pairs(placed: Placed) -> Kept:
-    """Check rows of preferences, leaving out those that say nothing.
+    """Check rows of preferences, leaving out those that express none.
 
     Columns: ``chosen`` and ``rejected``, each a text or a list of messages; ``prompt``, a text or a list of messages, which
     may be missing where both answers are whole conversations; and, if there is one, ``margin``, a number of at least 0,
     which is 0 where it is missing. A list of messages may be written in JSON, as CSV has it. Messages that begin with the
-    assistant's answer the prompt, others hold it; the last message is what is judged. Other columns are not looked at.
+    assistant's are an answer to the prompt; others contain the prompt. The last message is the answer. Other columns are ignored.
     Rows with two equal answers or an empty one are left out.
 
     Args:
-      placed: rows with their places; at least one.
+      placed: rows with their locations; at least one.
 
     Returns:
-      The pairs as `Pair`, and where the others stood.
+      The pairs as `Pair`, and the locations of the rows left out.
 
     Raises:
-      ValueError: a missing column, a value of another kind, answers to different prompts, or no row that says
-        anything; it names the place.
+      UserError: a missing column, a value of the wrong type, answers to different prompts, or no pair is left; the message
+        names the row.
 
     Example:
       >>> rows = [{"prompt": "Hi", "chosen": "Hello", "rejected": "No"}, {"prompt": "Hi", "chosen": "a", "rejected": "a"}]
@@ -94,7 +94,7 @@ def check_pairs(placed: Placed) -> Kept:
         chosen, rejected = (_answered(place, row, name) for name in ("chosen", "rejected"))
         pair = Pair(place, chosen, rejected, _margin(place, row))
         if chosen.prompt != rejected.prompt:
-            raise UserError(f"{place}: 'chosen' and 'rejected' answer different prompts, so they do not compare")
+            raise UserError(f"{place}: 'chosen' and 'rejected' answer different prompts, so they cannot be compared")
         why = "an empty answer" if not (chosen.answer.strip() and rejected.answer.strip()) else "two equal answers"
         if why == "two equal answers" and chosen.answer != rejected.answer:
             kept.append(pair)
@@ -107,13 +107,13 @@ def check_answers(placed: Placed) -> Kept:
     """Check rows with a ``prompt`` and a ``completion``, each a text or a list of messages; empty completions are left out.
 
     Args:
-      placed: rows with their places; at least one.
+      placed: rows with their locations; at least one.
 
     Returns:
-      The rows as `Reference`, and where the others stood.
+      The rows as `Reference`, and the locations of the rows left out.
 
     Raises:
-      ValueError: a row that is none, naming the place, or nothing is left.
+      UserError: a row that is not of this form, which the message names, or no row is left.
 
     Example:
       >>> check_answers([("line 1", {"prompt": "Hi", "completion": "Hello"})]).kept
@@ -132,20 +132,20 @@ def check_answers(placed: Placed) -> Kept:
 def encode_answers(answers: Sequence[Answered], tokenizer: Any, *, chat: bool, eos: bool) -> list[list[int]]:
     """Turn prompts with their answers into token ids, as a policy samples them: the prompt's ids, then the answer's.
 
-    The answer is tokenised apart, without special tokens of the tokenizer's own, and ends with the end of sequence.
+    The answer is tokenised separately, without the tokenizer's special tokens, and ends with the end of sequence.
 
     Args:
       answers: prompts with answers.
       tokenizer: a Hugging Face tokenizer.
-      chat: put prompts that are texts through the chat template too; messages always go through it.
-      eos: end each answer with the end of sequence, unless it ends with one already; False where completions say
-        themselves whether they ended.
+      chat: render prompts that are texts with the chat template too; lists of messages always are.
+      eos: end each answer with the end of sequence, unless it ends with one already; False where the answers already
+        show whether they ended.
 
     Returns:
       The ids of each, unpadded.
 
     Raises:
-      ValueError: no chat template where one is needed, messages that it refuses, or no end of sequence to add.
+      UserError: a chat template is needed and missing, it refuses the messages, or the tokenizer has no end of sequence to add.
 
     Example:
       >>> class Letters:  # stands in for a tokenizer
@@ -163,7 +163,7 @@ def encode_answers(answers: Sequence[Answered], tokenizer: Any, *, chat: bool, e
 def _encode(
     places: Sequence[str], answers: Sequence[Answered], tokenizer: Any, *, chat: bool, eos: bool
 ) -> list[tuple[list[int], list[int]]]:
-    """Encode as `encode_answers` does, the ids of each prompt and of its answer apart."""
+    """Encode as `encode_answers` does, keeping the ids of a prompt and of its answer separate."""
     stops = stop_ids(tokenizer)
     if eos and not stops:
         raise UserError("the tokenizer has no end-of-sequence token to end an answer with: add one, or use eos=False")
@@ -183,7 +183,7 @@ def _encode(
 
 
 def encode_pairs(pairs: Kept, tokenizer: Any, *, chat: bool, eos: bool, max_length: int) -> Kept:
-    """Turn pairs into token ids; nothing is ever cut.
+    """Turn pairs into token ids; nothing is truncated.
 
     Left out are pairs of which an answer is too long or holds an end of sequence before its end, which a policy would have
     stopped at, and pairs whose answers have the same ids.
@@ -196,10 +196,10 @@ def encode_pairs(pairs: Kept, tokenizer: Any, *, chat: bool, eos: bool, max_leng
       max_length: longest prompt with answer, in tokens.
 
     Returns:
-      The pairs as `Encoded`, and where all others stood.
+      The pairs as `Encoded`, and the locations of all rows left out.
 
     Raises:
-      ValueError: no pair is left, or `encode_answers` refuses.
+      UserError: no pair is left, or as in `encode_answers`.
 
     Example:
       >>> from tokenizers import Tokenizer, models
@@ -226,7 +226,7 @@ def encode_pairs(pairs: Kept, tokenizer: Any, *, chat: bool, eos: bool, max_leng
 
 
 def encode_references(references: Kept, tokenizer: Any, *, chat: bool, eos: bool, max_length: int) -> Kept:
-    """Turn references into token ids, leaving out what `encode_pairs` would.
+    """Turn references into token ids, leaving out those that `encode_pairs` would.
 
     Args:
       references: of `check_answers`.
@@ -236,10 +236,10 @@ def encode_references(references: Kept, tokenizer: Any, *, chat: bool, eos: bool
       max_length: longest prompt with answer, in tokens.
 
     Returns:
-      The ids of each, and where all others stood.
+      The ids of each, and the locations of all rows left out.
 
     Raises:
-      ValueError: nothing is left, or `encode_answers` refuses.
+      UserError: no reference is left, or as in `encode_answers`.
 
     Example:
       >>> class Letters:  # stands in for a tokenizer
@@ -264,7 +264,7 @@ def encode_references(references: Kept, tokenizer: Any, *, chat: bool, eos: bool
 
 
 def _fault(ids: tuple[list[int], list[int]], tokenizer: Any, max_length: int) -> str | None:
-    """Say why a prompt with its answer cannot be scored, if so."""
+    """Give the reason why a prompt with its answer cannot be scored, or None."""
     prompt, answer = ids
     if not set(stop_ids(tokenizer)).isdisjoint(answer[:-1]):
         return "an end of sequence inside the answer"
@@ -278,7 +278,7 @@ def _some_left(found: Kept, what: str) -> Kept:
 
 
 def _answered(place: str, row: Row, name: str) -> Answered:
-    """Find the prompt and the text that is judged in a row's column."""
+    """Split a row's column into the prompt and the answer."""
     prompt, value = as_messages(row.get("prompt")), as_messages(row[name])
     if not isinstance(value, list):
         check_text(place, f"the column {name!r}", value)
