@@ -20,9 +20,9 @@ def contender(part: str, model: str) -> Any:
     """Build one part with the checkout's own benchmark, at its default shapes."""
     lm, params, _ = pg.load(model)
     if part == "learner":
-        config = learner.Config(peer=False)
-        return learner.contender(lm, params, learner.make_batch(config, lm, params), "float32")
-    config = rollout.Config(peer=False) if part == "rollout" else iteration.Config(peer=False)
+        learned = learner.Config(peer=False)
+        return learner.contender(lm, params, learner.make_batch(learned, lm, params), "float32")
+    config: Any = rollout.Config(peer=False) if part == "rollout" else iteration.Config(peer=False)
     prompts = np.random.default_rng(0).integers(1, lm.arch.vocab_size - 1, (config.batch_size, config.prompt_length))
     if part == "rollout":
         return rollout.contenders(config, lm, params, prompts, "float32", {})["pgjax all"]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from pgjax.run.speed import policy_speed
 
 import pgjax as pg
 from pgjax.data.batches import batches
@@ -40,7 +40,8 @@ from pgjax.rollout.task import make_task, read_task
 from pgjax.run import checks, clock, devices, exits, loop, presets
 from pgjax.run.checkpoint.resume import frozen_model, rows_digest, to_best
 from pgjax.run.session import INCIDENTAL, RunFlags, open_session, session_options
-from pgjax.run.summary import before_and_after, told
+from pgjax.run.speed import policy_speed
+from pgjax.run.summary import before_and_after, has_metric, told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ PRESETS = {
         max_new_tokens=20, kl_coef=0.02,
     ),
 }  # fmt: skip
-GOES_WITH = {"prompts": {"held_out": None}, "reward_model": {"rewards": ()}, "algorithm": {"kl_coef": None}}
+GOES_WITH: Any = {"prompts": {"held_out": None}, "reward_model": {"rewards": ()}, "algorithm": {"kl_coef": None}}
 MAY_CHANGE = INCIDENTAL | {"steps", "eval_samples", "eval_every", "samples_every", "save_every"}  # when a run goes on
 
 
@@ -94,17 +95,17 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
     algorithm = algorithm_of(config)
     options = iteration_options(config, algorithm)
-    parts = options["minibatches"] * config.microbatches
-    devices.check_shares(mesh, config.batch_size, minibatches=options["minibatches"], microbatches=config.microbatches)
+    counts = {name: options[name] for name in ("minibatches", "microbatches")}
+    devices.check_shares(mesh, config.batch_size, **counts)
+    parts = math.prod(counts.values())  # that a batch is learned in
     config = dataclasses.replace(config, output=devices.shared_folder(config.output))
     judges, row_sets = read_task(config.rewards, config.prompts, config.held_out, config.held_out_rows)
     lm, params, tokenizer = pg.load(config.model, dtype=config.dtype, mesh=mesh, remat=config.remat)
-    reward_model = config.reward_model and load_judge(
-        config.reward_model, config.reward_model_weight, lm, tokenizer, chat=config.chat, mesh=mesh
-    )
-    sampling: dict[str, Any] = {
-        name: vars(config)[name] for name in ("max_new_tokens", "temperature", "top_k", "top_p")
-    }
+    reward_model = None
+    if config.reward_model is not None:
+        weight = config.reward_model_weight
+        reward_model = load_judge(config.reward_model, weight, lm, tokenizer, chat=config.chat, mesh=mesh)
+    sampling: Any = {name: vars(config)[name] for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
     task = make_task(
         lm, tokenizer, judges, config.reward_weights or None, row_sets, chat=config.chat, reward_model=reward_model,
         mesh=mesh, group_size=whole_groups(mesh, config.batch_size, algorithm.group_size), **sampling,
@@ -123,14 +124,11 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     state = it.init(trained, key)._replace(key=None)  # a snapshot's config holds the seed
     del trained
 
-    def policy(state: pg.State) -> Any:
-        return pg.with_lora(frozen, state.learner.params["lm"])
-
-    def evaluated(state: pg.State) -> dict[str, float]:
-        return evaluate(
-            task, policy(state), params, held_out, samples=config.eval_samples, batch_size=config.batch_size,
-            key=fold_in(key, 2**32 - 1), parts=parts,
-        )  # fmt: skip
+    policy = lambda state: pg.with_lora(frozen, state.learner.params["lm"])
+    evaluated = lambda state: evaluate(
+        task, policy(state), params, held_out, samples=config.eval_samples, batch_size=config.batch_size,
+        key=fold_in(key, 2**32 - 1), parts=parts,
+    )  # fmt: skip
 
     def prepare(state: pg.State, i: int) -> Any:
         """Queue the rollout and what the models give to it; nothing is waited for."""
@@ -149,20 +147,20 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         timer.free()
         timing["timing/update"] = update_seconds = timer.queued()
         paid = judged.scores - np.float32(config.truncation_penalty) * ~judged.ended
-        state, metrics = it.learn(state._replace(key=key), rollout, paid)
-        state = state._replace(key=None)
-        metrics |= {**judged.metrics(), **timing, "episode": (i + 1) * config.batch_size}
-        metrics["completions/padded_length"] = rollout.tokens.shape[1]
-        at_save = config.keep_best and (i + 1) % config.save_every == 0
-        if i + 1 == config.steps or at_save or (config.eval_every and (i + 1) % config.eval_every == 0):
+        state, learned = it.learn(state._replace(key=key), rollout, paid)
+        state, metrics = state._replace(key=None), dict[str, Any](learned)
+        counts = {"episode": (i + 1) * config.batch_size, "completions/padded_length": rollout.tokens.shape[1]}
+        metrics |= {**judged.metrics(), **timing, **counts}
+        every = [config.steps, *([config.save_every] if config.keep_best else []), *filter(None, [config.eval_every])]
+        if any((i + 1) % count == 0 for count in every):
             jax.block_until_ready(state)
             metrics |= {"timing/update": update_seconds(), **evaluated(state)}
             timer.free()
         return state, metrics, judged.samples()
 
     speed = functools.partial(
-        policy_speed, lm, mesh=mesh, batch_size=config.batch_size, new_tokens=config.max_new_tokens, group_size=algorithm.group_size,
-        parts=parts, minibatches=options["minibatches"], adapters=frozen is not None,
+        policy_speed, arch=lm.arch, dtype=lm.dtype, mesh=mesh, batch_size=config.batch_size, adapters=frozen is not None,
+        new_tokens=config.max_new_tokens, minibatches=options["minibatches"], parts=parts, group_size=algorithm.group_size,
     )  # fmt: skip
     with open_session(
         config.output, state, **session_options(config), may_change=MAY_CHANGE, steps=config.steps,
@@ -189,6 +187,11 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
             check=loop.check_finite, report=report, checkpoints=checkpoints, save_every=config.save_every,
             score=lambda metrics: metrics.get("eval/scores"),
         )  # fmt: skip
+        if not processes.on_process_0(
+            lambda: has_metric(folder, config.steps, "eval/scores")
+        ):  # stopped right there before
+            figures = evaluated(state)
+            processes.all_or_none(lambda: writer.write(config.steps, figures))
         pg.save_pretrained(folder / "policy", lm, policy(state), tokenizer)
         if config.keep_best:
             state, best = to_best(checkpoints, state)
@@ -200,9 +203,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
 def check(config: Config) -> None:
     """Refuse a run that cannot work, before anything is read or computed."""
     checks.check_run(config)
-    checks.at_least_one(
-        config, "eval_samples", "samples_every", *(["eval_every"] if config.eval_every is not None else [])
-    )
+    checks.at_least_one(config, "eval_samples", "samples_every", "eval_every")
     check_policy(config)
     rewards.check_weights(config.rewards, config.reward_weights, config.reward_model, config.reward_model_weight)
 

@@ -125,9 +125,7 @@ def check_policy(config: Any) -> None:
     Raises:
         UserError: with the field and its value.
     """
-    at_least_one(config, "steps", "batch_size", "max_new_tokens", "epochs", "microbatches")
-    if config.minibatches is not None:
-        at_least_one(config, "minibatches")
+    at_least_one(config, "steps", "batch_size", "max_new_tokens", "epochs", "minibatches", "microbatches")
     algorithm = algorithm_of(config)
     options = iteration_options(config, algorithm)
     parts = options["minibatches"] * config.microbatches

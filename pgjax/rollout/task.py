@@ -175,7 +175,7 @@ class Task(NamedTuple):
             for name, figure in figures.items():
                 found.setdefault(name, []).append(figure[:count])
         whole = {name: np.concatenate(pieces).astype(np.float64) for name, pieces in found.items()}
-        clusters = np.repeat(np.arange(len(prompts)), samples)
+        clusters = np.repeat(np.arange(len(prompts)), samples).tolist()
         errors = {
             f"{name}_stderr": clustered_stderr(whole[name], clusters) for name in ("scores", "kl") if name in whole
         }

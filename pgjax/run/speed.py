@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from pgjax.parallel.sharding import whole_groups
 from pgjax.run.flops import adapter_flops, decode_bytes, mbu, mfu, sequence_sizes, training_flops
+from pgjax.run.peaks import Peaks, known_peaks
 
 if TYPE_CHECKING:
     from pgjax.models.architecture import Architecture
-    from pgjax.run.peaks import Peaks
 
 
 def step_speed(
@@ -91,3 +95,45 @@ def step_speed(
         "perf/mfu": mfu(flops, update_seconds, devices * peaks.matmul_flops),
         "perf/decode_mbu": mbu(read * max_length, rollout_seconds, devices * peaks.read_bytes),
     }
+
+
+def policy_speed(
+    metrics: Mapping[str, float], *, arch: Architecture, dtype: DTypeLike, mesh: Mesh | None, batch_size: int, new_tokens: int,
+    minibatches: int, parts: int = 1, group_size: int = 1, adapters: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    """Work out `step_speed` from the metrics of a step, on the published peaks of the device.
+
+    Args:
+        metrics: of the step, with its timings and lengths.
+        arch: the model's sizes.
+        dtype: of its activations.
+        mesh: that it runs on; None: one device.
+        batch_size: completions a step.
+        new_tokens: the most that are sampled.
+        minibatches: updates in an epoch.
+        parts: that the batch is learned in.
+        group_size: completions of each prompt; a part of whole groups computes their prompts once.
+        adapters: whether low-rank adapters alone are trained.
+
+    Returns:
+        As `step_speed`.
+
+    Example:
+        >>> from pgjax.models.io.config import architecture_of
+        >>> config = {"model_type": "gpt2", "vocab_size": 10, "n_embd": 4, "n_layer": 1, "n_head": 2, "n_positions": 8}
+        >>> metrics = {f"timing/{name}": 0.5 for name in ("rollout", "score", "update")} | {"train/updates": 2}
+        >>> metrics |= {"completions/padded_length": 8, "completions/mean_length": 3.0, "completions/max_length": 4}
+        >>> policy_speed(metrics, arch=architecture_of(config), dtype="float32", mesh=None, batch_size=8, new_tokens=4,
+        ...              minibatches=2)
+        {'perf/tokens_per_second': 16.0}
+    """
+    devices, tensor = (1, 1) if mesh is None else (mesh.size, dict(mesh.shape).get("tensor", 1))
+    return step_speed(
+        arch, known_peaks(jax.local_devices()[0], dtype), dtype=dtype, batch_size=batch_size,
+        prompt_length=metrics["completions/padded_length"] - new_tokens, new_tokens=new_tokens,
+        mean_length=metrics["completions/mean_length"], max_length=metrics["completions/max_length"],
+        rollout_seconds=metrics["timing/rollout"], score_seconds=metrics["timing/score"],
+        update_seconds=metrics["timing/update"], epochs=metrics["train/updates"] / minibatches,
+        group_size=whole_groups(mesh, batch_size // parts, group_size),
+        adapters=adapters, devices=devices, replicas=devices // tensor,
+    )  # fmt: skip

@@ -41,6 +41,16 @@ def before_and_after(folder: Path, name: str, *, last: str) -> dict[str, float]:
     return {**figures, **[row for row in rows if last in row][-1], **after}
 
 
+def has_metric(folder: Path, step: int, name: str) -> bool:
+    """Say whether a run's metrics hold a metric of a step.
+
+    Example:
+        >>> has_metric(Path("no-such-run"), 3, "eval/scores")
+        False
+    """
+    return any(row["step"] == step and name in row for row in logs.read_metrics(folder))
+
+
 def told(figures: dict[str, float]) -> str:
     """Write the comparison of `before_and_after` as a line.
 
