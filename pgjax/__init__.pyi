@@ -16,6 +16,7 @@ from pgjax.core.kl import kl_k1 as kl_k1
 from pgjax.core.kl import kl_k2 as kl_k2
 from pgjax.core.kl import kl_k3 as kl_k3
 from pgjax.core.linear_logprobs import linear_token_logprobs as linear_token_logprobs
+from pgjax.core.linear_logprobs import linear_token_logprobs_and_entropy as linear_token_logprobs_and_entropy
 from pgjax.core.logprobs import token_entropy as token_entropy
 from pgjax.core.logprobs import token_frame as token_frame
 from pgjax.core.logprobs import token_logprobs as token_logprobs
@@ -29,6 +30,19 @@ from pgjax.core.masking import masked_mean as masked_mean
 from pgjax.core.masking import masked_whiten as masked_whiten
 from pgjax.core.trust_region import fisher_vector_product as fisher_vector_product
 from pgjax.core.trust_region import trust_region_step as trust_region_step
+from pgjax.learning.algorithms import Algorithm as Algorithm
+from pgjax.learning.algorithms import Batch as Batch
+from pgjax.learning.algorithms import Experience as Experience
+from pgjax.learning.algorithms import dr_grpo as dr_grpo
+from pgjax.learning.algorithms import grpo as grpo
+from pgjax.learning.algorithms import ppo as ppo
+from pgjax.learning.algorithms import reinforce as reinforce
+from pgjax.learning.algorithms import rloo as rloo
+from pgjax.learning.iteration import Iteration as Iteration
+from pgjax.learning.iteration import Sampled as Sampled
+from pgjax.learning.iteration import State as State
+from pgjax.learning.iteration import iteration as iteration
+from pgjax.learning.optimizer import adamw as adamw
 from pgjax.models.architecture import Architecture as Architecture
 from pgjax.models.architecture import Rope as Rope
 from pgjax.models.causal_lm import CausalLM as CausalLM

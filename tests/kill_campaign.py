@@ -42,8 +42,8 @@ from experiments import ppo
 from pgjax.run import logs
 from pgjax.run.checkpoint.resume import last_step
 from pgjax.run.exits import plain_errors
-from tests.compiling import xla_flags
-from tests.tiny_model import save_tiny_model
+from tests.compile_options import xla_flags
+from tests.tiny_task import EARLY_LETTERS, save_tiny_model
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 STOPPED, BROKEN = 1, 3  # exit codes of a process that said why it stops, and of one that met an error
@@ -59,11 +59,6 @@ class Kill(NamedTuple):
     steps: int  # of the last whole snapshot
 
 
-def vowels(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-    """A black box: the share of letters up to m among the completion's."""
-    return [sum(c < "m" for c in text) / max(len(text), 1) for text in completions]
-
-
 def configuration(root: Path, steps: int) -> ppo.Config:
     """Adam, the critic, an adaptive KL coefficient, more prompts than a batch holds, and a snapshot after every step."""
     prompts = root / "prompts.jsonl"
@@ -71,7 +66,7 @@ def configuration(root: Path, steps: int) -> ppo.Config:
         "".join(json.dumps({"prompt": f"say {word}"}) + "\n" for word in ("a", "bcd", "ef", "ghij", "k"))
     )
     return ppo.Config(
-        model=str(root / "model"), prompts=str(prompts), held_out=str(prompts), rewards=("tests.kill_campaign:vowels",),
+        model=str(root / "model"), prompts=str(prompts), held_out=str(prompts), rewards=(EARLY_LETTERS,),
         output=root / "run", steps=steps, batch_size=8, max_new_tokens=4, minibatches=2, microbatches=1, epochs=2,
         learning_rate=1e-2, warmup_updates=4, decay=True, kl_target=0.5, kl_horizon=50.0, eval_samples=1, samples_every=4,
         save_every=1, keep=2, keep_best=True,

@@ -21,7 +21,7 @@ from pgjax.parallel import batch_rows, processes, sharding
 from pgjax.rollout.judge import ModelJudge
 from pgjax.run import devices
 from pgjax.run.peaks import Peaks
-from tests.compiling import xla_flags
+from tests.compile_options import xla_flags
 
 MESH = "data=2,fsdp=2"
 CALLS: list[int] = []  # completions in each call of a reward, in this process

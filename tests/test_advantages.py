@@ -13,7 +13,7 @@ from pgjax.core.advantages import (
     monte_carlo_returns,
     place_scores,
 )
-from tests import reference
+from tests import core_in_numpy
 
 RNG = np.random.default_rng(0)
 # An EOS before the end, a row cut at the length limit, a hole (a tool's tokens), one token, none.
@@ -51,7 +51,7 @@ def test_integer_scores_are_welcome():
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
 def test_shaped_rewards(kl_coef):
     rewards = kl_shaped_rewards(SCORES, KL, MASK, kl_coef=kl_coef)
-    np.testing.assert_allclose(rewards, reference.shaped_rewards(SCORES, KL, MASK, kl_coef), atol=1e-6)
+    np.testing.assert_allclose(rewards, core_in_numpy.shaped_rewards(SCORES, KL, MASK, kl_coef), atol=1e-6)
 
 
 def test_with_zero_values_each_return_is_the_score_minus_the_remaining_kl():
@@ -65,13 +65,13 @@ def test_with_zero_values_each_return_is_the_score_minus_the_remaining_kl():
 @pytest.mark.parametrize("discount", [1.0, 0.9, 0.0])
 def test_returns_against_a_loop(discount):
     returns = monte_carlo_returns(KL, MASK, discount=discount)
-    np.testing.assert_allclose(returns, reference.returns(KL, MASK, discount), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(returns, core_in_numpy.returns(KL, MASK, discount), rtol=1e-5, atol=1e-6)
 
 
 def test_long_returns_stay_exact():
     rewards = RNG.standard_normal((2, 1000)).astype(np.float32)
     returns = jax.jit(monte_carlo_returns)(rewards, None)
-    np.testing.assert_allclose(returns, reference.returns(rewards, np.ones_like(rewards)), atol=1e-4)
+    np.testing.assert_allclose(returns, core_in_numpy.returns(rewards, np.ones_like(rewards)), atol=1e-4)
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])

@@ -14,7 +14,8 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from pgjax.learning.policy_loss import Batch, ppo_loss
 from pgjax.models import attention, causal_lm
 from pgjax.parallel.sharding import make_mesh, param_shardings, place
-from tests.tiny import ARCHITECTURES, close, tiny_lm, tiny_params
+from tests.compare import assert_close
+from tests.tiny import ARCHITECTURES, tiny_lm, tiny_params
 
 T = 13  # a number that nothing else has
 RNG = np.random.default_rng(0)
@@ -61,7 +62,7 @@ def states_and_gradient(lm, params, mask=MASK, tokens=TOKENS):
 
 def near(found, expected, tolerance: float) -> None:
     """Assert closeness leaf by leaf, in units of its largest entry; the bias of keys has no gradient but rounding."""
-    jax.tree.map(lambda x, y: close(x, y, tolerance * float(np.abs(y).max()) + 1e-5), found, expected)
+    assert_close(found, expected, 1e-5, of_max=tolerance)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
@@ -70,10 +71,10 @@ def test_states_and_gradients_are_those_under_a_mask_wherever_the_padding_stands
     hidden, gradient = states_and_gradient(lm_of(name, kernel="xla"), params_of(name))
     expected, wanted = states_and_gradient(lm_of(name), params_of(name))
     assert np.isfinite(hidden).all()
-    close(hidden[MASK], expected[MASK], 1e-5 * np.abs(expected).max())
+    assert_close(hidden[MASK], expected[MASK], of_max=1e-5)
     near(gradient, wanted, 1e-5)
     unmasked, _ = states_and_gradient(lm_of(name, kernel="xla"), params_of(name), None)
-    close(unmasked[0], hidden[0], 1e-6)
+    assert_close(unmasked[0], hidden[0], 1e-6)
     assert np.abs(unmasked - hidden)[1][MASK[1]].max() > 0.01  # so the above can fail
 
 
@@ -81,7 +82,7 @@ def test_in_16_bits_states_are_near_those_of_32():
     with jax.numpy_dtype_promotion("standard"):  # the gradient of JAX's own einsum wants it; cuDNN's does not
         hidden, gradient = states_and_gradient(lm_of("llama", kernel="xla", dtype=jnp.bfloat16), params_of("llama"))
     expected, wanted = states_and_gradient(lm_of("llama"), params_of("llama"))
-    close(hidden[MASK], expected[MASK], 0.03 * np.abs(expected).max())
+    assert_close(hidden[MASK], expected[MASK], of_max=0.03)
     near(gradient, wanted, 0.05)
 
 
@@ -93,7 +94,7 @@ def test_padding_beyond_the_last_position_makes_no_nan():
     hidden = np.asarray(jax.jit(lm.hidden)(params, tokens, mask))
     assert np.isfinite(hidden).all()
     expected = np.asarray(jax.jit(lm.hidden)(params, TOKENS[1:3], MASK[1:3]))
-    close(hidden[:, :T][MASK[1:3]], expected[MASK[1:3]], 1e-5 * np.abs(expected).max())
+    assert_close(hidden[:, :T][MASK[1:3]], expected[MASK[1:3]], of_max=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -108,7 +109,7 @@ def test_prefill_leaves_the_cache_where_decoding_reads_it(name):
     for layer, expected in zip(cache, filled, strict=True):
         for x, y in zip(layer, expected, strict=True):
             real = np.asarray(y).swapaxes(1, 2)[:, :T][mask]
-            close(np.asarray(x).swapaxes(1, 2)[:, :T][mask], real, 1e-5 * np.abs(real).max())
+            assert_close(np.asarray(x).swapaxes(1, 2)[:, :T][mask], real, of_max=1e-5)
             assert not np.asarray(x)[:, :, T:].any()
 
 
@@ -213,5 +214,5 @@ def test_on_a_mesh_states_and_gradients_are_the_same(axes):
     mesh = make_mesh(**axes)
     with jax.set_mesh(mesh):
         hidden, gradient = states_and_gradient(lm, place(params, param_shardings(mesh, params)))
-    close(hidden[MASK], expected[MASK], 1e-5 * np.abs(expected).max())
+    assert_close(hidden[MASK], expected[MASK], of_max=1e-5)
     near(gradient, wanted, 1e-5)

@@ -5,7 +5,7 @@ import pytest
 import pgjax as pg
 from benchmarks import profile
 from pgjax.run.flops import forward_flops
-from tests.tiny_model import save_tiny_model
+from tests.tiny_task import save_tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from pgjax.learning.optimizer import init_state
 from pgjax.run.checkpoint.checkpoints import Checkpoints
 from pgjax.run.checkpoint.digest import digest
-from tests import sharded
+from tests import ppo_on_mesh
 
 
 def mesh():
@@ -98,8 +98,8 @@ def test_sharded_state_restores_onto_another_sharding(tmp_path):
 
 def learner_on(mesh):
     """Everything a PPO run has: policy and critic, Adam's moments, the coefficient and the key."""
-    with sharded.placed(mesh, sharded.host_params(sharded.tiny_lm("llama"))) as params:
-        learner = init_state(params, sharded.OPTIMIZER)
+    with ppo_on_mesh.placed(mesh, ppo_on_mesh.host_params(ppo_on_mesh.tiny_lm("llama"))) as params:
+        learner = init_state(params, ppo_on_mesh.OPTIMIZER)
         return {"learner": with_noise(learner), "kl_coef": jnp.float32(0.1), "key": jax.random.key(3)}
 
 
@@ -110,7 +110,7 @@ def with_noise(tree):
 
 
 def test_a_training_state_goes_from_mesh_to_mesh_bit_for_bit(tmp_path):
-    states = [learner_on(mesh) for mesh in (None, *sharded.LAYOUTS[1:4])]
+    states = [learner_on(mesh) for mesh in (None, *ppo_on_mesh.LAYOUTS[1:4])]
     for number, state in enumerate(states):
         assert digest(state) == digest(states[0])
         if number in (0, 3):

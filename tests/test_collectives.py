@@ -15,7 +15,7 @@ from pgjax.learning.policy_loss import Batch
 from pgjax.models.causal_lm import causal_lm
 from pgjax.parallel.sharding import batch_sharding, make_mesh, param_shardings, replicated
 from pgjax.rollout import sample
-from tests.compiling import AS_FOR_USERS
+from tests.compile_options import AS_FOR_USERS
 from tests.tiny import ARCHITECTURES
 
 pytestmark = pytest.mark.usefixtures("full_compiles")

@@ -12,7 +12,7 @@ import tyro
 
 from experiments import ppo, reward_model, sft
 from pgjax.run import devices
-from tests import cache_process, kill_campaign, pair
+from tests import compilation_cache_processes, kill_campaign, pair
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("cache")
     environment = {name: x for name, x in os.environ.items() if not name.startswith(("JAX_COMPILATION", "JAX_PERSIST"))}
     ended = subprocess.run(
-        [sys.executable, "-m", "tests.cache_process", str(root)], cwd=Path(__file__).parents[1], env=environment,
+        [sys.executable, "-m", "tests.compilation_cache_processes", str(root)], cwd=Path(__file__).parents[1], env=environment,
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-3000:]
@@ -29,7 +29,9 @@ def trained(tmp_path_factory):
 
 
 def test_a_second_process_compiles_nothing_that_the_first_one_did(trained):
-    without, writes, reads = (json.loads((trained / f"{name}.json").read_text()) for name in cache_process.NAMES)
+    without, writes, reads = (
+        json.loads((trained / f"{name}.json").read_text()) for name in compilation_cache_processes.NAMES
+    )
     assert without["cache_hits"] == without["cache_misses"] == 0
     files = list((trained / "programs").glob("*-cache"))
     assert len(files) == writes["cache_misses"] > 20  # that many were compiled and written
@@ -39,7 +41,7 @@ def test_a_second_process_compiles_nothing_that_the_first_one_did(trained):
 
 def test_nothing_of_a_result_depends_on_where_its_programs_came_from(trained):
     """The state, the exported policies, every figure but the clock's, and the samples: bit for bit."""
-    without, writes, reads = (kill_campaign.results(trained / name) for name in cache_process.NAMES)
+    without, writes, reads = (kill_campaign.results(trained / name) for name in compilation_cache_processes.NAMES)
     assert without["step"] == 2 and len(without["policy"]) > 1000
     assert not kill_campaign.differences(without, writes) and not kill_campaign.differences(without, reads)
 
@@ -99,7 +101,7 @@ SHARE = """
 import sys
 from pathlib import Path
 import jax
-from experiments import devices
+from pgjax.run import devices
 port, process, root = sys.argv[1:]
 
 def start(folder):

@@ -10,7 +10,7 @@ import pytest
 from pgjax.core.linear_logprobs import linear_token_logprobs
 from pgjax.models.causal_lm import decode_params, write_slot
 from pgjax.models.transformer import columns_dot
-from tests.compiling import AS_FOR_USERS
+from tests.compile_options import AS_FOR_USERS
 from tests.tiny import tiny_lm, tiny_params
 
 pytestmark = pytest.mark.usefixtures("full_compiles")

@@ -20,7 +20,7 @@ from benchmarks.compile_once import Sizes, lower_learner, lower_sampler
 from pgjax.learning import programs
 from pgjax.rollout import sample
 from pgjax.run.flops import adapter_flops, forward_flops, training_flops
-from tests.compiling import AS_FOR_USERS
+from tests.compile_options import AS_FOR_USERS
 from tests.tiny import ARCHITECTURES
 
 pytestmark = pytest.mark.usefixtures("full_compiles")

@@ -2,7 +2,6 @@
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +14,8 @@ import pgjax.core.kl as kl
 import pgjax.core.logprobs as lp
 import pgjax.core.losses as losses
 import pgjax.core.masking as masking
-from pgjax.core.linear_logprobs import linear_token_logprobs
+from pgjax.core.linear_logprobs import linear_token_logprobs, linear_token_logprobs_and_entropy
+from tests.compare import assert_close
 
 ROWS, LENGTH, VOCAB, WIDTH = 8, 5, 6, 3
 RNG = np.random.default_rng(0)
@@ -41,6 +41,7 @@ def by_row(theta, batch):
         "token_logprobs": logprobs,
         "token_entropy": lp.token_entropy(logits),
         "linear": linear_token_logprobs(batch["hidden"], theta, batch["tokens"], chunk_size=4),
+        "linear_entropy": linear_token_logprobs_and_entropy(batch["hidden"], theta, batch["tokens"], chunk_size=4)[1],
         "k2": kl.kl_k2(logprobs, old),
         "k3": kl.kl_k3(logprobs, old),
         "categorical_kl": kl.categorical_kl(logits, logits * 0.5),
@@ -93,8 +94,7 @@ MESHES = {
 }
 
 
-def same(found, expected):
-    chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=2e-6)
+assert_agree = functools.partial(assert_close, atol=2e-6, rtol=2e-5)
 
 
 def shard_map(function, layout, in_specs, out_specs, **options):
@@ -120,50 +120,50 @@ def joined(tree):
 
 def test_vmap_equals_one_at_a_time():
     parts = split(BATCH)
-    same(joined(jax.jit(jax.vmap(by_row, (None, 0)))(THETA, parts)), BY_ROW)
+    assert_agree(joined(jax.jit(jax.vmap(by_row, (None, 0)))(THETA, parts)), BY_ROW)
     one = jax.jit(over_all)
     each = [one(THETA, jax.tree.map(lambda x, i=i: x[i], parts)) for i in range(4)]
-    same(jax.jit(jax.vmap(over_all, (None, 0)))(THETA, parts), jax.tree.map(lambda *x: jnp.stack(x), *each))
+    assert_agree(jax.jit(jax.vmap(over_all, (None, 0)))(THETA, parts), jax.tree.map(lambda *x: jnp.stack(x), *each))
 
 
 def test_vmap_with_an_axis_name_is_the_global_batch():
     mapped = jax.jit(jax.vmap(functools.partial(over_all, axis_name="i"), (None, 0), axis_name="i"))
-    same(mapped(THETA, split(BATCH)), jax.tree.map(lambda x: jnp.full(4, x), OVER_ALL))
+    assert_agree(mapped(THETA, split(BATCH)), jax.tree.map(lambda x: jnp.full(4, x), OVER_ALL))
 
 
 def test_scan_equals_one_at_a_time():
     def scanned(batch):
         return jax.lax.scan(lambda theta, part: (theta, by_row(theta, part)), THETA, batch)[1]
 
-    same(joined(jax.jit(scanned)(split(BATCH))), BY_ROW)
+    assert_agree(joined(jax.jit(scanned)(split(BATCH))), BY_ROW)
 
 
 @pytest.mark.parametrize("layout", MESHES)
 def test_shard_map_equals_one_device(layout):
     axes = MESHES[layout][2]
     if layout == "two axes":
-        same(shard_map(by_row, layout, ("whole", "rows"), "rows")(THETA, BATCH), BY_ROW)
-    same(shard_map(whitened, layout, ("rows",), "rows", axis_name=axes)(BATCH), WHITENED)
+        assert_agree(shard_map(by_row, layout, ("whole", "rows"), "rows")(THETA, BATCH), BY_ROW)
+    assert_agree(shard_map(whitened, layout, ("rows",), "rows", axis_name=axes)(BATCH), WHITENED)
     reduced = shard_map(over_all, layout, ("whole", "rows"), "whole", axis_name=axes)
-    same(reduced(THETA, BATCH), OVER_ALL)
+    assert_agree(reduced(THETA, BATCH), OVER_ALL)
 
 
 @pytest.mark.parametrize("layout", MESHES)
 def test_shard_map_gradient_is_that_of_the_global_loss(layout):
     axes = MESHES[layout][2]
     outside = shard_map(objective, layout, ("whole", "rows"), "whole", axis_name=axes)
-    same(jax.grad(outside)(THETA, BATCH), GRADIENT)
+    assert_agree(jax.grad(outside)(THETA, BATCH), GRADIENT)
     # Inside, shard_map itself sums the gradient of what is replicated.
     inside = shard_map(jax.grad(functools.partial(objective, axis_name=axes)), layout, ("whole", "rows"), "whole")
-    same(inside(THETA, BATCH), GRADIENT)
+    assert_agree(inside(THETA, BATCH), GRADIENT)
 
 
 def test_pmap_equals_one_device():
     parts = split(BATCH)
-    same(joined(jax.pmap(by_row, in_axes=(None, 0))(THETA, parts)), BY_ROW)
+    assert_agree(joined(jax.pmap(by_row, in_axes=(None, 0))(THETA, parts)), BY_ROW)
     reduced = jax.pmap(functools.partial(over_all, axis_name="i"), axis_name="i", in_axes=(None, 0))
-    same(reduced(THETA, parts), jax.tree.map(lambda x: jnp.full(4, x), OVER_ALL))
-    same(joined(jax.pmap(functools.partial(whitened, axis_name="i"), axis_name="i")(parts)), WHITENED)
+    assert_agree(reduced(THETA, parts), jax.tree.map(lambda x: jnp.full(4, x), OVER_ALL))
+    assert_agree(joined(jax.pmap(functools.partial(whitened, axis_name="i"), axis_name="i")(parts)), WHITENED)
 
 
 def test_pmap_gradients_are_averaged_not_summed():
@@ -172,7 +172,7 @@ def test_pmap_gradients_are_averaged_not_summed():
         return jax.lax.pmean(jax.grad(objective)(theta, batch, "i"), "i")
 
     found = jax.pmap(step, axis_name="i", in_axes=(None, 0))(THETA, split(BATCH))
-    same(found, jnp.broadcast_to(GRADIENT, found.shape))
+    assert_agree(found, jnp.broadcast_to(GRADIENT, found.shape))
 
 
 def test_a_mean_of_device_means_would_be_another_number():
@@ -188,10 +188,10 @@ def test_the_remaining_scalars_transform():
 
     rows = BATCH["old"]
     each = jax.tree.map(lambda *x: jnp.stack(x), *[scalars(row) for row in rows])
-    same(jax.jit(jax.vmap(scalars))(rows), each)
-    same(jax.lax.map(scalars, rows), each)
-    same(shard_map(lambda x: jax.lax.map(scalars, x), "one axis", ("rows",), "rows")(rows), each)
-    same(joined(jax.pmap(lambda x: jax.lax.map(scalars, x))(split(rows))), each)
+    assert_agree(jax.jit(jax.vmap(scalars))(rows), each)
+    assert_agree(jax.lax.map(scalars, rows), each)
+    assert_agree(shard_map(lambda x: jax.lax.map(scalars, x), "one axis", ("rows",), "rows")(rows), each)
+    assert_agree(joined(jax.pmap(lambda x: jax.lax.map(scalars, x))(split(rows))), each)
 
 
 def test_float64_stays_float64_inside_and_scalars_stay_float32():
@@ -216,6 +216,9 @@ def test_clean_numbers_pass_where_jax_looks_out_for_nan():
             found, back = jax.vjp(of_logits, logits)
             assert np.isfinite(pull(*back(found))[0]).all()
         assert np.isfinite(linear_token_logprobs(BATCH["hidden"], THETA, tokens, chunk_size=4)).all()
+        both = lambda theta: linear_token_logprobs_and_entropy(BATCH["hidden"], theta, tokens, chunk_size=4)
+        found, back = jax.vjp(both, THETA)
+        assert np.isfinite(found).all() and np.isfinite(back(found)[0]).all()
 
 
 def test_plain_numbers_have_no_say_in_the_dtype_with_64_bits_enabled():

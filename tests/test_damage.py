@@ -19,8 +19,8 @@ from pgjax.run.checkpoint.checkpoints import BadCheckpoint, Checkpoints, SaveFai
 from pgjax.run.checkpoint.digest import digest, leaf_digests
 from pgjax.run.checkpoint.resume import go_on
 from pgjax.run.exits import plain_errors
-from tests.snapshots_process import full_disk
 from tests.tiny import ARCHITECTURES
+from tests.two_processes_snapshots import full_disk
 
 RUN = {"config": {"learning_rate": 0.1, "seed": 0}, "reference": "tiny (digest 12)"}
 

@@ -5,7 +5,6 @@ import re
 import shutil
 
 import jax
-import numpy as np
 import pytest
 
 import pgjax as pg
@@ -13,10 +12,9 @@ from pgjax.models.io.classifier import with_padding_token
 from pgjax.models.reward_model import from_causal_lm
 from pgjax.run import logs
 from tests import pair
+from tests.compare import assert_same_metrics
 from tests.pair import script
-from tests.tiny_model import other_letters, save_tiny_model
-
-CLOCKED = ("timing/", "perf/")  # what no two runs share
+from tests.tiny_task import other_letters, save_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +57,6 @@ def run(config):
         return script.main(config)
 
 
-def same_metrics(ours, theirs, tolerance):
-    """Assert that two lists of rows agree in all but the clock's figures."""
-    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine.keys() == other.keys()
-        for name in mine:
-            if not name.startswith(CLOCKED):
-                np.testing.assert_allclose(mine[name], other[name], rtol=tolerance, atol=1e-6, err_msg=name)
-
-
 def trained(folder):
     return [row for row in logs.read_metrics(folder) if "objective/scores" in row]
 
@@ -79,9 +67,9 @@ def samples(folder):
 
 def test_two_processes_train_as_one(found, single, folder):
     assert found[0]["figures"] == found[1]["figures"]
-    same_metrics(trained(folder / "two"), trained(single)[:3], 1e-5)
+    assert_same_metrics(trained(folder / "two"), trained(single)[:3], rtol=1e-5)
     before = [next(row for row in logs.read_metrics(x) if "eval/scores" in row) for x in (folder / "two", single)]
-    same_metrics(before[:1], before[1:], 1e-5)
+    assert_same_metrics(before[:1], before[1:], rtol=1e-5)
     ours, theirs = samples(folder / "two"), [row for row in samples(single) if row["step"] <= 3]
     assert len(ours) == 3 * 8
     assert [(row["prompt"], row["completion"]) for row in ours] == [(x["prompt"], x["completion"]) for x in theirs]
@@ -93,12 +81,12 @@ def test_each_process_judges_its_own_rows(found):
 
 def test_where_tensor_spans_the_processes_they_share_out_the_judging(found, single, folder):
     assert found[0]["crossed_calls"] == found[1]["crossed_calls"] == [4] * 3
-    same_metrics(trained(folder / "crossed"), trained(single)[:1], 1e-5)
+    assert_same_metrics(trained(folder / "crossed"), trained(single)[:1], rtol=1e-5)
     ours, theirs = samples(folder / "crossed"), [row for row in samples(single) if row["step"] == 1]
     assert len(ours) == 8
     assert [(row["prompt"], row["completion"]) for row in ours] == [(x["prompt"], x["completion"]) for x in theirs]
-    same_metrics(
-        *([{k: x for k, x in row.items() if type(x) is not str} for row in rows] for rows in (ours, theirs)), 1e-5
+    assert_same_metrics(
+        *([{k: x for k, x in row.items() if type(x) is not str} for row in rows] for rows in (ours, theirs)), rtol=1e-5
     )
 
 
@@ -106,19 +94,19 @@ def test_two_processes_fine_tune_and_learn_from_pairs_as_one(found, folder):
     for alone in pair.learn(folder, "learned_alone"):
         ours, theirs = (logs.read_metrics(folder / name / alone.name) for name in ("learned", "learned_alone"))
         assert sum("train/grad_norm" in row for row in ours) == 2
-        same_metrics(ours, theirs, 1e-5)
+        assert_same_metrics(ours, theirs, rtol=1e-5)
 
 
 def test_one_process_goes_on_where_two_stopped(found, single, folder):
     """The snapshot and the folder of two processes are those of one."""
     shutil.copytree(folder / "two", folder / "onward")
     run(pair.make_config(folder, "onward", steps=4, resume=True))
-    same_metrics(trained(folder / "onward"), trained(single), 1e-5)
+    assert_same_metrics(trained(folder / "onward"), trained(single), rtol=1e-5)
 
 
 def test_a_mesh_gives_the_numbers_of_one_device(single, folder):
     run(pair.make_config(folder, "alone", mesh=None))
-    same_metrics(trained(folder / "alone"), trained(single)[:3], 1e-5)
+    assert_same_metrics(trained(folder / "alone"), trained(single)[:3], rtol=1e-5)
     ours, theirs = samples(folder / "alone"), [row for row in samples(single) if row["step"] <= 3]
     assert [row["completion"] for row in ours] == [row["completion"] for row in theirs]
 

@@ -3,12 +3,12 @@
 from pgjax.run.checkpoint.checkpoints import Checkpoints
 from pgjax.run.checkpoint.digest import digest
 from tests.pair import finish, free_port, start
-from tests.snapshots_process import state_of
+from tests.two_processes_snapshots import state_of
 
 
 def test_two_processes_save_restore_and_stop_as_one(tmp_path):
     folder, address = tmp_path / "checkpoints", f"localhost:{free_port()}"
-    pair = [start(["-m", "tests.snapshots_process", str(process), address, str(folder)]) for process in (0, 1)]
+    pair = [start(["-m", "tests.two_processes_snapshots", str(process), address, str(folder)]) for process in (0, 1)]
     for code, said, errors in finish(pair, seconds=120):
         # what gloo prints comes from several threads, so that a line of it may be broken anywhere
         said = said.replace(str(folder), "FOLDER").splitlines()
@@ -38,7 +38,7 @@ import jax
 from pgjax.run.exits import plain_errors
 from pgjax import alarm, distributed, sharding, unanimous
 from pgjax.run.checkpoint.checkpoints import Checkpoints
-from tests.snapshots_process import state_of
+from tests.two_processes_snapshots import state_of
 
 unanimous._PATIENCE, alarm._SECONDS = 2, 3
 make_folder = os.mkdir

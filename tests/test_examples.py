@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from experiments.scratch import train_tokenizer
 from pgjax.data import examples
 from pgjax.data.examples import Example, check_examples, encode_examples
 from pgjax.data.prompts import encode_prompts
+from pgjax.models.io.scratch import train_tokenizer
 
 TOKENIZER = train_tokenizer(["a film that is a fine film, and a dull one"] * 3, 280)  # chat turns end with eos
 END = TOKENIZER.eos_token_id

@@ -10,14 +10,9 @@ import pytest
 
 import pgjax as pg
 from benchmarks import frontier, frontier_report
-from tests.tiny_model import save_tiny_model
+from tests.tiny_task import EARLY_LETTERS, early_letters, save_tiny_model
 
 WORDS = ("good", "bad", "fine", "awful", "great", "sad", "nice", "ugly")
-
-
-def early_letters(prompts, completions, **columns):
-    """A black box that random letters score differently in: the share of characters up to m."""
-    return [sum(letter < "m" for letter in text) / max(len(text), 1) for text in completions]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +21,7 @@ def small(tmp_path_factory):
     prompts = folder / "prompts.txt"
     prompts.write_text("".join(f"a {word}\n" for word in WORDS), encoding="utf-8")
     return frontier.Config(
-        model=str(save_tiny_model(folder / "model")), prompts=str(prompts), reward=f"{__name__}:early_letters",
+        model=str(save_tiny_model(folder / "model")), prompts=str(prompts), reward=EARLY_LETTERS,
         held_out_prompts=2, output=folder / "runs",
         episodes=(16,), kl_coefs=(0.05, 0.5), seeds=(0,), batch_size=8, max_new_tokens=3, samples=16,
         reference_samples=8, best_of=(1, 4), peer=False, picture=folder / "frontier.png", json=folder / "report.json",

@@ -13,8 +13,9 @@ from pgjax.learning import programs
 from pgjax.learning.optimizer import adamw, init_state
 from pgjax.models.attention import cuda_capability
 from pgjax.models.decode_attention import slot_attention
+from tests.compare import assert_close
 from tests.test_slot_attention import case, plainly
-from tests.tiny import ARCHITECTURES, close, left_padded
+from tests.tiny import ARCHITECTURES, left_padded
 
 pytestmark = [
     pytest.mark.skipif(jax.default_backend() != "gpu" or cuda_capability() is None, reason="no NVIDIA GPU"),
@@ -72,7 +73,7 @@ def test_whole_sequences_by_cudnn_are_as_exact_as_under_a_mask():
 )
 def test_the_decode_kernel_equals_attention_under_a_mask(heads, kv_heads, length, head_dim, index):
     arguments = case(5, heads, kv_heads, length, head_dim, index, jnp.bfloat16)
-    close(jax.jit(slot_attention)(*arguments), jax.jit(plainly)(*arguments), 0.02)
+    assert_close(jax.jit(slot_attention)(*arguments), jax.jit(plainly)(*arguments), 0.02)
 
 
 @pytest.mark.parametrize(("dtype", "precision", "bound"), [("float32", "highest", 1e-4), ("bfloat16", None, 0.1)])
@@ -84,8 +85,8 @@ def test_what_the_sampler_says_is_what_scoring_says(dtype, precision, bound):
         scored = programs.score(lm, both, rolled.tokens, rolled.attention_mask, 1.0, window=NEW + 1, parts=2)
     assert np.array_equal(rolled.tokens, again.tokens)
     mask = np.asarray(rolled.mask)[:, -NEW - 1 :]
-    close(np.asarray(said.logprobs)[mask], np.asarray(scored.logprobs)[mask], bound)
-    close(np.asarray(said.entropy)[mask], np.asarray(scored.entropy)[mask], bound)
+    assert_close(np.asarray(said.logprobs)[mask], np.asarray(scored.logprobs)[mask], bound)
+    assert_close(np.asarray(said.entropy)[mask], np.asarray(scored.entropy)[mask], bound)
 
 
 def test_training_climbs_its_reward_and_compiles_once():

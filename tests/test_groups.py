@@ -17,9 +17,10 @@ from pgjax.learning.optimizer import minibatches
 from pgjax.parallel.sharding import whole_groups
 from pgjax.rollout import task
 from pgjax.run import logs
-from tests import sharded
-from tests.tiny import close, left_padded, tiny_lm, tiny_params
-from tests.tiny_model import save_tiny_model
+from tests import ppo_on_mesh
+from tests.compare import assert_close
+from tests.tiny import left_padded, tiny_lm, tiny_params
+from tests.tiny_task import save_tiny_model
 
 P, N, G = 7, 5, 3
 ROWS = 4 * G
@@ -44,7 +45,7 @@ def same_gradient(found, expected) -> None:
     def without(path, x):
         return jnp.zeros(()) if [step.key for step in path][-2:] == ["k", "bias"] else x
 
-    sharded.same(*(jax.tree_util.tree_map_with_path(without, tree) for tree in (found, expected)), 1e-4)
+    assert_close(*(jax.tree_util.tree_map_with_path(without, tree) for tree in (found, expected)), of_max=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama3_rope", "gpt2"])  # relative and absolute positions
@@ -64,7 +65,7 @@ def test_hidden_states_and_gradients_are_those_of_rows_alone(name):
     (_, alone), by_itself = run(params)
     (_, grouped), together = run(params, **GROUP)
     seen = mask[:, P - 1 :, None]
-    close(np.where(seen, grouped, 0), np.where(seen, alone, 0), 2e-5)
+    assert_close(np.where(seen, grouped, 0), np.where(seen, alone, 0), 2e-5)
     same_gradient(together, by_itself)
 
 
@@ -104,10 +105,10 @@ def test_scores_loss_and_gradient_of_groups_are_those_of_rows():
 
     with pytest.raises(ValueError, match="12 rows do not divide into 5 parts"):
         programs.score(lm, params, tokens, mask, jnp.float32(0.7), window=window, parts=5)
-    sharded.same(scored(G), scored(1), 1e-5)
+    assert_close(scored(G), scored(1), of_max=1e-5)
     (gradient, metrics), (expected, expected_metrics) = learned(G), learned(1)
     same_gradient(gradient, expected)
-    sharded.same(metrics, expected_metrics, 1e-5)
+    assert_close(metrics, expected_metrics, of_max=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -118,11 +119,11 @@ def test_completions_are_those_of_rows_alone(temperature):
     arguments = lm, params["lm"], PROMPTS, PROMPT_MASK, jax.random.key(2)
     alone, grouped = (pg.sample(*arguments, **options, group_size=g) for g in (1, G))
     jax.tree.map(np.testing.assert_array_equal, grouped[:3], alone[:3])
-    close(grouped.logprobs, alone.logprobs, 2e-5)
+    assert_close(grouped.logprobs, alone.logprobs, 2e-5)
     assert len({tuple(row) for row in np.asarray(grouped.tokens)[:G, P:]}) == (1 if temperature == 0 else G)
     _, said = pg.rollout.sample_scored(lm, params, *arguments[2:], **options)
     _, shared = pg.rollout.sample_scored(lm, params, *arguments[2:], **options, group_size=G)
-    sharded.same(shared, said, 2e-5)
+    assert_close(shared, said, of_max=2e-5)
 
 
 def test_a_sampler_refuses_groups_that_are_none():
@@ -165,11 +166,11 @@ def test_minibatches_hold_whole_groups():
 
 @pytest.mark.parametrize("axes", [{"data": 4}, {"fsdp": 2, "tensor": 2}], ids=str)
 def test_groups_over_a_mesh_give_what_one_device_gives(axes):
-    lm = sharded.tiny_lm("llama")
+    lm = ppo_on_mesh.tiny_lm("llama")
     prompts, prompt_mask = (np.repeat(x, 2, axis=0) for x in left_padded((7, 4, 1, 5, 3, 6, 2, 7), 7))
 
     def run(axes):
-        with sharded.placed(axes, sharded.host_params(lm)) as params:
+        with ppo_on_mesh.placed(axes, ppo_on_mesh.host_params(lm)) as params:
             options = {"max_new_tokens": 4, "eos_ids": (3,), "group_size": 2}
             rolled = pg.sample(lm, params["lm"], prompts, prompt_mask, jax.random.key(5), **options)
             loss = lambda params: lm.hidden(params, rolled.tokens, rolled.attention_mask, prompt_length=7, group_size=2)
@@ -182,8 +183,8 @@ def test_groups_over_a_mesh_give_what_one_device_gives(axes):
     (rolled, gradient), scored = run(axes)
     (expected, expected_gradient), expected_scored = run(None)
     jax.tree.map(np.testing.assert_array_equal, rolled[:3], expected[:3])
-    sharded.same((rolled.logprobs, scored), (expected.logprobs, expected_scored), 1e-5)
-    sharded.same(gradient, expected_gradient, 1e-5)
+    assert_close((rolled.logprobs, scored), (expected.logprobs, expected_scored), of_max=1e-5)
+    assert_close(gradient, expected_gradient, of_max=1e-5)
 
 
 def test_devices_that_would_get_parts_of_groups_compute_rows():

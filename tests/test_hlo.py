@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from benchmarks.hlo import bytes_of, collectives, cycles
-from tests.compiling import AS_FOR_USERS
+from tests.compile_options import AS_FOR_USERS
 
 pytestmark = pytest.mark.usefixtures("full_compiles")
 

@@ -10,8 +10,9 @@ import pytest
 from experiments.laboratory import token_mdp as mdp
 from pgjax.core.advantages import truncated_importance_weights
 from pgjax.core.losses import policy_gradient_loss
-from tests import enumeration as lab
-from tests.enumeration import close, expected_gradient, frame, in_both_precisions
+from tests import expected_gradients as lab
+from tests.compare import assert_close
+from tests.expected_gradients import expected_gradient, frame, in_both_precisions
 
 POLICY = mdp.POLICY + 0.5 * np.random.default_rng(2).standard_normal(mdp.POLICY.shape)  # the sampler is mdp.POLICY
 TOKEN_LOGP = mdp.exact_logprobs(POLICY)  # [256, 4]
@@ -42,7 +43,7 @@ def of_tokens(cap):
 
 @in_both_precisions
 def test_weights_of_whole_sequences_give_the_policys_own_gradient(atol):
-    close(of_sequences(np.inf), mdp.exact_gradient(POLICY, beta=0.0), atol)
+    assert_close(of_sequences(np.inf), mdp.exact_gradient(POLICY, beta=0.0), atol)
 
 
 def test_the_bias_falls_as_the_cap_rises():
@@ -68,7 +69,7 @@ def test_the_variance_rises_with_the_cap():
 @in_both_precisions
 def test_weights_of_tokens_correct_each_draw_at_the_samplers_prefixes(cap, atol):
     weights = lab.PI[:, None] * np.minimum(np.exp(LOG_RATIO), cap) * mdp.REWARD[:, None]
-    close(of_tokens(cap), lab.weighted_scores(weights, POLICY), atol)
+    assert_close(of_tokens(cap), lab.weighted_scores(weights, POLICY), atol)
 
 
 def test_weights_of_tokens_without_a_cap_give_the_gradient_of_the_local_objective_not_of_j():
@@ -76,7 +77,7 @@ def test_weights_of_tokens_without_a_cap_give_the_gradient_of_the_local_objectiv
     new = lab.softmax(POLICY)
     known = lab.visits(lab.PI)[:, None] * new * (q - (new * q).sum(1, keepdims=True))
     with jax.enable_x64(True):
-        close(of_tokens(np.inf), known, 1e-12)
+        assert_close(of_tokens(np.inf), known, 1e-12)
     assert np.abs(known - mdp.exact_gradient(POLICY, beta=0.0)).max() > 1e-2
 
 
@@ -86,7 +87,7 @@ def test_weights_match_numpy(cap):
     new, old, mask = draw.normal(-2, 1, (5, 7)), draw.normal(-2, 1, (5, 7)), draw.random((5, 7)) < 0.7
     with jax.enable_x64(True):
         found = truncated_importance_weights(new, old, mask, cap=cap)
-    close(found, np.where(mask, np.minimum(np.exp(new - old), cap), 0), 1e-14)
+    assert_close(found, np.where(mask, np.minimum(np.exp(new - old), cap), 0), 1e-14)
 
 
 def test_neither_a_huge_ratio_nor_what_stands_outside_the_mask_makes_infinity_or_nan():

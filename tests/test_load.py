@@ -11,7 +11,7 @@ import pytest
 
 from pgjax.models.io.load import load, save_pretrained
 from pgjax.models.io.tokenizer import STOP_IDS, gguf_tokenizer, stop_ids
-from tests.tiny import equal
+from tests.compare import assert_same_bits
 
 GOLDENS = Path(__file__).parent / "goldens"
 MODELS = ("llama", "llama3_rope", "qwen2", "qwen3", "gpt2")
@@ -35,7 +35,7 @@ def test_save_and_load_give_the_same_bits(tmp_path, model, param_dtype):
     save_pretrained(tmp_path / "out", lm, params, None)
     again, back, tokenizer = load(tmp_path / "out", param_dtype=param_dtype)
     assert again.arch == lm.arch and tokenizer is None
-    assert equal(params, back)
+    assert_same_bits(params, back)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == jnp.dtype(param_dtype).name
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (None, None, None)
@@ -99,7 +99,7 @@ def test_saving_again_replaces_the_model_and_leaves_no_draft(tmp_path):
     save_pretrained(tmp_path / "out", lm, params, None)
     twice = jax.tree.map(lambda x: 2 * x, params)
     save_pretrained(tmp_path / "out", lm, twice, None)
-    assert equal(load(tmp_path / "out")[1], twice)
+    assert_same_bits(load(tmp_path / "out")[1], twice)
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
@@ -124,7 +124,7 @@ def test_a_crash_while_saving_leaves_the_old_model(tmp_path, monkeypatch):
     monkeypatch.setattr("safetensors.numpy.save_file", crash)
     with pytest.raises(OSError, match="No space left"):
         save_pretrained(tmp_path / "out", lm, jax.tree.map(jnp.zeros_like, params), None)
-    assert equal(load(tmp_path / "out")[1], params)
+    assert_same_bits(load(tmp_path / "out")[1], params)
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
@@ -178,7 +178,7 @@ def test_a_hub_id_that_cannot_be_had_is_one_error_that_says_what_was_tried(monke
 def test_a_hub_id_is_read_from_what_the_download_gives(monkeypatch, tmp_path):
     shutil.copytree(GOLDENS / "llama", tmp_path / "snapshot")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(tmp_path / "snapshot"))
-    assert equal(load("nobody/llama")[1], load(GOLDENS / "llama")[1])
+    assert_same_bits(load("nobody/llama")[1], load(GOLDENS / "llama")[1])
 
 
 def test_a_package_that_is_not_installed_is_named_with_its_command(monkeypatch):

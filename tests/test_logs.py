@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pgjax.run.logs import Writer, open_run, read_metrics
-from tests.snapshots_process import full_disk
+from tests.two_processes_snapshots import full_disk
 
 CONFIG = {"steps": 10, "model": "tiny", "ppo": {"clip_eps": 0.2, "coefs": (1, 2)}, "output": Path("runs/a")}
 

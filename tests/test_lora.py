@@ -15,6 +15,7 @@ from pgjax.learning.optimizer import adamw, init_state
 from pgjax.learning.policy_loss import Batch
 from pgjax.models.lora import KERNELS
 from pgjax.parallel import sharding
+from tests.compare import assert_close
 from tests.tiny import ARCHITECTURES, FAMILIES, tiny_apply, tiny_lm, tiny_params
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -181,10 +182,6 @@ def updated(frozen, trained, *, microbatches=1, mesh=None):
     return state, metrics
 
 
-def close(a, b, atol):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), jax.device_get(a), jax.device_get(b))
-
-
 def test_an_update_moves_the_adapters_and_the_critic_and_nothing_else():
     frozen, start = frozen_and_start()
     state, metrics = updated(frozen, start)
@@ -200,12 +197,12 @@ def test_an_update_moves_the_adapters_and_the_critic_and_nothing_else():
 def test_an_update_is_the_same_in_parts_and_over_every_axis_of_a_mesh():
     frozen, start = frozen_and_start()
     whole = updated(frozen, start)
-    close(updated(frozen, start, microbatches=2), whole, 2e-5)
+    assert_close(updated(frozen, start, microbatches=2), whole, 2e-5)
     for sizes in ({"data": 2, "fsdp": 2}, {"fsdp": 2, "tensor": 2}):
         mesh = sharding.make_mesh(**sizes)
         with jax.set_mesh(mesh):
             found = updated(frozen, start, mesh=mesh)
-        close(found, whole, 1e-4)
+        assert_close(found, whole, 1e-4)
         q = found[0].params["lm"]["layers"]["q"]
         assert q["lora_a"].sharding.spec == jax.P(None, "fsdp")
         assert q["lora_b"].sharding.spec == (jax.P(None, None, "tensor") if "tensor" in sizes else jax.P())
@@ -215,7 +212,7 @@ def test_a_saved_model_has_its_adapters_inside(tmp_path):
     lm, factors = tiny_lm("qwen2"), adapters("qwen2", alpha=1.5)
     pg.save_pretrained(tmp_path / "model", lm, pg.with_lora(tiny_params("qwen2"), factors), None)
     _, params, _ = pg.load(tmp_path / "model")
-    close(params, merged_by_hand("qwen2", factors), 1e-5)
+    assert_close(params, merged_by_hand("qwen2", factors), 1e-5)
 
 
 def test_some_kernels_alone_can_have_them():

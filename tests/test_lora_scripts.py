@@ -10,15 +10,11 @@ import pgjax as pg
 from experiments import ppo, reward_model, sft
 from pgjax.run import logs
 from pgjax.run.checkpoint.checkpoints import BadCheckpoint
-from tests.tiny_model import save_tiny_model, save_tiny_task, task_config
+from tests.tiny_task import EARLY_LETTERS, save_tiny_model, save_tiny_task, task_config
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 ADAPTERS = {"lora_rank": 2, "lora_alpha": 8.0, "learning_rate": 1e-2, "batch_size": 8, "microbatches": 2}
-
-
-def early_letters(prompts, completions, **columns):
-    return [sum(c < "m" for c in text) / max(len(text), 1) for text in completions]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +35,7 @@ def only_kernels_moved(before, after):
 
 def test_ppo_trains_adapters_beside_one_copy_of_the_model_and_goes_on_to_the_same_bits(folder, tmp_path):
     options = {
-        "rewards": (f"{__name__}:early_letters",), "max_new_tokens": 6, "minibatches": 1, "warmup_updates": 0, "eval_samples": 2,
+        "rewards": (EARLY_LETTERS,), "max_new_tokens": 6, "minibatches": 1, "warmup_updates": 0, "eval_samples": 2,
         "kl_coef": 0.1, "chat": False,
     }  # fmt: skip
     whole = config_of(ppo, folder, tmp_path / "whole", steps=3, **options)

@@ -14,7 +14,7 @@ from pgjax.core.losses import (
     surrogate_diagnostics,
     value_loss,
 )
-from tests import reference
+from tests import core_in_numpy
 
 RNG = np.random.default_rng(0)
 MASK = np.array([[0, 1, 1, 1, 1], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0], [0, 1, 1, 0, 1]], bool)
@@ -44,14 +44,14 @@ def test_golden_token_mean_and_sequence_mean():
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 def test_policy_losses_against_numpy(reduce):
-    expected = reference.reduce(-ADVANTAGES.astype(np.float64) * NEW, MASK, reduce)
+    expected = core_in_numpy.reduce(-ADVANTAGES.astype(np.float64) * NEW, MASK, reduce)
     np.testing.assert_allclose(policy_gradient_loss(NEW, ADVANTAGES, MASK, reduce=reduce), expected, rtol=1e-5)
     for low, high, dual in ((0.2, None, None), (0.1, 0.3, None), (0.2, None, 1.5), (0.0, 0.0, None)):
-        exact = reference.surrogate(NEW, OLD, ADVANTAGES, low, low if high is None else high, dual)
+        exact = core_in_numpy.surrogate(NEW, OLD, ADVANTAGES, low, low if high is None else high, dual)
         found = clipped_surrogate_loss(
             NEW, OLD, ADVANTAGES, MASK, clip_eps=low, clip_eps_high=high, dual_clip=dual, reduce=reduce
         )
-        np.testing.assert_allclose(found, reference.reduce(exact, MASK, reduce), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found, core_in_numpy.reduce(exact, MASK, reduce), rtol=1e-4, atol=1e-6)
 
 
 def test_an_upper_clip_of_zero_is_not_lost():

@@ -7,7 +7,7 @@ import pytest
 from jax.test_util import check_grads
 
 from pgjax.core.masking import masked_mean, masked_whiten
-from tests import reference
+from tests import core_in_numpy
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((3, 5)).astype(np.float32) * 2 + 1
@@ -59,7 +59,7 @@ def test_garbage_outside_the_mask_stays_there(garbage):
 @pytest.mark.parametrize("shift_mean", [True, False])
 def test_whitening_is_masked(shift_mean):
     whitened = masked_whiten(X, MASK, shift_mean=shift_mean)
-    np.testing.assert_allclose(whitened, reference.whiten(X, MASK, shift_mean), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(whitened, core_in_numpy.whiten(X, MASK, shift_mean), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(np.asarray(whitened)[~MASK], 0)
 
 

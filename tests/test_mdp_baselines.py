@@ -20,8 +20,9 @@ from pgjax.core.kl import kl_k1
 from pgjax.core.losses import clipped_surrogate_loss, policy_gradient_loss
 from pgjax.core.masking import masked_mean, masked_whiten
 from pgjax.learning.programs import baselined
-from tests import enumeration as lab
-from tests.enumeration import close, expected_gradient, in_both_precisions
+from tests import expected_gradients as lab
+from tests.compare import assert_close
+from tests.expected_gradients import expected_gradient, in_both_precisions
 
 SCALE = {"token_mean": 1 / 4, "sequence_mean": 1 / 4, "sequence_sum": 1.0}
 PAIR = mdp.MASK[:2]  # every sequence has the same mask
@@ -93,14 +94,14 @@ def pairs_advantages(name, precision):
 def test_every_loss_advantage_and_reduction_of_a_batch(name, reduce, atol):
     known, advantages = ADVANTAGES[name][1], pairs_advantages(name, atol)
     for kind in ("policy gradient", "clipped"):
-        close(pairs_gradient(advantages, kind, reduce), SCALE[reduce] * known, atol, kind)
+        assert_close(pairs_gradient(advantages, kind, reduce), SCALE[reduce] * known, atol, name=kind)
 
 
 def test_two_samples_normalised_climb_the_chance_to_win_whatever_the_rewards_are():
     # Up to the small constants under the division: the gradient of P(R > R') - P(R < R') against a copy held fixed.
     won = lab.weighted_scores(lab.PI * (np.sign(_GAPS) @ lab.PI))
-    close(WHITENED, won, 1e-5)
-    close(GROUPED * np.sqrt(2), won, 5e-5)
+    assert_close(WHITENED, won, 1e-5)
+    assert_close(GROUPED * np.sqrt(2), won, 5e-5)
     assert lab.cosine(GROUPED, lab.SCORE_GRADIENT) == pytest.approx(0.980, abs=1e-3)
 
 
@@ -121,7 +122,7 @@ def test_leave_one_out_with_k1_in_the_reward_is_exact(place, atol):
         return monte_carlo_returns(kl_shaped_rewards(leave_one_out(scores), kl, PAIR, kl_coef=mdp.BETA), PAIR)
 
     found = jax.jit(jax.vmap(advantages))(jnp.asarray(mdp.REWARD)[lab.PAIRS], kl[lab.PAIRS])
-    close(pairs_gradient(found), mdp.exact_gradient(mdp.POLICY), atol)
+    assert_close(pairs_gradient(found), mdp.exact_gradient(mdp.POLICY), atol)
 
 
 @in_both_precisions
@@ -136,7 +137,7 @@ def test_whitening_the_returns_of_two_sequences(atol):
     known = lab.weighted_scores(weights)
     framed = jnp.asarray(np.pad(returns, ((0, 0), (0, 0), (1, 0))))
     found = pairs_gradient(jax.jit(jax.vmap(lambda x: masked_whiten(x, PAIR)))(framed))
-    close(found, known / 2, atol)
+    assert_close(found, known / 2, atol)
     assert lab.cosine(known, mdp.exact_gradient(mdp.POLICY)) == pytest.approx(0.900, abs=0.001)
 
 
@@ -158,7 +159,9 @@ def test_over_the_whole_distribution_normalising_only_divides_by_the_deviation(a
     for name, (advantages, known) in cases.items():
         everywhere = np.repeat(np.asarray(advantages)[None, :, None], 5, axis=2)
         found = -expected_gradient(loss, everywhere, batches=lab.EVERY, weights=np.ones(1), table=lab.UNIFORM)
-        close(found, known, max(atol, 1e-8) if name == "batch mean" else atol, name)  # a mean comes back as float32
+        assert_close(
+            found, known, max(atol, 1e-8) if name == "batch mean" else atol, name=name
+        )  # a mean comes back as float32
 
 
 def bandit(advantages_of, size):
@@ -185,10 +188,10 @@ def exact_bandit():
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
 def test_leave_one_out_is_unbiased_and_a_batch_mean_shrinks_the_gradient(size):
     unbiased = bandit(lambda s: s - leave_one_out_baseline(s, group_size=size), size)
-    close(unbiased, exact_bandit(), 1e-12)
+    assert_close(unbiased, exact_bandit(), 1e-12)
     shrunk = (1 - 1 / size) * exact_bandit()
-    close(bandit(lambda s: s - jnp.mean(s), size), shrunk, 1e-12)
-    close(bandit(lambda s: group_advantages(s, group_size=size, normalize=False), size), shrunk, 1e-12)
+    assert_close(bandit(lambda s: s - jnp.mean(s), size), shrunk, 1e-12)
+    assert_close(bandit(lambda s: group_advantages(s, group_size=size, normalize=False), size), shrunk, 1e-12)
 
 
 @pytest.mark.parametrize(("size", "turn", "length"), [(2, 0.9891, 0.372), (4, 0.9998, 0.674), (8, 1.0, 0.818)])
@@ -201,7 +204,7 @@ def test_normalising_a_group_turns_the_gradient_and_forgets_its_length(size, tur
         score = np.eye(4)[list(batch)] - p
         known += p[list(batch)].prod() * advantages @ score / size
     found = bandit(lambda s: group_advantages(s, group_size=size), size)
-    close(found, known, 1e-9)
+    assert_close(found, known, 1e-9)
     assert lab.cosine(found, exact_bandit()) == pytest.approx(turn, abs=1e-4)
     assert np.linalg.norm(found) / np.linalg.norm(exact_bandit()) == pytest.approx(length, abs=1e-3)
-    close(bandit(lambda s: group_advantages(10 * s + 3, group_size=size), size), found, 1e-3)
+    assert_close(bandit(lambda s: group_advantages(10 * s + 3, group_size=size), size), found, 1e-3)

@@ -15,8 +15,9 @@ from pgjax.core.advantages import kl_shaped_rewards, monte_carlo_returns, place_
 from pgjax.core.kl import kl_k1, kl_k2
 from pgjax.core.losses import cross_entropy_loss, policy_gradient_loss
 from pgjax.core.masking import masked_mean
-from tests import enumeration as lab
-from tests.enumeration import close, expected_gradient, in_both_precisions
+from tests import expected_gradients as lab
+from tests.compare import assert_close
+from tests.expected_gradients import expected_gradient, in_both_precisions
 
 STOP = 3
 ENDED = np.cumsum(mdp.SEQUENCES == STOP, axis=1) - (mdp.SEQUENCES == STOP) > 0  # [256, 4] past the end
@@ -74,16 +75,16 @@ def test_lengths_vary():
 @in_both_precisions
 def test_a_reduction_climbs_the_reward_times_its_weight_of_a_length(reduce, size, weight, atol):
     batches = lab.SINGLES if size == 1 else lab.PAIRS
-    close(gradient(at_every_token(REWARD), reduce, batches), expected(REWARD * weight), atol)
-    close(gradient(at_every_token(TOTAL), reduce, batches), expected(TOTAL * weight), atol)
+    assert_close(gradient(at_every_token(REWARD), reduce, batches), expected(REWARD * weight), atol)
+    assert_close(gradient(at_every_token(TOTAL), reduce, batches), expected(TOTAL * weight), atol)
 
 
 @in_both_precisions
 def test_sequence_sum_is_the_exact_gradient(atol):
     exact = expected(TOTAL)
-    close(gradient(with_reward_to_go(REWARD), "sequence_sum"), exact, atol)
+    assert_close(gradient(with_reward_to_go(REWARD), "sequence_sum"), exact, atol)
     any_value = np.pad(np.random.default_rng(1).standard_normal(85)[mdp.PREFIXES], ((0, 0), (1, 0)))
-    close(gradient(with_reward_to_go(REWARD) - jnp.asarray(any_value), "sequence_sum"), exact, atol)
+    assert_close(gradient(with_reward_to_go(REWARD) - jnp.asarray(any_value), "sequence_sum"), exact, atol)
 
 
 @pytest.mark.parametrize(("reduce", "size", "weight"), TABLE[2:], ids=lambda x: str(x) if np.ndim(x) == 0 else "")
@@ -91,7 +92,7 @@ def test_sequence_sum_is_the_exact_gradient(atol):
 def test_a_mean_over_tokens_makes_a_constant_advantage_pull_at_the_length(reduce, size, weight, atol):
     # No baseline is free any more: more than the mean pulls towards short sequences, less towards long ones.
     found = gradient(np.ones((256, 5)), reduce, lab.SINGLES if size == 1 else lab.PAIRS)
-    close(found, expected(weight), atol)
+    assert_close(found, expected(weight), atol)
     shorter = lab.weighted_scores(-lab.PI * LENGTH)
     assert lab.cosine(found, shorter) > 0.9
 
@@ -99,18 +100,22 @@ def test_a_mean_over_tokens_makes_a_constant_advantage_pull_at_the_length(reduce
 @in_both_precisions
 def test_sequence_mean_of_rewards_to_go(atol):
     weights = (REWARD[:, None] - mdp.BETA * TO_GO) * INSIDE / LENGTH[:, None]
-    close(gradient(with_reward_to_go(REWARD), "sequence_mean"), lab.weighted_scores(lab.PI[:, None] * weights), atol)
+    assert_close(
+        gradient(with_reward_to_go(REWARD), "sequence_mean"), lab.weighted_scores(lab.PI[:, None] * weights), atol
+    )
 
 
 @in_both_precisions
 def test_token_mean_of_a_batch_without_end_is_the_exact_gradient_over_the_mean_length(atol):
     options = {"batches": lab.EVERY, "weights": np.ones(1), "table": lab.UNIFORM}  # the distribution in one batch
     exact = expected(REWARD, lab.UNIFORM)
-    close(gradient(at_every_token(REWARD), "token_mean", **options), exact / LENGTH.mean(), atol)
-    close(gradient(at_every_token(REWARD), "sequence_sum", **options), exact, atol)
-    close(gradient(at_every_token(REWARD), "sequence_mean", **options), expected(REWARD / LENGTH, lab.UNIFORM), atol)
+    assert_close(gradient(at_every_token(REWARD), "token_mean", **options), exact / LENGTH.mean(), atol)
+    assert_close(gradient(at_every_token(REWARD), "sequence_sum", **options), exact, atol)
+    assert_close(
+        gradient(at_every_token(REWARD), "sequence_mean", **options), expected(REWARD / LENGTH, lab.UNIFORM), atol
+    )
     constant = gradient(np.ones((256, 5)), "token_mean", **options)
-    close(constant, np.zeros((85, 4)), atol)  # and there a constant is free again
+    assert_close(constant, np.zeros((85, 4)), atol)  # and there a constant is free again
 
 
 def kl_gradient(loss):
@@ -129,12 +134,14 @@ def test_a_kl_in_the_loss_needs_its_sum_over_tokens_too(atol):
     def averaged(logprobs, ref, mask):
         return masked_mean(kl_k1(logprobs, ref), mask)
 
-    close(kl_gradient(summed(kl_k1)), np.zeros((85, 4)), atol)
-    close(kl_gradient(of_sequences), expected(KL.sum(1)), atol)  # exact
-    close(kl_gradient(averaged), expected(1 / LENGTH), atol)  # k1 does nothing to the KL, and shortens or lengthens
+    assert_close(kl_gradient(summed(kl_k1)), np.zeros((85, 4)), atol)
+    assert_close(kl_gradient(of_sequences), expected(KL.sum(1)), atol)  # exact
+    assert_close(
+        kl_gradient(averaged), expected(1 / LENGTH), atol
+    )  # k1 does nothing to the KL, and shortens or lengthens
 
 
 @in_both_precisions
 def test_cross_entropy_on_the_policys_own_samples_moves_only_the_length(atol):
     found = -expected_gradient(lambda logprobs, mask: cross_entropy_loss(logprobs, mask), MASK[lab.SINGLES])
-    close(found, expected(1 / LENGTH), atol)
+    assert_close(found, expected(1 / LENGTH), atol)

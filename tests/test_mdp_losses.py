@@ -15,8 +15,9 @@ from pgjax.core.advantages import kl_shaped_rewards, monte_carlo_advantages, mon
 from pgjax.core.kl import categorical_kl, kl_k1, kl_k2, kl_k3
 from pgjax.core.losses import clipped_surrogate_loss, policy_gradient_loss
 from pgjax.core.masking import masked_mean
-from tests import enumeration as lab
-from tests.enumeration import close, expected_gradient, frame, in_both_precisions
+from tests import expected_gradients as lab
+from tests.compare import assert_close
+from tests.expected_gradients import expected_gradient, frame, in_both_precisions
 
 MASK = mdp.MASK[lab.SINGLES]  # [256, 1, 5]
 SCALE = {"token_mean": 1 / 4, "sequence_mean": 1 / 4, "sequence_sum": 1.0}  # every sequence has four tokens
@@ -171,7 +172,7 @@ def test_every_loss_advantage_placement_and_reduction(placement, reduce, atol):
     for advantage in ADVANTAGES:
         for loss in LOSSES:
             found = policy_gradient(loss, advantage, in_reward, reduce, atol) + added
-            close(found, known, atol, f"{loss}, {advantage}")
+            assert_close(found, known, atol, name=f"{loss}, {advantage}")
 
 
 TURNS = [  # (place, estimator, length over that of the KL's gradient, cosine to it)
@@ -213,7 +214,7 @@ def test_a_discount_weighs_what_a_token_does_to_a_later_reward_by_its_distance(d
             shaped("k1", atol), frame(values[mdp.PREFIXES]), mdp.MASK, discount=discount
         )
         arrays = (old(atol), np.asarray(advantages)[lab.SINGLES], MASK)
-        close(-expected_gradient(reduced(reinforce, "sequence_sum"), *arrays), known, atol, name)
+        assert_close(-expected_gradient(reduced(reinforce, "sequence_sum"), *arrays), known, atol, name=name)
 
 
 @in_both_precisions
@@ -223,5 +224,5 @@ def test_a_value_read_after_the_action_biases(atol):
     arrays = (old(atol), np.asarray(advantages)[lab.SINGLES], MASK)
     bias = -lab.weighted_scores(lab.PI[:, None] * late)
     exact = mdp.exact_gradient(mdp.POLICY)
-    close(-expected_gradient(reduced(reinforce, "sequence_sum"), *arrays), exact + bias, atol)
+    assert_close(-expected_gradient(reduced(reinforce, "sequence_sum"), *arrays), exact + bias, atol)
     assert np.linalg.norm(bias) > 0.5 * np.linalg.norm(exact)

@@ -7,8 +7,9 @@ import pytest
 
 from experiments.laboratory import token_mdp as mdp
 from pgjax.core.losses import clipped_surrogate_loss, surrogate_diagnostics
-from tests import enumeration as lab
-from tests.enumeration import close, expected_gradient, frame, in_both_precisions
+from tests import expected_gradients as lab
+from tests.compare import assert_close
+from tests.expected_gradients import expected_gradient, frame, in_both_precisions
 
 NEW = mdp.POLICY + 0.5 * np.random.default_rng(2).standard_normal(mdp.POLICY.shape)
 NEW_LOGP = mdp.exact_logprobs(NEW)
@@ -34,7 +35,7 @@ def test_token_ratios_give_the_gradient_of_the_local_objective_not_of_j(atol):
     new = lab.softmax(NEW)
     known = lab.visits(lab.PI)[:, None] * new * (q - (new * q).sum(1, keepdims=True))
     for advantages in (lab.RETURNS, lab.RETURNS - values[mdp.PREFIXES], lab.RETURNS[:, :1] + np.zeros((1, 4))):
-        close(gradient(advantages, clip_eps=np.inf), known, atol)
+        assert_close(gradient(advantages, clip_eps=np.inf), known, atol)
     exact = mdp.exact_gradient(NEW)
     assert lab.cosine(known, exact) == pytest.approx(0.890, abs=1e-3)
 
@@ -49,7 +50,7 @@ def test_ratios_of_whole_sequences_are_exact(kl, atol):
         return clipped_surrogate_loss(logprobs.sum(1), old.sum(1), total, clip_eps=np.inf)
 
     arrays = (lab.logprobs_of(mdp.POLICY)[lab.SINGLES], jnp.asarray(total)[lab.SINGLES])
-    close(-expected_gradient(loss, *arrays, table=NEW), mdp.exact_gradient(NEW, beta=mdp.BETA * kl), atol)
+    assert_close(-expected_gradient(loss, *arrays, table=NEW), mdp.exact_gradient(NEW, beta=mdp.BETA * kl), atol)
 
 
 @in_both_precisions
@@ -61,7 +62,7 @@ def test_old_logprobs_in_the_reward_leave_out_how_the_kl_has_changed(atol):
     found = -expected_gradient(loss, *arrays, table=NEW)
     # KL(new || reference) = E_new[log old - log reference] + KL(new || old): the second is not charged.
     moved = lab.weighted_scores(np.exp(NEW_LOGP.sum(1)) * (NEW_LOGP.sum(1) - lab.LOGP), NEW)
-    close(found, mdp.exact_gradient(NEW) + mdp.BETA * moved, atol)
+    assert_close(found, mdp.exact_gradient(NEW) + mdp.BETA * moved, atol)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_the_clip_leaves_out_exactly_the_tokens_that_have_gone_far_enough(option
     ratio = RATIO
     gone = (advantages > 0) & (ratio > high) | (advantages < 0) & ((ratio < low) | (ratio > dual))
     known = lab.weighted_scores(lab.PI[:, None] * np.where(gone, 0, ratio * advantages), NEW)
-    close(gradient(advantages, **options), known, atol)
+    assert_close(gradient(advantages, **options), known, atol)
     assert 0.1 < lab.PI @ gone.mean(1) < 0.9
 
 

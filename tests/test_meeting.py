@@ -12,7 +12,7 @@ import pytest
 from pgjax.parallel import processes, rendezvous
 from pgjax.run import devices
 from tests import pair
-from tests.compiling import xla_flags
+from tests.compile_options import xla_flags
 
 JOIN = """
 import sys, time

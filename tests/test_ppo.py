@@ -8,7 +8,6 @@ import json
 import math
 import os
 import signal
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -25,7 +24,7 @@ from pgjax.rollout.rewards import RewardError
 from pgjax.run import devices, logs, loop
 from pgjax.run.checkpoint.checkpoints import Checkpoints
 from pgjax.run.curves import plot_curves
-from tests.tiny_model import save_tiny_model
+from tests.tiny_task import early_letters, save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -41,11 +40,6 @@ METRICS = {
 NAMES = ["lr", "episode", *(f"{group}/{name}" for group, names in METRICS.items() for name in names)]
 
 
-def vowels(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[str]) -> list[float]:
-    """A black box: the share of letters up to m among the completion's."""
-    return [sum(c < "m" for c in text) / max(len(text), 1) for text in completions]
-
-
 class Box:
     """A black box whose behaviour a test sets; calls are counted from 0, the evaluation's first."""
 
@@ -58,7 +52,7 @@ class Box:
         call, self.calls = self.calls, self.calls + 1
         self.completions.append(list(completions))
         self.prompts = list(prompts)
-        return self.act(call, vowels(prompts, completions))
+        return self.act(call, early_letters(prompts, completions))
 
 
 BOX = Box()

@@ -19,15 +19,11 @@ from pgjax.rollout import judge, task
 from pgjax.rollout.judge import differences, load_judge
 from pgjax.rollout.rewards import RewardError
 from pgjax.run import logs
-from tests.tiny_model import other_letters, save_tiny_model
+from tests.tiny_task import EARLY_LETTERS, early_letters, other_letters, save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 RLOO = {"advantage": "leave-one-out", "algorithm": "reinforce", "reduce": "sequence_sum"}
-
-
-def vowels(prompts, completions, **columns):
-    return [sum(c < "m" for c in text) / max(len(text), 1) for text in completions]
 
 
 class Box:
@@ -122,7 +118,7 @@ def test_it_scores_the_policys_own_ids_read_at_the_last_sampled_token(config, se
 
 def test_it_is_mixed_with_black_boxes_by_weight(config, seen, folders):
     config = change(
-        config, rewards=(f"{__name__}:vowels", f"{__name__}:boxed"), reward_weights=(2.0, 0.0), reward_model_weight=-0.5
+        config, rewards=(EARLY_LETTERS, f"{__name__}:boxed"), reward_weights=(2.0, 0.0), reward_model_weight=-0.5
     )
     script.main(config)
     rm, params, _ = pg.load_reward_model(folders[1])
@@ -130,10 +126,10 @@ def test_it_is_mixed_with_black_boxes_by_weight(config, seen, folders):
     for rollout, scores in seen:
         texts = pg_texts(rollout, tokenizer)
         model = [alone(rm, params, row[m]) for row, m in zip(rollout.tokens, rollout.attention_mask, strict=True)]
-        known = 2 * np.array(vowels(texts, texts)) - 0.5 * np.array(model)
+        known = 2 * np.array(early_letters(texts, texts)) - 0.5 * np.array(model)
         np.testing.assert_allclose(scores, known, rtol=1e-4, atol=1e-5)
     row = logs.read_metrics(config.output)[-2]
-    assert {"rewards/vowels", "rewards/boxed", "rewards/reward_model"} <= row.keys()
+    assert {"rewards/early_letters", "rewards/boxed", "rewards/reward_model"} <= row.keys()
 
 
 def pg_texts(rollout, tokenizer):

@@ -17,14 +17,10 @@ from experiments import ppo as script
 from pgjax.learning import programs
 from pgjax.learning.optimizer import Optimizer, init_state
 from pgjax.run import logs
-from tests import reference
-from tests.tiny_model import save_tiny_model
+from tests import core_in_numpy
+from tests.tiny_task import EARLY_LETTERS, save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
-
-
-def vowels(prompts, completions, **columns):
-    return [sum(c < "m" for c in text) / max(len(text), 1) for text in completions]
 
 
 def length(prompts, completions, **columns):
@@ -42,7 +38,7 @@ def config(model, tmp_path) -> script.Config:
     words = ("a", "bcd", "ef", "ghij", "k", "lmn", "op", "qrs")
     prompts.write_text("".join(json.dumps({"prompt": f"say {word}"}) + "\n" for word in words))
     return script.Config(
-        model=str(model), prompts=str(prompts), held_out=str(prompts), rewards=(f"{__name__}:vowels",),
+        model=str(model), prompts=str(prompts), held_out=str(prompts), rewards=(EARLY_LETTERS,),
         output=tmp_path / "run", steps=2, batch_size=8, max_new_tokens=6, minibatches=1, microbatches=2,
         learning_rate=1e-2, warmup_updates=0, kl_coef=0.5, eval_samples=1, samples_every=1, save_every=100,
     )  # fmt: skip
@@ -85,10 +81,10 @@ def expected_advantages(config, rollout, policy, frozen, scores, kl_coef):
     """The advantages, in float64 NumPy."""
     window = config.max_new_tokens + 1
     mask = rollout.mask[:, -window:]
-    rewards = reference.shaped_rewards(scores, policy.logprobs - frozen.logprobs, mask, float(kl_coef))
-    returns, totals = reference.returns(rewards, mask), rewards.sum(1)
+    rewards = core_in_numpy.shaped_rewards(scores, policy.logprobs - frozen.logprobs, mask, float(kl_coef))
+    returns, totals = core_in_numpy.returns(rewards, mask), rewards.sum(1)
     if config.advantage == "value":
-        return reference.whiten(returns - policy.values, mask)
+        return core_in_numpy.whiten(returns - policy.values, mask)
     if config.advantage == "none":
         weight = 1.0
         if config.importance_cap is not None:
@@ -266,7 +262,7 @@ def test_weights_of_tokens_turn_a_token_mean_into_the_other_reductions(reduce):
     mask = jnp.arange(6)[None, :] < jnp.array([[6], [1], [0], [3]])
     x = jax.random.normal(jax.random.key(0), mask.shape)
     found = pg.masked_mean(x * programs.token_weights(mask, reduce), mask)
-    assert float(found) == pytest.approx(reference.reduce(np.asarray(x), np.asarray(mask), reduce), rel=1e-5)
+    assert float(found) == pytest.approx(core_in_numpy.reduce(np.asarray(x), np.asarray(mask), reduce), rel=1e-5)
 
 
 def test_the_kl_of_a_sequence_is_summed_over_its_own_tokens():
@@ -283,7 +279,7 @@ def test_the_kl_of_a_sequence_is_summed_over_its_own_tokens():
 
 def test_evaluations_now_and_then_report_kl_and_every_reward_and_are_not_repeated(config, monkeypatch):
     config = change(
-        config, steps=4, eval_every=2, eval_samples=3, save_every=2, rewards=(f"{__name__}:vowels", f"{__name__}:length"),
+        config, steps=4, eval_every=2, eval_samples=3, save_every=2, rewards=(EARLY_LETTERS, f"{__name__}:length"),
         reward_weights=(1.0, 0.0),
     )  # fmt: skip
     figures = script.main(config)
@@ -291,7 +287,7 @@ def test_evaluations_now_and_then_report_kl_and_every_reward_and_are_not_repeate
     assert [row["step"] for row in evaluated] == [0, 2, 4]
     assert abs(evaluated[0]["eval/kl"]) < 1e-4 < abs(evaluated[1]["eval/kl"])
     for row in evaluated:
-        assert row["eval/rewards/vowels"] == pytest.approx(row["eval/scores"], abs=1e-6)
+        assert row["eval/rewards/early_letters"] == pytest.approx(row["eval/scores"], abs=1e-6)
         assert row["eval/rewards/length"] > 1, "weight 0: measured, and not paid"
         assert row["eval/scores_stderr"] > 0 and row["eval/kl_stderr"] >= 0
     last = {name: value for name, value in evaluated[-1].items() if name.startswith("eval/")}

@@ -14,7 +14,7 @@ from experiments import ppo as script
 from pgjax.run import logs
 from pgjax.run.checkpoint.checkpoints import Checkpoints
 from pgjax.run.peaks import Peaks
-from tests.tiny_model import save_tiny_model
+from tests.tiny_task import save_tiny_model
 
 SCORES = [0.1, 0.9, 0.3, 0.2]  # of each step: the best snapshot is neither the first nor among the last two
 CALLS: list[int] = []

@@ -14,8 +14,9 @@ import pytest
 import pgjax as pg
 from pgjax.models.io.classifier import PAD_TOKEN, with_padding_token
 from pgjax.models.reward_model import from_causal_lm, init_score_head, last_index, normalized
+from tests.compare import assert_close, assert_same_bits
 from tests.goldens.reward_cases import END, FAMILIES, TEXTS, end_padded_tokenizer, random_params, saved_case
-from tests.tiny import ARCHITECTURES, equal, tiny_lm, tiny_params
+from tests.tiny import ARCHITECTURES, tiny_lm, tiny_params
 
 GOLDENS = Path(__file__).parent / "goldens"
 GOLDEN = np.load(GOLDENS / "reward_models.npz")
@@ -41,10 +42,6 @@ def padded(rows, side, pad_id):
     return jnp.asarray(tokens), jnp.asarray(mask)
 
 
-def close(ours, theirs, relative=1e-5):
-    assert np.abs(np.asarray(ours, np.float64) - theirs).max() <= relative * np.abs(theirs).max()
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", [*FAMILIES, "llama_bf16"])
 def test_a_classifier_that_torch_saved_scores_as_torch_does_on_either_side_of_padding(family, side):
@@ -52,7 +49,7 @@ def test_a_classifier_that_torch_saved_scores_as_torch_does_on_either_side_of_pa
     tokens, mask = padded(ROWS, side, pad_id=2)  # the end of sequence, with which the second row ends
     scores = score(rm, params, tokens, mask)
     assert tokenizer is None and scores.dtype == jnp.float32
-    close(scores, GOLDEN[f"torch_{family}"])
+    assert_close(scores, GOLDEN[f"torch_{family}"], of_max=1e-5)
     assert "head" not in params["lm"] and params["score"]["kernel"].shape == (16,)
 
 
@@ -62,12 +59,16 @@ def test_torch_scores_a_saved_model_as_it_was_though_padding_was_the_end_of_sequ
     ids = tokenizer(TEXTS)["input_ids"]
     assert [row[-1] == tokenizer.eos_token_id for row in ids] == [True, False, True, True, True]
     for side in ("left", "right"):
-        close(score(rm, params, *padded(ids, side, tokenizer.eos_token_id)), GOLDEN[f"ours_{family}"])
+        assert_close(
+            score(rm, params, *padded(ids, side, tokenizer.eos_token_id)), GOLDEN[f"ours_{family}"], of_max=1e-5
+        )
     again, loaded, saved = pg.load_reward_model(tmp_path / "rm")
     assert saved.padding_side == "right" and saved.pad_token_id != saved.eos_token_id
     assert saved(TEXTS)["input_ids"] == ids
     batch = saved(TEXTS, padding=True, return_tensors="np")
-    close(score(again, loaded, batch["input_ids"], batch["attention_mask"]), GOLDEN[f"ours_{family}"])
+    assert_close(
+        score(again, loaded, batch["input_ids"], batch["attention_mask"]), GOLDEN[f"ours_{family}"], of_max=1e-5
+    )
     assert tokenizer.pad_token == END  # the caller's own is left alone
 
 
@@ -84,8 +85,8 @@ def test_torch_where_installed_gives_the_scores_of_the_goldens(family, tmp_path)
     with torch.no_grad():
         theirs = model(**batch).logits[:, 0].numpy()
     assert model.config.num_labels == 1
-    close(score(rm, params, *padded(tokenizer(TEXTS)["input_ids"], "right", 0)), theirs)
-    close(GOLDEN[f"ours_{family}"], theirs)
+    assert_close(score(rm, params, *padded(tokenizer(TEXTS)["input_ids"], "right", 0)), theirs, of_max=1e-5)
+    assert_close(GOLDEN[f"ours_{family}"], theirs, of_max=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -94,7 +95,8 @@ def test_save_and_load_give_the_same_bits(family, param_dtype, tmp_path):
     rm, params, _ = pg.load_reward_model(GOLDENS / f"reward_{family}", param_dtype=param_dtype)
     pg.save_reward_model(tmp_path / "out", rm, params, None)
     again, back, tokenizer = pg.load_reward_model(tmp_path / "out", param_dtype=param_dtype)
-    assert again.arch == rm.arch and equal(params, back) and tokenizer is None
+    assert again.arch == rm.arch and tokenizer is None
+    assert_same_bits(back, params)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"][0].endswith("ForSequenceClassification") and len(config["id2label"]) == 1
     assert config["dtype"] == jnp.dtype(param_dtype).name
@@ -105,12 +107,12 @@ def test_a_mesh_spreads_the_body_and_the_scores_stay(tmp_path):
 
     rm, params, _ = pg.load_reward_model(GOLDENS / "reward_llama")
     _, spread, _ = pg.load_reward_model(GOLDENS / "reward_llama", mesh=make_mesh(data=2, fsdp=2))
-    assert equal(params, spread)
+    assert_same_bits(params, spread)
     table, kernel = spread["lm"]["embed"]["tokens"], spread["score"]["kernel"]
     assert table.addressable_shards[0].data.shape == (32, 8) and kernel.sharding.is_fully_replicated
-    close(score(rm, spread, *padded(ROWS, "left", 2)), GOLDEN["torch_llama"])
+    assert_close(score(rm, spread, *padded(ROWS, "left", 2)), GOLDEN["torch_llama"], of_max=1e-5)
     pg.save_reward_model(tmp_path / "rm", rm, spread, None)
-    assert equal(pg.load_reward_model(tmp_path / "rm")[1], params)
+    assert_same_bits(pg.load_reward_model(tmp_path / "rm")[1], params)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
@@ -212,7 +214,7 @@ def test_a_stray_unembedding_is_left_out_and_a_bias_of_the_score_is_refused(tmp_
     folder = edited(tmp_path, "reward_qwen2")
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {"lm_head.weight": np.zeros((32, 16), np.float32)}, folder / "model.safetensors")
-    assert equal(pg.load_reward_model(folder)[1], pg.load_reward_model(GOLDENS / "reward_qwen2")[1])
+    assert_same_bits(pg.load_reward_model(folder)[1], pg.load_reward_model(GOLDENS / "reward_qwen2")[1])
     save_file(tensors | {"score.bias": np.ones(1, np.float32)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"unexpected tensors: score\.bias"):
         pg.load_reward_model(folder)

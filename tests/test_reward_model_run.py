@@ -14,7 +14,7 @@ from pgjax.data import preferences
 from pgjax.learning import reward_learning
 from pgjax.run import logs, loop
 from pgjax.run.checkpoint.checkpoints import Checkpoints
-from tests.tiny_model import save_tiny_model
+from tests.tiny_task import save_tiny_model
 
 WORDS = ["sun", "rain", "fog", "wind", "snow", "ice", "dew", "hail"]
 

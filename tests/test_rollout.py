@@ -9,7 +9,8 @@ from scipy.stats import chi2
 from pgjax.core.logprobs import token_logprobs
 from pgjax.rollout.filters import filter_logits
 from pgjax.rollout.sample import Rollout, sample
-from tests.tiny import FAMILIES, close, left_padded, tiny_apply, tiny_lm, tiny_params
+from tests.compare import assert_close
+from tests.tiny import FAMILIES, left_padded, tiny_apply, tiny_lm, tiny_params
 
 LENGTHS = (7, 4, 1, 5)
 WIDTH, NEW = 7, 9
@@ -113,7 +114,7 @@ def test_sharding_the_batch_changes_nothing():
     expected = roll(eos_ids=EOS)
     for x, y in zip(rollout[:3], expected[:3], strict=True):
         assert np.array_equal(x, y)
-    close(rollout.logprobs, expected.logprobs, 1e-5)
+    assert_close(rollout.logprobs, expected.logprobs, 1e-5)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -132,7 +133,7 @@ def test_inside_the_callers_shard_map_each_device_samples_its_rows(check_vma):
         expected = roll("llama", PROMPTS[half], PROMPT_MASK[half], key, eos_ids=EOS)
         for x, y in zip(found[:3], expected[:3], strict=True):
             assert np.array_equal(x[half], y)
-        close(found.logprobs[half], expected.logprobs, 1e-5)
+        assert_close(found.logprobs[half], expected.logprobs, 1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -140,7 +141,7 @@ def test_sampled_logprobs_equal_teacher_forcing_at_the_same_temperature(name):
     for temperature in (1.0, 0.7, 2.0):
         rollout = roll(name, temperature=temperature, eos_ids=EOS)
         expected = token_logprobs(forced(rollout, name), rollout.tokens, temperature=temperature)
-        close(rollout.logprobs, np.where(rollout.mask, expected, 0), 1e-4)
+        assert_close(rollout.logprobs, np.where(rollout.mask, expected, 0), 1e-4)
     off = token_logprobs(forced(rollout, name), rollout.tokens, temperature=1.0)
     assert np.abs(rollout.logprobs - off)[rollout.mask].max() > 0.1  # another temperature would be seen
 
@@ -151,7 +152,7 @@ def test_with_filters_logprobs_are_those_of_the_filtered_distribution(options):
     logits = np.asarray(forced(rollout))
     expected = filter_rows(logits[:, WIDTH - 1 : -1].reshape(-1, 23), **{**FILTERS_OFF, **options})
     expected = np.asarray(expected)[np.arange(4 * NEW), rollout.tokens[:, WIDTH:].reshape(-1)]
-    close(rollout.logprobs[:, WIDTH:].reshape(-1), expected, 1e-4)
+    assert_close(rollout.logprobs[:, WIDTH:].reshape(-1), expected, 1e-4)
     plain = np.asarray(token_logprobs(logits, rollout.tokens))
     assert (rollout.logprobs - plain)[rollout.mask].max() > 0.1
 
@@ -169,7 +170,7 @@ def test_bfloat16_samples_and_stays_near_its_own_teacher_forcing():
     rollout = roll("llama", dtype="bfloat16")
     expected = token_logprobs(forced(rollout, "llama", "bfloat16"), rollout.tokens)
     assert rollout.logprobs.dtype == np.float32
-    close(rollout.logprobs, np.where(rollout.mask, expected, 0), 0.15)
+    assert_close(rollout.logprobs, np.where(rollout.mask, expected, 0), 0.15)
 
 
 def test_pairs_of_tokens_occur_as_often_as_teacher_forcing_says():

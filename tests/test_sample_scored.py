@@ -13,18 +13,14 @@ from experiments import ppo as script
 from pgjax.learning import policy_loss, programs
 from pgjax.rollout import sample
 from pgjax.run import logs
-from tests.tiny import FAMILIES, close, left_padded, tiny_lm, tiny_params
-from tests.tiny_model import save_tiny_model
+from tests.compare import assert_close
+from tests.tiny import FAMILIES, left_padded, tiny_lm, tiny_params
+from tests.tiny_task import EARLY_LETTERS, save_tiny_model
 
 PROMPTS, PROMPT_MASK = left_padded((7, 4, 1, 5), 7)
 NEW, EOS = 9, (3, 8, 17, 21, 5)
 KEY = jax.random.key(11)
 REINFORCE = {"advantage": "leave-one-out", "algorithm": "reinforce", "reduce": "sequence_sum"}
-
-
-def vowels(prompts, completions, **columns):
-    """A black box: the share of letters up to m among the completion's."""
-    return [sum(c < "m" for c in text) / max(len(text), 1) for text in completions]
 
 
 def critic(lm):
@@ -43,13 +39,13 @@ def test_what_the_sampler_says_equals_a_pass_of_its_own(name, temperature):
     plain = sample.sample(lm, params["lm"], PROMPTS, PROMPT_MASK, KEY, **options)
     jax.tree.map(np.testing.assert_array_equal, rolled[:3], plain[:3])
     # Two programs round a float32 sum in two ways, by up to 5.5e-6 on another kind of CPU; a column too early is off by nats.
-    close(rolled.logprobs, plain.logprobs, 2e-5)
+    assert_close(rolled.logprobs, plain.logprobs, 2e-5)
     temperature = jnp.float32(temperature)
     scored = programs.score(lm, params, rolled.tokens, rolled.attention_mask, temperature, window=NEW + 1, parts=1)
     mask = np.asarray(rolled.mask[:, -(NEW + 1) :])
     assert not mask[:, 0].any() and 0 < mask.sum() < mask.size, "some rows end early"
     for mine, known in zip(said, scored, strict=True):
-        close(mine, np.where(mask, known, 0.0), 2e-5)
+        assert_close(mine, np.where(mask, known, 0.0), 2e-5)
 
 
 def test_a_greedy_policy_has_no_entropy_and_log_probability_0():
@@ -83,7 +79,7 @@ def test_without_old_logprobs_the_ratio_is_1_and_the_gradient_is_reinforces():
     _, scored = gradient(batch._replace(old_logprobs=said.logprobs), "ppo")  # the sampler's rounding in the ratio
     # Three programs: the sampler's log-probabilities may be off by 1e-5 from the learner's, and the ratio hands that on.
     for known in (plain, scored):
-        jax.tree.map(lambda x, y: close(x, y, 1e-4 * max(1.0, float(jnp.abs(y).max()))), clipped, known)
+        assert_close(clipped, known, 5e-5, of_max=5e-5)
 
 
 @pytest.fixture
@@ -92,7 +88,7 @@ def config(tmp_path) -> script.Config:
     prompts.write_text("".join(json.dumps({"prompt": f"say {word}"}) + "\n" for word in ("a", "bcd", "ef", "ghij")))
     return script.Config(
         model=str(save_tiny_model(tmp_path / "tiny")), prompts=str(prompts), held_out=str(prompts),
-        rewards=("tests.test_sample_scored:vowels",), output=tmp_path / "run", steps=2, batch_size=8, max_new_tokens=6,
+        rewards=(EARLY_LETTERS,), output=tmp_path / "run", steps=2, batch_size=8, max_new_tokens=6,
         minibatches=1, microbatches=2, learning_rate=1e-2, warmup_updates=0, kl_coef=0.5, eval_samples=1,
         samples_every=1, save_every=100,
     )  # fmt: skip

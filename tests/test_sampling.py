@@ -12,8 +12,8 @@ from scipy.stats import chi2
 
 from pgjax.rollout import filters
 from pgjax.rollout.filters import at_or_above_threshold, draw, filter_logits
-from tests.reference import log_softmax
-from tests.tiny import close
+from tests.compare import assert_close
+from tests.core_in_numpy import log_softmax
 
 VOCAB = 12
 filter_jit = jax.jit(filter_logits)  # options are data: one program for all of them
@@ -58,7 +58,7 @@ def test_filters_equal_numpy_in_the_order_of_hugging_face(eighths, temperature, 
     actual = filtered(row, temperature, top_k, top_p, min_p)
     assert np.array_equal(np.isneginf(actual), np.isneginf(expected))
     kept = np.isfinite(expected)
-    close(actual[kept], expected[kept], 1e-4)
+    assert_close(actual[kept], expected[kept], 1e-4)
 
 
 def test_filters_equal_the_warpers_of_transformers():
@@ -73,7 +73,7 @@ def test_filters_equal_the_warpers_of_transformers():
             theirs = warper(None, theirs)
         expected, actual = torch.log_softmax(theirs, -1).numpy(), filtered(logits, temperature, top_k, top_p, min_p)
         assert np.array_equal(np.isneginf(actual), np.isneginf(expected))
-        close(np.exp(actual), np.exp(expected), 1e-5)
+        assert_close(np.exp(actual), np.exp(expected), 1e-5)
 
 
 ROW = np.array([1.0, 3.0, -2.0, 3.0, 0.5, -np.inf], np.float32)  # a tie for the best, a forbidden token
@@ -108,7 +108,7 @@ def test_edges_keep_what_they_should_and_stay_normalised(options, kept):
 def test_top_p_of_one_drops_nothing_beside_another_filter():
     # The bug: the sum of float32 probabilities reaches 1 before the unlikely tokens are in it.
     out = filtered([0.0, -20.0, -30.0, -40.0], top_k=3, top_p=1.0)
-    close(out[:3], [0.0, -20.0, -30.0], 1e-4)
+    assert_close(out[:3], [0.0, -20.0, -30.0], 1e-4)
     assert np.isneginf(out[3])
 
 
@@ -116,7 +116,7 @@ def test_none_is_off_and_other_dtypes_become_float32():
     logits = jnp.asarray(np.random.default_rng(1).standard_normal((3, VOCAB)), jnp.bfloat16)
     out = filter_logits(logits, temperature=2.0, top_k=None, top_p=None, min_p=None)
     assert out.dtype == jnp.float32
-    close(out, log_softmax(np.asarray(logits, np.float64) / 2), 1e-5)
+    assert_close(out, log_softmax(np.asarray(logits, np.float64) / 2), 1e-5)
     with pytest.raises(AssertionError):
         filter_logits(logits[0])
 

@@ -12,28 +12,17 @@ from experiments.study import pairs
 from pgjax.parallel import sharding
 from pgjax.rollout.task import make_task
 from pgjax.run import devices, logs
-from tests.tiny_model import save_tiny_task, task_config
+from tests.compare import assert_same_metrics
+from tests.tiny_task import EARLY_LETTERS, save_tiny_task, task_config
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 MESH = "data=2,fsdp=2"
-CLOCKED = ("timing/", "perf/")  # what no two runs share
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save_tiny_task(tmp_path_factory.mktemp("mesh"))
-
-
-def same_metrics(folder, other, tolerance=1e-5):
-    """Assert that two runs wrote the same, the clock's figures aside."""
-    ours, theirs = logs.read_metrics(folder), logs.read_metrics(other)
-    assert [row["step"] for row in ours] == [row["step"] for row in theirs] and ours
-    for mine, row in zip(ours, theirs, strict=True):
-        assert mine.keys() == row.keys()
-        for name in mine:
-            if not name.startswith(CLOCKED):
-                np.testing.assert_allclose(mine[name], row[name], rtol=tolerance, atol=2e-6, err_msg=name)
 
 
 def test_fine_tuning_on_a_mesh(folder):
@@ -43,7 +32,7 @@ def test_fine_tuning_on_a_mesh(folder):
     )  # fmt: skip
     sft.main(config)
     sft.main(dataclasses.replace(config, mesh=MESH, remat=True, output=folder / "sft_mesh"))
-    same_metrics(folder / "sft_mesh", folder / "sft")
+    assert_same_metrics(*(logs.read_metrics(folder / run) for run in ("sft_mesh", "sft")), rtol=1e-5, atol=2e-6)
     one, other = (jax.tree.leaves(pg.load(folder / name / "model")[1]) for name in ("sft", "sft_mesh"))
     for x, y in zip(one, other, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-4)
@@ -56,7 +45,7 @@ def test_a_reward_model_on_a_mesh(folder):
     )  # fmt: skip
     reward_model.main(config)
     reward_model.main(dataclasses.replace(config, mesh=MESH, output=folder / "rm_mesh"))
-    same_metrics(folder / "rm_mesh", folder / "rm", 1e-4)
+    assert_same_metrics(*(logs.read_metrics(folder / run) for run in ("rm_mesh", "rm")), rtol=1e-4, atol=2e-6)
 
 
 def test_pairs_are_sampled_on_a_mesh(folder):
@@ -101,7 +90,7 @@ def test_what_does_not_fit_is_refused_before_any_work(folder, fields, words):
     prompts = str(folder / "prompts.jsonl")
     config = ppo.Config(
         model=str(folder / "model"), prompts=prompts, held_out=prompts, output=folder / "refused", microbatches=1,
-        rewards=("tests.pair:vowels",),
+        rewards=(EARLY_LETTERS,),
     )  # fmt: skip
     with pytest.raises(ValueError, match=words):
         ppo.main(dataclasses.replace(config, **fields))
@@ -128,8 +117,8 @@ def test_what_is_computed_again_is_what_the_flag_says(folder, tmp_path, monkeypa
     class Loaded(Exception):
         pass
 
-    def load(source, *, mesh, remat):
-        raise Loaded(pg_load(source, mesh=mesh, remat=remat)[0])
+    def load(source, **options):
+        raise Loaded(pg_load(source, **options)[0])
 
     pg_load = pg.load
     monkeypatch.setattr(pg, "load", load)

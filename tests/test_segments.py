@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pgjax.models.forward import segment_positions
-from tests.tiny import FAMILIES, close, tiny_apply, tiny_lm, tiny_params
+from tests.compare import assert_close
+from tests.tiny import FAMILIES, tiny_apply, tiny_lm, tiny_params
 
 LENGTHS = (5, 3, 4)
 SEGMENTS = np.array([[1] * 5 + [2] * 3 + [3] * 4 + [0] * 3], np.int32)
@@ -22,7 +23,7 @@ def test_a_packed_text_is_computed_as_if_it_stood_alone(name):
     begin = 0
     for length in LENGTHS:
         alone = np.asarray(apply(params, TOKENS[:, begin : begin + length]))
-        close(packed[:, begin : begin + length], alone, tolerance)
+        assert_close(packed[:, begin : begin + length], alone, tolerance)
         begin += length
     joined = np.asarray(apply(params, TOKENS))
     assert np.abs(joined - packed)[:, 5:12].max() > 100 * tolerance  # so the above can fail
@@ -59,9 +60,8 @@ def test_padding_changes_nothing_and_makes_no_nan(name):
 
     value, gradient = jax.value_and_grad(loss)(params, tokens, segments)
     expected, wanted = jax.value_and_grad(loss)(params, TOKENS[:, :12], SEGMENTS[:, :12])
-    close(value, expected, 1e-5 * float(expected))
-    for got, want in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted), strict=True):
-        close(got, want, 1e-4 * float(np.abs(want).max()) + 1e-7)
+    assert_close(value, expected, rtol=1e-5)
+    assert_close(gradient, wanted, 1e-7, of_max=1e-4)
     other = np.where(segments == 0, 3, tokens)
     assert np.array_equal(
         lm.apply(params, other, None, segments)[:, :12], lm.apply(params, tokens, None, segments)[:, :12]
@@ -74,6 +74,6 @@ def test_an_attention_mask_inside_segments_holds_too():
     segments = np.array([[1, 1, 1, 1, 2, 2, 2, 2]], np.int32)
     mask = np.array([[0, 1, 1, 1, 0, 0, 1, 1]], bool)
     packed = np.asarray(apply(params, TOKENS[:, :8], mask, segments))
-    close(packed[:, 1:4], apply(params, TOKENS[:, 1:4]), 1e-5 * np.abs(packed).max())
-    close(packed[:, 6:8], apply(params, TOKENS[:, 6:8]), 1e-5 * np.abs(packed).max())
+    assert_close(packed[:, 1:4], apply(params, TOKENS[:, 1:4]), of_max=1e-5)
+    assert_close(packed[:, 6:8], apply(params, TOKENS[:, 6:8]), of_max=1e-5)
     assert segment_positions(jnp.asarray(mask), jnp.asarray(segments)).tolist() == [[0, 0, 1, 2, 0, 0, 0, 1]]

@@ -15,7 +15,8 @@ from pgjax.learning import reward_learning, supervised
 from pgjax.learning.optimizer import init_state
 from pgjax.models.reward_model import reward_model
 from pgjax.parallel.sharding import batch_sharding, init_sharded, make_mesh, param_shardings, place
-from tests.sharded import (
+from tests.compare import assert_close
+from tests.ppo_on_mesh import (
     LAYOUTS,
     NEW,
     OPTIMIZER,
@@ -25,7 +26,6 @@ from tests.sharded import (
     host_params,
     learned,
     placed,
-    same,
     tiny_lm,
     update,
 )
@@ -53,8 +53,8 @@ def test_samples_and_scores_are_the_same_on_every_layout(axes):
     for kind in ("greedy", "rollout"):
         assert np.array_equal(found[kind].tokens, expected[kind].tokens)
         assert np.array_equal(found[kind].mask, expected[kind].mask)
-        same(found[kind].logprobs, expected[kind].logprobs, 1e-5)
-    same(found["scored"], expected["scored"], 1e-5)
+        assert_close(found[kind].logprobs, expected[kind].logprobs, of_max=1e-5)
+    assert_close(found["scored"], expected["scored"], of_max=1e-5)
 
 
 @pytest.mark.parametrize(("name", "axes"), [*(("llama", axes) for axes in LAYOUTS), ("gpt2", LAYOUTS[-1])], ids=str)
@@ -65,11 +65,11 @@ def test_updates_are_the_same_on_every_layout_and_keep_it(name, axes, caplog):
         with jax.log_compiles(), caplog.at_level(logging.WARNING):
             update(lm, found.pop("state"), 1)
         assert not [message for message in caplog.messages if "update" in message]
-    same(found["losses"], expected["losses"], 1e-5)
+    assert_close(found["losses"], expected["losses"], of_max=1e-5)
     # After one update Adam's first moment is a tenth of the gradient.
     gradient, wanted = (without_key_bias(x["first"].opt_state[1][0].mu) for x in (found, expected))
-    same(gradient, wanted, 1e-5)
-    same(without_key_bias(found["second"].params), without_key_bias(expected["second"].params), 1e-3)
+    assert_close(gradient, wanted, of_max=1e-5)
+    assert_close(without_key_bias(found["second"].params), without_key_bias(expected["second"].params), of_max=1e-3)
     assert found["layout"] == param_shardings(make_mesh(**axes), found["second"])
 
 
@@ -125,14 +125,14 @@ def test_fine_tuning_and_reward_models_are_the_same_on_a_mesh():
             found = learn(model, params)
         layout = param_shardings(make_mesh(**axes), found["params"])
         assert jax.tree.map(lambda x: x.sharding, found["params"]) == layout
-        same(found.pop("params"), expected.pop("params"), 1e-3)
-        same(found, expected, 1e-4)
+        assert_close(found.pop("params"), expected.pop("params"), of_max=1e-3)
+        assert_close(found, expected, of_max=1e-4)
 
 
 def test_parameters_and_moments_are_born_where_they_belong():
     lm, mesh = tiny_lm("qwen3"), make_mesh(data=1, fsdp=2, tensor=2)
     params = init_sharded(lm.init, jax.random.key(0), mesh=mesh)
-    same(params, jax.jit(lm.init)(jax.random.key(0)), 1e-5)
+    assert_close(params, jax.jit(lm.init)(jax.random.key(0)), of_max=1e-5)
     state = init_state(params, OPTIMIZER)
     assert jax.tree.map(lambda x: x.sharding, state) == param_shardings(mesh, state)
     parts = jax.tree_util.tree_map_with_path(

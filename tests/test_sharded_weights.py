@@ -26,9 +26,9 @@ from pgjax.models.io.load import laid_out
 from pgjax.models.io.save import named_tensors, write_folder
 from pgjax.models.io.tensors import read_params, safetensors_of
 from pgjax.parallel.sharding import make_mesh, param_shardings
-from tests.compiling import xla_flags
+from tests.compare import assert_same_bits
+from tests.compile_options import xla_flags
 from tests.test_gguf import Q, write
-from tests.tiny import equal
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDENS = ROOT / "tests" / "goldens"
@@ -73,7 +73,7 @@ def test_no_bit_changes_on_the_way_in_and_out_of_a_mesh(model, axes, tmp_path):
     load, save = both_ways(model)
     mesh = make_mesh(**MESHES[axes])
     bundle, params, _ = load(GOLDENS / model, mesh=mesh)
-    assert equal(params, load(GOLDENS / model)[1])
+    assert_same_bits(params, load(GOLDENS / model)[1])
     assert all(
         jax.tree.leaves(
             jax.tree.map(lambda leaf, layout: leaf.sharding == layout, params, param_shardings(mesh, params))
@@ -92,7 +92,7 @@ def test_each_number_is_read_once_however_many_devices_hold_it(model, axes):
     boxes = collections.defaultdict(list)
     shapes = laid_out(make_mesh(**MESHES[axes]), jax.eval_shape(lm.init, jax.random.key(0)))
     params = read_params(lm.arch, shapes, counting(safetensors_of(GOLDENS / model), boxes))
-    assert equal(params, plain)
+    assert_same_bits(params, plain)
     assert sum(numbers(box) for read in boxes.values() for box in read) == sum(
         leaf.size for leaf in jax.tree.leaves(plain)
     )
@@ -122,7 +122,7 @@ def test_layers_that_no_device_wants_are_not_read():
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, split))
 
     shapes = jax.tree_util.tree_map_with_path(by_layer, jax.eval_shape(lm.init, jax.random.key(0)))
-    assert equal(read_params(lm.arch, shapes, counting(safetensors_of(GOLDENS / "llama"), boxes)), plain)
+    assert_same_bits(read_params(lm.arch, shapes, counting(safetensors_of(GOLDENS / "llama"), boxes)), plain)
     assert {len(read) for read in boxes.values()} == {1}
 
 
@@ -131,7 +131,7 @@ def test_a_gguf_file_is_the_same_model_on_every_mesh(kind, tmp_path):
     file = write(tmp_path / "model.gguf", kind=kind)
     plain = pg.load(file)[1]
     for axes in MESHES.values():
-        assert equal(pg.load(file, mesh=make_mesh(**axes))[1], plain)
+        assert_same_bits(pg.load(file, mesh=make_mesh(**axes))[1], plain)
 
 
 @pytest.mark.parametrize(("kind", "block"), [(Q.F32, 1), (Q.F16, 1), (Q.BF16, 1), (Q.Q8_0, 32), (Q.Q4_1, 32)])
@@ -197,7 +197,7 @@ def test_a_large_model_becomes_several_files_that_open_on_any_mesh(deep, tmp_pat
         held = load_file(tmp_path / "out" / shard)
         assert {name for name, file in index["weight_map"].items() if file == shard} == held.keys()
         assert sum(value.nbytes for value in held.values()) <= most
-    assert equal(pg.load(tmp_path / "out", mesh=make_mesh(fsdp=2, tensor=2))[1], params)
+    assert_same_bits(pg.load(tmp_path / "out", mesh=make_mesh(fsdp=2, tensor=2))[1], params)
     assert save() == ["model.safetensors"]  # and nothing of the former files is left
     assert len(save(max_shard_bytes=1)) == len(sizes) + 1  # a tensor larger than a file has one to itself
 
@@ -237,7 +237,7 @@ def test_two_processes_read_a_half_each_and_save_one_model(tmp_path):
         pg.save_pretrained(tmp_path / f"other{process}", lm, params, None)
     pair = [
         subprocess.Popen(
-            [sys.executable, ROOT / "tests" / "weights_process.py", str(port), str(process), tmp_path],
+            [sys.executable, ROOT / "tests" / "two_processes_weights.py", str(port), str(process), tmp_path],
             env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for process in range(2)
@@ -275,4 +275,4 @@ def test_two_processes_read_a_half_each_and_save_one_model(tmp_path):
 
 def test_parameters_in_bfloat16_are_rounded_as_without_a_mesh():
     whole = pg.load(GOLDENS / "gpt2", param_dtype=jnp.bfloat16)[1]
-    assert equal(pg.load(GOLDENS / "gpt2", param_dtype=jnp.bfloat16, mesh=make_mesh(fsdp=2, tensor=2))[1], whole)
+    assert_same_bits(pg.load(GOLDENS / "gpt2", param_dtype=jnp.bfloat16, mesh=make_mesh(fsdp=2, tensor=2))[1], whole)

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 import pgjax as pg
 from pgjax.learning.optimizer import accumulate
 from pgjax.parallel.sharding import check_batch, constrain, make_mesh, param_shardings, parse_mesh
-from tests.tiny_model import save_tiny_model
+from tests.tiny_task import save_tiny_model
 
 
 def test_fsdp_splits_every_matrix_over_the_devices(tmp_path):

@@ -13,7 +13,8 @@ from pgjax.models import causal_lm
 from pgjax.models.attention import attention
 from pgjax.models.decode_attention import BLOCK, slot_attention, takes
 from pgjax.parallel.sharding import make_mesh
-from tests.tiny import ARCHITECTURES, close, left_padded
+from tests.compare import assert_close
+from tests.tiny import ARCHITECTURES, left_padded
 
 interpreted = functools.partial(slot_attention, interpret=True)
 
@@ -45,10 +46,10 @@ def plainly(query, keys, values, slots, _):
 )
 def test_it_equals_attention_under_a_mask(heads, kv_heads, length, head_dim, index):
     arguments = case(3, heads, kv_heads, length, head_dim, index)
-    close(interpreted(*arguments), plainly(*arguments), 2e-6)
+    assert_close(interpreted(*arguments), plainly(*arguments), 2e-6)
     half = case(3, heads, kv_heads, length, head_dim, index, jnp.bfloat16)
     exact = plainly(*(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in half))
-    close(interpreted(*half), exact, 0.02)  # scores and sums in float32, weights and result rounded
+    assert_close(interpreted(*half), exact, 0.02)  # scores and sums in float32, weights and result rounded
     assert interpreted(*half).dtype == jnp.bfloat16
 
 
@@ -65,7 +66,7 @@ def test_on_a_mesh_each_device_computes_its_own_rows_and_heads(axes):
     arguments = case(4, 12, 4 if axes != {"tensor": 4} else 2, BLOCK, 16, 20)  # two heads do not split in four
     with jax.set_mesh(make_mesh(**axes)):
         found = jax.jit(interpreted)(*arguments)
-    close(found, plainly(*arguments), 2e-6)
+    assert_close(found, plainly(*arguments), 2e-6)
 
 
 def test_heads_that_it_takes():

@@ -13,7 +13,8 @@ from pgjax.data.examples import Example
 from pgjax.data.packing import Packed, pack
 from pgjax.learning import supervised
 from pgjax.learning.optimizer import Optimizer, init_state
-from tests.tiny import close, tiny_lm, tiny_params
+from tests.compare import assert_close
+from tests.tiny import tiny_lm, tiny_params
 
 
 def examples_of(*lengths: int, seed: int = 0) -> list[Example]:
@@ -86,9 +87,8 @@ def test_the_packed_gradient_is_that_of_the_examples_apart(name, microbatches):
     assert all(x.is_deleted() for x in jax.tree.leaves(given[:2]))  # its memory is the new state's
     expected, gradient = loss_apart(name)
     assert bool(state.healthy) and int(metrics["train/tokens"]) == int(packed.mask.sum())
-    close(metrics["loss/cross_entropy"], expected, 1e-5 * expected)
-    for after, before, wanted in zip(*map(jax.tree.leaves, (state.params, params, gradient)), strict=True):
-        close(before - after, wanted, 1e-4 * max(1.0, float(np.abs(wanted).max())))
+    assert_close(metrics["loss/cross_entropy"], expected, rtol=1e-5)
+    assert_close(jax.tree.map(jnp.subtract, params, state.params), gradient, 5e-5, of_max=5e-5)
 
 
 def test_mean_surprise_counts_tokens_not_rows():

@@ -133,7 +133,9 @@ def test_a_function_gives_rows_and_its_bad_rows_are_named() -> None:
     with pytest.raises(ValueError, match=r"has no function 'no_such_function'"):
         load_rows(f"{__name__}:no_such_function", check_rows)
     for no_rows in ("Path", "__name__", "some_rows"):  # a Path is no list; a name can't be called; this needs one
-        with pytest.raises(ValueError, match=rf"{__name__}:{no_rows}' must be a function without arguments that"):
+        with pytest.raises(
+            ValueError, match=rf"{__name__}:{no_rows}' must be a function without arguments that returns a list of rows"
+        ):
             load_rows(f"{__name__}:{no_rows}", check_rows)
 
 

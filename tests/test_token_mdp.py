@@ -14,8 +14,9 @@ from pgjax.core.advantages import kl_shaped_rewards, monte_carlo_returns
 from pgjax.core.kl import categorical_kl, kl_k1, kl_k2, kl_k3
 from pgjax.core.logprobs import token_entropy
 from pgjax.core.losses import clipped_surrogate_loss, policy_gradient_loss
-from tests import enumeration as lab
-from tests.enumeration import LOGP, LOGQ, PI, REF, close, in_both_precisions
+from tests import expected_gradients as lab
+from tests.compare import assert_close
+from tests.expected_gradients import LOGP, LOGQ, PI, REF, in_both_precisions
 
 
 def test_the_constants_of_the_mdp():
@@ -23,7 +24,7 @@ def test_the_constants_of_the_mdp():
     assert mdp.exact_objective(mdp.REFERENCE) == pytest.approx(0.0986815, abs=1e-7)
     star = REF * np.exp(mdp.REWARD / mdp.BETA)
     star /= star.sum()
-    close(mdp.BEST, star, 1e-14)
+    assert_close(mdp.BEST, star, 1e-14)
     assert star @ (np.log(star) - LOGQ) == pytest.approx(3.34037, abs=1e-5)
     assert star @ (mdp.REWARD - mdp.BETA * (np.log(star) - LOGQ)) == pytest.approx(mdp.OPTIMUM, abs=1e-12)
     gap = mdp.BETA * PI @ (LOGP - np.log(star))  # J* - J(pi) = beta KL(pi || pi*)
@@ -41,15 +42,15 @@ def test_the_exact_gradient_is_that_of_the_exact_objective():
 
 @in_both_precisions
 def test_logprobs_of_the_tables_and_their_gradient(atol):
-    close(lab.logprobs_of(mdp.POLICY)[:, 1:], lab.TOKEN_LOGP, atol)
-    close(lab.logprobs_of(mdp.POLICY)[:, 0], 0, 0)
+    assert_close(lab.logprobs_of(mdp.POLICY)[:, 1:], lab.TOKEN_LOGP, atol)
+    assert_close(lab.logprobs_of(mdp.POLICY)[:, 0], np.zeros(mdp.COUNT))
     weights = np.random.default_rng(6).standard_normal((256, 5))
     pulled = lab.pull(jnp.asarray(mdp.POLICY), jnp.asarray(weights))
-    close(pulled, lab.weighted_scores(weights[:, 1:]), 10 * atol)
+    assert_close(pulled, lab.weighted_scores(weights[:, 1:]), 10 * atol)
 
 
 def test_logprobs_are_the_laboratorys_own():
-    close(mdp.logprobs(jnp.asarray(mdp.POLICY)), lab.logprobs_of(mdp.POLICY), 1e-6)
+    assert_close(mdp.logprobs(jnp.asarray(mdp.POLICY)), lab.logprobs_of(mdp.POLICY), 1e-6)
 
 
 @in_both_precisions
@@ -83,7 +84,7 @@ def test_entropy_as_a_bonus_drops_what_a_token_does_to_later_entropy(atol):
     np.add.at(total, mdp.PREFIXES, PI[:, None, None] * found[:, :-1])
     p = lab.softmax(mdp.POLICY)
     local = -lab.visits(PI)[:, None] * p * (np.log(p) - (p * np.log(p)).sum(1, keepdims=True))
-    close(total, local, atol)
+    assert_close(total, local, atol)
     assert lab.cosine(local, lab.weighted_scores(-PI * LOGP)) == pytest.approx(0.951, abs=0.001)
 
 

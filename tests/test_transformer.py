@@ -13,7 +13,8 @@ from pgjax.models.attention import attention
 from pgjax.models.causal_lm import causal_lm, decode_params, logits_of
 from pgjax.models.forward import positions_of
 from pgjax.models.transformer import rope_frequencies, rotary_table, rotate
-from tests.tiny import ARCHITECTURES, FAMILIES, LLAMA3_ROPE, close, left_padded, tiny_apply, tiny_lm, tiny_params
+from tests.compare import assert_close
+from tests.tiny import ARCHITECTURES, FAMILIES, LLAMA3_ROPE, left_padded, tiny_apply, tiny_lm, tiny_params
 
 RNG = np.random.default_rng(0)
 
@@ -36,7 +37,7 @@ def test_left_padding_and_the_garbage_in_it_change_nothing(name):
         shifted[row, :length] = TOKENS[row, 7 - length :]
     unpadded = np.asarray(apply(params, shifted, np.ones_like(MASK)))
     for row, length in enumerate(LENGTHS):
-        close(logits[row, 7 - length :], unpadded[row, :length], tolerance)
+        assert_close(logits[row, 7 - length :], unpadded[row, :length], tolerance)
     without_mask = np.asarray(apply(params, TOKENS, np.ones_like(MASK)))
     assert np.abs(without_mask - logits)[1, -1].max() > 100 * tolerance  # so the above can fail
 
@@ -88,7 +89,7 @@ def test_gradients_are_finite_even_at_padding_and_ignore_what_is_under_it():
     everywhere = jax.tree.leaves(run(params, TOKENS, np.ones_like(MASK)))
     assert all(np.isfinite(x).all() and np.abs(x).max() > 0 for x in everywhere)
     real = MASK & np.array([[True], [True], [False]])
-    jax.tree.map(lambda x, y: close(x, y, 1e-5), run(params, TOKENS, real), run(params, OTHER, real))
+    assert_close(run(params, TOKENS, real), run(params, OTHER, real), 1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -96,7 +97,7 @@ def test_bfloat16_runs_under_strict_promotion_and_is_near_float32(name):
     params = tiny_params(name)
     logits, expected = (tiny_apply(name, dtype)(params, TOKENS, MASK) for dtype in ("bfloat16", "float32"))
     assert logits.dtype == jnp.float32
-    close(logits, expected, 0.05 * np.abs(expected).max())
+    assert_close(logits, expected, of_max=0.05)
     shape = jax.eval_shape(tiny_lm(name, "bfloat16").hidden, params, TOKENS, MASK)
     assert shape.dtype == jnp.bfloat16
     gradient = jax.eval_shape(jax.grad(lambda p: tiny_lm(name, "bfloat16").apply(p, TOKENS, MASK).std()), params)
@@ -108,7 +109,7 @@ def test_bfloat16_runs_under_strict_promotion_and_is_near_float32(name):
 def test_remat_keeps_loss_and_gradient_and_saves_less_for_the_backward_pass():
     params = tiny_params("qwen3")
     (plain, loss), (remat, remat_loss) = gradient_of(), gradient_of("remat")
-    jax.tree.map(lambda x, y: close(x, y, 1e-5), plain(params, TOKENS, MASK), remat(params, TOKENS, MASK))
+    assert_close(plain(params, TOKENS, MASK), remat(params, TOKENS, MASK), 1e-5)
 
     def saved(f):  # beside the parameters, which every backward pass reads
         kept = jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(f, p, TOKENS, MASK)[1], params))
@@ -133,8 +134,8 @@ def test_grouped_queries_equal_repeated_heads_and_plain_numpy(kv_heads):
     key, value = RNG.standard_normal((2, 2, kv_heads, 5, 8)).astype(np.float32)
     mask = np.array([[[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], [[0, 0, 1, 0, 0]] * 3], bool)
     out = attention(query, key, value, mask)
-    close(out, numpy_attention(query, key, value, mask), 1e-5)
-    close(out, attention(query, *(x.repeat(4 // kv_heads, axis=1) for x in (key, value)), mask), 1e-6)
+    assert_close(out, numpy_attention(query, key, value, mask), 1e-5)
+    assert_close(out, attention(query, *(x.repeat(4 // kv_heads, axis=1) for x in (key, value)), mask), 1e-6)
 
 
 def llama3_frequency(rope, frequency):
@@ -168,8 +169,8 @@ def test_rotary_products_depend_on_distance_alone():
         turned = (rotate(jnp.asarray(x), rotary_table(rope, 8, jnp.full((1, 1), p))) for x, p in ((query, m), (key, n)))
         return jnp.vdot(*turned)
 
-    close(product(40, 38), product(3, 1), 1e-4)
-    close(product(2, 0), product(3, 1), 1e-4)
+    assert_close(product(40, 38), product(3, 1), 1e-4)
+    assert_close(product(2, 0), product(3, 1), 1e-4)
     assert abs(product(3, 1) - product(1, 3)) > 0.01
     pair = jnp.zeros((1, 1, 1, 8)).at[..., 1].set(1.0)  # its partner stands half a head away: rotate-half
     turned = rotate(pair, rotary_table(rope, 8, jnp.array([[5]])))[0, 0, 0]
@@ -251,4 +252,4 @@ def test_cached_decode_equals_teacher_forcing(name):
         stepwise.append(states)
     cached = logits_of(jnp.stack(stepwise, 1), lm.unembedding(params))
     forced = np.asarray(tiny_apply(name)(params, tokens, mask))[:, start - 1 :]
-    close(cached, forced, 1e-5 * np.abs(forced).max())
+    assert_close(cached, forced, of_max=1e-5)

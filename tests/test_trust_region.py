@@ -17,7 +17,8 @@ from pgjax.core.logprobs import token_frame, token_logprobs
 from pgjax.core.losses import clipped_surrogate_loss
 from pgjax.core.masking import masked_mean
 from pgjax.core.trust_region import trust_region_step
-from tests.tiny_policy import MASK, draw, fisher_matrix, logits_of, product, same, same_bits, step, surrogate
+from tests.compare import assert_close, assert_same_bits
+from tests.tanh_policy import MASK, draw, fisher_matrix, logits_of, product, step, surrogate
 
 
 @functools.partial(jax.jit, static_argnames=("cg_iterations", "backtracks"))
@@ -95,7 +96,7 @@ def test_the_line_search_shortens_as_often_as_it_must():
         np.testing.assert_allclose(info["expected_improvement"], 2 * moved[0], rtol=1e-5)  # -gradient . step
         moved, info = fenced_step(0.3 * free[0], shrink, needed - 1)
         assert info["accepted"] == 0 and info["backtracks"] == needed - 1
-        same_bits(moved, START)
+        assert_same_bits(moved, START)
 
 
 def test_a_step_too_long_for_the_kl_is_shortened():
@@ -122,7 +123,7 @@ def test_a_step_too_long_for_the_kl_is_shortened():
 )
 def test_where_nothing_helps_the_parameters_keep_their_bits(loss_fn):
     moved, info = jax.jit(lambda row: row_step(loss_fn, row))(START)
-    same_bits(moved, START)
+    assert_same_bits(moved, START)
     assert info["accepted"] == 0 and info["step_scale"] == 0 and info["kl"] == 0 and info["expected_improvement"] == 0
     np.testing.assert_array_equal(info["loss_after"], info["loss_before"])
 
@@ -199,14 +200,16 @@ def test_devices_take_the_step_of_the_whole_batch(name):
     found, known = TRANSFORMS[name]()(params, vector, batch), both(params, vector, batch)
     # What conjugate gradients leave over is rounding, which no two programs share.
     assert max(of_step[1].pop("cg_residual") for _, of_step in (found, known)) < 1e-4
-    same(found, known, rtol=1e-3, atol=1e-5)
+    assert_close(found, known, rtol=1e-3, atol=1e-5)
 
 
 def test_many_problems_at_once_are_each_one():
     moved, info = steps(*PROBLEMS, 0.01, damping=0.1)
     for i in range(3):
         params, batch = jax.tree.map(lambda x, i=i: x[i], PROBLEMS)
-        same((jax.tree.map(lambda x, i=i: x[i], (moved, info))), step(params, batch, damping=0.1), rtol=1e-3, atol=1e-5)
+        assert_close(
+            (jax.tree.map(lambda x, i=i: x[i], (moved, info))), step(params, batch, damping=0.1), rtol=1e-3, atol=1e-5
+        )
 
 
 REF = np.pad(mdp.REF_LOGPROBS, ((0, 0), (1, 0))).astype(np.float32)

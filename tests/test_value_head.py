@@ -9,7 +9,8 @@ from pgjax.core.advantages import monte_carlo_returns
 from pgjax.core.logprobs import token_logprobs
 from pgjax.core.losses import clipped_surrogate_loss, policy_gradient_loss, value_loss
 from pgjax.models.heads import init_value_head, token_values
-from tests.tiny import close, left_padded, tiny_lm, tiny_params
+from tests.compare import assert_close
+from tests.tiny import left_padded, tiny_lm, tiny_params
 
 TOKENS, MASK = left_padded((6, 4, 3), 6)
 SAMPLED = MASK & (np.arange(6) >= 4)
@@ -33,10 +34,10 @@ def test_the_head_starts_at_zero_and_the_value_loss_first_moves_the_head_alone()
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     (value, values), (of_hidden, of_head) = run(HIDDEN, head)
     assert (values == 0).all() and (of_hidden == 0).all()
-    close(value, 0.5 * np.square(RETURNS)[SAMPLED].mean(), 1e-6)
-    close(of_head["bias"], -RETURNS[SAMPLED].mean(), 1e-6)
+    assert_close(value, 0.5 * np.square(RETURNS)[SAMPLED].mean(), 1e-6)
+    assert_close(of_head["bias"], -RETURNS[SAMPLED].mean(), 1e-6)
     before = np.where(SAMPLED, RETURNS, 0)[:, 1:, None] * HIDDEN[:, :-1]  # the state that chose the token
-    close(of_head["kernel"], -before.sum((0, 1)) / SAMPLED.sum(), 1e-5)
+    assert_close(of_head["kernel"], -before.sum((0, 1)) / SAMPLED.sum(), 1e-5)
     (_, _), (of_hidden, _) = run(HIDDEN, HEAD)
     assert (np.abs(of_hidden).max(-1) > 0).tolist() == np.roll(SAMPLED, -1, axis=1).tolist()
 
@@ -57,7 +58,7 @@ def test_a_value_is_read_before_its_token():
 def test_values_are_float32_from_bfloat16_states():
     values = token_values(HEAD, jnp.asarray(HIDDEN, jnp.bfloat16))
     assert values.dtype == jnp.float32
-    close(values, token_values(HEAD, HIDDEN), 0.05)
+    assert_close(values, token_values(HEAD, HIDDEN), 0.05)
 
 
 def test_states_that_are_not_finite_stay_at_their_place():

@@ -62,17 +62,20 @@ def tiny_lm(name: str, dtype: str = "float32", remat: bool = False) -> CausalLM:
     return _lm(name, dtype, remat)
 
 
-@functools.cache
-def tiny_params(name: str) -> Params:
-    """Parameters with noise on every leaf, norms and biases too, large enough for logits that differ by whole nats."""
-    shapes = jax.eval_shape(tiny_lm(name).init, jax.random.key(0))
+def noise_on_every_leaf(lm: CausalLM) -> Params:
+    """Parameters on the host, norms and biases random too, large enough for logits that differ by whole nats."""
     rng = np.random.default_rng(1)
 
-    def draw(path, leaf) -> jax.Array:
-        noise = 0.4 * rng.standard_normal(leaf.shape) + (path[-1].key == "scale")
-        return jnp.asarray(noise, leaf.dtype)
+    def draw(path, leaf) -> np.ndarray:
+        return (0.4 * rng.standard_normal(leaf.shape) + (path[-1].key == "scale")).astype(leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(lm.init, jax.random.key(0)))
+
+
+@functools.cache
+def tiny_params(name: str) -> Params:
+    """The parameters of a tiny model on the first device, the same arrays at every call."""
+    return jax.tree.map(jnp.asarray, noise_on_every_leaf(tiny_lm(name)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -92,18 +95,3 @@ def left_padded(lengths, width: int, *, vocab: int = 23, seed: int = 0) -> tuple
     for row, length in enumerate(lengths):
         tokens[row, width - length :] = np.random.default_rng([seed, row, length]).integers(0, vocab, length)
     return tokens.astype(np.int32), mask
-
-
-def close(actual, expected, tolerance: float) -> None:
-    """Assert that the largest difference is within the tolerance, NaN being outside of any."""
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape
-    worst = np.abs(actual - expected).max()
-    assert worst <= tolerance, f"off by {worst}, allowed {tolerance}"
-
-
-def equal(a, b):
-    """Say whether two trees are the same to the bit."""
-    return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(
-        jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(np.asarray(x), np.asarray(y)), a, b)
-    )

@@ -1,5 +1,6 @@
 """Batches of rows by step number, and the split into training and held-out rows."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,24 @@ def batches(
         return [found[index] for index in asked]
 
     return steps.map(dealt)
+
+
+def steps_of(epochs: float, rows: int, batch_size: int) -> int:
+    """Count the updates of some passes over the rows: rounded up, so that no row is left out, and at least 1.
+
+    Args:
+      epochs: passes; need not be whole.
+      rows: how many there are.
+      batch_size: rows of an update.
+
+    Returns:
+      ceil(epochs * rows / batch_size).
+
+    Example:
+      >>> steps_of(2, 96, 8), steps_of(1, 9, 8), steps_of(0.1, 30, 3), steps_of(0.01, 8, 8)
+      (24, 2, 1, 1)
+    """
+    return max(1, math.ceil(round(epochs * rows / batch_size, 9)))  # 0.1 * 30 is 3.0000000000000004
 
 
 def split_rows(rows: Sequence[Any], held_out: int, seed: int) -> tuple[list[Any], list[Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pgjax.core.checks import check_whole
@@ -98,6 +98,24 @@ def check_examples(placed: Placed) -> list[tuple[str, Row]]:
             _check_completion(place, values["prompt"], values["completion"])
         checked.append((place, values))
     return checked
+
+
+def texts_of(placed: Placed) -> Iterator[str]:
+    """Give all texts of examples, of every kind.
+
+    Args:
+      placed: rows of `check_examples`.
+
+    Yields:
+      A text for each column, or for each message of one.
+
+    Example:
+      >>> list(texts_of([("line 1", {"prompt": [{"role": "user", "content": "Hello"}], "completion": "Hi"})]))
+      ['Hello', 'Hi']
+    """
+    for _, row in placed:
+        for value in row.values():
+            yield from [value] if isinstance(value, str) else (message["content"] for message in value)
 
 
 def encode_examples(

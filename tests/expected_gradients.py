@@ -39,11 +39,6 @@ def in_both_precisions(test):
     return pytest.mark.parametrize("atol", precisions)(run)
 
 
-def close(found, known, atol, name=""):
-    """Hold two arrays together entry by entry."""
-    np.testing.assert_allclose(found, known, rtol=0, atol=atol, err_msg=name)
-
-
 def cosine(x, y):
     """Compute the cosine of the angle between two arrays."""
     x, y = np.ravel(x), np.ravel(y)

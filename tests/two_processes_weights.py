@@ -1,4 +1,4 @@
-"""One of two processes that load and save a model together: python tests/weights_process.py PORT PROCESS FOLDER."""
+"""One of two processes that load and save a model together: python tests/two_processes_weights.py PORT PROCESS FOLDER."""
 
 import json
 import sys

@@ -73,13 +73,3 @@ def fisher_matrix(params, batch, mask):
         scores = (np.eye(VOCAB) - p) @ jacobian[row, token - 1]
         total += np.einsum("a,ai,aj->ij", p, scores, scores)
     return total / mask.sum()
-
-
-def same(found, expected, rtol=2e-5, atol=2e-6):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), found, expected)
-
-
-def same_bits(found, expected):
-    jax.tree.map(
-        lambda x, y: np.testing.assert_array_equal(np.asarray(x).view(np.int32), y.view(np.int32)), found, expected
-    )

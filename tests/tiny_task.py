@@ -1,6 +1,7 @@
-"""A tiny Llama with a byte-level tokenizer, saved in Hugging Face layout: what the script tests train."""
+"""What scripts train on: the tiny Llama, saved with a byte-level tokenizer in Hugging Face layout, rows of text, and a reward."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import pgjax as pg
+from tests.tiny import ARCHITECTURES
 
+EARLY_LETTERS = "tests.tiny_task:early_letters"  # as a flag names it
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
 
 
@@ -22,27 +25,10 @@ def save_tiny_model(folder: Path, *, max_positions: int = 64, unused_ids: int = 
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
     fast.chat_template = TEMPLATE
-    arch = pg.Architecture(
-        family="llama",
-        vocab_size=len(vocab) + unused_ids,
-        width=16,
-        depth=2,
-        heads=2,
-        kv_heads=1,
-        head_dim=8,
-        mlp_width=32,
-        max_positions=max_positions,
-        activation="silu",
-        norm="rms",
-        norm_eps=1e-5,
-        rope=pg.Rope(theta=10000.0),
-        gated_mlp=True,
-        qkv_bias=False,
-        out_bias=False,
-        mlp_bias=False,
-        qk_norm=False,
-        tied=True,
-    )
+    arch = dataclasses.replace(
+        ARCHITECTURES["llama"], vocab_size=len(vocab) + unused_ids, max_positions=max_positions,
+        heads=2, kv_heads=1, head_dim=8,
+    )  # fmt: skip
     lm = pg.causal_lm(arch)
     pg.save_pretrained(folder, lm, lm.init(jax.random.key(0)), fast)
     return folder
@@ -75,3 +61,8 @@ def other_letters(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast
     other = copy.deepcopy(tokenizer)
     other._tokenizer = Tokenizer.from_str(json.dumps(spec))
     return other
+
+
+def early_letters(prompts, completions, **columns) -> list[float]:
+    """A black box that random letters score differently in: the share of characters before m."""
+    return [sum(letter < "m" for letter in text) / max(len(text), 1) for text in completions]

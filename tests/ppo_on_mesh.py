@@ -1,4 +1,4 @@
-"""The programs of PPO on a tiny model, anywhere: what the tests of sharded programs hold against each other."""
+"""The programs of PPO on a tiny model, on one device or on a mesh: what the tests of sharded programs compare."""
 
 import contextlib
 import dataclasses
@@ -13,7 +13,7 @@ from pgjax.learning import programs
 from pgjax.learning.optimizer import adamw, init_state
 from pgjax.learning.policy_loss import Batch
 from pgjax.parallel.sharding import make_mesh, param_shardings, place
-from tests.tiny import ARCHITECTURES, left_padded
+from tests.tiny import ARCHITECTURES, left_padded, noise_on_every_leaf
 
 LAYOUTS = (
     {"data": 4},
@@ -34,14 +34,9 @@ def tiny_lm(name: str) -> pg.CausalLM:
 
 def host_params(lm: pg.CausalLM) -> dict:
     """Parameters on the host, every leaf with noise: {"lm", "value"}."""
-    rng = np.random.default_rng(1)
-
-    def draw(path, leaf) -> np.ndarray:
-        return (0.4 * rng.standard_normal(leaf.shape) + (path[-1].key == "scale")).astype(leaf.dtype)
-
-    params = jax.tree_util.tree_map_with_path(draw, jax.eval_shape(lm.init, jax.random.key(0)))
+    rng = np.random.default_rng(2)
     head = {"kernel": rng.standard_normal(lm.arch.width).astype(np.float32), "bias": np.float32(0.1)}
-    return {"lm": params, "value": head}
+    return {"lm": noise_on_every_leaf(lm), "value": head}
 
 
 @contextlib.contextmanager
@@ -103,14 +98,3 @@ def learned(lm: pg.CausalLM, params) -> dict:
     state, _ = update(lm, state, 1)
     assert jax.tree.map(lambda x: x.sharding, state) == layout
     return found | {"second": jax.device_get(state), "state": state, "layout": layout}
-
-
-def same(found, expected, tolerance: float) -> None:
-    """Assert that every leaf is as close as `tolerance`, in units of that leaf's largest entry."""
-
-    def check(path, x, y) -> None:
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        worst = np.abs(x - y).max(initial=0) / max(np.abs(y).max(initial=0), 1e-6)
-        assert x.shape == y.shape and worst <= tolerance, f"{jax.tree_util.keystr(path)} is off by {worst}"
-
-    jax.tree_util.tree_map_with_path(check, found, expected)

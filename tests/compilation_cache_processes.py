@@ -1,6 +1,6 @@
 """Three processes that train alike: one without a folder for compiled programs, two with the same.
 
-    python -m tests.cache_process FOLDER
+    python -m tests.compilation_cache_processes FOLDER
 
 What they import is imported once, before they are forked; nothing of jax has run by then.
 """
@@ -17,7 +17,7 @@ import jax
 from experiments import ppo
 from pgjax.run.peaks import Peaks
 from tests import kill_campaign
-from tests.tiny_model import save_tiny_model
+from tests.tiny_task import save_tiny_model
 
 NAMES = ("without", "writes", "reads")
 EVENTS = ("compile_requests_use_cache", "cache_misses", "cache_hits")
