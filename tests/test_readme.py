@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.tiny_model import save_tiny_model
+from tests.tiny_task import save_tiny_model
 
 import pgjax as pg
 from pgjax.rollout.rewards import check_reward
