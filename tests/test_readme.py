@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.tiny_task import save_tiny_model
 
 import pgjax as pg
 from pgjax.rollout.rewards import check_reward
+from tests.tiny_task import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
