@@ -46,7 +46,7 @@ from pgjax.run.checkpoint.resume import From
 from pgjax.run.checks import at_least_one, require
 from pgjax.run.devices import MACHINE, Flags, first_of_all, on_devices
 from pgjax.run.exits import plain_errors
-from pgjax.run.stages import Done, put_aside, run_stage
+from pgjax.run.stages import Done, move_aside, run_stage
 
 Stage = Literal["sft", "pairs", "reward_model", "ppo"]
 STAGES: tuple[Stage, ...] = ("sft", "pairs", "reward_model", "ppo")
@@ -136,7 +136,7 @@ def run(config: Config) -> dict[str, float]:
     for name, made_from in MADE_FROM.items():
         if name == config.from_stage:  # not before: what comes first may be refused, and then nothing has moved
             later = [folders[other] for other in STAGES[STAGES.index(name) :]]
-            for moved in processes.on_process_0(functools.partial(put_aside, later)):
+            for moved in processes.on_process_0(functools.partial(move_aside, later)):
                 print(f"moved the old stage to {moved}")
         if name == "pairs" and config.pairs is not None:
             print(f"pairs: those of {config.pairs}")

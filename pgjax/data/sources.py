@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -109,11 +111,18 @@ def _needs_nothing(function: Callable[..., Any]) -> bool:
 
 
 def _is_module(name: str) -> bool:
-    """Say whether a dotted name is that of an existing module; "org/name", "imdb" and a folder are data sets."""
-    if not all(part.isidentifier() for part in name.split(".")):
+    """Say whether a dotted name is that of an existing module; "org/name", "imdb" and a folder are data sets.
+
+    Nothing is imported for that, as `importlib.util.find_spec` would import the packages that the module is in.
+    """
+    parts = name.split(".")
+    if not all(part.isidentifier() for part in parts):
         return False
-    try:
-        found = importlib.util.find_spec(name)
-    except ImportError:  # the parent of a dotted name does not exist
-        return False
+    if name in sys.modules:
+        return True
+    found = importlib.util.find_spec(parts[0]) if parts[0] not in sys.modules else sys.modules[parts[0]].__spec__
+    for end in range(2, len(parts) + 1):
+        if found is None or found.submodule_search_locations is None:
+            return False
+        found = importlib.machinery.PathFinder.find_spec(".".join(parts[:end]), list(found.submodule_search_locations))
     return found is not None and found.origin is not None  # a plain folder is found too, without an origin

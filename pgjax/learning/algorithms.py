@@ -14,8 +14,11 @@ from typing import NamedTuple
 import jax
 
 from pgjax.core.advantages import group_advantages, leave_one_out_baseline, monte_carlo_returns
+from pgjax.core.errors import UserError
 from pgjax.core.losses import clipped_surrogate_loss, policy_gradient_loss
 from pgjax.core.masking import masked_whiten, where_mask
+
+REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum")  # of a loss over tokens
 
 
 class Experience(NamedTuple):
@@ -71,6 +74,38 @@ class Algorithm(NamedTuple):
     value_clip_eps: float | None = None  # range of the value around its old one; None: no clipping
     clip_range: tuple[float, float] = (math.inf, math.inf)  # below and above 1: what the clip fraction counts
     on_policy: bool = False  # the loss holds for the policy that sampled alone: one update a rollout
+
+
+def check_algorithm(algorithm: Algorithm) -> None:
+    """Refuse an algorithm whose numbers cannot work.
+
+    Args:
+        algorithm: any.
+
+    Raises:
+        UserError: with the field, its value and its range.
+
+    Example:
+        >>> check_algorithm(reinforce(kl_coef=-1.0))
+        Traceback (most recent call last):
+        pgjax.UserError: kl_coef must be finite and at least 0, got -1.0
+    """
+    if algorithm.reduce not in REDUCTIONS:
+        raise UserError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {algorithm.reduce!r}")
+    for name in ("value_coef", "kl_coef", "kl_loss_coef", "entropy_coef"):
+        number = getattr(algorithm, name)
+        if not 0 <= number < math.inf:
+            raise UserError(f"{name} must be finite and at least 0, got {number}")
+    if not 0 < algorithm.discount <= 1:
+        raise UserError(f"discount must be above 0 and at most 1, got {algorithm.discount}")
+    if algorithm.value_clip_eps is not None and not 0 < algorithm.value_clip_eps < math.inf:
+        raise UserError(f"value_clip_eps must be above 0, got {algorithm.value_clip_eps}")
+    if algorithm.group_size < 1:
+        raise UserError(f"group_size must be at least 1, got {algorithm.group_size}")
+    if algorithm.group_size > 1 and algorithm.discount != 1:
+        raise UserError(
+            f"groups of {algorithm.group_size} compare whole sequences: leave discount at 1, got {algorithm.discount}"
+        )
 
 
 def value_advantages(experience: Experience, *, whiten: bool = True) -> jax.Array:
@@ -311,11 +346,16 @@ def _of_others(x: jax.Array, group_size: int) -> jax.Array:
 
 def _group(size: int) -> int:
     if size < 2:
-        raise ValueError(f"completions of one prompt are compared: group_size must be at least 2, got {size}")
+        raise UserError(f"completions of one prompt are compared: group_size must be at least 2, got {size}")
     return size
 
 
 def _clipped(clip_eps: float, clip_eps_high: float | None, dual_clip: float | None) -> dict:
+    for name, eps in {"clip_eps": clip_eps, "clip_eps_high": clip_eps_high}.items():
+        if eps is not None and not eps >= 0:
+            raise UserError(f"{name} must be at least 0, got {eps}")
+    if dual_clip is not None and not 1 < dual_clip < math.inf:
+        raise UserError(f"dual_clip must be above 1, got {dual_clip} (None sets no bound)")
     loss = functools.partial(clipped_token_loss, clip_eps=clip_eps, clip_eps_high=clip_eps_high, dual_clip=dual_clip)
     return {"token_loss": loss, "clip_range": (clip_eps, clip_eps if clip_eps_high is None else clip_eps_high)}
 

@@ -16,7 +16,7 @@ from pgjax.core.checks import check_number, check_whole
 from pgjax.core.errors import UserError
 from pgjax.learning import optimizer as updates
 from pgjax.learning import programs
-from pgjax.learning.algorithms import Algorithm
+from pgjax.learning.algorithms import Algorithm, check_algorithm
 from pgjax.learning.optimizer import Metrics, TrainState
 from pgjax.models.causal_lm import CausalLM, Params
 from pgjax.models.heads import init_value_head
@@ -114,7 +114,8 @@ def iteration(
     filtered = any(x is not None for x in (top_k, top_p, min_p))
     once = epochs * minibatches == 1
     plain = not filtered and importance_cap is None  # the sampler draws from the policy itself
-    _check(algorithm, epochs, reference, kl_target, plain or teacher_force is not False)
+    check_options(algorithm, epochs, kl_target, plain=plain, teacher_force=teacher_force)
+    _check_reference(algorithm, reference)
     sampler_knows = plain and once if teacher_force is None else not teacher_force
     group, window, whole = algorithm.group_size, max_new_tokens + 1, replicated(mesh)
     base = None if frozen is None else {"lm": frozen}
@@ -214,22 +215,43 @@ def _averaged(taken: list[Metrics]) -> Metrics:
     return jax.tree.map(lambda *x: jnp.mean(jnp.stack(x).astype(jnp.float32)), *taken)
 
 
-def _check(
-    algorithm: Algorithm, epochs: int, reference: Params | None, kl_target: float | None, knows_policy: bool
+def check_options(
+    algorithm: Algorithm, epochs: int, kl_target: float | None, *, plain: bool, teacher_force: bool | None
 ) -> None:
-    """Refuse options that do not go together."""
+    """Refuse options of `iteration` that do not go together.
+
+    Args:
+        algorithm: what learns.
+        epochs: passes over an iteration's completions.
+        kl_target: nats a sequence, or None.
+        plain: whether the sampler draws from the policy itself, without filters or an importance cap.
+        teacher_force: as of `iteration`.
+
+    Raises:
+        UserError: with the values.
+
+    Example:
+        >>> import pgjax as pg
+        >>> check_options(pg.rloo(), 2, None, plain=True, teacher_force=None)
+        Traceback (most recent call last):
+        pgjax.UserError: epochs=2 would learn from samples of an older policy as if they were the present one's: ...
+    """
+    check_algorithm(algorithm)
     if algorithm.on_policy and epochs > 1:
         raise UserError(
             f"epochs={epochs} would learn from samples of an older policy as if they were the present one's: the loss of "
             "this algorithm holds for one update a rollout; leave epochs at 1, or choose one with a clipped ratio"
         )
+    if kl_target is not None and not algorithm.kl_coef > 0:
+        raise UserError(f"kl_target={kl_target} adapts kl_coef by factors: it must start above 0")
+    if teacher_force is False and not plain:
+        raise UserError(
+            "teacher_force=False takes the sampler's log-probabilities for the policy's, but top_k, top_p, min_p and "
+            "importance_cap make them differ: leave it out"
+        )
+
+
+def _check_reference(algorithm: Algorithm, reference: Params | None) -> None:
     for name, coef in {"kl_coef": algorithm.kl_coef, "kl_loss_coef": algorithm.kl_loss_coef}.items():
         if coef != 0 and reference is None:
             raise UserError(f"{name}={coef} penalises the KL to a reference: give its parameters, or {name}=0")
-    if kl_target is not None and not algorithm.kl_coef > 0:
-        raise UserError(f"kl_target={kl_target} adapts kl_coef by factors: it must start above 0")
-    if not knows_policy:
-        raise UserError(
-            "teacher_force=False takes the sampler's log-probabilities for the policy's, and top_k, top_p, min_p and "
-            "importance_cap make them differ"
-        )

@@ -14,7 +14,7 @@ from pgjax.core.checks import check_whole
 from pgjax.core.kl import adaptive_kl_coef, kl_k1
 from pgjax.core.logprobs import token_entropy, token_logprobs
 from pgjax.core.masking import masked_mean, where_mask
-from pgjax.learning.algorithms import Algorithm, Batch, Experience
+from pgjax.learning.algorithms import Algorithm, Batch, Experience, check_algorithm
 from pgjax.learning.optimizer import Metrics, TrainState, Transformation, accumulate, apply_gradient
 from pgjax.learning.policy_loss import policy_loss, token_weights
 from pgjax.models.causal_lm import CausalLM, logits_of
@@ -170,7 +170,7 @@ def experience(
         The batch to learn from, the coefficient for the next one, and metrics over all sequences.
 
     Raises:
-        ValueError: a discount below 1 with groups, which compare whole sequences.
+        UserError: as `check_algorithm`, such as a discount below 1 with groups, which compare whole sequences.
 
     >>> import pgjax as pg
     >>> mask = jnp.array([[False, True, True]])
@@ -181,10 +181,7 @@ def experience(
     >>> batch.returns.tolist()
     [[0.0, 2.0, 2.0]]
     """
-    if algorithm.group_size > 1 and algorithm.discount != 1:
-        raise ValueError(
-            f"groups of {algorithm.group_size} compare whole sequences: discount must be 1, got {algorithm.discount}"
-        )
+    check_algorithm(algorithm)
     mask = rollout.mask[:, -policy.values.shape[1] :]
     kl = jnp.zeros_like(policy.logprobs) if ref_logprobs is None else kl_k1(policy.logprobs, ref_logprobs)
     rewards = kl_shaped_rewards(scores, kl, mask, kl_coef=kl_coef)

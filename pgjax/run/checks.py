@@ -29,8 +29,20 @@ def at_least_one(config: Any, *names: str, of: str = "") -> None:
       Traceback (most recent call last):
       pgjax.UserError: sft.batch_size must be at least 1, got 0
     """
+    at_least(config, 1, *names, of=of)
+
+
+def at_least(config: Any, least: int, *names: str, of: str = "") -> None:
+    """Refuse fields of a config that are below a number; None passes, `of` stands before a name in the message.
+
+    Example:
+      >>> from experiments.sft import Config
+      >>> at_least(Config(max_length=1), 2, "max_length")
+      Traceback (most recent call last):
+      pgjax.UserError: max_length must be at least 2, got 1
+    """
     for name, value in _of(config, names):
-        require(value >= 1, f"{of}{name} must be at least 1, got {value}")
+        require(value is None or value >= least, f"{of}{name} must be at least {least}, got {value}")
 
 
 def not_negative(config: Any, *names: str) -> None:

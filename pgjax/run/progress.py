@@ -160,6 +160,18 @@ class Progress:
             parts.append(f"left {format_seconds(left)}")
         return "  ".join(parts)
 
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Print an evaluation on held-out prompts: score with its standard error, and KL.
+
+        Args:
+            step: steps done.
+            metrics: with "eval/scores", "eval/kl" and maybe "eval/scores_stderr".
+        """
+        error = f" +- {metrics['eval/scores_stderr']:.3f}" if "eval/scores_stderr" in metrics else ""
+        self.print(
+            f"held-out score after {step} steps: {metrics['eval/scores']:.3f}{error}, KL {metrics['eval/kl']:.2f}"
+        )
+
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Print a few samples with their scores as a table.
 

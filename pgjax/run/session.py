@@ -74,6 +74,12 @@ class Session(NamedTuple):
     writer: logs.Writer  # active on process 0 alone
     progress: Progress
 
+    def report(self, done: int, metrics: dict[str, float], samples: Any = None) -> None:
+        """Write and show the metrics of a step; a `report` of `loop.run`."""
+        self.writer.write(done, metrics)
+        if done > 0:  # the time that is left is reckoned from the first update on
+            self.progress.update(done, metrics)
+
 
 @contextlib.contextmanager
 def open_session(

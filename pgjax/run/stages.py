@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from pgjax.core.errors import UserError
+from pgjax.models.io.tensors import read_json
 from pgjax.parallel import processes
 from pgjax.run.checkpoint.records import other_fields, write_whole
 
@@ -96,11 +97,11 @@ def _begun(folder: Path) -> Path:
 
 def _begin(folder: Path, new: Mapping[str, Any], redo: str) -> tuple[Done | None, bool, float]:
     """Find a complete stage; or make ready for one, and say whether to go on with what is there and what time it took."""
-    old = read_json(folder / COMPLETE)
+    old = _record(folder / COMPLETE)
     if old is not None:
         _refuse_other(f"the complete stage {folder}", old, new, redo)
         return Done(folder, old["id"], old["seconds"], old["metrics"], old["config"], skipped=True), False, 0.0
-    old = read_json(_begun(folder))
+    old = _record(_begun(folder))
     resume = old is not None and (folder / RUN_CONFIG).exists()
     if resume and old is not None:  # of one that has not come that far nothing is kept, so it may be another
         _refuse_other(f"the unfinished stage {folder}", old, new, redo)
@@ -133,11 +134,11 @@ def finished(folder: Path) -> Done | None:
       >>> finished(Path("a folder that is not there")) is None
       True
     """
-    old = read_json(folder / COMPLETE)
+    old = _record(folder / COMPLETE)
     return None if old is None else Done(folder, old["id"], old["seconds"], old["metrics"], old["config"], skipped=True)
 
 
-def put_aside(folders: Sequence[Path]) -> list[Path]:
+def move_aside(folders: Sequence[Path]) -> list[Path]:
     """Move folders, where there are any, to NAME.1, NAME.2, ...: the same number for all, the first that is free.
 
     Args:
@@ -150,7 +151,7 @@ def put_aside(folders: Sequence[Path]) -> list[Path]:
       >>> import tempfile
       >>> with tempfile.TemporaryDirectory() as root:
       ...     Path(root, "ppo").mkdir()
-      ...     [path.name for path in put_aside([Path(root, "ppo"), Path(root, "never-there")])]
+      ...     [path.name for path in move_aside([Path(root, "ppo"), Path(root, "never-there")])]
       ['ppo.1']
     """
     moved = []
@@ -164,30 +165,6 @@ def put_aside(folders: Sequence[Path]) -> list[Path]:
     return moved
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; None where there is none.
-
-    Args:
-      path: the file.
-
-    Returns:
-      What it holds.
-
-    Raises:
-      ValueError: it is not JSON.
-
-    Example:
-      >>> read_json(Path("a file that is not there")) is None
-      True
-    """
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}): move its stage's folder away to redo it") from error
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all.
 
@@ -199,10 +176,15 @@ def write_json(path: Path, value: Any) -> None:
       >>> import tempfile
       >>> with tempfile.TemporaryDirectory() as root:
       ...     write_json(Path(root, "x.json"), {"a": 1})
-      ...     read_json(Path(root, "x.json"))
+      ...     json.loads(Path(root, "x.json").read_text())
       {'a': 1}
     """
     write_whole(path, json.dumps(value, indent=1) + "\n")
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    """Read what a stage has written of itself; None where there is nothing."""
+    return read_json(path) if path.exists() else None
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,21 +16,21 @@ from pgjax.run.checkpoint.digest import digest
 From = Literal["last-good"] | None
 
 
-def frozen_model(source: Any, params: Any) -> str:
+def frozen_model(source: Any, params: Any) -> str | None:
     """Name a model that stays as it is: where it came from, and a fingerprint of every bit of it.
 
     Args:
       source: as the user gave it.
-      params: its parameters, in any sharding.
+      params: its parameters, in any sharding; None: there is no such model.
 
     Returns:
-      One line, kept in each snapshot in place of a copy.
+      One line, kept in each snapshot in place of a copy; None without a model.
 
     Example:
       >>> frozen_model("runs/sft/model", {"w": jax.numpy.zeros(2)})
       'runs/sft/model (digest ...)'
     """
-    return f"{source} (digest {digest(params)})"
+    return None if params is None else f"{source} (digest {digest(params)})"
 
 
 def rows_digest(rows: Any, *, sort_keys: bool = False) -> str:
