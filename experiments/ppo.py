@@ -55,7 +55,7 @@ from pgjax.rollout.task import check_columns, make_task
 from pgjax.run import logs, loop
 from pgjax.run.checkpoint.resume import From, frozen_model, go_on, last_step, open_checkpoints, rows_digest, to_best
 from pgjax.run.curves import plot_curves
-from pgjax.run.devices import MACHINE, Flags, agree_on, check_shares, first_of_all, on_devices, put, shared_folder
+from pgjax.run.devices import MACHINE, Flags, agree_on, check_batch_divides, on_devices, replicate, shared_folder
 from pgjax.run.exits import plain_errors
 from pgjax.run.progress import Progress
 
@@ -164,7 +164,7 @@ def main(config: Config) -> dict[str, float]:
 
 def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
-    check_shares(mesh, config.batch_size, minibatches=config.minibatches, microbatches=config.microbatches)
+    check_batch_divides(mesh, config.batch_size, minibatches=config.minibatches, microbatches=config.microbatches)
     config = dataclasses.replace(config, output=shared_folder(config.output))
     judges = processes.all_or_none(lambda: [rewards.load_reward(spec) for spec in config.rewards])
     row_sets = processes.all_or_none(lambda: read_rows(config, judges))
@@ -191,7 +191,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
 
     folder = processes.on_process_0(open_folder)
     train_prompts, held_out = task.prompt_sets
-    own = batch_rows.fed_rows(mesh, config.batch_size)
+    own = batch_rows.rows_to_feed(mesh, config.batch_size)
     deal = batches(train_prompts, config.batch_size, seed=config.seed, group_size=group, own=own)
     peaks = machine_peaks(jnp.dtype(lm.dtype).name)
 
@@ -200,10 +200,12 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         config.learning_rate, updates=updates, warmup=min(config.warmup_updates, updates), decay=config.decay,
         max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay, eps=config.adam_eps,
     )  # fmt: skip
-    reference = {"lm": params, "value": put(mesh, pg.init_value_head(lm.arch.width))}
+    reference = {"lm": params, "value": replicate(mesh, pg.init_value_head(lm.arch.width))}
     frozen, trained = freeze(reference, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed, mesh=mesh)
     policy = jax.tree.map(jnp.copy, trained)  # updates consume their buffers: the reference keeps its own
-    state = State(init_state(policy, optimizer), put(mesh, np.float32(config.kl_coef)), jax.random.key(config.seed))
+    state = State(
+        init_state(policy, optimizer), replicate(mesh, np.float32(config.kl_coef)), jax.random.key(config.seed)
+    )
     del policy, trained
     checkpoints = open_checkpoints(
         folder, dataclasses.asdict(config), MAY_CHANGE, keep=config.keep, keep_best=config.keep_best,
@@ -217,7 +219,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     key = state.key
     unsplit = whole_groups(None, config.batch_size // config.minibatches, group)  # by minibatches, on any mesh
     shared = whole_groups(mesh, config.batch_size // parts, group)  # whose prompt is computed once
-    temperature = put(mesh, np.float32(config.temperature))
+    temperature = replicate(mesh, np.float32(config.temperature))
     scorer = functools.partial(
         programs.score, lm, temperature=temperature, window=config.max_new_tokens + 1, parts=parts, group_size=shared
     )
@@ -228,7 +230,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         value_coef=config.value_coef if config.advantage == "value" else 0.0, value_clip_eps=config.value_clip_eps,
         entropy_coef=config.entropy_coef, group_size=shared,
     )  # fmt: skip
-    minibatch_numbers = put(mesh, list(np.arange(config.minibatches, dtype=np.int32)))
+    minibatch_numbers = replicate(mesh, list(np.arange(config.minibatches, dtype=np.int32)))
     log_from = start + 1 if start else 0
     free_at = 0.0  # when the device was last seen without work
 
@@ -263,7 +265,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
 
         paid = judged.scores - np.float32(config.truncation_penalty) * ~judged.ended
         batch, kl_coef, metrics = programs.experience(
-            rollout, policy, referred, put(mesh, paid), kl_coef,
+            rollout, policy, referred, replicate(mesh, paid), kl_coef,
             advantage=config.advantage, group_size=group, normalize_group=config.normalize_group,
             importance_cap=config.importance_cap, discount=config.discount,
             kl_target=config.kl_target, kl_horizon=config.kl_horizon,
@@ -308,7 +310,9 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         return State(learner, kl_coef, key), {**metrics, **of_updates, **health, **numbers}, judged.samples()
 
     with (
-        processes.all_or_none(lambda: logs.Writer(folder, start_step=log_from, active=first_of_all())) as writer,
+        processes.all_or_none(
+            lambda: logs.Writer(folder, start_step=log_from, active=processes.is_process_0())
+        ) as writer,
         Progress(config.steps, start=start) as progress,
     ):
 
@@ -365,7 +369,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
                 save(state, folder / "policy_best")
                 progress.print(f"policy_best is the policy after step {best}")
         finally:
-            if first_of_all():
+            if processes.is_process_0():
                 plot_curves(folder)
             checkpoints.close()
 
@@ -397,5 +401,5 @@ if __name__ == "__main__":
     with plain_errors():
         figures = main(tyro.cli(Config, default=default, args=arguments, description=__doc__))
     before, after, rise = (figures[f"eval/{name}"] for name in ("before", "after", "rise_in_stderr"))
-    if first_of_all():
+    if processes.is_process_0():
         print(f"held-out score {before:.3f} -> {after:.3f}, a rise of {rise:.1f} standard errors")

@@ -44,7 +44,7 @@ from pgjax.parallel import batch_rows, processes
 from pgjax.run import checks, logs, loop
 from pgjax.run.checkpoint.resume import From, frozen_model, go_on, open_checkpoints, rows_digest, to_best
 from pgjax.run.checks import check_lora, require
-from pgjax.run.devices import MACHINE, Flags, agree_on, check_shares, first_of_all, on_devices, put, shared_folder
+from pgjax.run.devices import MACHINE, Flags, agree_on, check_batch_divides, on_devices, replicate, shared_folder
 from pgjax.run.exits import plain_errors
 from pgjax.run.progress import Progress
 
@@ -100,7 +100,7 @@ def main(config: Config) -> dict[str, float]:
 def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
     config = dataclasses.replace(config, output=shared_folder(config.output))
-    check_shares(mesh, config.batch_size, microbatches=config.microbatches)
+    check_batch_divides(mesh, config.batch_size, microbatches=config.microbatches)
     pair_sets = processes.all_or_none(lambda: read_pairs(config))
     lm, lm_params, tokenizer = pg.load(config.model, mesh=mesh, remat=config.remat)
     if tokenizer is None:
@@ -115,7 +115,9 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     folder = processes.on_process_0(
         lambda: logs.open_run(config.output, dataclasses.asdict(config), resume=config.resume, may_change=MAY_CHANGE)
     )
-    deal = batches(train_pairs, config.batch_size, seed=config.seed, own=batch_rows.fed_rows(mesh, config.batch_size))
+    deal = batches(
+        train_pairs, config.batch_size, seed=config.seed, own=batch_rows.rows_to_feed(mesh, config.batch_size)
+    )
     lengths = [max(len(pair.chosen), len(pair.rejected)) for pair in train_pairs]
     all_lengths = batches(lengths, config.batch_size, seed=config.seed)  # all processes take one program
     steps = max(1, round(config.epochs * len(train_pairs) / config.batch_size))
@@ -133,7 +135,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     )  # fmt: skip
     state, start = go_on(checkpoints, state, resume=config.resume, resume_from=config.resume_from)
     state = revived(state)
-    center_coef = put(mesh, np.float32(config.center_coef))
+    center_coef = replicate(mesh, np.float32(config.center_coef))
     log_from = start + 1 if start else 0
 
     def prepare(state: TrainState, i: int) -> Any:
@@ -153,7 +155,9 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         return state, {**metrics, **{f"eval/{name}": x for name, x in figures.items()}}, None
 
     with (
-        processes.all_or_none(lambda: logs.Writer(folder, start_step=log_from, active=first_of_all())) as writer,
+        processes.all_or_none(
+            lambda: logs.Writer(folder, start_step=log_from, active=processes.is_process_0())
+        ) as writer,
         Progress(steps, start=start) as progress,
     ):
 
@@ -197,7 +201,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
             )  # fmt: skip
             if not processes.on_process_0(lambda: finished(folder)):
                 scores = evaluate(state.params, steps)
-                if first_of_all():
+                if processes.is_process_0():
                     plot_calibration(folder / "calibration.png", np.asarray(scores))
                 figures = save(state.params, folder / "model")
                 if config.keep_best:
@@ -231,7 +235,7 @@ def encoded(
     for name, pairs in pair_sets.items():
         found = preferences.encode_pairs(pairs, tokenizer, chat=config.chat, eos=config.eos, max_length=length)
         for note in found.notes():
-            print(f"{name} pairs: {note}")
+            processes.print_once(f"{name} pairs: {note}")
         sets.append(found.kept)
     if config.reference is None:
         references = [ids for pair in sets[0][: config.reference_rows] for ids in (pair.chosen, pair.rejected)]
@@ -240,7 +244,7 @@ def encoded(
         answers = answers._replace(kept=answers.kept[: config.reference_rows])
         found = preferences.encode_references(answers, tokenizer, chat=config.chat, eos=config.eos, max_length=length)
         for note in found.notes():
-            print(f"references: {note}")
+            processes.print_once(f"references: {note}")
         references = found.kept
         if len(set(map(tuple, references))) < 2:
             raise UserError(
@@ -286,7 +290,7 @@ def check(config: Config) -> None:
 if __name__ == "__main__":
     with plain_errors():
         figures = main(tyro.cli(Config, description=__doc__))
-    if first_of_all():
+    if processes.is_process_0():
         print(
             f"held-out accuracy {figures['before/accuracy']:.3f} -> {figures['eval/accuracy']:.3f} +- "
             f"{figures['eval/accuracy_stderr']:.3f}"

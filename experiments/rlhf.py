@@ -44,7 +44,7 @@ from pgjax.parallel import processes
 from pgjax.rollout import rewards
 from pgjax.run.checkpoint.resume import From
 from pgjax.run.checks import at_least_one, require
-from pgjax.run.devices import MACHINE, Flags, first_of_all, on_devices
+from pgjax.run.devices import MACHINE, Flags, on_devices
 from pgjax.run.exits import plain_errors
 from pgjax.run.stages import Done, put_aside, run_stage
 
@@ -137,15 +137,15 @@ def run(config: Config) -> dict[str, float]:
         if name == config.from_stage:  # not before: what comes first may be refused, and then nothing has moved
             later = [folders[other] for other in STAGES[STAGES.index(name) :]]
             for moved in processes.on_process_0(functools.partial(put_aside, later)):
-                print(f"moved the old stage to {moved}")
+                processes.print_once(f"moved the old stage to {moved}")
         if name == "pairs" and config.pairs is not None:
-            print(f"pairs: those of {config.pairs}")
+            processes.print_once(f"pairs: those of {config.pairs}")
             continue
         work = functools.partial(WORK[name], config)
         inputs = [done[other] for other in made_from if other in done]
         redo = f"--from {name} puts the old one aside and redoes it"
         done[name] = run_stage(folders[name], asked(config, name), work, made_from=inputs, redo=redo)
-    if first_of_all():
+    if processes.is_process_0():
         report(config, done)
     return {f"{name}/{key}": x for name, stage in done.items() for key, x in stage.metrics.items()}
 

@@ -45,7 +45,7 @@ from pgjax.run.checkpoint.digest import digest
 from pgjax.run.checkpoint.resume import From, frozen_model, go_on, open_checkpoints, to_best
 from pgjax.run.checks import check_lora, require
 from pgjax.run.curves import plot_curves
-from pgjax.run.devices import MACHINE, Flags, agree_on, check_shares, first_of_all, on_devices, shared_folder
+from pgjax.run.devices import MACHINE, Flags, agree_on, check_batch_divides, on_devices, shared_folder
 from pgjax.run.exits import plain_errors
 from pgjax.run.progress import Progress
 
@@ -102,7 +102,7 @@ def main(config: Config) -> dict[str, float]:
 def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
     config = dataclasses.replace(config, output=shared_folder(config.output))
-    check_shares(mesh, config.batch_size, microbatches=config.microbatches)
+    check_batch_divides(mesh, config.batch_size, microbatches=config.microbatches)
     rows, held_out_rows = processes.all_or_none(
         lambda: load_row_sets(config.data, config.held_out, config.held_out_rows, check_examples, text_column="text")
     )
@@ -135,7 +135,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     )  # fmt: skip
     state, start = go_on(checkpoints, state, resume=config.resume, resume_from=config.resume_from)
     state = revived(state)
-    own = batch_rows.fed_rows(mesh, config.batch_size)
+    own = batch_rows.rows_to_feed(mesh, config.batch_size)
     deal = batches(range(len(packed.tokens)), config.batch_size, seed=config.seed, own=own)
     log_from = start + 1 if start else 0
     free_at = 0.0  # when the device was last seen without work
@@ -170,7 +170,9 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         return state, {**metrics, **numbers}, None
 
     with (
-        processes.all_or_none(lambda: logs.Writer(folder, start_step=log_from, active=first_of_all())) as writer,
+        processes.all_or_none(
+            lambda: logs.Writer(folder, start_step=log_from, active=processes.is_process_0())
+        ) as writer,
         Progress(steps, start=start) as progress,
     ):
 
@@ -197,7 +199,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
                 pg.save_pretrained(folder / "model_best", lm, pg.with_lora(frozen, state.params), tokenizer)
                 progress.print(f"model_best is the model after update {best}")
         finally:
-            if first_of_all():
+            if processes.is_process_0():
                 plot_curves(folder)
             checkpoints.close()
 
@@ -223,7 +225,9 @@ def begin(config: Config, rows: Placed, mesh: Mesh | None) -> tuple[pg.CausalLM,
     lm = pg.causal_lm(small_architecture(len(tokenizer)) if arch is None else arch)
     params = sharding.init_sharded(lm.init, jax.random.key(config.seed), mesh=mesh)
     count = sum(x.size for x in jax.tree.leaves(params))
-    print(f"from scratch: a {lm.arch.family} of {count:,} parameters, a vocabulary of {len(tokenizer):,}")
+    processes.print_once(
+        f"from scratch: a {lm.arch.family} of {count:,} parameters, a vocabulary of {len(tokenizer):,}"
+    )
     return lm, params, tokenizer
 
 
@@ -238,10 +242,10 @@ def pack_rows(name: str, rows: Placed, tokenizer: Any, lm: pg.CausalLM, config: 
     except ValueError as error:
         raise UserError(f"{name} data: {error}") from error
     for note in examples.notes():
-        print(f"{name} data: {note}")
+        processes.print_once(f"{name} data: {note}")
     packed = pack(examples.examples, config.max_length)
     learned, full = packed.mask.sum(), (packed.segment_ids > 0).mean()
-    print(
+    processes.print_once(
         f"{name} data: {len(examples.examples):,} examples, {learned:,} tokens to learn, "
         f"in {len(packed.tokens):,} rows of {config.max_length} tokens, {full:.1%} full"
     )
@@ -299,5 +303,5 @@ if __name__ == "__main__":
         default = dataclasses.replace(default, held_out=None)  # the reviews kept aside go with the reviews
     with plain_errors():
         figures = main(tyro.cli(Config, default=default, args=arguments, description=__doc__))
-    if first_of_all():
+    if processes.is_process_0():
         print(f"held-out perplexity {figures['eval/perplexity_before']:.2f} -> {figures['eval/perplexity']:.2f}")

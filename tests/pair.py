@@ -123,7 +123,7 @@ def learn(folder: Path, output: str, **flags) -> list[Path]:
 def one_infinite_score() -> None:
     """Fetch a reward model's scores, one of which is infinite."""
     mesh = sharding.make_mesh(data=-1)
-    own = batch_rows.judged_rows(mesh, 8)
+    own = batch_rows.rows_to_judge(mesh, 8)
     asked = batch_rows.feed(mesh, np.array([np.inf if row == 5 else 0.0 for row in own], np.float32))
     judge = ModelJudge(None, None, 1.0, None, False, mesh)  # type: ignore[arg-type]
     judge.fetch(asked, lambda row: (f"row {row}", f"on {jax.process_index()}"), own)

@@ -28,7 +28,7 @@ def batches(
       batch_size: places of a batch, B; may be larger than the number of rows, which then come more than once.
       seed: chooses the orders, 0 <= seed < 2^32.
       group_size: so many adjacent places of a batch get the same row; divides B.
-      own: the places, in 0 to B - 1, that this process is dealt, as `shares.fed_rows` lists them; None is all.
+      own: the places, in 0 to B - 1, that this process is dealt, as `batch_rows.rows_to_feed` lists them; None is all.
 
     Returns:
       A grain dataset: ``ds[step]`` is the list of that step's rows, one for each own place.
