@@ -122,6 +122,7 @@ def go_on(checkpoints: Checkpoints, state: Any, *, resume: bool, resume_from: Fr
     """
     if not resume:
         return state, 0
+    checkpoints.wait()
     if checkpoints.latest() is None:
         print_once(f"{checkpoints.folder} holds no snapshot: the run starts from the beginning")
         return state, 0
