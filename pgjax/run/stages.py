@@ -86,9 +86,9 @@ def run_stage(
     new = {"config": _plain(asked), "made_from": {stage.folder.name: stage.id for stage in made_from}}
     done, resume, spent = processes.on_process_0(lambda: _begin(folder, new, redo))
     if done is not None:
-        print(f"{folder.name}: complete, skipped")
-        return done
-    print(f"{folder.name}: {'going on' if resume else 'starting'}")
+        processes.print_once(f"{folder.name}: complete, skipped")
+        return Done(**done)
+    processes.print_once(f"{folder.name}: {'going on' if resume else 'starting'}")
     start = time.perf_counter()
     try:
         metrics = dict(work(folder, resume))
@@ -97,7 +97,7 @@ def run_stage(
             write_json(_begun(folder), {**new, "seconds": spent + time.perf_counter() - start})
         raise
     seconds = spent + time.perf_counter() - start
-    return processes.on_process_0(lambda: _complete(folder, new, seconds, metrics))
+    return Done(**processes.on_process_0(lambda: vars(_complete(folder, new, seconds, metrics))))
 
 
 def run_stages(
@@ -146,12 +146,13 @@ def _begun(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.begun.json")
 
 
-def _begin(folder: Path, new: Mapping[str, Any], redo: str) -> tuple[Done | None, bool, float]:
+def _begin(folder: Path, new: Mapping[str, Any], redo: str) -> tuple[dict[str, Any] | None, bool, float]:
     """Find a complete stage; or make ready for one, and say whether to go on with what is there and what time it took."""
     old = _record(folder / COMPLETE)
     if old is not None:
         _refuse_other(f"the complete stage {folder}", old, new, redo)
-        return Done(folder, old["id"], old["seconds"], old["metrics"], old["config"], skipped=True), False, 0.0
+        done = Done(folder, old["id"], old["seconds"], old["metrics"], old["config"], skipped=True)
+        return vars(done), False, 0.0
     old = _record(_begun(folder))
     resume = old is not None and (folder / RUN_CONFIG).exists()
     if resume and old is not None:  # of one that has not come that far nothing is kept, so it may be another
