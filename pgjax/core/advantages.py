@@ -1,4 +1,4 @@
-"""From scores to advantages: placement, KL shaping, Monte Carlo returns, baselines over groups of samples."""
+"""From scores to advantages: rewards per token, Monte Carlo returns, baselines over groups of samples."""
 
 import chex
 import jax
@@ -13,8 +13,8 @@ _Affine = tuple[jax.Array, jax.Array]  # x -> second + first * x
 def place_scores(scores: jax.typing.ArrayLike, mask: jax.typing.ArrayLike) -> jax.Array:
     """Put each sequence's score at its last sampled token.
 
-    r[b, t] = scores[b] if t is the last place inside mask[b], else 0. Unbiased: with no discount every token of
-    the sequence gets the score as its return.
+    r[b, t] = scores[b] if t is the last entry inside mask[b], else 0. Without a discount, every token of the sequence has the
+    score as its return, which keeps the policy gradient unbiased.
 
     Args:
       scores: [B], reward units, of any real dtype.
@@ -46,20 +46,20 @@ def kl_shaped_rewards(
     *,
     kl_coef: jax.typing.ArrayLike,
 ) -> jax.Array:
-    """Pay the score at the last sampled token and charge the KL on every sampled one.
+    """Reward the last sampled token with the score, and subtract the KL penalty at every sampled token.
 
     r[b, t] = scores[b] [t is last] - kl_coef * kl[b, t] inside the mask, 0 outside.
     Ziegler et al. (2019), "Fine-Tuning Language Models from Human Preferences".
 
-    With k1 for `kl` and reward-to-go this is unbiased: the exact gradient of E[score] - kl_coef * KL(policy ||
-    reference). Any other estimator here is biased: its gradient lacks what `kl` itself gives as a loss, so k3 or
-    `categorical_kl` is exact only if it stands in the loss as well.
+    With k1 as `kl` and reward-to-go, this gives the exact gradient of E[score] - kl_coef * KL(policy || reference). With
+    any other estimator it is biased, because the gradient through `kl` itself is missing: k3 or `categorical_kl` is exact
+    only if it is a term of the loss as well.
 
     Args:
       scores: [B], reward units.
-      kl: [B, T], nats a token, `kl_k1(old_logprobs, ref_logprobs)` as a rule.
+      kl: [B, T], nats per token, usually `kl_k1(old_logprobs, ref_logprobs)`.
       mask: [B, T] boolean, sampled by the policy.
-      kl_coef: [], reward units a nat.
+      kl_coef: [], reward units per nat.
 
     Returns:
       [B, T] float32, reward units.
@@ -74,7 +74,8 @@ def kl_shaped_rewards(
       [[ 0.   -0.25  1.5 ]]
     """
     scores, kl = as_floats(scores, kl)
-    coef = jnp.asarray(kl_coef).astype(kl.dtype)  # a plain number has no say in the dtype, with 64 bits enabled either
+    # Cast, because where 64 bits are enabled, a Python number would make everything float64.
+    coef = jnp.asarray(kl_coef).astype(kl.dtype)
     chex.assert_rank([kl, coef], [2, 0])
     return place_scores(scores, mask) - coef * where_mask(as_mask(mask, kl), kl)
 
@@ -87,18 +88,18 @@ def monte_carlo_returns(
 ) -> jax.Array:
     """Sum the rewards from each sampled token to the end of its sequence.
 
-    G_t = r_t + discount * G_{t'}, t' the next place inside the mask; the end of the sequence is worth 0, and
-    so is a cut at the length limit: nothing is bootstrapped. Places outside the mask count neither as reward
-    nor as a step of discounting.
+    G_t = r_t + discount * G_{t'}, t' the next entry inside the mask. After the last one the return is 0, also where the
+    sequence was cut at the length limit: nothing is bootstrapped. Entries outside the mask add no reward and are no step of
+    discounting.
 
-    Unbiased at discount 1. A lower one biases: what token t does to the reward at u is weighed by
-    discount^(u - t), while the prefixes are not weighed: the gradient of no objective. Nota and Thomas (2020),
-    "Is the Policy Gradient a Gradient?".
+    Unbiased at discount 1. A lower discount biases: the effect of token t on the reward at u is weighted by
+    discount^(u - t), but the prefixes are not weighted. The result is not the gradient of any objective. Nota and Thomas
+    (2020), "Is the Policy Gradient a Gradient?".
 
     Args:
-      rewards: [B, T], one a token; integers become float32.
-      mask: [B, T] boolean, sampled by the policy; None counts every place.
-      discount: [] in [0, 1], a factor a sampled token; may be traced.
+      rewards: [B, T], one per token; integers become float32.
+      mask: [B, T] boolean, sampled by the policy; None counts every entry.
+      discount: [] in [0, 1], the factor per sampled token; may be traced.
 
     Returns:
       [B, T] float32, reward units; 0 outside the mask.
@@ -137,15 +138,15 @@ def monte_carlo_advantages(
 ) -> jax.Array:
     """Subtract the values from the Monte Carlo returns.
 
-    A_t = G_t - V_t inside the mask. Ahmadian et al. (2024), "Back to Basics". Unbiased for any values read before
-    the token, right or wrong (lambda = 1: nothing is bootstrapped); right ones lower the variance. A value that
-    has seen the token biases.
+    A_t = G_t - V_t inside the mask. Ahmadian et al. (2024), "Back to Basics". Unbiased for any values that are estimated
+    before the token is seen, accurate or not (lambda = 1: nothing is bootstrapped). Accurate ones lower the variance. A
+    value that depends on the token biases.
 
     Args:
-      rewards: [B, T], one a token.
+      rewards: [B, T], one per token.
       values: [B, T], the value before each token, reward units.
-      mask: [B, T] boolean, sampled by the policy; None counts every place.
-      discount: [] in [0, 1], a factor a sampled token.
+      mask: [B, T] boolean, sampled by the policy; None counts every entry.
+      discount: [] in [0, 1], the factor per sampled token.
 
     Returns:
       [B, T] float32, reward units; 0 outside the mask.
@@ -180,12 +181,12 @@ def leave_one_out_baseline(scores: jax.typing.ArrayLike, *, group_size: int) -> 
     """Average the scores of the other samples of the same prompt.
 
     b_i = sum_{j != i} s_j / (G - 1) over the group of i. Kool et al. (2019), "Buy 4 REINFORCE Samples, Get a
-    Baseline for Free!"; Ahmadian et al. (2024), RLOO. Independent of sample i, so `scores - b` is unbiased;
-    the mean of the whole group as a baseline scales the expected gradient by 1 - 1/G.
+    Baseline for Free!"; Ahmadian et al. (2024), RLOO. The baseline is independent of sample i, so `scores - b` is
+    unbiased. (The mean of the whole group as a baseline scales the expected gradient by 1 - 1/G.)
 
     Args:
       scores: [B], reward units; the `group_size` rows of one prompt are adjacent.
-      group_size: G, samples a prompt, at least 2, divides B.
+      group_size: G, samples per prompt, at least 2, divides B.
 
     Returns:
       [B] float32, reward units.
@@ -205,19 +206,20 @@ def leave_one_out_baseline(scores: jax.typing.ArrayLike, *, group_size: int) -> 
 
 
 def group_advantages(scores: jax.typing.ArrayLike, *, group_size: int, normalize: bool = True) -> jax.Array:
-    """Compare each sample's score with its group's mean, in the group's standard deviations.
+    """Subtract the group's mean from each sample's score, and divide by the group's standard deviation.
 
     A_i = (s_i - mean) / (std + 1e-4), std the sample standard deviation (divided by G - 1): GRPO, Shao et al.
     (2024), "DeepSeekMath", in the form that public trainers use. `normalize=False`: A_i = s_i - mean, Dr.
     GRPO, Liu et al. (2025), "Understanding R1-Zero-Like Training". A group of equal scores gives exactly 0.
 
-    Biased. Without `normalize`: the exact gradient times 1 - 1/G. With it: turned, and blind to the scores' scale.
-    Two samples climb the chance to win, P(s > s') - P(s < s') against the policy held fixed; as G grows it
-    becomes the exact gradient over the scores' standard deviation, so each prompt is weighed by one over its own.
+    Biased. Without `normalize` the expected gradient is the exact one times 1 - 1/G. With it, the gradient has another
+    direction, and does not depend on the scale of the scores. With G = 2 it is proportional to that of P(s > s') - P(s < s'),
+    where s' is the score of a sample from the policy held fixed. As G grows it tends to the exact gradient
+    divided by the scores' standard deviation, so that each prompt is weighted by the inverse of its own.
 
     Args:
       scores: [B], reward units; the `group_size` rows of one prompt are adjacent.
-      group_size: G, samples a prompt, at least 2, divides B.
+      group_size: G, samples per prompt, at least 2, divides B.
       normalize: whether to divide by the group's standard deviation.
 
     Returns:
@@ -233,7 +235,7 @@ def group_advantages(scores: jax.typing.ArrayLike, *, group_size: int, normalize
       [-1.  1.  0.  0.]
     """
     groups = _groups(scores, group_size)
-    # Measured from the group's first score, equal scores are exactly 0: no rounding blown up by 1e4.
+    # Relative to the group's first score, equal scores are exactly 0: the division would scale a rounding error up by 1e4.
     shifted = groups - groups[:, :1]
     centred = shifted - jnp.mean(shifted, axis=1, keepdims=True)
     if not normalize:
@@ -251,21 +253,22 @@ def truncated_importance_weights(
     *,
     cap: jax.typing.ArrayLike,
 ) -> jax.Array:
-    """Weigh samples of another policy as those of the policy, no sample by more than a cap.
+    """Compute importance weights for samples of another distribution than the policy's, bounded by a cap.
 
-    w = min(exp(logprobs - sampler_logprobs), cap). Ionides (2008), "Truncated Importance Sampling". For samples
-    of a sampler that differs from the learner: in precision, by a filter such as top_p, by age.
+    w = min(exp(logprobs - sampler_logprobs), cap). Ionides (2008), "Truncated Importance Sampling". Use it where the
+    sampler differs from the learner: by its precision, by a filter such as top_p, or by its age.
 
-    Of whole sequences ([B]), w times the advantage is unbiased at `cap` = inf, if the sampler may draw whatever the
-    policy may. Of single tokens ([B, T]) it corrects each token's draw at the sampler's prefixes: the gradient of the local
-    objective (`losses.clipped_surrogate_loss`), biased for the policy's own. A cap biases towards the sampler's
-    gradient, by the mass that it cuts off, and bounds the variance.
+    For whole sequences ([B]), w times the advantage is unbiased at `cap` = inf, provided that the sampler can draw every
+    sequence that the policy can. For single tokens ([B, T]), it corrects the distribution of each token given the
+    sampler's prefixes: this is the gradient of the local objective (`losses.clipped_surrogate_loss`), which is biased for
+    the policy's own objective. A cap bounds the variance, and biases towards the sampler's gradient by the probability
+    mass that it cuts off.
 
     Args:
       logprobs: any shape ([B, T] tokens, [B] sequences), nats, under the policy.
-      sampler_logprobs: the same shape, nats, under what was sampled from.
+      sampler_logprobs: the same shape, nats, under the distribution that was sampled from.
       mask: the same shape, boolean; None counts every entry.
-      cap: [] above 0; infinity for none.
+      cap: [] above 0; infinity for no cap.
 
     Returns:
       The same shape, float32, 0 outside the mask; carries no gradient.
@@ -285,5 +288,5 @@ def truncated_importance_weights(
     bound = jax.lax.stop_gradient(jnp.asarray(cap).astype(new.dtype))
     chex.assert_equal_shape([new, old])
     inside = as_mask(mask, new)
-    # The cap goes on before exp: nothing overflows.
+    # The cap is applied before exp, so that nothing overflows.
     return where_mask(inside, jnp.exp(jnp.minimum(where_mask(inside, new - old), jnp.log(bound))))

@@ -1,4 +1,4 @@
-"""Checks of plain numbers, at the top of functions and of scripts."""
+"""Checks of single numbers among the arguments of functions and scripts."""
 
 import operator
 
@@ -10,14 +10,14 @@ import jax.numpy as jnp
 def check_number(
     name: str, x: jax.typing.ArrayLike, low: float, below: float | None = None, *, strict: bool = False
 ) -> None:
-    """Refuse a number that is out of its range; one that is traced can't be looked at.
+    """Refuse a number that is out of its range. A traced number passes, as its value is not known.
 
     Args:
-      name: what the caller calls it.
+      name: the argument's name, for the message.
       x: [] the number.
-      low: the least that it may be.
-      below: what it must be less than; None: any.
-      strict: whether `low` itself is refused.
+      low: its lower bound.
+      below: its upper bound, which is excluded; None: no upper bound.
+      strict: whether `low` itself is excluded too.
 
     Raises:
       ValueError: with the number and its range.
@@ -37,15 +37,15 @@ def check_number(
 
 
 def check_whole(name: str, x: object, least: int) -> None:
-    """Refuse what is no whole number, or one that is too small.
+    """Refuse a value that is not a whole number, or is too small.
 
     Args:
-      name: what the caller calls it.
-      x: the number.
-      least: the smallest that it may be.
+      name: the argument's name, for the message.
+      x: the value.
+      least: the smallest value that is accepted.
 
     Raises:
-      ValueError: with the number and what it must be.
+      ValueError: with the value and the condition that it breaks.
 
     Example:
       >>> check_whole("batch_size", 2.0, 1)

@@ -1,10 +1,10 @@
-"""The errors whose message is all that a user needs; every other exception keeps its traceback."""
+"""The errors that scripts print as one line, without a traceback."""
 
 
 class UserError(ValueError):
-    """What was given cannot work; the message names the value and the mend.
+    """An input is wrong; the message names the value and says how to correct it.
 
-    The scripts print it as one line, without a traceback. Anything that is not a UserError is shown whole.
+    Scripts print it as one line, without a traceback. Every other exception keeps its traceback.
 
     Example:
       >>> raise UserError("batch_size must be at least 1, got 0")
@@ -15,7 +15,7 @@ class UserError(ValueError):
     __module__ = "pgjax"  # its public name
 
     def keeps_traceback(self) -> bool:
-        """Say whether the traceback matters all the same, as where the user's own code raised the cause."""
+        """Return whether scripts print the traceback all the same, as they do where the user's own code raised the cause."""
         return False
 
 
@@ -31,7 +31,7 @@ class NotFiniteError(UserError, FloatingPointError):
 
 
 class MissingPackageError(UserError, ImportError):
-    """A package that the asked-for work needs is not installed; the message says how to get it.
+    """A package that an option needs is not installed; the message says how to install it.
 
     Example:
       >>> issubclass(MissingPackageError, ImportError)

@@ -1,19 +1,19 @@
-"""The divergence of the policy from its reference: estimators, the exact sum, an adaptive weight.
+"""The KL divergence of the policy from its reference: estimators, the exact sum, and an adaptive weight.
 
-Where an estimator stands decides what it does. With pi the policy, d = log pi - log ref of a sampled token,
-and samples drawn from pi:
+The effect of an estimator depends on where it is used. With pi the policy, d = log pi - log ref of a sampled token, and
+samples drawn from pi:
 
 - k1 in the reward, with reward-to-go: the exact gradient of the sequence's KL(pi || ref).
-- k1 as a loss: an expected gradient of zero (the mean score). A penalty that does nothing.
+- k1 as a loss: an expected gradient of zero (E[grad log pi] = 0). The penalty has no effect.
 - k2 as a loss, of the log-ratio summed over the sequence: the exact gradient of KL(pi || ref).
-- k2 as a loss, token by token: not that gradient. It drops each token's effect on the tokens after it.
+- k2 as a loss, token by token: not that gradient. It leaves out each token's effect on the tokens after it.
 - k3 as a loss: the gradient of the forward KL(ref || pi), not of the divergence that it estimates.
-- k2, k3 or the categorical KL in the reward: the gradient of its mean, less what it gives as a loss.
-- k3 or the categorical KL in the reward and in the loss, both: exact, for its mean is the KL.
+- k2, k3 or the categorical KL in the reward alone: the gradient of its mean, minus the gradient that it has as a loss.
+- k3 or the categorical KL in both the reward and the loss: exact, because its mean is the KL.
 
-All of it is said of the sum over a sequence's tokens. The mean is that over T where every sequence has T tokens;
-where lengths vary it is biased: k1 as a loss then changes the lengths, by the gradient of
-E[1 / length] for one sequence, and by less in a larger batch.
+These statements hold for the sum over a sequence's tokens. If every sequence has T tokens, the mean is that sum over T.
+If lengths vary, the mean is biased: k1 as a loss then changes the lengths, by the gradient of E[1 / length] for one
+sequence, and by less in a larger batch.
 """
 
 from collections.abc import Callable
@@ -34,21 +34,20 @@ def _log_ratio(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
 
 
 def _finite_gradient(function: Callable[[jax.Array], jax.Array], d: jax.Array) -> jax.Array:
-    # No mask comes in here, so a masked place may hold anything: a value that is not finite stays as it is
-    # and gets no gradient, because 0 * inf would put NaN into the gradient of everything before it.
+    # The mask is applied later, so a masked entry may hold any value here. One that is not finite is returned as it is and
+    # gets no gradient: 0 * inf would put NaN into the gradients of everything that it was computed from.
     value = jax.lax.stop_gradient(function(d))
     finite = jnp.isfinite(value)
     return jnp.where(finite, function(jnp.where(finite, d, 0.0)), value)
 
 
 def kl_k1(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
-    """Estimate KL(policy || reference) by the log-ratio: unbiased, of either sign.
+    """Estimate KL(policy || reference) by the log-ratio: unbiased, and positive or negative.
 
     k1 = d = log pi - log ref. Schulman (2020), "Approximating KL Divergence", joschu.net/blog/kl-approx.html.
 
-    Placement: in the reward with reward-to-go (`kl_shaped_rewards`, `monte_carlo_returns`), or summed over the
-    sequence in its score, its policy gradient is unbiased. As a loss term its expected on-policy gradient is 0:
-    it penalises nothing.
+    Use: in the reward with reward-to-go (`kl_shaped_rewards`, `monte_carlo_returns`), or summed over the sequence in its
+    score, its policy gradient is unbiased. As a loss term its expected on-policy gradient is 0: it penalises nothing.
 
     Args:
       logprobs: any shape, nats, of tokens sampled from the policy.
@@ -73,10 +72,10 @@ def kl_k2(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
 
     k2 = d^2 / 2, d = log pi - log ref. Schulman (2020), "Approximating KL Divergence".
 
-    Placement: as a loss on whole sequences (`logprobs` summed over tokens first) its expected on-policy
-    gradient is exactly that of the KL. As a loss on single tokens it is biased: each token's effect on later
-    ones is gone, and it equals `categorical_kl` as a loss. In the reward it is biased: the gradient of its own
-    mean, less what it gives as a loss.
+    Use: as a loss on whole sequences (`logprobs` summed over tokens first), its expected on-policy gradient is exactly
+    that of the KL. As a loss on single tokens it is biased: it leaves out each token's effect on later ones, and its
+    expected gradient equals that of `categorical_kl` as a loss. In the reward it is biased: it gives the gradient of its
+    own mean, minus the gradient that it has as a loss.
 
     Args:
       logprobs: any shape, nats, sampled from the policy: [B, T] tokens or [B] sequences.
@@ -102,9 +101,9 @@ def kl_k3(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
     k3 = exp(-d) - 1 + d, d = log pi - log ref. Schulman (2020), "Approximating KL Divergence"; the KL term of
     GRPO (Shao et al. 2024).
 
-    Placement: a fine measurement. As a loss it is biased: its expected on-policy gradient is that of the forward
-    KL, of each token's distribution at the policy's prefixes, or of KL(reference || policy) itself if logprobs
-    are summed over the sequence first. In the reward it is biased too: the KL's gradient less that one.
+    Use: well suited to measure the KL. As a loss it is biased: its expected on-policy gradient is that of the forward KL
+    of each token's distribution at the policy's prefixes, or of KL(reference || policy) itself if `logprobs` are summed
+    over the sequence first. In the reward it is biased too: it gives the gradient of the KL minus that one.
 
     Args:
       logprobs: any shape, nats, of tokens sampled from the policy.
@@ -128,12 +127,11 @@ def kl_k3(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
 def categorical_kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
     """Sum KL(policy || reference) over the vocabulary, at each token.
 
-    kl[:, t] = sum_v p_v (log p_v - log q_v), p = softmax(logits[:, t - 1]), q = softmax(ref_logits[:, t -
-    1]).
+    kl[:, t] = sum_v p_v (log p_v - log q_v), p = softmax(logits[:, t - 1]), q = softmax(ref_logits[:, t - 1]).
 
-    As a loss it is biased: its gradient is exact for each token's distribution given its prefix, and drops the
-    effect on which prefixes come up. In the reward it gives just that effect; in both it is exact. Divide both
-    logits by the temperature first if it is not 1.
+    As a loss it is biased: its gradient is exact for each token's distribution given its prefix, but leaves out the effect
+    on which prefixes are sampled. In the reward it gives that effect alone. In both, it is exact. Divide both logits by the
+    temperature first if it is not 1.
 
     Args:
       logits: [B, T, V] of any floating type; -inf is fine (a forbidden token).
@@ -158,7 +156,8 @@ def categorical_kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
     logp = z - jnp.log(jnp.sum(jnp.exp(z), axis=-1, keepdims=True))
     logq = ref_z - jnp.log(jnp.sum(jnp.exp(ref_z), axis=-1, keepdims=True))
     possible = ~jnp.isneginf(z)
-    # Elsewhere it is inf, and not summed: the gradient of that sum would be 0 * inf, which no mask holds back.
+    # Where it is not covered, the KL is inf. It is not summed there: the gradient of the sum would be 0 * inf, which is NaN
+    # whatever mask follows.
     covered = ~jnp.any(possible & jnp.isneginf(ref_z), axis=-1)
     summed = possible & covered[..., None]
     kl = jnp.sum(jnp.exp(logp) * (where_mask(summed, logp) - where_mask(summed, logq)), axis=-1)
@@ -180,12 +179,12 @@ def adaptive_kl_coef(
     Ziegler et al. (2019), "Fine-Tuning Language Models from Human Preferences", section 2.2.
 
     Args:
-      coef: [] the present weight, reward units a nat.
-      kl: [] nats a sequence: the KL summed over each sequence's tokens, then averaged over sequences. A mean
-        over tokens here is wrong by the length.
-      target: [] nats a sequence.
-      horizon: [] episodes over which an error of 20% or more moves the weight by about 20%; more than a fifth of batch_size,
-        or the weight may fall below 0.
+      coef: [] the present weight, reward units per nat.
+      kl: [] nats per sequence: the KL summed over each sequence's tokens, then averaged over sequences. (A mean over
+        tokens would be too small by a factor of the length.)
+      target: [] nats per sequence.
+      horizon: [] episodes over which an error of 20% or more changes the weight by about 20%. It must be more than a fifth
+        of batch_size: otherwise the weight may fall below 0.
       batch_size: [] episodes since the last change.
 
     Returns:

@@ -121,8 +121,8 @@ def _linear_backward(
     whole = _whole_width(unembedding, hidden.dtype, split)
     here = _ids_here(ids, unembedding, split)
     d_logprobs, d_entropy = cotangents
-    # A position whose cotangent is 0 adds exactly nothing, whatever its hidden state holds. Where that is finite, the zero
-    # is computed all the same: it may have a second derivative.
+    # A position whose cotangent is 0 adds exactly nothing, whatever its hidden state holds. Where the state is
+    # finite, the zero is computed all the same, because it may have a second derivative.
     finite = jnp.isfinite(normalizer)
     picked = live = ((d_logprobs != 0) | finite) & known
     if d_entropy is not None:
@@ -151,7 +151,7 @@ def _linear_backward(
     first = (jnp.zeros_like(hidden, dtype=dtype), jnp.zeros_like(whole, dtype=dtype))
     d_hidden, d_whole = _over_blocks(step, first, unembedding.shape[0], min(chunk_size, unembedding.shape[0]))
     if split.width is not None:
-        # By a leading axis of its own: inside a learner, XLA on TPU forms no reduce-scatter of columns.
+        # Scattered along a new leading axis: inside a learner, XLA on TPU forms no reduce-scatter along columns.
         parts = d_whole.reshape(d_whole.shape[0], -1, unembedding.shape[1]).swapaxes(0, 1)
         d_whole = jax.lax.psum_scatter(parts, split.width, scatter_dimension=0)
     return d_hidden.astype(hidden.dtype), d_whole.astype(unembedding.dtype), None, jnp.zeros_like(temperature)
@@ -172,9 +172,9 @@ def _ids_here(ids: jax.Array, unembedding: jax.Array, split: _Split) -> jax.Arra
 
 
 def _varying_alike(*xs: jax.Array) -> tuple[jax.Array, ...]:
-    # Inside shard_map all inputs of the custom rule must vary over the same axes: its gradients then vary as
-    # its inputs do, and shard_map itself sums them for an input that was replicated. Adding a zero made from
-    # the others says so, and compiles to nothing.
+    # Inside shard_map, all inputs of the custom rule must vary over the same axes. Its gradients then vary as its inputs do,
+    # and shard_map itself sums the gradient of a replicated input. Adding a zero made of the other inputs marks an input as
+    # varying, and compiles to nothing.
     zeros = [jnp.zeros_like(x, shape=(), dtype=jnp.int32) for x in xs]
     zero = sum(zeros[1:], zeros[0])
     return tuple(x + zero.astype(x.dtype) for x in xs)

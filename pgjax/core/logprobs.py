@@ -1,7 +1,7 @@
-"""Log-probabilities and entropies in the token frame. The one shift between logits and tokens is here.
+"""Log-probabilities and entropies in the token frame. The only shift between logits and tokens is in this file.
 
-Every per-token array is [B, T] and entry t speaks of `tokens[:, t]`, which the model predicts at position
-t - 1. `token_frame` moves what was computed at a position to the token that it predicts.
+Every per-token array is [B, T], and entry t belongs to `tokens[:, t]`, which the model predicts at position t - 1.
+`token_frame` moves a value from the position where it was computed to the token that the position predicts.
 """
 
 import chex
@@ -18,10 +18,10 @@ def token_frame(x: jax.Array) -> jax.Array:
     y[:, t] = x[:, t - 1], y[:, 0] = 0.
 
     Args:
-      x: [B, T, ...], one value a position.
+      x: [B, T, ...], one value per position.
 
     Returns:
-      The same shape, one value a token; the last position, which predicts no token, drops out.
+      The same shape, one value per token. The last position predicts no token, and its value is dropped.
 
     Example:
       >>> import jax.numpy as jnp
@@ -32,7 +32,7 @@ def token_frame(x: jax.Array) -> jax.Array:
 
 
 def next_tokens(tokens: jax.Array) -> jax.Array:
-    """Give each position the token that it predicts; the last one gets id 0, which `token_frame` drops again.
+    """Return the token that each position predicts. The last position gets id 0, which `token_frame` drops again.
 
     Example:
       >>> print(next_tokens(jnp.array([[5, 6, 7]])))
@@ -47,16 +47,16 @@ def _scaled(logits: jax.Array, temperature: jax.typing.ArrayLike) -> jax.Array:
 
 
 def shifted_logits(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Subtract each row's largest logit, and say which rows are usable.
+    """Subtract each row's largest logit, and mark the rows that are usable.
 
-    A row with NaN or +inf, or with nothing but -inf, is not: it is replaced by zeros, so that it can't put
-    NaN into the gradient where a mask has left it out.
+    A row with NaN or +inf, or in which every logit is -inf, is not usable. It is replaced by zeros, so that it puts no NaN
+    into the gradient where a mask excludes it.
 
     Args:
       logits: [..., V] floating.
 
     Returns:
-      ([..., V] logits of which the largest is 0, [...] boolean: the row is usable).
+      ([..., V] logits of which the largest is 0, [...] boolean: whether the row is usable).
 
     Example:
       >>> import jax.numpy as jnp
@@ -72,14 +72,14 @@ def shifted_logits(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def picked_logits(logits: jax.Array, ids: jax.Array) -> jax.Array:
-    """Pick the logit of an id from each row: [..., V] and [...] to [...]; 0 for an id outside the vocabulary."""
-    # A comparison instead of a gather: it fuses with the sums over V beside it, and V may be sharded.
+    """Pick the logit of one id from each row: [..., V] and [...] to [...]; 0 for an id outside the vocabulary."""
+    # A comparison instead of a gather: XLA fuses it with the other sums over V, and V may be sharded.
     hit = jax.lax.broadcasted_iota(ids.dtype, logits.shape, logits.ndim - 1) == ids[..., None]
     return jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
 
 
 def token_logprobs(logits: jax.Array, tokens: jax.Array, *, temperature: jax.typing.ArrayLike = 1.0) -> jax.Array:
-    """Read off each token's log-probability given the tokens before it.
+    """Compute each token's log-probability given the tokens before it.
 
     logprobs[:, t] = log softmax(logits[:, t - 1] / temperature)[tokens[:, t]], logprobs[:, 0] = 0.
 
@@ -115,8 +115,9 @@ def token_entropy(logits: jax.Array, *, temperature: jax.typing.ArrayLike = 1.0)
     """Compute the entropy of the distribution that each token was drawn from.
 
     entropy[:, t] = logsumexp(z) - sum_v softmax(z)_v z_v with z = logits[:, t - 1] / temperature.
-    As a bonus in the loss it is biased: its gradient is exact for each token's distribution given its prefix, and drops
-    the effect on which prefixes come up.
+
+    As a bonus in the loss it is biased. Its gradient is exact for each token's distribution given its prefix, but leaves
+    out the effect on which prefixes are sampled.
 
     Args:
       logits: [B, T, V] of any floating type; -inf is fine (a forbidden token).
@@ -139,7 +140,7 @@ def token_entropy(logits: jax.Array, *, temperature: jax.typing.ArrayLike = 1.0)
     z, usable = shifted_logits(_scaled(logits, temperature))
     weights = jnp.exp(z)
     total = jnp.sum(weights, axis=-1)
-    # exp(-inf) * -inf is NaN where its limit is 0, in the value and in the gradient.
+    # exp(-inf) * -inf is NaN, in the value and in the gradient, where the limit is 0.
     finite_z = jnp.where(jnp.isneginf(z), 0.0, z)
     entropy = jnp.log(total) - jnp.sum(weights * finite_z, axis=-1) / total
     return token_frame(jnp.where(usable, entropy, jnp.nan))

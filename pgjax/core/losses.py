@@ -1,7 +1,7 @@
-"""Losses: scalars for `jax.grad`. Gradients flow through `logprobs` and `values`, and through nothing else.
+"""Losses: scalars for `jax.grad`. Gradients flow through the model's outputs (`logprobs`, `values`, scores) alone.
 
-With `axis_name`, numerators and denominators are summed over devices, so a loss is that of the global batch;
-for its gradient inside `shard_map` and `pmap` see `masking.masked_mean`.
+With `axis_name`, numerators and denominators are summed over devices, so the loss is the global batch's. For its gradient
+inside `shard_map` and `pmap` see `masking.masked_mean`.
 """
 
 import chex
@@ -17,7 +17,7 @@ _REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum", "none")
 
 
 def _aligned(mask: ArrayLike | None, *xs: ArrayLike) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Bring arrays to one float type and zero them outside the mask, before any exp can see them."""
+    """Cast arrays to one float type and set them to zero outside the mask, before exp is applied to them."""
     arrays = as_floats(*xs)
     chex.assert_equal_shape(arrays)
     inside = as_mask(mask, arrays[0])
@@ -56,22 +56,23 @@ def policy_gradient_loss(
 
     L = -reduce(advantages * logprobs). Williams (1992), "Simple Statistical Gradient-Following Algorithms".
 
-    Unbiased on samples of the present policy, with "sequence_sum" and returns to go, less any value read before
-    the token. The means over tokens give the same over T where every sequence has T tokens. Where lengths vary
-    they are biased: "sequence_mean" gives the gradient of E[R / length] for an advantage R that all tokens
-    share; "token_mean" is the exact gradient over the mean length only as the batch grows, and of one sequence
-    equals "sequence_mean". A baseline then biases too: even a constant advantage changes the lengths.
+    Unbiased on samples of the present policy with "sequence_sum", if the advantages are rewards-to-go, minus any value
+    that does not depend on the token or later ones. If every sequence has T tokens, the means over tokens give that
+    gradient divided by T. If lengths vary they are biased. "sequence_mean" gives the gradient of E[R / length] for an
+    advantage R that is the same for all tokens. "token_mean" tends to the exact gradient over the mean length as the batch
+    grows, and for one sequence it equals "sequence_mean". A baseline then biases too: even a constant advantage changes
+    the lengths.
 
     Args:
-      logprobs: any shape ([B, T] tokens, [B] sequences), nats, of what the present policy sampled.
+      logprobs: any shape ([B, T] tokens, [B] sequences), nats, under the policy that sampled them.
       advantages: the same shape; carries no gradient.
       mask: the same shape, boolean; None counts every entry.
-      reduce: "token_mean": every token counts the same. "sequence_mean": mean over the last axis, then every
-        sequence counts the same. "sequence_sum": sum over the last axis, then mean over sequences. Sequences
-        with an empty mask count in neither. With fewer than two axes an entry is a sequence, and all three
-        are the mean. "none": no reduction; divide the sum by the tokens in the mask for "token_mean", or by
-        the sequences with a token for "sequence_sum" (and first each token by its sequence's number of tokens
-        for "sequence_mean"), counted over everything that is accumulated.
+      reduce: "token_mean": mean over all tokens. "sequence_mean": mean over the last axis, then over sequences.
+        "sequence_sum": sum over the last axis, then mean over sequences. Sequences with an empty mask are left out of the
+        mean over sequences. With fewer than two axes each entry is a sequence, and all three are the mean. "none": no
+        reduction. To accumulate exactly, divide the sum by the tokens in the mask for "token_mean", by the sequences with a
+        token for "sequence_sum", and for "sequence_mean" each token by its sequence's tokens first, all counted over
+        everything that is accumulated.
       axis_name: mapped axis or axes to reduce over too (they split sequences, not tokens).
 
     Returns:
@@ -109,20 +110,20 @@ def clipped_surrogate_loss(
     "DAPO"; `dual_clip` c: max(min(...), c A) where A < 0, Ye et al. (2020), "Mastering Complex Control in
     MOBA Games".
 
-    Where logprobs equal old_logprobs, at any bound, its gradient is that of `policy_gradient_loss`. After that,
-    and unclipped: a [B] ratio of whole sequences keeps E[R]'s exact gradient; ratios of tokens give that of the
-    local objective E_old[sum_t r_t A_t] (Kakade & Langford 2002; the prefixes and what follows stay the old
-    policy's), biased for the new policy; the clip leaves out more.
+    At logprobs = old_logprobs, its gradient is that of `policy_gradient_loss`, whatever the bounds. Once they differ: ratios
+    of whole sequences ([B]), unclipped, still give the exact gradient of E[R]. Ratios of tokens, unclipped, give that of
+    the local objective E_old[sum_t r_t A_t] (Kakade & Langford 2002), in which prefixes and continuations are the old
+    policy's: it is biased for the new policy. The clip adds to the bias.
 
     An entry's gradient is 0 if and only if (A > 0 and r > 1 + clip_eps_high) or (A < 0 and r < 1 - clip_eps),
-    or A < 0 and r > dual_clip, or A = 0.
+    or (A < 0 and r > dual_clip), or A = 0.
 
     Args:
       logprobs: any shape ([B, T] tokens, [B] sequences), nats, under the present policy.
       old_logprobs: the same shape, nats, under the policy that sampled; carries no gradient.
       advantages: the same shape; carries no gradient.
       mask: the same shape, boolean; None counts every entry.
-      clip_eps: [] not below 0; 0 is a value like any other.
+      clip_eps: [] not below 0; 0 is allowed.
       clip_eps_high: [] not below 0; None: `clip_eps`.
       dual_clip: [] above 1; None: no bound on r where A < 0.
       reduce: "token_mean", "sequence_mean", "sequence_sum" or "none", as in `policy_gradient_loss`.
@@ -132,7 +133,7 @@ def clipped_surrogate_loss(
       [], float32; with "none" the shape of `logprobs`, 0 outside the mask.
 
     Raises:
-      ValueError: a bound is a number out of its range, or `reduce` is none of the four.
+      ValueError: a bound is out of its range, or `reduce` is none of the four.
       AssertionError: the shapes differ.
 
     Example:
@@ -147,8 +148,8 @@ def clipped_surrogate_loss(
     low, high = _ratio_range(clip_eps, clip_eps_high, new.dtype)
     upper = jnp.where(advantages > 0, high, jnp.asarray(jnp.inf if dual_clip is None else dual_clip, new.dtype))
     lower = jnp.where(advantages < 0, low, -jnp.inf)
-    # Comparisons, not min and clip: at a tie those share the gradient out in ways of their own. And what gets no gradient
-    # goes out before exp: where it overflows, 0 * inf would be NaN.
+    # Comparisons instead of min and clip, because these divide the gradient between their arguments at a tie. Entries that
+    # get no gradient are removed before exp: where it overflows, 0 * inf would be NaN.
     at = jnp.exp(stop_gradient(new - old))
     stopped = (at < lower) | (at > upper)
     moving = jnp.exp(where_mask(~stopped & (advantages != 0), new - old))
@@ -165,22 +166,21 @@ def value_loss(
     clip_eps: ArrayLike | None = None,
     axis_name: AxisName = None,
 ) -> jax.Array:
-    """Compute half the mean squared error of the values, clipped against the old values if asked.
+    """Compute half the mean squared error of the values, optionally clipped around the old values.
 
     L = mean(0.5 (V - G)^2), or with `old_values` and `clip_eps`
     L = mean(0.5 max((V - G)^2, (clip(V, V_old - eps, V_old + eps) - G)^2)), the larger of the two errors: the
     value clipping of the PPO code of Dhariwal et al. (2017), "OpenAI Baselines".
 
-    Unclipped and with on-policy returns it is least at each prefix's expected return, the value with which
-    `monte_carlo_advantages` varies little. The clip biases that towards the old value wherever the expected
-    return lies beyond the bound.
+    Unclipped and with on-policy returns, its minimum is each prefix's expected return, with which `monte_carlo_advantages`
+    have low variance. The clip moves the minimum towards the old value where the expected return lies outside the bounds.
 
     Args:
       values: any shape, reward units.
       returns: the same shape; carries no gradient.
       mask: the same shape, boolean; None counts every entry.
-      old_values: the same shape, the values at sampling time; carries no gradient. Goes with `clip_eps`.
-      clip_eps: [] not below 0, reward units. Goes with `old_values`.
+      old_values: the same shape, the values at sampling time; carries no gradient. Needs `clip_eps`.
+      clip_eps: [] not below 0, reward units. Needs `old_values`.
       axis_name: mapped axis or axes to reduce over too.
 
     Returns:
@@ -212,16 +212,16 @@ def value_loss(
 def cross_entropy_loss(logprobs: ArrayLike, mask: ArrayLike | None = None, *, axis_name: AxisName = None) -> jax.Array:
     """Compute the mean negative log-likelihood, for supervised fine-tuning.
 
-    L = -mean(logprobs) over the mask. On samples of another policy its expected gradient is that of KL(other ||
-    policy), over the number of tokens: exact for one length, and where lengths vary as the batch grows.
+    L = -mean(logprobs) over the mask. On samples of another policy, its expected gradient is that of KL(other || policy)
+    divided by the number of tokens. This is exact if all lengths are equal; otherwise it holds as the batch grows.
 
     Args:
       logprobs: any shape, nats, from `token_logprobs` or `linear_token_logprobs`.
-      mask: the same shape, boolean: the tokens to learn; None counts every entry (entry 0 of a row too).
+      mask: the same shape, boolean: the tokens to learn; None counts every entry, entry 0 of a row included.
       axis_name: mapped axis or axes to reduce over too.
 
     Returns:
-      [], float32, nats a token.
+      [], float32, nats per token.
 
     Raises:
       AssertionError: the shapes differ.
@@ -243,14 +243,14 @@ def preference_loss(
     and Terry (1952); margin: Touvron et al. (2023), "Llama 2"; centring: Eisenstein et al. (2023), "Helping
     or Herding?".
 
-    If preferences are drawn from sigmoid of the true rewards' difference, it is least at the true reward plus any
-    constant. Centring picks the constant and shrinks the scores towards 0; a margin stretches them. Both bias.
+    If preferences are drawn with probability sigmoid(true chosen - true rejected), its minimum is the true reward plus any
+    constant. Centring fixes the constant and shrinks the scores towards 0. A margin spreads them. Both bias.
 
     Args:
       chosen: [B], the model's scores of the preferred answers; carries gradient.
       rejected: [B], of the other answers; carries gradient.
-      margin: [B] or [], how far apart the two should be at least; carries no gradient.
-      center_coef: [] weight of the pull of the pair's sum towards 0.
+      margin: [B] or [], by how much the chosen score should exceed the rejected one; carries no gradient.
+      center_coef: [] weight of the squared sum of the two scores.
 
     Returns:
       [], float32.
@@ -271,7 +271,8 @@ def preference_loss(
     if offset.ndim:
         chex.assert_equal_shape([chosen, offset])
     losses = -jax.nn.log_sigmoid(chosen - rejected - offset)
-    sums = jnp.where(weight == 0, 0.0, chosen + rejected)  # without centring, large ones don't overflow either
+    # Without centring, the square of a large sum must not overflow.
+    sums = jnp.where(weight == 0, 0.0, chosen + rejected)
     return masked_mean(losses) + weight.astype(jnp.float32) * masked_mean(jnp.square(sums))
 
 
@@ -286,9 +287,9 @@ def surrogate_diagnostics(
 ) -> dict[str, jax.Array]:
     """Measure how far the policy has moved from the one that sampled.
 
-    With r = exp(logprobs - old_logprobs): approx_kl = mean(r - 1 - log r), which estimates KL(old || new)
-    without bias and never below 0 (Schulman 2020); clip_fraction = share of r < 1 - clip_eps or r > 1 + clip_eps_high;
-    mean, least, largest r. Per token; times T, it is the KL of whole sequences, where every sequence has T tokens.
+    With r = exp(logprobs - old_logprobs): approx_kl = mean(r - 1 - log r), an estimate of KL(old || new) that is unbiased and
+    never below 0 (Schulman 2020); clip_fraction, the fraction with r < 1 - clip_eps or r > 1 + clip_eps_high; and the
+    mean, smallest and largest r. approx_kl is per token: if every sequence has T tokens, T times it is the KL of sequences.
 
     Args:
       logprobs: any shape, nats, under the present policy.

@@ -1,4 +1,4 @@
-"""Masks, and the only two reductions over them: the mean and whitening, both by the global count."""
+"""Masks, and the two reductions over them: the mean and whitening. Both divide by the count over all devices."""
 
 import chex
 import jax
@@ -10,7 +10,7 @@ AxisName = str | tuple[str, ...] | None
 def as_float(x: jax.typing.ArrayLike) -> jax.Array:
     """Cast to float32, or leave at float64.
 
-    Integers and booleans become float32 too: a reward of 0.9 in an integer array would be 0.
+    Integers and booleans become float32 too: in an integer array, a reward of 0.9 would be cut to 0.
 
     Args:
       x: any array or number.
@@ -140,13 +140,13 @@ def masked_mean(
 ) -> jax.Array:
     """Average the entries inside the mask.
 
-    mean = sum_i m_i x_i / sum_i m_i, both sums over every device of `axis_name`: the global count, not a mean
-    of means. An empty mask gives 0. What stands outside the mask, NaN included, changes neither value nor
-    gradient.
+    mean = sum_i m_i x_i / sum_i m_i. With `axis_name`, both sums run over all devices: the result is the global mean, not
+    a mean of the devices' means. An empty mask gives 0. Entries outside the mask, NaN included, change neither the value
+    nor the gradient.
 
-    Over the tokens of sampled sequences: where all have T tokens, its gradient is that of the sum over a sequence
-    divided by T, and as unbiased. Where lengths vary it is biased, most in small batches: the samples that are summed
-    also decide what the sum is divided by.
+    As a mean over the tokens of sampled sequences: if every sequence has T tokens, its gradient is that of the
+    sequence's sum divided by T, and just as unbiased. If lengths vary it is biased, most in small batches, because the
+    samples also decide the number of tokens that the sum is divided by.
 
     Gradients with `axis_name`: in `jax.shard_map` the gradient with respect to a replicated argument is
     already the gradient of the global mean. In `jax.pmap` (and in `shard_map` with `check_vma=False`) JAX
@@ -180,17 +180,18 @@ def masked_whiten(
     shift_mean: bool = True,
     axis_name: AxisName = None,
 ) -> jax.Array:
-    """Scale the entries inside the mask to variance one and, unless told otherwise, to mean zero.
+    """Scale the entries inside the mask to variance one and, by default, shift them to mean zero.
 
-    y = (x - mean) / sqrt(var + 1e-8), with the population variance of the entries inside the mask, over every
-    device of `axis_name`; `shift_mean=False` adds the mean back, unscaled.
+    y = (x - mean) / sqrt(var + 1e-8), with the population variance of the entries inside the mask, over all devices of
+    `axis_name`. `shift_mean=False` adds the mean back, unscaled.
 
-    Biased as an advantage, since an entry stands in its own mean and deviation: the scores of two sequences
-    become 1 and -1. As the batch grows the gradient is the exact one over the standard deviation.
+    As an advantage it is biased, because each entry is part of the mean and the deviation that it is compared with: the
+    scores of two sequences become 1 and -1. As the batch grows, the gradient tends to the exact one divided by the standard
+    deviation.
 
     Args:
-      x: [B, T] (any shape will do), any unit.
-      mask: the same shape, boolean; None counts every entry.
+      x: [B, T] or any other shape, any unit.
+      mask: the same shape, boolean or 0/1; None counts every entry.
       shift_mean: False keeps the mean.
       axis_name: mapped axis or axes to reduce over too, inside `shard_map` or `pmap`.
 
@@ -198,6 +199,7 @@ def masked_whiten(
       The shape of `x`, in standard deviations; 0 outside the mask.
 
     Raises:
+      ValueError: the mask holds another number than 0 and 1, as in `as_mask`.
       AssertionError: the shapes of `x` and `mask` differ.
 
     Example:
@@ -209,7 +211,7 @@ def masked_whiten(
     inside = as_mask(mask, x)
     mean = _mean(x, inside, axis_name)
     centred = where_mask(inside, x - mean)
-    # A second time: of equal entries the mean's rounding would be left, blown up to as much as 1.
+    # Centred twice: where all entries are equal, the rounding error of the mean would remain, and be scaled up to as much as 1.
     centred = where_mask(inside, centred - _mean(centred, inside, axis_name))
     variance = _mean(jnp.square(centred), inside, axis_name)
     whitened = centred * jax.lax.rsqrt(variance + 1e-8)

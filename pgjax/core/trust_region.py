@@ -1,6 +1,6 @@
-"""TRPO: the natural-gradient step that a bound on the exact KL(old || new) limits, the constraint that PPO's clip replaced.
+"""TRPO: a natural-gradient step under a bound on the exact KL(old || new), the constraint that PPO's clip replaced.
 
-Any policy will do that is a pure function of a parameter tree to logits: `lambda params: lm.apply(params, tokens)`.
+The policy may be any pure function from a parameter tree to logits, such as `lambda params: lm.apply(params, tokens)`.
 """
 
 from collections.abc import Callable
@@ -21,22 +21,23 @@ _Tree = TypeVar("_Tree")
 _Search = tuple[jax.Array, jax.Array, _Tree, jax.Array, jax.Array, jax.Array]  # see `_line_search`
 
 
-def _own(tree: _Tree, axis_name: AxisName) -> _Tree:
-    # In shard_map a gradient by what is replicated is summed over devices by JAX itself, in pmap and vmap it is not.
-    # By parameters that count as each device's own it is the device's share everywhere, and one psum does for all.
+def _varying(tree: _Tree, axis_name: AxisName) -> _Tree:
+    # In shard_map, JAX itself sums the gradient with respect to replicated parameters over the devices; in pmap and vmap it
+    # does not. With respect to parameters that vary over the devices, the gradient is each device's own contribution in all
+    # three, and one psum adds them up.
     if axis_name is None:
         return tree
     zero = 0 * jax.lax.axis_index(axis_name)
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
 
 
-def _shared(tree: _Tree, axis_name: AxisName) -> _Tree:
-    # The mean of copies that are equal, which says to shard_map that they are.
-    return tree if axis_name is None else jax.lax.pmean(_own(tree, axis_name), axis_name)
+def _replicated(tree: _Tree, axis_name: AxisName) -> _Tree:
+    # A mean over copies that are equal: its result counts as replicated in shard_map.
+    return tree if axis_name is None else jax.lax.pmean(_varying(tree, axis_name), axis_name)
 
 
 def _floats(tree: _Tree) -> _Tree:
-    # One dtype for all leaves, float32 or wider: the solver adds up products over all of them.
+    # One dtype for all leaves, float32 or wider, because the solver sums products over all of them.
     leaves, structure = jax.tree.flatten(tree)
     return jax.tree.unflatten(structure, as_floats(*leaves))
 
@@ -51,7 +52,7 @@ def _plus(x: _Tree, scale: ArrayLike, y: _Tree) -> _Tree:
 
 
 def _position_weights(mask: ArrayLike | None, logits: jax.Array, axis_name: AxisName) -> jax.Array:
-    """Give each position the share in the mean of the token that it predicts: [B, T], the last one 0."""
+    """Return the weight in the mean of the token that each position predicts: [B, T], 0 at the last position."""
     inside = as_mask(mask, logits[:, :, 0]).astype(logits.dtype)
     count = global_sum(inside, axis_name)
     share = inside / jnp.maximum(count, 1.0)
@@ -62,12 +63,12 @@ def _position_weights(mask: ArrayLike | None, logits: jax.Array, axis_name: Axis
 def _fisher(
     logits_fn: Callable[[_Tree], jax.Array], params: _Tree, mask: ArrayLike | None, axis_name: AxisName
 ) -> tuple[jax.Array, Callable[[_Tree], _Tree]]:
-    """Run the model forward once: its logits, and the product of the Fisher matrix with float32 trees."""
-    own = _own(params, axis_name)
-    logits, pull = jax.vjp(logits_fn, own)
+    """Run the model forward once; return its logits, and a function that multiplies float32 trees by the Fisher matrix."""
+    varying = _varying(params, axis_name)
+    logits, pull = jax.vjp(logits_fn, varying)
     chex.assert_rank(logits, 3)
-    # The transpose of the vjp is the jvp. It shares the saved activations, and it exists where forward mode does not:
-    # for functions with a backward pass written by hand (jax.custom_vjp), such as the products of a bfloat16 CausalLM.
+    # The transpose of the vjp is the jvp. It reuses the saved activations, and it exists where forward mode does not: for
+    # functions with a hand-written backward pass (jax.custom_vjp), such as the matrix products of a bfloat16 CausalLM.
     push = jax.linear_transpose(pull, logits)
     z, usable = shifted_logits(as_float(logits))
     weights = _position_weights(mask, z, axis_name)[..., None]
@@ -76,7 +77,7 @@ def _fisher(
 
     def product(vector: _Tree) -> _Tree:
         tangent = jax.tree.map(lambda v, x: v.astype(x.dtype), vector, params)
-        (moved,) = push((_own(tangent, axis_name),))
+        (moved,) = push((_varying(tangent, axis_name),))
         moved = moved.astype(p.dtype)
         curved = weights * p * (moved - jnp.sum(p * moved, axis=-1, keepdims=True))
         curved = jnp.where(known, curved, jnp.nan)
@@ -96,27 +97,26 @@ def fisher_vector_product(
 ) -> _Tree:
     """Multiply the Fisher matrix of the policy by a vector, never forming the matrix.
 
-    F v = mean_t J_t^T (diag(p_t) - p_t p_t^T) J_t v, with J_t = d logits[:, t - 1] / d params and p_t their
-    softmax: the Hessian of mean_t KL(old || new) at new = old, and E[s s^T] for the score s = grad log p_t(a), a
-    drawn from p_t (exact over the vocabulary, no sampled token in it). Schulman et al. (2015), "Trust Region Policy
-    Optimization", appendix C; Pearlmutter (1994), "Fast Exact Multiplication by the Hessian".
+    F v = mean_t J_t^T (diag(p_t) - p_t p_t^T) J_t v, with J_t = d logits[:, t - 1] / d params and p_t the softmax of those
+    logits. F is the Hessian of mean_t KL(old || new) at new = old, and also E[g g^T] with g = grad log p_t(a) and a drawn
+    from p_t. It is exact: the sum runs over the vocabulary, not over sampled tokens. Schulman et al. (2015), "Trust Region
+    Policy Optimization", appendix C; Pearlmutter (1994), "Fast Exact Multiplication by the Hessian".
 
-    A product is a jvp (J v, taken as the transpose of the vjp), then a vjp. So `logits_fn` needs reverse mode
-    only: a function under `jax.custom_vjp` will do if its backward pass is linear in the cotangent by
-    operations that JAX can transpose.
+    A product is a jvp (J v, computed as the transpose of the vjp), then a vjp. So `logits_fn` needs reverse mode only. It
+    may use `jax.custom_vjp` if JAX can transpose the operations by which its backward pass depends on the cotangent.
 
     Args:
-      logits_fn: params -> logits [B, T, V] of any floating type, on a batch that it holds; divided by the
+      logits_fn: params -> logits [B, T, V] of any floating type, on a batch that it closes over; divided by the
         sampler's temperature if that is not 1. -inf is fine (a forbidden token).
       params: any tree of floating arrays, of any dtypes; replicated over `axis_name`.
       vector: a tree like `params`.
-      mask: [B, T] boolean in the token frame: True at t averages in the distribution that `tokens[:, t]` was drawn
-        from, at position t - 1 of the logits. Entry 0, which nothing predicts, adds 0 and counts. None counts every entry.
-        Logits of NaN outside the mask change nothing; inside it the product is NaN.
+      mask: [B, T] boolean in the token frame. True at t includes the distribution that `tokens[:, t]` was drawn from, at
+        position t - 1 of the logits. Entry 0, which no position predicts, adds 0 to the sum and 1 to the count. None
+        counts every entry. Logits of NaN outside the mask change nothing; inside it the product is NaN.
       axis_name: mapped axis or axes that split B, inside `shard_map` or `pmap`.
 
     Returns:
-      A tree like `params`, in its dtypes: nats a unit of `params` squared, times the unit of `vector`.
+      A tree like `params`, in its dtypes: nats per squared unit of `params`, times the unit of `vector`.
 
     Raises:
       AssertionError: the logits are not of rank 3, the mask is not [B, T], or the trees differ.
@@ -140,14 +140,16 @@ def _natural_step(
     cg_iterations: int,
     axis_name: AxisName,
 ) -> tuple[_Tree, jax.Array]:
-    """Solve for the natural gradient and scale it to the bound: the step, and the solver's relative residual."""
-    # In shard_map all that the solver meets must count as the device's own, or its types don't agree.
-    downhill, own_damping = _own((jax.tree.map(jnp.negative, gradient), as_float(damping)), axis_name)
-    direction, _ = cg(lambda v: _own(_plus(fisher(v), own_damping, v), axis_name), downhill, maxiter=cg_iterations)
-    direction = _shared(direction, axis_name)
+    """Solve for the natural gradient and scale it to the bound; return the step and the solver's relative residual."""
+    # In shard_map, everything that the solver handles must vary over the devices, or the types of its loop don't agree.
+    downhill, varying_damping = _varying((jax.tree.map(jnp.negative, gradient), as_float(damping)), axis_name)
+    direction, _ = cg(
+        lambda v: _varying(_plus(fisher(v), varying_damping, v), axis_name), downhill, maxiter=cg_iterations
+    )
+    direction = _replicated(direction, axis_name)
     curved = fisher(direction)
     curvature = _dot(direction, curved)
-    # Without curvature (a gradient of 0) the step is NaN, and the line search takes none.
+    # If the curvature is 0 (a gradient of 0), the step is NaN, and the line search takes no step.
     scale = jnp.sqrt(2.0 * jnp.asarray(max_kl, curvature.dtype) / curvature)
     left = _plus(_plus(curved, damping, direction), 1.0, gradient)
     size = jnp.sqrt(_dot(gradient, gradient))
@@ -166,7 +168,7 @@ def _line_search(
     backtracks: ArrayLike,
     shrink: ArrayLike,
 ) -> _Search[_Tree]:
-    """Shorten the step until it holds the bound and lowers the loss: (backtracks, fraction, params, kl, loss, accepted)."""
+    """Shorten the step until it meets the bound and lowers the loss: (backtracks, fraction, params, kl, loss, accepted)."""
 
     def searching(state: _Search[_Tree]) -> jax.Array:
         count, *_, accepted = state
@@ -176,7 +178,7 @@ def _line_search(
         count, fraction, *_ = state
         trial = _plus(params, fraction, step)
         kl, loss = measure(trial)
-        # False for NaN in either.
+        # False if either is NaN.
         accepted = (kl <= max_kl) & (loss < loss_before)
         shorter = jnp.where(accepted, fraction, fraction * jnp.asarray(shrink, fraction.dtype))
         return jnp.where(accepted, count, count + 1), shorter, trial, kl, loss, accepted
@@ -202,32 +204,32 @@ def trust_region_step(
     shrink: ArrayLike = 0.5,
     axis_name: AxisName = None,
 ) -> tuple[_Tree, dict[str, jax.Array]]:
-    """Take one step of TRPO: down the natural gradient, as far as the bound on the KL allows.
+    """Take one step of TRPO: along minus the natural gradient, as far as the bound on the KL allows.
 
-    x = -(F + damping I)^-1 grad L by conjugate gradients; step = sqrt(2 max_kl / x^T F x) x; then the first of
-    step, shrink step, shrink^2 step, ... of which mean_t KL(old || new) <= max_kl, exact over the
-    vocabulary, and L(new) < L(old). If none is, if the gradient is 0 or if anything is NaN, `params` come back bit for
-    bit. Schulman et al. (2015), "Trust Region Policy Optimization", appendix C.
+    x = -(F + damping I)^-1 grad L by conjugate gradients; step = sqrt(2 max_kl / x^T F x) x. The step taken is the first of
+    step, shrink step, shrink^2 step, ... with mean_t KL(old || new) <= max_kl, exact over the vocabulary, and
+    L(new) < L(old). If there is none, if the gradient is 0 or if anything is NaN, `params` are returned bit for bit.
+    Schulman et al. (2015), "Trust Region Policy Optimization", appendix C.
 
-    L is typically `clipped_surrogate_loss(..., clip_eps=jnp.inf)`, the plain ratio times the advantage.
-    Parameters that move L but not the logits (a value head) belong in another step: F is 0 there.
+    L is typically `clipped_surrogate_loss(..., clip_eps=jnp.inf)`, the unclipped ratio times the advantage. Parameters that
+    change L but not the logits (a value head) need a step of their own: F is 0 there.
 
     Args:
-      loss_fn: params -> [], to be lowered. With `axis_name`, the loss of the global batch: pass `axis_name` to it too.
+      loss_fn: params -> [], the loss to minimise. With `axis_name` it must be the global batch's: pass `axis_name` to it too.
       logits_fn: params -> logits [B, T, V], as in `fisher_vector_product`.
       params: any tree of floating arrays, of any dtypes; replicated over `axis_name`.
       mask: [B, T] boolean in the token frame, the tokens that F and the KL are averaged over; None counts every entry.
-      max_kl: [] above 0, nats a token.
-      damping: [] not below 0, in the unit of F. With 0 a singular F can spoil the direction; the line search then refuses.
-      cg_iterations: at least 1, products with F that the solver may use; one more measures x^T F x.
+      max_kl: [] above 0, nats per token.
+      damping: [] not below 0, in the unit of F. With 0, a singular F can give a wrong direction, which the line search rejects.
+      cg_iterations: at least 1, the products with F that the solver may use; one more product gives x^T F x.
       backtracks: not below 0, how many times the step may be shortened; each attempt costs a forward pass and a loss.
       shrink: [] between 0 and 1.
       axis_name: mapped axis or axes that split B, inside `shard_map` or `pmap`.
 
     Returns:
-      The new parameters and a dict of [] float32: kl (of the step taken, nats a token), loss_before, loss_after,
-      expected_improvement (-grad L . step, of the step taken), step_scale (shrink^backtracks, 0 if none was taken), backtracks,
-      accepted (1 or 0), cg_residual (|(F + damping I) x + grad L| / |grad L|).
+      The new parameters and a dict of [] float32: kl (of the step taken, nats per token), loss_before, loss_after,
+      expected_improvement (-grad L . step, of the step taken), step_scale (shrink^backtracks, 0 if no step was taken),
+      backtracks, accepted (1 or 0), cg_residual (|(F + damping I) x + grad L| / |grad L|).
 
     Raises:
       ValueError: a number is out of its range.
@@ -247,8 +249,8 @@ def trust_region_step(
     check_number("backtracks", backtracks, 0, jnp.inf)
     check_number("shrink", shrink, 0, 1, strict=True)
     loss_before, gradient = jax.value_and_grad(loss_fn)(params)
-    # In pmap the devices' gradients are not equal, and their mean is what `masking.masked_mean` asks for.
-    gradient = _shared(_floats(gradient), axis_name)
+    # In pmap the devices' gradients differ, and their mean is the global gradient (see `masking.masked_mean`).
+    gradient = _replicated(_floats(gradient), axis_name)
     logits, fisher = _fisher(logits_fn, params, mask, axis_name)
     step, residual = _natural_step(fisher, gradient, max_kl, damping, cg_iterations, axis_name)
     expected = -_dot(gradient, step)

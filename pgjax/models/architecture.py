@@ -1,4 +1,4 @@
-"""The options that tell one decoder-only transformer from another, as plain frozen data."""
+"""The options in which decoder-only transformers differ, as frozen data."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import dataclasses
 class Rope:
     """Rotary position embedding (Su et al. 2021), optionally with Llama 3's frequency scaling.
 
-    Without scaling pair i of a head turns by `position * theta^(-2i / head_dim)`. With `factor` set, wavelengths
-    longer than `original_max_positions / low_freq_factor` are stretched by `factor`, those shorter than
-    `original_max_positions / high_freq_factor` are kept, and those between are blended (Llama 3.1, 2024).
+    Without scaling, pair i of a head is rotated by the angle `position * theta^(-2i / head_dim)`. With `factor`, wavelengths
+    longer than `original_max_positions / low_freq_factor` are multiplied by `factor`, wavelengths shorter than
+    `original_max_positions / high_freq_factor` are kept, and the ones in between are interpolated (Llama 3.1, 2024).
 
     >>> Rope(theta=10000.0).factor is None
     True
@@ -26,7 +26,7 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What a checkpoint's configuration says of the network's shape.
+    """The network's shape and options, as a checkpoint's configuration gives them.
 
     >>> tiny = Architecture(family="llama", vocab_size=64, width=16, depth=2, heads=4, kv_heads=2, head_dim=4,
     ...                     mlp_width=32, max_positions=128, activation="silu", norm="rms", norm_eps=1e-5,

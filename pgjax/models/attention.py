@@ -1,4 +1,4 @@
-"""What a query sees: any slots under a mask, or a whole sequence by a kernel that keeps no scores."""
+"""Attention: under any mask, or causal by a fused kernel that does not store the scores."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ Kernel = Literal["xla", "cudnn"]  # the implementations of `jax.nn.dot_product_a
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
     """Attend from query [B, H, T, hd] to key and value [B, Hkv, S, hd] where mask [B, T, S] is True.
 
-    softmax(q k / sqrt(hd)) v with the softmax and the sums in float32; the H / Hkv queries of a group share keys (Ainslie
-    et al. 2023) and are multiplied as one block of rows. A query that may see nothing (padding) gets a finite value.
+    softmax(q k / sqrt(hd)) v, with the softmax and the sums in float32. The H / Hkv query heads that share a key head
+    (grouped queries, Ainslie et al. 2023) are multiplied as one block of rows. A query whose mask is all False (padding)
+    gets a finite value.
 
     >>> import jax.numpy as jnp
     >>> q, kv = jnp.ones((1, 4, 3, 8)), jnp.ones((1, 2, 3, 8))
@@ -38,10 +39,10 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Arra
 
 
 def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, kernel: Kernel) -> jax.Array:
-    """Attend from query [B, H, T, hd] to key and value [B, Hkv, T, hd] up to each query's own place.
+    """Attend from query [B, H, T, hd] to key and value [B, Hkv, T, hd] up to each query's own position.
 
-    As `attention` under a lower triangle, without a mask. "cudnn" never holds the [B, H, T, T] scores, forward or backward
-    (FlashAttention-2, Dao 2023). Its backward pass adds in any order unless XLA_FLAGS has
+    The same as `attention` with a lower triangular mask. "cudnn" never holds the [B, H, T, T] scores, forward or backward
+    (FlashAttention-2, Dao 2023). The order of the sums in its backward pass is not fixed unless XLA_FLAGS has
     --xla_gpu_exclude_nondeterministic_ops=true: without it, two runs on one GPU differ by rounding.
 
     >>> import jax.numpy as jnp
@@ -51,18 +52,20 @@ def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, kern
     """
     mesh, heads, kv_heads = ambient_mesh(), query.shape[1], key.shape[1]
     if mesh is not None and fitting(mesh, heads, "heads") != fitting(mesh, kv_heads, "heads"):
-        # The kernel wants keys split over the devices as queries are; where there are too few for that, one a query head.
+        # The kernel needs keys split over the devices as queries are. With too few key heads for that, each query head gets
+        # a copy of its own.
         key, value = (jnp.repeat(x, heads // kv_heads, axis=1) for x in (key, value))
     rows = (constrain(x.swapaxes(1, 2), "batch", None, "heads") for x in (query, key, value))
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # JAX's function wants both
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # JAX's function needs both
         seen = jax.nn.dot_product_attention(*rows, is_causal=True, implementation=kernel)
     return seen.swapaxes(1, 2)
 
 
 def cudnn_takes(dtype: Any, head_dim: int, capability: tuple[int, int] | None) -> bool:
-    """Say whether cuDNN's fused attention computes heads of this kind on a GPU of this compute capability, both ways.
+    """Return whether cuDNN's fused attention supports this dtype and head size on this GPU, forward and backward.
 
-    16-bit floats, from Ampere (8.0) on, heads of up to 128 in steps of 8: what every version of cuDNN 9 can do.
+    Every version of cuDNN 9 supports 16-bit floats and head sizes up to 128 in steps of 8, from compute capability 8.0
+    (Ampere) on.
 
     >>> cudnn_takes(jnp.bfloat16, 64, (8, 0)), cudnn_takes(jnp.float32, 64, (8, 0)), cudnn_takes(jnp.bfloat16, 64, None)
     (True, False, False)
@@ -72,11 +75,12 @@ def cudnn_takes(dtype: Any, head_dim: int, capability: tuple[int, int] | None) -
 
 
 def cuda_capability() -> tuple[int, int] | None:
-    """Return the compute capability of the default device; None where it is no NVIDIA GPU (AMD's are "gpu" to JAX too).
+    """Return the compute capability of the default device, or None if it is not an NVIDIA GPU.
 
     >>> cuda_capability() is None or jax.default_backend() == "gpu"
     True
     """
+    # Not by jax.default_backend(), which is "gpu" for AMD too.
     if "cuda" not in jax.extend.backend.get_backend().platform_version:
         return None
     major, minor = jax.local_devices()[0].compute_capability.split(".")
@@ -84,9 +88,10 @@ def cuda_capability() -> tuple[int, int] | None:
 
 
 def left_by_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Say whether a value is what cuDNN's forward pass leaves to its backward pass: a policy of `jax.checkpoint`.
+    """Tell `jax.checkpoint` to save what cuDNN's forward pass leaves to its backward pass (a checkpoint policy).
 
-    The name is JAX's own; under another one, the backward pass computes the forward pass again and gets the same.
+    The primitive's name is internal to JAX. Should it change, the backward pass runs the forward pass again, with the same
+    results.
 
     >>> left_by_cudnn(jax.lax.sin_p)
     False
@@ -95,15 +100,15 @@ def left_by_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 def real_first(attention_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Order the columns of each row so that real tokens come first, as they stood, and padding after them.
+    """Find the order that moves the real tokens of each row to its front, in their order, and padding behind them.
 
-    Where padding comes last, plain causal attention keeps every real token from seeing any.
+    With padding last, causal attention alone keeps real tokens from attending to it.
 
     Args:
-        attention_mask: [B, T] bool; padding may stand on either side, and between.
+        attention_mask: [B, T] bool; padding may be on either side, and in between.
 
     Returns:
-        [B, T] int32 columns for `permuted`: there, and back.
+        Two [B, T] int32 orders for `permuted`: to the front, and back again.
 
     >>> there, back = real_first(jnp.array([[False, True, True, False]]))
     >>> there.tolist(), back.tolist()
@@ -114,11 +119,11 @@ def real_first(attention_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def permuted(x: jax.Array, order: jax.Array, axis: int = 1) -> jax.Array:
-    """Put the columns of each row in the row's own order: x [B, ..., T, ...] along `axis`, order [B, T], a permutation.
+    """Permute each row of x [B, ..., T, ...] along `axis` by its own order [B, T].
 
     >>> permuted(jnp.array([[5, 6, 7]]), jnp.array([[2, 0, 1]])).tolist()
     [[7, 5, 6]]
     """
-    # Unique, so that the backward pass writes each column once and has nothing to add up.
+    # Unique indices: the backward pass writes each column once instead of adding up.
     take = functools.partial(jnp.take, axis=axis - 1, mode="clip", unique_indices=True)
     return jax.vmap(take)(x, order)

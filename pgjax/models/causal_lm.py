@@ -19,7 +19,7 @@ from pgjax.models.shared_prompts import check_groups
 from pgjax.models.transformer import Block, KeyValue, Norm, fuse
 from pgjax.parallel.sharding import constrain, gathered, splits
 
-Cache = tuple[KeyValue, ...]  # one pair a layer: separate buffers, so that a decode step writes each in place
+Cache = tuple[KeyValue, ...]  # one pair per layer: separate buffers, so that a decode step writes each in place
 
 
 class CausalLM(NamedTuple):
@@ -28,13 +28,13 @@ class CausalLM(NamedTuple):
     arch: Architecture
     dtype: Any  # of activations and of the cache; parameters keep their own
     init: Callable[..., Params]  # (key) -> params
-    # apply: (params, tokens[B,T], attention_mask=None, segment_ids=None) -> logits[B,T,V] float32. With segment_ids [B,T]
-    # int32 a token sees its own segment alone, and positions start again with each one: several texts in one row, each
-    # a run of one id, no id used twice; 0 is padding where there is no attention_mask.
+    # apply: (params, tokens[B,T], attention_mask=None, segment_ids=None) -> logits[B,T,V] float32. segment_ids [B,T] int32
+    # pack several texts into one row: a token attends to its own segment only, and positions start again with each. A
+    # segment is a run of one id, and a row uses no id twice. Without an attention_mask, 0 marks padding.
     apply: Callable[..., jax.Array]
     # hidden: (params, tokens, attention_mask=None, segment_ids=None, *, prompt_length=0, group_size=1) -> [B,T,D] after the
-    # last norm. With a group_size the rows of each group, adjacent, are the same in their first prompt_length entries, and
-    # these are computed once (`groups`); a row where they are others is NaN. Beside "cudnn" it changes nothing.
+    # last norm. With a group_size, adjacent rows of a group have the same first prompt_length entries, which are computed
+    # once (`shared_prompts`). A row with another prompt than its group's first row is NaN. With "cudnn" it has no effect.
     hidden: Callable[..., jax.Array]
     unembedding: Callable[..., jax.Array]  # (params) -> [V,D]
     init_cache: Callable[..., Cache]  # (batch, length) -> zeros
@@ -45,7 +45,7 @@ class CausalLM(NamedTuple):
 
 
 def per_layer(params: Params) -> Params:
-    """Split the stacked layers into a list with one tree a layer; parameters that are split already pass through.
+    """Split the stacked layers into a list with one tree per layer.
 
     A decode loop reads every layer's weights at every step: splitting them before the loop keeps the copies out of it.
 
@@ -60,14 +60,13 @@ def per_layer(params: Params) -> Params:
 
 
 def decode_params(params: Params, dtype: Any) -> Params:
-    """Prepare parameters for a decode loop: split by layer, and all that is multiplied at every step in `dtype`.
+    """Prepare parameters for a decode loop: split by layer, and cast to `dtype`.
 
-    The layers would cast at every step what they can read once cast. Norms keep their scales, which they multiply in
-    float32, so that a decode step computes what a whole forward pass computes, and embeddings stay, of which only rows are
-    looked up. Splitting copies anyway, and in the same go casts, and lays the kernels out as a decode step reads them
-    fastest (`transformer.fuse`), unless tensor splits them: kernels joined end to end would no longer be split by heads.
-    Over fsdp all is cast whole instead, and gathered here, once. Adapters are added to the kernels that they adapt (`lora`).
-    Prepared ones pass through.
+    Otherwise the layers would cast the kernels at every step. Norms keep their own dtype, because they multiply in float32,
+    so that a decode step computes the same as a whole forward pass. Embeddings keep theirs, because only single rows are
+    looked up. The kernels are also laid out as a decode step reads them fastest (`transformer.fuse`), unless the axis tensor
+    splits them: joined kernels would no longer be split by heads. Parameters split over fsdp are cast whole,
+    then gathered here, once. Adapters are added to their kernels (`lora`). Prepared parameters are returned as they are.
 
     >>> import jax.numpy as jnp
     >>> stacked = {"layers": {name: {"kernel": jnp.zeros((1, 2, 3))} for name in ("q", "k", "v", "o", "up", "down")}}
@@ -91,7 +90,8 @@ def decode_params(params: Params, dtype: Any) -> Params:
 def write_slot(cache: jax.Array, x: jax.Array, index: jax.Array) -> jax.Array:
     """Write x [B, heads, 1, hd] into slot `index` of cache [B, heads, S, hd], in place where XLA may.
 
-    As bits: XLA on CPU would widen a whole 16-bit float buffer, update it and round it again, at every step.
+    Written as integers of the same bits: XLA on CPU would convert a whole 16-bit float buffer to 32 bits and back at every
+    step.
 
     >>> write_slot(jnp.zeros((1, 1, 3, 1), jnp.bfloat16), jnp.ones((1, 1, 1, 1), jnp.bfloat16), jnp.int32(1)).ravel().tolist()
     [0.0, 1.0, 0.0]
@@ -115,10 +115,10 @@ def causal_lm(
         arch: the network's shape and options.
         dtype: of activations; bfloat16 on TPU and GPU, float32 where it must be exact.
         param_dtype: of the parameters that `init` makes. Keep float32 for training: bfloat16 loses small updates.
-        remat: recompute each layer in the backward pass, for memory of one layer's activations instead of all.
-        kernel: what computes the attention of whole sequences: "cudnn" (`attention.causal_attention`), the same rows by
-            "xla", or scores that are "masked". None: cuDNN where the default device and the sizes allow it, else masked.
-            Rows with segment_ids are always masked. Beside "cudnn" a decode step reads its cache by `slot_attention`.
+        remat: recompute each layer in the backward pass, so that only one layer's activations are in memory at a time.
+        kernel: the attention over whole sequences: "cudnn" or "xla" (`attention.causal_attention`), or "masked"
+            (`attention.attention`). None: cuDNN if the default device and the sizes allow it, otherwise masked. Rows with
+            segment_ids are always masked. With "cudnn", a decode step attends to its cache by `slot_attention`.
 
     Returns:
         A `CausalLM`. Parameters are nested dicts; leaves under "layers" are stacked over depth.
@@ -143,7 +143,7 @@ def _built(
     block = Block(arch, dtype=dtype, param_dtype=param_dtype)
     norm = Norm(arch.norm, arch.norm_eps, dtype, param_dtype)
 
-    def chosen() -> Literal["masked"] | Kernel:  # asked while tracing: building a model must not start JAX's backend
+    def chosen() -> Literal["masked"] | Kernel:  # decided while tracing: building a model must not start JAX's backend
         if kernel is not None:
             return kernel
         return "cudnn" if cudnn_takes(dtype, arch.head_dim, cuda_capability()) else "masked"
@@ -201,7 +201,7 @@ def _built(
 
 
 def _initial(block: Block, norm: Norm, key: jax.Array) -> Params:
-    """Draw parameters: matrices from N(0, 0.02^2), norms and biases as they change nothing."""
+    """Draw parameters: matrices from N(0, 0.02^2), scales of norms 1, biases 0."""
     arch, dtype = block.arch, block.param_dtype
     token_key, position_key, layer_key, head_key = jax.random.split(key, 4)
     normal = nn.initializers.normal(0.02)
@@ -234,7 +234,7 @@ def _decoded(
     *,
     by_one_kernel: bool,
 ) -> tuple[jax.Array, Cache]:
-    """Take one token a row through all layers, and write its keys and values into slot `index`: [B, D], cache."""
+    """Run one token per row through all layers, and write its keys and values into slot `index`: [B, D], cache."""
     params, fused = decode_params(params, block.dtype), block.clone(fused=True)
     positions = constrain(position[:, None], "batch")
     table = rotary(block.arch, positions)

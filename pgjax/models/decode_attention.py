@@ -1,4 +1,4 @@
-"""What one new token sees of a cache, by one kernel on an NVIDIA GPU: XLA's own five or six take as many launches a layer."""
+"""Attention of one new token to the cache as one kernel on an NVIDIA GPU, where XLA launches five or six kernels per layer."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from jax.sharding import PartitionSpec
 
 from pgjax.parallel.sharding import ambient_mesh, fitting
 
-# Slots that a program reads at a time, and how: the best of fourteen on an H200, all in all.
+# Slots that a program reads at a time, warps and pipeline stages: the fastest of fourteen settings on an H200, overall.
 BLOCK, WARPS, STAGES = 64, 4, 3
-LEAST_ROWS = 16  # of a product on tensor cores
+LEAST_ROWS = 16  # that a matrix product on tensor cores takes
 
 
 def slot_attention(
     query: jax.Array, keys: jax.Array, values: jax.Array, slots: jax.Array, index: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """Attend from query [B, H, 1, hd] to those of the first index + 1 slots of a cache that are marked.
+    """Attend from query [B, H, 1, hd] to the marked slots among the first index + 1 of a cache.
 
-    As `attention.attention` under slots[:, None, :], but scores never leave the chip: one program a row and key head goes
-    through its slots in blocks, with a running maximum and sum (online softmax: Milakov & Gimelshein 2018). Blocks beyond
-    `index` are not read. Under a mesh every device runs it on its own rows and heads.
+    The same as `attention.attention` with the mask slots[:, None, :], but the scores are not written to memory. There is one
+    program per row and key head. It loops over blocks of slots with a running maximum and sum (online softmax: Milakov &
+    Gimelshein 2018), and does not read blocks beyond `index`. Under a mesh, every device runs it on its own rows and heads.
 
     Args:
-        query: a 16-bit float; hd a power of two.
+        query: [B, H, 1, hd] of a 16-bit float type; hd is a power of two.
         keys, values: [B, Hkv, S, hd].
-        slots: [B, S] boolean; one of the first index + 1 at least is True.
+        slots: [B, S] boolean; at least one of the first index + 1 must be True.
         index: [] int32, the last slot that is written.
-        interpret: run it as plain JAX, slowly, on any device.
+        interpret: run it as ordinary JAX operations, slowly, on any device.
 
     Returns:
         [B, H, 1, hd].
@@ -56,7 +56,7 @@ def slot_attention(
 
 
 def takes(head_dim: int) -> bool:
-    """Say whether the kernel computes heads of that size: a power of two, of 16 to 256.
+    """Return whether the kernel supports that head size: a power of two from 16 to 256.
 
     >>> takes(64), takes(96)
     (True, False)
@@ -89,7 +89,7 @@ def _attend(
 
 
 def _kernel(q_ref: Any, k_ref: Any, v_ref: Any, slots_ref: Any, index_ref: Any, out_ref: Any, *, group: int, rows: int):
-    """Go through one row's slots for the queries that share one head of keys; rows beyond the group are padding."""
+    """Attend over one row's slots, for the query heads that share one key head; query rows beyond the group are padding."""
     length, head_dim = k_ref.shape
     real = jnp.broadcast_to((jnp.arange(rows) < group)[:, None], (rows, head_dim))
     query = triton.load(q_ref, mask=real, other=0.0)

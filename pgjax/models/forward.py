@@ -1,4 +1,4 @@
-"""Whole sequences through a model's layers: padded, packed, or in groups with one prompt."""
+"""The forward pass over whole sequences: padded, packed, or in groups that share a prompt."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from pgjax.models.transformer import PRODUCT, Block, KeyValue, rotary_table
 from pgjax.parallel.sharding import constrain
 
 Params = dict[str, Any]
-Seeing = Callable[
-    [jax.Array, jax.Array, jax.Array], jax.Array
-]  # (query, key, value) -> what each query sees of the values
-# Without `remat` the backward pass reads the products of weights and computes what lies between them again: a third of the
-# memory, and less time too on a CPU, where storing the activations of a scan costs more than computing them (benchmarks/).
+Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (query, key, value) -> the attention's output
+# Without `remat`, the forward pass saves the products with weights, and the backward pass computes again what lies between
+# them. That takes a third of the memory, and less time on a CPU, where storing the activations of a scan costs more than
+# computing them (benchmarks/).
 PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.save_only_these_names(PRODUCT), left_by_cudnn
 )
@@ -38,20 +37,21 @@ def forward(
     remat: bool = False,
     **group: Any,
 ) -> tuple[jax.Array, KeyValue]:
-    """Map tokens [B, T] to what the last layer gives, before the last norm, and to all layers' keys and values.
+    """Run tokens [B, T] through all layers; return the last layer's output, before the last norm, and all keys and values.
 
     Args:
-        block: one layer; it knows the architecture and the dtype of activations.
+        block: one layer, with the architecture and the dtype of activations.
         params: of the model.
         tokens: [B, T] int32.
-        attention_mask: [B, T] True on real tokens; None: all are.
-        segment_ids: [B, T] int32 of texts packed into one row, 0 on padding where there is no mask; None: a text a row.
-        kernel: what computes attention (`causal_lm.causal_lm`); rows with segment_ids are always masked.
-        remat: keep nothing of a layer for the backward pass but its input.
-        group: prompt_length and group_size of rows whose prompts are alike (`groups`), computed once.
+        attention_mask: [B, T] True on real tokens; None: all tokens are real.
+        segment_ids: [B, T] int32 of texts packed into one row, 0 on padding if there is no mask; None: one text per row.
+        kernel: the implementation of attention (`causal_lm.causal_lm`); rows with segment_ids are always masked.
+        remat: save only each layer's input for the backward pass.
+        group: prompt_length and group_size of rows that share prompts, each of which is computed once (`shared_prompts`).
 
     Returns:
-        [B, T, D], and (keys, values), each [depth, B, kv_heads, T, head_dim]; of a group as `groups.packed` lays it out.
+        [B, T, D], and (keys, values), each [depth, B, kv_heads, T, head_dim]; with a group, laid out as by
+        `shared_prompts.packed`.
 
     Raises:
         ValueError: more tokens than a model with learned positions has.
@@ -61,69 +61,70 @@ def forward(
         if arch.rope is None and length > arch.max_positions and segment_ids is None:
             raise ValueError(f"{length} tokens, but the model has {arch.max_positions} positions: shorten the input")
         attention_mask = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
-    attention_mask, through = attention_mask.astype(bool), functools.partial(layers, block, params, remat=remat)
+    attention_mask, run_layers = attention_mask.astype(bool), functools.partial(layers, block, params, remat=remat)
     if kernel != "masked" and segment_ids is None:
-        return _by_kernel(through, tokens, attention_mask, kernel)
+        return _by_kernel(run_layers, tokens, attention_mask, kernel)
     positions = positions_of(attention_mask)
     mask = jnp.tril(jnp.ones((1, length, length), bool)) & attention_mask[:, None, :]
     if segment_ids is not None:
         positions = segment_positions(attention_mask, segment_ids)
         mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
     if not group:
-        return through(tokens, positions, lambda q, k, v: attention(q, k, v, mask))
-    seeing = functools.partial(group_attention, mask=mask, **group)
-    x, kv = through(packed(tokens, **group), packed(positions, **group), seeing)
+        return run_layers(tokens, positions, lambda q, k, v: attention(q, k, v, mask))
+    attend_all = functools.partial(group_attention, mask=mask, **group)
+    x, kv = run_layers(packed(tokens, **group), packed(positions, **group), attend_all)
     alike = same_prompts(tokens, attention_mask, **group)
-    return jnp.where(alike[:, None, None], unpacked(x, **group), jnp.nan), kv  # never wrong in silence
+    return jnp.where(alike[:, None, None], unpacked(x, **group), jnp.nan), kv  # rather than a wrong number
 
 
 def _by_kernel(
-    through: Callable[..., tuple[jax.Array, KeyValue]], tokens: jax.Array, attention_mask: jax.Array, kernel: Kernel
+    run_layers: Callable[..., tuple[jax.Array, KeyValue]], tokens: jax.Array, attention_mask: jax.Array, kernel: Kernel
 ) -> tuple[jax.Array, KeyValue]:
-    """Let a fused kernel see rows whose real tokens come first, and put what it gives back where they were."""
+    """Run a fused kernel on rows permuted so that real tokens come first, and permute its output back."""
     length = tokens.shape[1]
-    even = ((0, 0), (0, length % 2))  # what JAX demands of cuDNN's backward pass
+    even = ((0, 0), (0, length % 2))  # JAX requires an even length for cuDNN's backward pass
     tokens, attention_mask = jnp.pad(tokens, even), jnp.pad(attention_mask, even)
     there, back = real_first(attention_mask)
     positions = positions_of(permuted(attention_mask, there))
-    x, kv = through(permuted(tokens, there), positions, functools.partial(causal_attention, kernel=kernel))
+    x, kv = run_layers(permuted(tokens, there), positions, functools.partial(causal_attention, kernel=kernel))
     put_back = functools.partial(permuted, order=back[:, :length])
     return put_back(x), jax.tree.map(jax.vmap(functools.partial(put_back, axis=2)), kv)
 
 
 def layers(
-    block: Block, params: Params, tokens: jax.Array, positions: jax.Array, seeing: Seeing, *, remat: bool
+    block: Block, params: Params, tokens: jax.Array, positions: jax.Array, attend_all: Attention, *, remat: bool
 ) -> tuple[jax.Array, KeyValue]:
-    """Scan tokens [B, T] at these positions [B, T] through all layers: [B, T, D], and their keys and values, stacked."""
+    """Scan tokens [B, T] at positions [B, T] through all layers: [B, T, D], and the stacked keys and values."""
     table = rotary(block.arch, positions)
 
     def layer(x: jax.Array, layer_params: Params) -> tuple[jax.Array, KeyValue]:
         def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, KeyValue]:
-            return seeing(query, key, value), (key, value)
+            return attend_all(query, key, value), (key, value)
 
         x, kv = run(block, layer_params, x.astype(block.dtype), table, attend)
         return constrain(x.astype(jnp.float32), "batch"), kv
 
-    # The carry holds values of the block's dtype in 32 bits: XLA on CPU rewrites the whole stack of carries that the
-    # backward pass needs, layer after layer, where they are 16-bit floats.
+    # The carry holds values of the block's dtype, but in 32 bits. The backward pass needs a stack of all layers' carries; if
+    # they were 16-bit floats, XLA on CPU would rewrite the whole stack at every layer.
     layer = jax.checkpoint(layer, prevent_cse=False, policy=None if remat else PRODUCTS)
-    # Each device of fsdp looks up its part of the width for all of their rows; then rows are exchanged for width.
+    # Each device of fsdp looks up its part of the width for the rows of all of them. Then they exchange: each gets the whole
+    # width of its own rows.
     x = constrain(embed(block, params, tokens, positions), "lookup", None, "width")
     x, stacked = jax.lax.scan(layer, constrain(x, "batch").astype(jnp.float32), params["layers"])
     return x.astype(block.dtype), stacked
 
 
 def embed(block: Block, params: Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-    """Look up tokens [B, T], and their positions where these are learned: [B, T, D]."""
+    """Embed tokens [B, T], and add the embedding of their positions if it is learned: [B, T, D]."""
     x = params["embed"]["tokens"][tokens].astype(block.dtype)
     if block.arch.rope is None:
-        # A position beyond the table is NaN: clamped to the last one, it would be wrong in silence.
+        # A position beyond the table gives NaN. Clamped to the last position, it would give a wrong number.
         x = x + params["embed"]["positions"].at[positions].get(mode="fill", fill_value=jnp.nan).astype(block.dtype)
     return x
 
 
 def rotary(arch: Architecture, positions: jax.Array) -> KeyValue | None:
-    """Return the rotary table of positions [B, T]; None where positions are learned."""
+    """Return the rotary table of positions [B, T]; None if the model's positions are learned."""
     return None if arch.rope is None else rotary_table(arch.rope, arch.head_dim, positions)
 
 

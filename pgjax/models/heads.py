@@ -1,4 +1,4 @@
-"""The heads on the body's hidden states: tokens' log-probabilities, and the value, which is a linear map."""
+"""The heads on the body's hidden states: the tokens' log-probabilities and entropies, and the value, a linear map."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def _mesh_axes(hidden: jax.Array, unembedding: jax.Array) -> dict[str, Any]:
 
 
 def init_value_head(width: int) -> dict[str, jax.Array]:
-    """Return the parameters of a value head that starts as V = 0 everywhere.
+    """Return the parameters of a value head whose values are 0 everywhere.
 
-    From zero the first advantages are the returns themselves, and the body gets no gradient from the value loss until
-    the head has learnt which way to look.
+    The first advantages are then the returns themselves, and the body gets no gradient from the value loss until the
+    head's kernel has moved away from 0.
 
     Args:
         width: D of the hidden states.
@@ -92,11 +92,11 @@ def init_value_head(width: int) -> dict[str, jax.Array]:
 def token_values(head: dict[str, jax.Array], hidden: jax.Array) -> jax.Array:
     """Estimate the return from each token on, before the token is seen.
 
-    V_t = kernel . hidden[:, t - 1] + bias: the state that chooses token t. V_0 = 0, as no state comes before it.
+    V_t = kernel . hidden[:, t - 1] + bias, from the state that predicts token t. V_0 = 0, as no state comes before it.
 
     Args:
-        head: of `init_value_head`.
-        hidden: [B, T, D], one state a position.
+        head: from `init_value_head`.
+        hidden: [B, T, D], one state per position.
 
     Returns:
         [B, T] float32, in the token frame.
@@ -114,14 +114,14 @@ def state_values(head: dict[str, jax.Array], hidden: jax.Array) -> jax.Array:
     """Estimate the return from the next token on: kernel . hidden + bias, at the position of the state.
 
     Args:
-        head: of `init_value_head`.
-        hidden: [..., D]; a state that is not finite gives NaN there and no gradient.
+        head: from `init_value_head`.
+        hidden: [..., D]; a state that is not finite gives NaN at its position, and no gradient.
 
     Returns:
         [...] float32.
 
     Raises:
-        AssertionError: the head is for states of another width.
+        AssertionError: the head was made for another width.
 
     >>> state_values({"kernel": jnp.array([1.0]), "bias": jnp.array(0.5)}, jnp.array([[1.0], [2.0]])).tolist()
     [1.5, 2.5]

@@ -1,4 +1,4 @@
-"""Low-rank adapters: beside the frozen kernels of a model, small factors that are trained (Hu et al. 2021)."""
+"""Low-rank adapters: small trained factors added to the frozen kernels of a model (Hu et al. 2021)."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ FACTORS = ("lora_a", "lora_b", "lora_scale")  # beside the "kernel" of a linear 
 def init_lora(
     key: jax.Array, params: dict[str, Any], *, rank: int, alpha: float = 32.0, targets: Collection[str] = KERNELS
 ) -> dict[str, Any]:
-    """Draw adapters that change nothing yet, for the linear maps of every layer.
+    """Draw adapters for the linear maps of every layer; the model with them computes the same as without.
 
-    y = x W + (alpha / rank) (x A) B, with A ~ U(-1 / sqrt(D), 1 / sqrt(D)) and B = 0. The defaults, all maps and an alpha of
-    32 whatever the rank, are those of Schulman et al. 2025 ("LoRA Without Regret"): the best learning rate hardly depends on
-    the rank then, and is some ten times that of training all parameters.
+    y = x W + (alpha / rank) (x A) B, with A ~ U(-1 / sqrt(D), 1 / sqrt(D)) and B = 0. The defaults (all maps, and an alpha of
+    32 whatever the rank) follow Schulman et al. 2025 ("LoRA Without Regret"): with them the best learning rate hardly
+    depends on the rank, and is about ten times the best one for training all parameters.
 
     Args:
         key: a typed key.
         params: of a causal LM; only their shapes are read.
         rank: r, the columns of A and rows of B.
-        alpha: the adapters' weight times the rank; kept beside them, and not trained.
-        targets: which of q, k, v, o, gate, up and down get one; those that the model lacks are passed over.
+        alpha: the adapters' weight times the rank; stored with them, and not trained.
+        targets: which of q, k, v, o, gate, up and down get an adapter; maps that the model lacks are skipped.
 
     Returns:
         {"layers": {name: {"lora_a": [L, D, r], "lora_b": [L, r, F], "lora_scale": [L]}}}, float32.
 
     Raises:
-        ValueError: a rank below 1, an alpha that is not finite or not above 0, or targets that are none of these.
+        ValueError: a rank below 1, an alpha that is not finite or not above 0, or an unknown target.
 
     >>> import pgjax as pg
     >>> from pgjax.models.io.config import architecture_of
@@ -73,13 +73,13 @@ def _drawn(
 
 
 def with_lora(frozen: dict[str, Any] | None, trained: dict[str, Any]) -> dict[str, Any]:
-    """Put what is trained among what is frozen, adapters beside their kernels: parameters for every function of the model.
+    """Merge the trees of frozen and trained parameters, adapters beside their kernels, for any function of the model.
 
-    No array is touched. Differentiate with respect to `trained` alone, and no gradient of what is frozen is computed.
+    No array is copied. Differentiate with respect to `trained` alone: then no gradient of a frozen parameter is computed.
 
     Args:
-        frozen: parameters, alone or inside another tree; None where nothing is frozen.
-        trained: of `init_lora`, at the same place in the tree, and whatever else is trained.
+        frozen: parameters, alone or inside another tree; None if nothing is frozen.
+        trained: adapters from `init_lora` at the same place in the tree, and all other trained parameters.
 
     Returns:
         The union of the two trees.
@@ -105,13 +105,13 @@ def with_lora(frozen: dict[str, Any] | None, trained: dict[str, Any]) -> dict[st
 
 
 def merge_lora(params: dict[str, Any]) -> dict[str, Any]:
-    """Add adapters to their kernels: W + scale A B, in the kernel's dtype; the same function of a token by fewer products.
+    """Add adapters to their kernels: W + scale A B, in the kernel's dtype. The model computes the same with fewer products.
 
     Args:
-        params: of `with_lora`, or without adapters.
+        params: from `with_lora`, or parameters without adapters.
 
     Returns:
-        Parameters of the model as it was; where there are no adapters, the same.
+        Parameters without adapters; if there were none, `params` themselves.
 
     >>> one = {"kernel": jnp.ones((1, 2, 2)), "lora_a": jnp.ones((1, 2, 1)), "lora_b": jnp.ones((1, 1, 2))}
     >>> merge_lora({"layers": {"q": {**one, "lora_scale": jnp.full(1, 0.5)}}})["layers"]["q"]["kernel"].tolist()
@@ -133,7 +133,7 @@ def adapted_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Arr
     >>> adapted_kernel(jnp.ones((2, 2)), jnp.ones((2, 1)), jnp.ones((1, 2)), jnp.float32(0.5)).tolist()
     [[1.5, 1.5], [1.5, 1.5]]
     """
-    change = jnp.matmul(scale[..., None, None] * a, b, precision="highest")  # of a TPU's, too, which is else of 16 bits
+    change = jnp.matmul(scale[..., None, None] * a, b, precision="highest")  # a TPU would round the factors to 16 bits
     return (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
 
 
@@ -144,13 +144,13 @@ Product = Callable[[jax.Array, jax.Array], jax.Array]
 def adapted_dot(
     product: Product, x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array
 ) -> jax.Array:
-    """Multiply x [..., D] by the kernel with its adapter inside: what a merged model, and so the sampler, computes.
+    """Multiply x [..., D] by the kernel with its adapter added, as a merged model, and so the sampler, does.
 
-    The gradients by A and B are those of y = x W + scale (x A) B: products with r columns, in place of the kernel's own
-    gradient, which is computed only where it is asked for. That of the scale is 0.
+    The gradients with respect to A and B are computed as for y = x W + scale (x A) B, by products with r columns. The
+    gradient of the whole kernel is computed only if it is used. The gradient of the scale is 0.
 
     Args:
-        product: of x and a kernel.
+        product: the function that multiplies x and a kernel.
         x: [..., D].
         kernel: [D, F].
         a: [D, r].
@@ -167,7 +167,7 @@ def adapted_dot(
 
 
 def _forward(product: Product, x: jax.Array, *leaves: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    # By the product's own forward rule: what it names for a policy of `jax.checkpoint` is named here.
+    # By the product's own forward rule, so that the names it gives for a policy of `jax.checkpoint` are kept.
     return jax.vjp(product, x, adapted_kernel(*leaves).astype(x.dtype))[0], (x, *leaves)
 
 
@@ -188,17 +188,17 @@ adapted_dot.defvjp(_forward, _backward)
 def freeze(
     params: dict[str, Any], *, rank: int | None, alpha: float, seed: int, mesh: Mesh | None = None
 ) -> tuple[Any | None, dict[str, Any]]:
-    """Divide parameters into what stays as it is and what is trained; `with_lora` puts the two together.
+    """Split parameters into frozen and trained ones, with new adapters among the trained; `with_lora` merges the two.
 
     Args:
-      params: of a language model, or of one under "lm" with a head beside it, which is trained.
-      rank: of the adapters; None: everything is trained.
+      params: of a language model; or {"lm": them, ...} with a head, which is trained.
+      rank: of the adapters; None: all parameters are trained, without adapters.
       alpha: the adapters' weight times the rank.
       seed: of the run.
-      mesh: that the parameters lie on, or None.
+      mesh: over which the parameters are placed, or None.
 
     Returns:
-      The model's parameters; and adapters to them, with the head. Without a rank None, and all parameters.
+      (frozen, trained): the model's parameters, and the adapters with the head. Without a rank: (None, all parameters).
 
     Example:
       >>> freeze({"layers": {}}, rank=None, alpha=32.0, seed=0)
@@ -207,6 +207,6 @@ def freeze(
     if rank is None:
         return None, params
     init = functools.partial(init_lora, rank=rank, alpha=alpha)
-    key = fold_in(jax.random.key(seed), 2**32 - 2)  # no step of a run, nor its evaluation, folds in this number
+    key = fold_in(jax.random.key(seed), 2**32 - 2)  # a number that no training step and no evaluation folds in
     adapters = init_sharded(init, key, params.get("lm", params), mesh=mesh)
     return ({"lm": params["lm"]}, {**params, "lm": adapters}) if "lm" in params else (params, adapters)

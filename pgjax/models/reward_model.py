@@ -1,4 +1,4 @@
-"""A reward model: a causal LM's body with one linear score, read at the last real token."""
+"""A reward model: a causal LM's body with a linear score head, read at the last real token."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Params = dict[str, Any]
 class RewardModel(NamedTuple):
     """The functions of one architecture; every one is pure and takes the parameters as its first argument.
 
-    Parameters are {"lm": those of the causal LM without its unembedding, "score": {"kernel": [D]}}.
+    Parameters are {"lm": the causal LM's parameters without its unembedding, "score": {"kernel": [D]}}.
     """
 
     arch: Architecture
     dtype: Any  # of activations; scores are float32
     init: Callable[..., Params]  # (key) -> params
     apply: Callable[..., jax.Array]  # (params, tokens[B,T], attention_mask=None) -> scores[B] float32
-    features: Callable[..., jax.Array]  # (params, tokens[B,T], attention_mask=None) -> [B,D] float32, what is scored
+    features: Callable[..., jax.Array]  # (params, tokens[B,T], attention_mask=None) -> [B,D] float32, the head's input
 
 
 @functools.lru_cache(maxsize=64)  # one architecture, one set of functions, so that compiled programs are shared
@@ -36,11 +36,11 @@ def reward_model(
 ) -> RewardModel:
     """Build the pure functions of a reward model on a decoder-only transformer.
 
-    score = kernel . hidden[last], where last is the last True of the row's attention mask: padding may stand on either
-    side, and its id, which may well be that of the end of sequence, is never looked at (Stiennon et al. 2020).
+    score = kernel . hidden[last], where last is the last True of the row's attention mask (Stiennon et al. 2020). Padding may
+    be on either side. Its id does not matter, and may be the end-of-sequence id.
 
     Args:
-        arch: of the body; whether it ties its unembedding does not matter here.
+        arch: of the body; its field `tied` has no effect.
         dtype: of activations.
         param_dtype: of the parameters that `init` makes.
         remat: recompute each layer in the backward pass.
@@ -95,7 +95,7 @@ def last_index(attention_mask: jax.Array) -> jax.Array:
 def init_score_head(key: jax.Array, width: int, *, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
     """Draw a score head: normal, standard deviation 1 / sqrt(width + 1) (Stiennon et al. 2020).
 
-    The hidden state has about unit mean square, so that first scores are of order 1, whatever the width.
+    The hidden state has about unit mean square, so the initial scores are of order 1, whatever the width.
 
     Args:
         key: typed.
@@ -112,12 +112,12 @@ def init_score_head(key: jax.Array, width: int, *, dtype: Any = jnp.float32) -> 
 
 
 def from_causal_lm(lm: CausalLM, params: Params, key: jax.Array, *, remat: bool = False) -> tuple[RewardModel, Params]:
-    """Turn a causal LM into a reward model: its body as it is, its unembedding left out, a fresh score head.
+    """Turn a causal LM into a reward model: the same body, no unembedding, and a new score head.
 
     Args:
-        lm: the language model, best the policy's own start (Ouyang et al. 2022).
+        lm: the language model, ideally the one that the policy starts from (Ouyang et al. 2022).
         params: of the language model; the arrays are shared, not copied.
-        key: draws the head.
+        key: typed, for the head.
         remat: as in `reward_model`.
 
     Returns:
@@ -139,21 +139,21 @@ def from_causal_lm(lm: CausalLM, params: Params, key: jax.Array, *, remat: bool 
 def normalized(params: Params, features: np.ndarray, *, ridge: float = 1e-2) -> tuple[Params, dict[str, float]]:
     """Shift and scale a reward model's scores to mean 0 and standard deviation 1 on reference samples.
 
-    The saved layout has one linear map and no bias, so both go into what there is. The scale goes into the kernel. The
-    shift goes into the last norm's bias where there is one (GPT-2), along the kernel: the same constant for every input.
-    An RMS norm has none: there the kernel moves along v, the ridge regression of the constant 1 on the features, scaled
-    so that v . mean(features) = 1. Then the mean over the reference samples is 0 up to the rounding of the
-    parameters' dtype, and the shift of another input is the constant as far as v . features is 1 there; its spread is
-    reported (Stiennon et al. 2020 normalise likewise, once, before reinforcement learning).
+    Stiennon et al. (2020) normalise once, too, before reinforcement learning. The saved layout has one linear map and no bias.
+    So the scale goes into the kernel. The shift goes into the last norm's bias, along the kernel, if the norm has one (GPT-2):
+    it is then the same constant for every input. An RMS norm has no bias. There a multiple of v is subtracted from the
+    kernel, where v is the ridge regression of the constant 1 on the features, scaled so that v . mean(features) = 1. The
+    mean over the reference samples is then 0 up to the rounding of the parameters' dtype. On another input the shift is
+    the constant times v . features, which is near 1; its spread is reported.
 
     Args:
         params: of a reward model.
-        features: [N, D] of `RewardModel.features` for the reference samples, N >= 2.
+        features: [N, D] from `RewardModel.features` for the reference samples, N >= 2.
         ridge: penalty on v, in units of the mean square of a feature times N.
 
     Returns:
-        The new parameters and {"mean", "std"} of the scores before, and "shift_spread": the standard deviation of the
-        shift over the reference samples, in units of the normalised score; 0 where it is a constant.
+        The new parameters, and a dict: "mean" and "std" of the scores before, and "shift_spread", the standard deviation of
+        the shift over the reference samples, in units of the normalised score; 0 if the shift is a constant.
 
     Raises:
         ValueError: fewer than 2 samples, features that are not finite, or scores that are all the same.
@@ -193,7 +193,7 @@ def normalized(params: Params, features: np.ndarray, *, ridge: float = 1e-2) -> 
 
 
 def _constant_direction(features: np.ndarray, ridge: float) -> np.ndarray:
-    """Solve for v with v . features as near to 1 as a vector of that size can be, and 1 in the mean."""
+    """Solve the ridge regression of the constant 1 on the features; scale v so that v . features has mean 1."""
     gram = features.T @ features
     penalty = ridge * np.trace(gram) / len(gram)
     direction = np.linalg.solve(gram + penalty * np.eye(len(gram)), features.sum(0))
@@ -201,5 +201,5 @@ def _constant_direction(features: np.ndarray, ridge: float) -> np.ndarray:
 
 
 def _like(value: np.ndarray, leaf: jax.Array) -> jax.Array:
-    """Give a host array the dtype and the place of the leaf that it replaces."""
+    """Convert a host array to the dtype and sharding of the leaf that it replaces."""
     return jax.device_put(value.astype(leaf.dtype), leaf.sharding)

@@ -1,8 +1,8 @@
-"""Groups of rows that continue one prompt: the prompt is computed once, and all of its rows attend to it.
+"""Groups of rows that continue one prompt: the prompt is computed once, and all rows of the group attend to it.
 
 Completions of one prompt (RLOO, GRPO) have their first P entries in common, and so the keys, values and hidden states there.
-Packed, a group of G rows of P + N tokens is one row of P + G N; what a layer computes token by token needs no more, and
-attention is told which part is whose.
+Packed, a group of G rows of P + N tokens is one row of P + G N tokens. Everything that a layer computes token by token runs
+on the packed row as it is; attention splits it into the prompt and the completions.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def firsts(x: jax.Array, group_size: int) -> jax.Array:
     >>> firsts(jnp.arange(6), 3).tolist()
     [0, 3]
     """
-    # By a reshape: a slice with a stride would send rows from device to device.
+    # By a reshape: a strided slice would send rows from device to device.
     return x.reshape(-1, group_size, *x.shape[1:])[:, 0]
 
 
 def repeated(x: jax.Array, group_size: int) -> jax.Array:
-    """Give every row of a group what the group has: x [B / G, ...] to [B, ...].
+    """Repeat each group's entry for all of its rows: x [B / G, ...] to [B, ...].
 
     >>> repeated(jnp.arange(2), 3).tolist()
     [0, 0, 0, 1, 1, 1]
@@ -37,7 +37,7 @@ def repeated(x: jax.Array, group_size: int) -> jax.Array:
 
 
 def packed(x: jax.Array, prompt_length: int, group_size: int) -> jax.Array:
-    """Put the rows of each group end to end, their prompt once: x [B, P + N, ...] to [B / G, P + G N, ...].
+    """Join the prompt and all completions of each group into one row: x [B, P + N, ...] to [B / G, P + G N, ...].
 
     >>> packed(jnp.array([[7, 1, 2], [7, 3, 4]]), prompt_length=1, group_size=2).tolist()
     [[7, 1, 2, 3, 4]]
@@ -64,12 +64,12 @@ def group_attention(
     Args:
         query: [B / G, H, P + G N, hd].
         key, value: [B / G, Hkv, P + G N, hd].
-        mask: [B, P + N, P + N] of the rows as they were, True where a query (second axis) may see.
+        mask: [B, P + N, P + N] of the unpacked rows, True where a query (second axis) attends to a key (third axis).
         prompt_length: P.
         group_size: G.
 
     Returns:
-        [B / G, H, P + G N, hd], what `attention` gives the unpacked rows, packed.
+        [B / G, H, P + G N, hd]: `attention` of the unpacked rows, packed.
 
     >>> x = jnp.ones((1, 2, 5, 4))
     >>> mask = jnp.tril(jnp.ones((2, 3, 3), bool))
@@ -92,7 +92,7 @@ def group_attention(
 
 
 def _parts(x: jax.Array, prompt_length: int, group_size: int) -> tuple[jax.Array, jax.Array]:
-    """Split x [B / G, H, P + G N, hd] into the prompts' [B / G, H, P, hd] and the rows' own [B, H, N, hd]."""
+    """Split x [B / G, H, P + G N, hd] into prompts [B / G, H, P, hd] and completions [B, H, N, hd]."""
     prompts, own = x[:, :, :prompt_length], x[:, :, prompt_length:]
     groups, heads, length, head_dim = own.shape
     own = own.reshape(groups, heads, group_size, -1, head_dim).swapaxes(1, 2)
@@ -100,7 +100,7 @@ def _parts(x: jax.Array, prompt_length: int, group_size: int) -> tuple[jax.Array
 
 
 def same_prompts(tokens: jax.Array, attention_mask: jax.Array, prompt_length: int, group_size: int) -> jax.Array:
-    """Say of each row whether its prompt is that of its group's first row: [B] bool.
+    """Return for each row whether its prompt equals that of its group's first row: [B] bool.
 
     >>> tokens = jnp.array([[7, 1], [7, 2], [7, 3], [8, 4]])
     >>> same_prompts(tokens, tokens > 0, prompt_length=1, group_size=2).tolist()
@@ -111,7 +111,7 @@ def same_prompts(tokens: jax.Array, attention_mask: jax.Array, prompt_length: in
 
 
 def check_groups(shape: Any, prompt_length: int, group_size: int) -> None:
-    """Refuse groups that rows of this shape [B, T] cannot hold.
+    """Refuse a group size that does not divide the rows of a shape [B, T], or a prompt longer than a row.
 
     Raises:
         ValueError: with the numbers.

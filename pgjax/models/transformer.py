@@ -1,4 +1,4 @@
-"""One decoder layer with options: Llama, Qwen2, Qwen3 and GPT-2 differ in the fields of `Architecture` alone."""
+"""One decoder layer with options: Llama, Qwen2, Qwen3 and GPT-2 differ only in the fields of `Architecture`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, KeyValue]]
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> jax.Array:
-    """Return the angle a position of every pair of a head, [head_dim / 2] in radians.
+    """Return the rotation angle per position of every pair of a head, [head_dim / 2] in radians.
 
     >>> from pgjax.models.architecture import Rope
     >>> rope_frequencies(Rope(theta=100.0), 4).tolist()
@@ -60,7 +60,7 @@ def rotary_table(rope: Rope, head_dim: int, positions: jax.Array) -> KeyValue:
 
 
 def rotate(x: jax.Array, table: KeyValue) -> jax.Array:
-    """Turn the two halves of every head by the table's angles (the rotate-half convention of Hugging Face).
+    """Rotate every head by the table's angles, pairing its two halves (the rotate-half convention of Hugging Face).
 
     >>> import jax.numpy as jnp
     >>> quarter_turn = jnp.zeros((1, 1, 1, 1)), jnp.ones((1, 1, 1, 1))
@@ -73,14 +73,14 @@ def rotate(x: jax.Array, table: KeyValue) -> jax.Array:
     return turned.astype(x.dtype)
 
 
-PRODUCT = "product"  # the name of what a weight's product gives
+PRODUCT = "product"  # the checkpoint name of the results of products with weights
 
 
 def rows_dot(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
     """Multiply x [..., D] by kernel [D, F] as one matrix product of rows.
 
-    XLA on CPU runs the backward products of the flattened form 1.5 times as fast as those of the batched one. The result bears
-    the name `PRODUCT`, by which a policy of `jax.checkpoint` finds it.
+    XLA on CPU runs the backward products of this flattened form 1.5 times as fast as of the batched form. The result has the
+    checkpoint name `PRODUCT`, by which a policy of `jax.checkpoint` finds it.
 
     >>> import jax.numpy as jnp
     >>> rows_dot(jnp.ones((2, 3, 4)), jnp.ones((4, 5))).shape
@@ -92,11 +92,12 @@ def rows_dot(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
 
 @jax.custom_vjp
 def half_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Multiply x [R, D] by kernel [D, F] of a 16-bit type, all sums in float32, forward and backward.
+    """Multiply x [R, D] by kernel [D, F] of a 16-bit type, with all sums in float32, forward and backward.
 
-    The gradients are written out because autodiff would multiply float32 cotangents by 16-bit factors, which no fast
-    kernel does, and because XLA on CPU multiplies a transposed 16-bit left side 3 times as slowly as a copied one. There a
-    16-bit result has no fast kernel either: it is rounded afterwards. A GPU and a TPU round what they have summed.
+    The backward pass is written by hand for two reasons. Autodiff would multiply float32 cotangents by 16-bit factors, for
+    which there is no fast kernel. And XLA on CPU multiplies a transposed 16-bit left side at a third of the speed of a
+    copied one. On a CPU, a 16-bit result has no fast kernel either, so the product is computed in float32 and then rounded.
+    A GPU and a TPU round the float32 sums within the product.
 
     >>> import jax.numpy as jnp
     >>> half_matmul(jnp.ones((2, 4), jnp.bfloat16), jnp.ones((4, 5), jnp.bfloat16)).dtype.name
@@ -106,7 +107,7 @@ def half_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _half_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    # Saved as bits: XLA on CPU rewrites a whole stack of 16-bit floats, layer after layer, where it saves one of them.
+    # Saved as integers of the same bits: XLA on CPU would rewrite the whole stack of 16-bit floats at every layer.
     bits = jax.lax.bitcast_convert_type(_product(x, kernel, 1, 0), jnp.uint16)
     return jax.lax.bitcast_convert_type(checkpoint_name(bits, PRODUCT), x.dtype), (x, kernel)
 
@@ -126,12 +127,13 @@ def _half_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> 
     x, kernel = saved
 
     def copied(x: jax.Array, cotangent: jax.Array) -> jax.Array:
-        # The narrower factor is the one to copy; a row of padding keeps XLA from folding the copy into the product.
+        # Copy the narrower factor. A row of padding keeps XLA from folding the copy into the product.
         left, right = (x, cotangent) if x.shape[1] <= cotangent.shape[1] else (cotangent, x)
         product = _dot(jnp.pad(left.T, ((0, 1), (0, 0))), right, 1, 0)[:-1]
         return product if left is x else product.T
 
-    # Rounded when the sums of all devices are together: XLA on TPU scatters those of float32, and reduces 16-bit ones whole.
+    # Rounded only after the sum over devices: XLA on TPU forms a reduce-scatter of float32 sums, but an all-reduce of 16-bit
+    # ones.
     plain = functools.partial(_dot, over_a=0, over_b=0)
     by_kernel = jax.lax.platform_dependent(x, cotangent, cpu=copied, default=plain)
     return _product(cotangent, kernel, 1, 1), by_kernel
@@ -143,9 +145,9 @@ half_matmul.defvjp(_half_forward, _half_backward)
 def columns_dot(kernel: jax.Array, x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """Multiply kernel [F, D] by the few rows of x [..., D]: [..., F] in `dtype`, summed in float32.
 
-    The form in which a step of decoding reads its weights fastest: along the sum. On a CPU also as the product's left side,
-    rounded afterwards. Without the barrier XLA turns the sides around again, and its CPU kernel packs the right side, here
-    the weights, at every step.
+    A decode step reads its weights fastest in this layout, in which the summed axis is contiguous. On a CPU the kernel is also
+    the left side of the product, and the result is rounded afterwards. The barrier keeps XLA from swapping the sides back:
+    its CPU kernel repacks the right side, which would be the weights, at every step.
 
     >>> import jax.numpy as jnp
     >>> columns_dot(jnp.ones((5, 4)), jnp.ones((2, 3, 4))).shape
@@ -203,8 +205,8 @@ def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
 class Block(nn.Module):
     """Map x [B, T, D] through attention and an MLP, each behind a norm and added to x (pre-norm residual layer).
 
-    `attend(q, k, v)` decides what the queries see: the whole sequence, or a cache that it also writes. `fused` blocks
-    read the parameters that `fuse` makes: products that share their input are one product.
+    `attend(q, k, v)` computes attention, over the whole sequence or over a cache that it also writes. `fused` blocks read
+    parameters made by `fuse`, in which linear maps with the same input are one product.
     """
 
     arch: Architecture
@@ -224,8 +226,8 @@ class Block(nn.Module):
         init = nn.initializers.normal(0.02)
         return Dense(features, use_bias=bias, **options, kernel_init=init, dot_general=rows_dot, name=name)
 
-    def together(self, y: jax.Array, names: Sequence[str], features: Sequence[int], bias: bool) -> list[jax.Array]:
-        """Map y [B, T, D] by several linear maps, by one product where they are fused."""
+    def dense_each(self, y: jax.Array, names: Sequence[str], features: Sequence[int], bias: bool) -> list[jax.Array]:
+        """Map y [B, T, D] by several linear maps, in one product if they are fused."""
         if not self.fused:
             return [self.dense(name, n, bias)(y) for name, n in zip(names, features, strict=True)]
         joined = self.dense("_".join(names), sum(features), bias)(y)
@@ -238,7 +240,7 @@ class Block(nn.Module):
         y = self.norm("attn_norm", arch.norm)(x)
         query, key, value = (
             constrain(projected.reshape(*x.shape[:2], -1, arch.head_dim).swapaxes(1, 2), "batch", "heads")
-            for projected in self.together(y, QKV, [n * arch.head_dim for n in heads], arch.qkv_bias)
+            for projected in self.dense_each(y, QKV, [n * arch.head_dim for n in heads], arch.qkv_bias)
         )
         if arch.qk_norm:
             query, key = self.norm("q_norm", "rms")(query), self.norm("k_norm", "rms")(key)
@@ -249,9 +251,9 @@ class Block(nn.Module):
 
         y = self.norm("mlp_norm", arch.norm)(x)
         names = GATE_UP if arch.gated_mlp else GATE_UP[1:]
-        *gate, up = self.together(y, names, [arch.mlp_width] * len(names), arch.mlp_bias)
+        *gate, up = self.dense_each(y, names, [arch.mlp_width] * len(names), arch.mlp_bias)
         activation = ACTIVATIONS[arch.activation]
-        *gate, up = (y.astype(jnp.float32) for y in (*gate, up))  # rounded once, after the product of the two
+        *gate, up = (y.astype(jnp.float32) for y in (*gate, up))  # rounded once, after their product
         up = activation(gate[0]) * up if gate else activation(up)
         up = constrain(up.astype(x.dtype), "batch", None, "mlp")
         return x + self.dense("down", arch.width, arch.mlp_bias)(up), kv
@@ -261,7 +263,7 @@ QKV, GATE_UP = ("q", "k", "v"), ("gate", "up")
 
 
 class Dense(nn.Dense):
-    """Map x [..., D] by a kernel [D, F]; where a low-rank adapter lies beside it (`lora`), with that inside."""
+    """Map x [..., D] by a kernel [D, F], with its low-rank adapter added if there is one (`lora`)."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -291,7 +293,7 @@ class FusedDense(nn.Module):
 
 
 def fuse(layer: dict[str, Any]) -> dict[str, Any]:
-    """Turn one layer's parameters into those of a fused block: q, k and v joined, gate and up joined, kernels [F, D].
+    """Convert one layer's parameters for a fused block: q, k and v joined, gate and up joined, kernels [F, D].
 
     >>> import jax.numpy as jnp
     >>> one = {name: {"kernel": jnp.ones((4, 2))} for name in ("q", "k", "v", "o", "up", "down")}
