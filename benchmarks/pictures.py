@@ -34,7 +34,7 @@ class Config:
 
 def main(config: Config) -> list[Path]:
     """Draw the folder's reports; return and print the pictures' paths."""
-    names = ("rollout", "scoring", "learner", "logprobs", "iteration", "scaling")
+    names = ("rollout", "teacher_force", "learner", "logprobs", "iteration", "scaling")
     found = {name: config.folder / f"{name}.json" for name in names}
     reports = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items() if path.is_file()}
     drawn = draw(config.folder, reports)
