@@ -79,7 +79,7 @@ def main(config: Config) -> dict[str, float]:
 def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
     config = dataclasses.replace(config, output=devices.shared_folder(config.output))
-    devices.check_shares(mesh, config.batch_size, microbatches=config.microbatches)
+    devices.check_batch_divides(mesh, config.batch_size, microbatches=config.microbatches)
     pair_sets, answers = processes.all_or_none(lambda: read_rows(config))
     lm, params, tokenizer = pg.load(config.model, dtype=config.dtype, mesh=mesh, remat=config.remat)
     checks.require(tokenizer is not None, f"{config.model} holds no tokenizer, and pairs are text: add its files")
@@ -105,10 +105,12 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     frozen, trained = freeze(params, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed, mesh=mesh)
     state = init_state(trained, optimizer)
     del params, trained  # updates consume their buffers
-    deal = batches(train_pairs, config.batch_size, seed=config.seed, own=batch_rows.fed_rows(mesh, config.batch_size))
+    deal = batches(
+        train_pairs, config.batch_size, seed=config.seed, own=batch_rows.rows_to_feed(mesh, config.batch_size)
+    )
     lengths = [max(len(pair.chosen), len(pair.rejected)) for pair in train_pairs]
     all_lengths = batches(lengths, config.batch_size, seed=config.seed)  # all processes take one program
-    center_coef = devices.put(mesh, np.float32(config.center_coef))
+    center_coef = devices.replicate(mesh, np.float32(config.center_coef))
     prompts = [pair.prompt for pair in held_out]
 
     def evaluate(trained: Any) -> tuple[np.ndarray, dict[str, float]]:
@@ -158,7 +160,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         )
         if not saved:
             scores = show(state.params, steps)
-            if devices.first_of_all():
+            if processes.is_process_0():
                 plot_calibration(config.output / "calibration.png", scores)
             figures = save(state.params, config.output / "model")
             if config.keep_best:
@@ -196,5 +198,5 @@ def check(config: Config) -> None:
 if __name__ == "__main__":
     with exits.plain_errors():
         figures = main(presets.parse({"": Config()}, description=__doc__))
-    if devices.first_of_all():
+    if processes.is_process_0():
         print(f"held-out accuracy {figures['before/accuracy']:.3f} -> {figures['eval/accuracy']:.3f}")
