@@ -218,18 +218,18 @@ def work(config: Config, arch: pg.Architecture, itemsize: int, who: str) -> dict
 
 
 def measure(config: Config, arch: pg.Architecture, dtype: str, peaks: Peaks, who: str, timing: Timing) -> Row:
-    """Turn times into the figures of the table; the parts are known of ours alone."""
+    """Turn times into the figures of the table; only our runs have times of the parts."""
     row = figures(timing, config.batch_size * config.new_tokens)
     counted = work(config, arch, jnp.dtype(dtype).itemsize, who)
     flops, read = (sum(part) for part in zip(*counted.values(), strict=True))
     parts = {
         name: {"seconds": seconds, **roofline(seconds, *counted[name], peaks)}
         for name, seconds in (
-            (name, median_result(timing, name)) for name in PARTS if all(name in told for told in timing.results)
+            (name, median_result(timing, name)) for name in PARTS if all(name in result for result in timing.results)
         )
     }
-    told = {"score": median_result(timing, "score")} if parts else {}
-    return {**row, **roofline(row["seconds"], flops, read, peaks), **told, "parts": parts}
+    score = {"score": median_result(timing, "score")} if parts else {}
+    return {**row, **roofline(row["seconds"], flops, read, peaks), **score, "parts": parts}
 
 
 def seconds_of(name: str) -> Callable[[Row], str]:

@@ -114,7 +114,7 @@ def rows_of(path: Path, here: Row) -> list[Row]:
 
 
 def case_of(config: Config, topology: str, model: str) -> Case:
-    """Lay a model out over a pod, as the config says."""
+    """Lay a model out over a pod with the config's mesh and lengths."""
     lengths = {"prompt_length": config.prompt_length, "new_tokens": config.new_tokens}
     return make_case(topology, model, config.mesh, **lengths)
 
