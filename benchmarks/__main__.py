@@ -27,16 +27,16 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import compile, iteration, learner, logprobs, pictures, rollout, scaling, scoring
+from benchmarks import compile, iteration, learner, logprobs, pictures, rollout, scaling, teacher_force
 from benchmarks.checks import check_writable, command
 from benchmarks.interpreters import installed
 from benchmarks.timing import OURS, Row
 
 BENCHMARKS: dict[str, Any] = {
-    "rollout": rollout, "scoring": scoring, "learner": learner, "logprobs": logprobs, "iteration": iteration,
-    "compile": compile, "scaling": scaling,
+    "rollout": rollout, "teacher_force": teacher_force, "learner": learner, "logprobs": logprobs,
+    "iteration": iteration, "compile": compile, "scaling": scaling,
 }  # fmt: skip
-Name = Literal["rollout", "scoring", "learner", "logprobs", "iteration", "compile", "scaling"]
+Name = Literal["rollout", "teacher_force", "learner", "logprobs", "iteration", "compile", "scaling"]
 
 # What SmolLM2-135M should reach on two CPU cores at the default sizes, by benchmark, our row and dtype. Bounds set before
 # the work began, from what a plain jax program, torch and TRL reached on such a machine.

@@ -15,7 +15,7 @@ found. The processes work in turn, one warm-up each and then `repeats` rounds; w
     ratio      = median seconds of this build / of the other one: below 1 this one is faster; of peak memory likewise
     peak MB    = high-water mark of the process's resident memory: loading, compiling and working (Linux)
 
-Every part but the script is the checkout's own benchmark (`benchmarks/side.py` asks it), so both need those of the same names.
+Every part but the script is the checkout's own benchmark, called by `benchmarks/side.py`: both need the functions that it calls.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ import re, runpy, sys
 file = sys.argv.pop(1)
 try:
     runpy.run_module("experiments.ppo", run_name="__main__", alter_sys=True)
-finally:  # VmHWM is this program's own; what getrusage and wait4 tell may be the process's that started it
+finally:  # VmHWM is of this program alone; the maximum of getrusage and wait4 may be of the process that started it
     open(file, "w").write(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 """
 THIS, OTHER = "this", "other"
@@ -82,7 +82,7 @@ def main(config: Config) -> Row:
             times = alternate(contenders, config.repeats)
             for who in checkouts:
                 if who not in times:
-                    contenders[who]()  # it failed: say what it said
+                    contenders[who]()  # it failed: raise its error
         report["rows"].append(measure(part, times))
         print(line(report["rows"][-1]), flush=True)
     show(report)
@@ -92,7 +92,7 @@ def main(config: Config) -> Row:
 
 @contextmanager
 def workers(config: Config, part: str, checkouts: Mapping[str, Path]) -> Iterator[dict[str, Contender]]:
-    """Start a process for each checkout that does one part of the work whenever it is asked; end them afterwards."""
+    """Start a process for each checkout, which does its part of the work once for every request; end them afterwards."""
     with ExitStack() as stack:
         running: dict[str, Contender] = {}
         for who, folder in checkouts.items():

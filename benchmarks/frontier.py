@@ -4,11 +4,11 @@
     python -m benchmarks.frontier --model runs/sft/model
     python -m benchmarks.frontier --model FOLDER --prompts FILE --held-out FILE --peer-python OTHER_ENVIRONMENT/bin/python
 
-The reward is VADER's compound of prompt + completion, the temperature 1. What stands in the picture:
+The reward is VADER's compound of prompt + completion, the temperature 1. The picture shows
 
     policies        RLOO and PPO with a critic, by `experiments.ppo` with the arguments of RECIPES; TRL's RLOO, where installed
     best of n       the best of n samples of the reference. Its KL is drawn at log n - (n - 1) / n, an upper bound
-                    (Beirami et al. 2024): the true one can only lie further left
+                    (Beirami et al. 2024): the true one is at most that
     optimum         pi* ~ reference * exp(score / beta), which maximises E[score] - beta KL. Estimated a prompt from N samples of
                     the reference by self-normalised importance: w_i = exp(s_i / beta) / sum_j exp(s_j / beta),
                     reward = sum_i w_i s_i, KL = sum_i w_i log(N w_i). With finite N both come out too low

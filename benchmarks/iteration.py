@@ -12,7 +12,7 @@ they come from a pass of the policy over its samples. The policy is trained on f
     pgjax RLOO   `group_size` completions of each of batch_size / group_size prompts, each prompt computed once; peer: the
                  newest TRL's RLOO, which computes it for every completion
     tokens/s     = batch_size * new_tokens / seconds: tokens of completions
-    FLOPs        = rollout + forward passes of scoring + 3 forward passes for each pass of learning (`PASSES`), on paper
+    FLOPs        = rollout + teacher-forced forward passes + 3 forward passes for each pass of learning (`PASSES`), on paper
     bytes        = what the decode steps read, every weight once a forward pass and twice a pass of learning, and in AdamW's
                    step four arrays of its size: weights, gradient, two moments
     MFU          = FLOPs / (seconds * measured matrix peak)
@@ -66,13 +66,13 @@ PEERS = (
     Peer("TRL RLOO", "benchmarks.peers.trl_rloo", (Need("trl", at_least="1.13"), *SHARED)),
 )
 VERSUS = dict(zip(("pgjax PPO", "pgjax RLOO"), PEERS, strict=True))
-PARTS = ("rollout", "scoring", "update")
+PARTS = ("rollout", "teacher_force", "update")
 
 
 class Passes(NamedTuple):
     """How often a batch goes through a network of the model's size, the sampling left out."""
 
-    scoring: int  # forward
+    teacher_force: int  # forward
     learning: int  # forward and backward, in one epoch
 
 
@@ -96,7 +96,7 @@ class Config(Beside):
     epochs: int = 1  # passes of learning over an iteration's completions, in PPO; RLOO has one
     learning_rate: float = 3e-6  # of AdamW
     kl_coef: float = 0.05  # of the penalty on the log-ratio to the reference
-    parts: int = 1  # of the batch, in scoring and learning, for memory
+    parts: int = 1  # of the batch, in teacher forcing and learning, for memory
 
 
 def main(config: Config) -> Row:
@@ -159,14 +159,14 @@ def contender(config: Config, lm: pg.CausalLM, params: Any, prompts: np.ndarray,
         sampled = time.perf_counter()
         scores = odd_ids(tokens[:, -config.new_tokens :])
         jax.block_until_ready(rollout)
-        scored = time.perf_counter()
+        forced = time.perf_counter()
         held[0], metrics = it.learn(held[0], rollout, scores)
         jax.block_until_ready((held[0], metrics))
         done = time.perf_counter()
         if not metrics["train/healthy"]:
             raise FloatingPointError("an update was not finite")
         return {
-            "rollout": sampled - start, "scoring": scored - sampled, "update": done - scored, "score": float(scores.mean()),
+            "rollout": sampled - start, "teacher_force": forced - sampled, "update": done - forced, "score": float(scores.mean()),
         }  # fmt: skip
 
     return timed(run)
@@ -200,7 +200,7 @@ def work(config: Config, arch: pg.Architecture, itemsize: int, who: str) -> dict
     shared = config.group_size if who == "pgjax RLOO" else 1  # rows whose prompt is computed once
     in_parts = whole_groups(None, rows // config.parts, shared)
     passes, epochs = PASSES[who], config.epochs if who.endswith("PPO") else 1
-    scoring = passes.scoring + (who == "pgjax PPO" and epochs > 1)
+    forced = passes.teacher_force + (who == "pgjax PPO" and epochs > 1)
     begun = forward_flops(
         arch, tokens=rows * config.prompt_length / shared, context=config.prompt_length / 2, head_tokens=rows
     )
@@ -212,24 +212,24 @@ def work(config: Config, arch: pg.Architecture, itemsize: int, who: str) -> dict
     learned = passes.learning * epochs
     return {
         "rollout": (begun + (new - 1) * step, weight_bytes(arch, itemsize) + (new - 1) * read),
-        "scoring": (scoring * forward, weight_bytes(arch, 4, passes=scoring)),
+        "teacher_force": (forced * forward, weight_bytes(arch, 4, passes=forced)),
         "update": (3 * learned * forward, weight_bytes(arch, 4, passes=6 * learned)),
     }
 
 
 def measure(config: Config, arch: pg.Architecture, dtype: str, peaks: Peaks, who: str, timing: Timing) -> Row:
-    """Turn times into the figures of the table; the parts are known of ours alone."""
+    """Turn times into the figures of the table; only our runs have times of the parts."""
     row = figures(timing, config.batch_size * config.new_tokens)
     counted = work(config, arch, jnp.dtype(dtype).itemsize, who)
     flops, read = (sum(part) for part in zip(*counted.values(), strict=True))
     parts = {
         name: {"seconds": seconds, **roofline(seconds, *counted[name], peaks)}
         for name, seconds in (
-            (name, median_result(timing, name)) for name in PARTS if all(name in told for told in timing.results)
+            (name, median_result(timing, name)) for name in PARTS if all(name in result for result in timing.results)
         )
     }
-    told = {"score": median_result(timing, "score")} if parts else {}
-    return {**row, **roofline(row["seconds"], flops, read, peaks), **told, "parts": parts}
+    score = {"score": median_result(timing, "score")} if parts else {}
+    return {**row, **roofline(row["seconds"], flops, read, peaks), **score, "parts": parts}
 
 
 def seconds_of(name: str) -> Callable[[Row], str]:

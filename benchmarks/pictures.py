@@ -34,7 +34,7 @@ class Config:
 
 def main(config: Config) -> list[Path]:
     """Draw the folder's reports; return and print the pictures' paths."""
-    names = ("rollout", "scoring", "learner", "logprobs", "iteration", "scaling")
+    names = ("rollout", "teacher_force", "learner", "logprobs", "iteration", "scaling")
     found = {name: config.folder / f"{name}.json" for name in names}
     reports = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items() if path.is_file()}
     drawn = draw(config.folder, reports)
@@ -233,7 +233,7 @@ def write_labels(axes: Any, points: Sequence[Row]) -> None:
 def spread(wanted: Sequence[float], step: float) -> list[float]:
     """Move falling heights apart by at least `step`, none above 1.
 
-    Where names stand too close, the group that they form is centred on what its members wanted.
+    Names that are too close form a group, which is centred on the heights that its members wanted.
 
     >>> [round(y, 3) for y in spread([0.9, 0.5, 0.5, 0.1], 0.1)]
     [0.9, 0.55, 0.45, 0.1]

@@ -4,7 +4,7 @@
     python -m benchmarks.pod                    # four pods, four models, four programs: hours on two cores
     python -m benchmarks.pod --topologies v5e:4x4 --models 135M --no-search
 
-Shapes only: no weight exists. The programs are those that training runs: the sampler, `programs.teacher_force` (scoring),
+Shapes only: no weight exists. The programs are those that training runs: the sampler, `programs.teacher_force`,
 `programs.reference_logprobs`, `programs.update` (learner); over float32 parameters and Adam moments with bfloat16 arithmetic,
 prompts of 256 and completions of 256 tokens. Of each it prints
 
@@ -58,7 +58,7 @@ class Config:
     prompt_length: int = 256  # tokens
     new_tokens: int = 256  # sampled for each prompt
     sampler_rows: int = 16  # at once, for each part of data x fsdp
-    scoring_rows: int = 4  # likewise, of policy and reference; the batch is two parts of it
+    forward_rows: int = 4  # likewise, of teacher_force and reference; the batch is two parts of it
     learner_rows: int = 2  # likewise; the minibatch is two microbatches of it
     search: bool = True  # look for the largest batches afterwards
     go_on: bool = False  # keep what the JSON holds already
@@ -80,8 +80,8 @@ def main(config: Config) -> Row:
     shown = {row["topology"] for row in report["rows"]}.union(config.topologies)
     report["chips"] = {name: chip._asdict() for name, chip in TOPOLOGIES.items() if name in shown}
     done = {(row["topology"], row["model"], row["program"]) for row in report["rows"]}
-    scored = config.scoring_rows
-    rows = dict(zip(PROGRAMS, (config.sampler_rows, scored, scored, config.learner_rows), strict=True))
+    forward = config.forward_rows
+    rows = dict(zip(PROGRAMS, (config.sampler_rows, forward, forward, config.learner_rows), strict=True))
     for one in itertools.product(config.topologies, config.models, config.programs):
         if one not in done:
             print("compiling", *one, file=sys.stderr, flush=True)
@@ -114,7 +114,7 @@ def rows_of(path: Path, here: Row) -> list[Row]:
 
 
 def case_of(config: Config, topology: str, model: str) -> Case:
-    """Lay a model out over a pod, as the config says."""
+    """Lay a model out over a pod with the config's mesh and lengths."""
     lengths = {"prompt_length": config.prompt_length, "new_tokens": config.new_tokens}
     return make_case(topology, model, config.mesh, **lengths)
 

@@ -241,7 +241,7 @@ def work(case: Case, phase: str, rows: int) -> tuple[float, float]:
         tokens, context = rows * case.prompt_length, case.prompt_length / 2
         return forward_flops(arch, tokens=tokens, context=context, head_tokens=rows) / tensor, weights
     sizes = {"tokens": PARTS * rows * length, "context": length / 2, "head_tokens": PARTS * rows * case.new_tokens}
-    if phase in ("scoring", "reference"):
+    if phase in ("teacher_force", "reference"):
         return forward_flops(arch, **sizes) / tensor, PARTS * weights
     state = training_state(case)
     step = 2 * (2 * bytes_a_chip(state.params) + bytes_a_chip(state.opt_state))

@@ -74,8 +74,8 @@ MESHES = {
     "v5p:4x4x4": {"8B": "data=4,fsdp=4,tensor=4", "": "data=16,fsdp=4"},
     "v6e:16x16": {"8B": "data=4,fsdp=16,tensor=4", "": "data=16,fsdp=16"},
 }
-PROGRAMS = ("sampler", "scoring", "reference", "learner")
-PARTS = 2  # of the batch that is scored, and of the learner's minibatch, so that the programs hold their loops
+PROGRAMS = ("sampler", "teacher_force", "reference", "learner")
+PARTS = 2  # of the teacher-forced batch and of the learner's minibatch, so that the programs hold their loops
 OPTIMIZER = pg.adamw(1e-5, updates=1000)
 
 
@@ -145,7 +145,7 @@ def lower(case: Case, program: str, rows: int) -> jax.stages.Lowered:
     Args:
         case: the model on its pod.
         program: of PROGRAMS.
-        rows: at once, for each part of data x fsdp; scoring and learner get PARTS times as many, one part after the other.
+        rows: at once, for each part of data x fsdp; all but the sampler get PARTS times as many, one part after the other.
     """
     state, at_once = training_state(case), rows * case.shares
     split, whole = sharding.batch_sharding(case.mesh), sharding.replicated(case.mesh)
@@ -167,7 +167,7 @@ def lower(case: Case, program: str, rows: int) -> jax.stages.Lowered:
         batch = PARTS * at_once
         tokens, mask = array(jnp.int32, batch, length), array(bool, batch, length)
         given = tokens, mask, array(jnp.float32)
-        if program == "scoring":
+        if program == "teacher_force":
             return programs.teacher_force.lower(case.lm, state.params, *given, window=window, parts=PARTS)
         if program == "reference":
             return programs.reference_logprobs.lower(case.lm, state.params["lm"], *given, window=window, parts=PARTS)

@@ -141,7 +141,7 @@ def picture(path: Path, report: Row) -> Path | None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center", ncols=4, fontsize=7.5, frameon=False, labelcolor=INK,
-        title="sa sampler, sc scoring, re reference, le learner; d data, f fsdp, t tensor", title_fontsize=7.5,
+        title="sa sampler, te teacher_force, re reference, le learner; d data, f fsdp, t tensor", title_fontsize=7.5,
     )  # fmt: skip
     return save_figure(figure, path)
 

@@ -30,7 +30,7 @@ def contender(part: str, model: str) -> Any:
 
 
 def peak_bytes() -> int:
-    """Read this program's high-water mark of resident memory; that of getrusage may be the process's that started it."""
+    """Read this program's high-water mark of resident memory; getrusage's may be of the process that started it."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return 1024 * int(found[1])

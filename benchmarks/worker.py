@@ -52,7 +52,7 @@ class Worker:
         """
         self.who = who
         self.failure: str | None = None  # why it can't go on, with what it printed
-        self._printed = tempfile.TemporaryFile()  # noqa: SIM115  of stderr: a pipe that nobody reads would fill up
+        self._printed = tempfile.TemporaryFile()  # noqa: SIM115  of stderr: an unread pipe would fill up
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._printed, text=True, cwd=folder,
             env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},

@@ -10,9 +10,20 @@ import pytest
 import tyro
 
 from benchmarks import __main__ as suite
-from benchmarks import checks, compile, iteration, learner, logprobs, pictures, random_model, rollout, scaling, scoring
+from benchmarks import (
+    checks,
+    compile,
+    iteration,
+    learner,
+    logprobs,
+    pictures,
+    random_model,
+    rollout,
+    scaling,
+    teacher_force,
+)
 
-MEASURING = (rollout, scoring, learner, logprobs, iteration, compile)
+MEASURING = (rollout, teacher_force, learner, logprobs, iteration, compile)
 FOLDER = Path(suite.__file__).parent
 
 

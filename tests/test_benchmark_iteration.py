@@ -48,7 +48,7 @@ def test_the_benchmark_runs_from_start_to_end_though_its_peers_do_not(model, tmp
     assert len(report["measured_peaks"]["float32"]) == 2  # one measurement before and after each pair
     for row in report["rows"]:
         parts = row["parts"]
-        assert set(parts) == {"rollout", "scoring", "update"} and row["tokens_per_second"] == 160 / row["seconds"]
+        assert set(parts) == {"rollout", "teacher_force", "update"} and row["tokens_per_second"] == 160 / row["seconds"]
         assert 0 < sum(part["seconds"] for part in parts.values()) <= row["seconds"]
         assert sum(part["flops"] for part in parts.values()) == pytest.approx(row["flops"])
         assert row["mfu"] == pytest.approx(row["flops"] / row["seconds"] / 1e9) and 0 <= row["score"] <= 1
@@ -93,20 +93,20 @@ def test_the_work_of_an_iteration_on_paper():
     cache = 4 * 2 * 2 * 1 * 8 * 5.5 * 4  # bytes, keys and values, layers, heads, head_dim, positions, rows
     weights = 4 * (body + head)
     assert counted["rollout"] == pytest.approx((prefill + 4 * step, 5 * weights + 4 * cache))
-    assert counted["scoring"] == pytest.approx((forward, weights))  # the sampler has scored the policy's part
+    assert counted["teacher_force"] == pytest.approx((forward, weights))  # the sampler gives the policy's part
     more = iteration.work(dataclasses.replace(config, epochs=2), ARCH, 4, "pgjax PPO")
-    assert more["scoring"] == pytest.approx((2 * forward, 2 * weights))
+    assert more["teacher_force"] == pytest.approx((2 * forward, 2 * weights))
     assert counted["update"] == pytest.approx((3 * forward, 6 * weights))
     second_network = iteration.work(config, ARCH, 4, "TRL PPO")["update"]
     assert second_network == pytest.approx((6 * forward, 12 * weights))
     grouped = iteration.work(config, ARCH, 4, "pgjax RLOO")  # two completions of each of two prompts of three tokens
     prefill = 2 * body * 6 + 4 * heads * 1.5 * 6 + 2 * head * 4
     forward = 2 * body * 26 + 4 * heads * (6 * 1.5 + 20 * 5.5) + 2 * head * 20
-    assert grouped["rollout"][0] == pytest.approx(prefill + 4 * step) and grouped["scoring"][0] == pytest.approx(
+    assert grouped["rollout"][0] == pytest.approx(prefill + 4 * step) and grouped["teacher_force"][0] == pytest.approx(
         forward
     )
-    assert iteration.work(config, ARCH, 4, "TRL RLOO")["scoring"] == pytest.approx(
-        (2 * counted["scoring"][0], 2 * weights)
+    assert iteration.work(config, ARCH, 4, "TRL RLOO")["teacher_force"] == pytest.approx(
+        (2 * counted["teacher_force"][0], 2 * weights)
     )
 
 

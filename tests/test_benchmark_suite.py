@@ -139,7 +139,7 @@ def test_every_benchmark_is_given_its_file_and_the_peers_it_knows(tmp_path):
     config = suite.Config(output=tmp_path, peer=False, peer_pythons=("other/python",))
     made = {name: suite.configured(name, config) for name in suite.BENCHMARKS}
     assert {name: x.json for name, x in made.items()} == {name: tmp_path / f"{name}.json" for name in made}
-    for name in ("rollout", "scoring", "learner", "iteration"):
+    for name in ("rollout", "teacher_force", "learner", "iteration"):
         assert made[name].peer is False and made[name].peer_pythons == ("other/python",)
 
 

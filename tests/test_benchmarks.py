@@ -9,7 +9,7 @@ import jax
 import pytest
 
 import pgjax as pg
-from benchmarks import interpreters, learner, pictures, rollout, scoring, timing, worker
+from benchmarks import interpreters, learner, pictures, rollout, teacher_force, timing, worker
 from pgjax.run.flops import decode_bytes
 from pgjax.run.peaks import Peaks
 from tests.tiny import tiny_lm, tiny_params
@@ -169,11 +169,11 @@ def test_learner_in_torch_does_the_same_work(model):
     assert set(ours["times_as_fast_as"]) == {"torch"} and "2" in report["peers"]["torch"]["torch"]
 
 
-def test_scoring_of_a_gpt2_in_torch_gives_the_same_logprobs_and_entropy(tmp_path):
+def test_teacher_forcing_of_a_gpt2_in_torch_gives_the_same_logprobs_and_entropy(tmp_path):
     pytest.importorskip("torch")
     pg.save_pretrained(tmp_path / "gpt2", tiny_lm("gpt2"), tiny_params("gpt2"), None)
-    report = scoring.main(
-        scoring.Config(
+    report = teacher_force.main(
+        teacher_force.Config(
             model=str(tmp_path / "gpt2"), dtypes=("float32",), batch_size=2, length=12, new_tokens=6, repeats=1
         )
     )
@@ -182,16 +182,16 @@ def test_scoring_of_a_gpt2_in_torch_gives_the_same_logprobs_and_entropy(tmp_path
     assert theirs["entropy"] == pytest.approx(ours["entropy"], abs=1e-5) and ours["entropy"] > 1
 
 
-def test_scoring_and_learning_report_the_work_counted_by_hand():
+def test_teacher_forcing_and_learning_report_the_work_counted_by_hand():
     sizes = {"batch_size": 2, "length": 12, "new_tokens": 5}  # 24 tokens, each sees 6 on average; logits of 10
     times = timing.Timing([2.0], [1.0], [{"logprob": -3.0, "entropy": 3.0, "loss": 1.0}])
     # a layer: q, o 16 x 16 each, k, v 16 x 8 each, gate, up, down 16 x 32 each; the head is 64 x 16
     body, head = 2 * (2 * 256 + 2 * 128 + 3 * 512), 1024
     work = 2 * body * 24 + 4 * 2 * 16 * 6 * 24 + 2 * head * 10
-    row = scoring.measure(scoring.Config(**sizes), ARCH, PEAKS, times, 4)
+    row = teacher_force.measure(teacher_force.Config(**sizes), ARCH, PEAKS, times, 4)
     assert row["bytes"] == 4 * (body + head) and row["tokens_per_second"] == 12
     assert row["flops"] == work and row["mfu"] == work / 2e12
-    assert scoring.measure(scoring.Config(**sizes), ARCH, PEAKS, times, 2)["bytes"] == row["bytes"] / 2
+    assert teacher_force.measure(teacher_force.Config(**sizes), ARCH, PEAKS, times, 2)["bytes"] == row["bytes"] / 2
     row = learner.measure(learner.Config(**sizes), ARCH, PEAKS, times)  # forward and back: three times the products
     assert row["flops"] == 3 * work and row["bytes"] == 2 * 4 * (body + head) and row["tokens_per_second"] == 12
 

@@ -36,7 +36,7 @@ def test_the_programs_of_16_chips_fit_and_send_what_they_should(tmp_path):
     done = subprocess.run([*command, "--json", str(path)], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["program"]: row for row in json.loads(path.read_text())["rows"]}
-    assert set(rows) == {"sampler", "scoring", "reference", "learner"}
+    assert set(rows) == {"sampler", "teacher_force", "reference", "learner"}
     for row in rows.values():
         assert row["chips"] == 16 and row["defects"] == [] and 0 < row["memory"]["used"] <= row["limit"]
     _, decode = rows["sampler"]["phases"]
@@ -80,7 +80,7 @@ def test_the_bytes_of_a_chip_are_all_accounted_for(rows):
     assert rows[0]["rows"] == 4  # one for each part of data x fsdp
 
 
-@pytest.mark.parametrize("program", ["scoring", "reference"])
+@pytest.mark.parametrize("program", ["teacher_force", "reference"])
 def test_a_pass_over_the_samples_is_that_of_training(case, program):
     lowered = lower(case, program, 1)  # two parts of a row for each part of data x fsdp; a window of 4 new tokens
     assert {x.shape for x in jax.tree.leaves(lowered.out_info)} == {(8, 5)}

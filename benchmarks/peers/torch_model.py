@@ -1,8 +1,8 @@
-"""The same model, weights and losses in plain torch and transformers: sampling, scoring, PPO's loss and gradient.
+"""The same model, weights and losses in plain torch and transformers: sampling, teacher forcing, PPO's loss and gradient.
 
     PYTHON -m benchmarks.peers.torch_model      # started by `benchmarks.worker`
 
-PYTHON is one with torch and transformers. Set-up: "task" (rollout, scoring, learner), "folder", "dtype", "autocast",
+PYTHON is one with torch and transformers. Set-up: "task" (rollout, teacher_force, learner), "folder", "dtype", "autocast",
 "threads", "device", and the task's arrays as nested lists.
 """
 
@@ -73,7 +73,7 @@ def window_logits(setup: dict[str, Any], model: Any, tokens: Any, window: int) -
         return hidden.float(), model.get_output_embeddings()(hidden).float()
 
 
-def scoring(setup: dict[str, Any]) -> Callable[..., dict[str, float]]:
+def teacher_force(setup: dict[str, Any]) -> Callable[..., dict[str, float]]:
     """Return a call that computes log-probabilities and entropy of the window, without a gradient; it gives their means."""
     model = load(setup)
     tokens = torch.tensor(setup["tokens"], dtype=torch.long, device=setup["device"])
@@ -124,7 +124,7 @@ def learner(setup: dict[str, Any]) -> Callable[..., dict[str, float]]:
 
 TASKS: dict[str, Callable[[dict[str, Any]], Callable[..., dict[str, float]]]] = {
     "rollout": rollout,
-    "scoring": scoring,
+    "teacher_force": teacher_force,
     "learner": learner,
 }
 

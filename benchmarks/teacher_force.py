@@ -1,7 +1,7 @@
 """Tokens a second of a teacher-forced pass over a batch, beside the machine's limits and beside the same in torch.
 
-    python -m benchmarks.scoring
-    python -m benchmarks.scoring --peer-pythons ONE/bin/python OTHER/bin/python --json benchmarks/results/scoring.json
+    python -m benchmarks.teacher_force
+    python -m benchmarks.teacher_force --peer-pythons ONE/bin/python OTHER/bin/python --json benchmarks/results/teacher_force.json
 
 One run is `pgjax.learning.programs.teacher_force`: a forward pass without a gradient, and on the last `new_tokens` tokens
 log-probabilities, entropy and values. PPO runs it on the policy where it learns from a rollout more than once.
@@ -85,7 +85,7 @@ def main(config: Config) -> Row:
         },
         measure=lambda dtype, who, peaks, times: measure(config, lm.arch, peaks, times[who], 2 if who == HALF else 4),
     )  # fmt: skip
-    show(f"scoring, {config.batch_size} x {config.length} tokens, window {config.new_tokens}", report, COLUMNS)
+    show(f"teacher forcing, {config.batch_size} x {config.length} tokens, window {config.new_tokens}", report, COLUMNS)
     save(report, config.json)
     return report
 
@@ -111,7 +111,7 @@ def contender(config: Config, lm: pg.CausalLM, params: Any, tokens: np.ndarray, 
 def peer_setups(config: Config, folder: str, tokens: np.ndarray, dtype: str) -> dict[str, Row]:
     """Make the set-ups of the peers of a dtype."""
     shared = {
-        "task": "scoring", "folder": folder, "dtype": "float32", "autocast": False, "threads": config.peer_threads,
+        "task": "teacher_force", "folder": folder, "dtype": "float32", "autocast": False, "threads": config.peer_threads,
         "device": device(), "tokens": tokens.tolist(), "window": config.new_tokens,
     }  # fmt: skip
     if dtype == "float32":
