@@ -8,7 +8,7 @@ import pytest
 
 import pgjax as pg
 from experiments import ppo, reward_model, rlhf, sft
-from experiments.study import pairs
+from experiments.study import pairs, rlhf_stages
 from pgjax.parallel import sharding
 from pgjax.rollout.task import make_task
 from pgjax.run import devices, logs
@@ -68,9 +68,9 @@ def test_every_stage_runs_where_the_whole_does(folder, monkeypatch):
         monkeypatch.setattr(module, "main", lambda config: asked.append(config))
     config = rlhf.Config(mesh=MESH, init_timeout=7.0, output=folder / "rlhf")
     for stage in ("sft", "reward_model", "ppo"):
-        rlhf.WORK[stage](config, folder / "rlhf", False)
+        rlhf_stages.WORK[stage](config, folder / "rlhf", False)
     assert [(stage.mesh, stage.init_timeout) for stage in asked] == [(MESH, 7.0)] * 3
-    assert not set(devices.MACHINE) & {name.split(".")[-1] for name in rlhf.asked(config, "ppo")}
+    assert not set(devices.MACHINE) & {name.split(".")[-1] for name in rlhf_stages.asked(config, "ppo")}
 
 
 @pytest.mark.parametrize(
