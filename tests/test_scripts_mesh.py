@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -111,9 +112,9 @@ def test_the_mesh_is_left_behind(folder):
     assert sharding.ambient_mesh() is None
 
 
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("script", [ppo, sft, reward_model])
-def test_what_is_computed_again_is_what_the_flag_says(folder, tmp_path, monkeypatch, script, remat):
+def loaded(script, config, monkeypatch):
+    """The language model that a script loads, at which it is stopped."""
+
     class Loaded(Exception):
         pass
 
@@ -122,9 +123,23 @@ def test_what_is_computed_again_is_what_the_flag_says(folder, tmp_path, monkeypa
 
     pg_load = pg.load
     monkeypatch.setattr(pg, "load", load)
-    with pytest.raises(Loaded) as told:
-        script.main(task_config(script, folder, tmp_path, remat=remat, batch_size=8))
-    lm = told.value.args[0]
+    with pytest.raises(Loaded) as stopped:
+        script.main(config)
+    return stopped.value.args[0]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", None])
+@pytest.mark.parametrize("script", [ppo, sft, reward_model])
+def test_the_dtype_is_what_the_flag_says(folder, tmp_path, monkeypatch, script, dtype):
+    # The bug: no script has such a flag.
+    lm = loaded(script, task_config(script, folder, tmp_path, dtype=dtype, batch_size=8), monkeypatch)
+    assert jnp.dtype(lm.dtype).name == ("float32" if dtype is None else dtype)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("script", [ppo, sft, reward_model])
+def test_what_is_computed_again_is_what_the_flag_says(folder, tmp_path, monkeypatch, script, remat):
+    lm = loaded(script, task_config(script, folder, tmp_path, remat=remat, batch_size=8), monkeypatch)
     assert (
         lm
         == pg.causal_lm(lm.arch, dtype=lm.dtype, remat=remat)

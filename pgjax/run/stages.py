@@ -54,7 +54,7 @@ def run_stage(
     work: Callable[[Path, bool], Mapping[str, Any]],
     *,
     made_from: Sequence[Done] = (),
-    redo: str = "choose another --output",
+    redo: str = "give another folder",
 ) -> Done:
     """Do a stage, go on with it, or skip it. Of several processes the first alone reads and writes what says so.
 
@@ -263,5 +263,5 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(folder)
     elif not folder.is_dir() or any(folder.iterdir()):
         raise UserError(
-            f"{folder} is in the way, and no stage of this experiment left it: move it or choose another --output"
+            f"{folder} is in the way, and no stage of this experiment left it: move it or give another folder"
         )
