@@ -68,7 +68,13 @@ from pgjax.run.exits import plain_errors
 # what was tried). The rate is low and the warm-up long: at 6e-4 without one, Adam's first 40 steps cost eight nats of KL, and
 # the penalty won few of them back.
 SHARED: dict[str, Any] = {"minibatches": 4, "microbatches": 1, "decay": True}
-LEAVE_ONE_OUT, CRITIC = {"advantage": "leave-one-out", "group_size": 4}, {"advantage": "value"}
+LEAVE_ONE_OUT = {
+    "algorithm": "rloo",
+    "group_size": 4,
+    "clip_eps": 0.2,
+    "reduce": "token_mean",
+}  # four updates a rollout
+CRITIC = {"algorithm": "ppo"}
 RECIPES: dict[str, dict[int, dict[str, Any]]] = {
     "RLOO": {
         6_400: LEAVE_ONE_OUT | {"learning_rate": 3e-4, "warmup_updates": 120},

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from benchmarks.timing import Row
 from experiments.study.gao_forms import best_of, best_of_kl
+from pgjax.run.statistics import clustered_stderr
 
 BETA = 0.05  # of the objective, score - beta KL
 
@@ -27,15 +28,16 @@ class Samples(NamedTuple):
 def figures(samples: Samples) -> Row:
     """Summarise a policy's samples: score, KL and score - 0.05 KL, each with its standard error.
 
-    Completions of one prompt are not independent: the standard error is that of the mean of P prompts' means.
+    Completions of one prompt are not independent: standard errors are clustered by prompt.
 
     >>> found = figures(Samples(np.array([[0.5, 0.7], [0.7, 0.9]]), np.array([[1.0, 3.0], [1.0, 3.0]])))
     >>> round(found["objective"], 3), round(found["score_stderr"], 3), found["kl_stderr"]
     (0.6, 0.1, 0.0)
     """
     columns = {"score": samples.scores, "kl": samples.kl, "objective": samples.scores - BETA * samples.kl}
+    prompts = np.repeat(np.arange(len(samples.scores)), samples.scores.shape[1]).tolist()
     return {name: float(x.mean()) for name, x in columns.items()} | {
-        f"{name}_stderr": float(x.mean(1).std(ddof=1) / math.sqrt(len(x))) for name, x in columns.items()
+        f"{name}_stderr": clustered_stderr(x.ravel(), prompts) for name, x in columns.items()
     }
 
 

@@ -96,7 +96,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     algorithm = algorithm_of(config)
     options = iteration_options(config, algorithm)
     counts = {name: options[name] for name in ("minibatches", "microbatches")}
-    devices.check_shares(mesh, config.batch_size, **counts)
+    devices.check_batch_divides(mesh, config.batch_size, **counts)
     parts = math.prod(counts.values())  # that a batch is learned in
     config = dataclasses.replace(config, output=devices.shared_folder(config.output))
     judges, row_sets = read_task(config.rewards, config.prompts, config.held_out, config.held_out_rows)
@@ -111,7 +111,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         mesh=mesh, group_size=whole_groups(mesh, config.batch_size, algorithm.group_size), **sampling,
     )  # fmt: skip
     train_prompts, held_out = task.prompt_sets
-    fed = batch_rows.fed_rows(mesh, config.batch_size)
+    fed = batch_rows.rows_to_feed(mesh, config.batch_size)
     deal = batches(train_prompts, config.batch_size, seed=config.seed, group_size=algorithm.group_size, own=fed)
 
     optimizer = optimizer_of(config, config.steps, options["minibatches"])
@@ -211,5 +211,5 @@ def check(config: Config) -> None:
 if __name__ == "__main__":
     with exits.plain_errors():
         figures = main(presets.parse(PRESETS, description=__doc__, goes_with=GOES_WITH))
-    if devices.first_of_all():
+    if processes.is_process_0():
         print(told(figures))

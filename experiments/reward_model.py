@@ -39,6 +39,7 @@ from pgjax.parallel import batch_rows, processes
 from pgjax.run import checks, devices, exits, logs, loop, presets
 from pgjax.run.checkpoint.resume import frozen_model, rows_digest, to_best
 from pgjax.run.session import INCIDENTAL, RunFlags, open_session, session_options
+from pgjax.run.summary import has_metric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ def main(config: Config) -> dict[str, float]:
 def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
     config = dataclasses.replace(config, output=devices.shared_folder(config.output))
-    devices.check_shares(mesh, config.batch_size, microbatches=config.microbatches)
+    devices.check_batch_divides(mesh, config.batch_size, microbatches=config.microbatches)
     pair_sets, answers = processes.all_or_none(lambda: read_rows(config))
     lm, params, tokenizer = pg.load(config.model, dtype=config.dtype, mesh=mesh, remat=config.remat)
     checks.require(tokenizer is not None, f"{config.model} holds no tokenizer, and pairs are text: add its files")
@@ -105,10 +106,11 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     frozen, trained = freeze(params, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed, mesh=mesh)
     state = init_state(trained, optimizer)
     del params, trained  # updates consume their buffers
-    deal = batches(train_pairs, config.batch_size, seed=config.seed, own=batch_rows.fed_rows(mesh, config.batch_size))
+    fed = batch_rows.rows_to_feed(mesh, config.batch_size)
+    deal = batches(train_pairs, config.batch_size, seed=config.seed, own=fed)
     lengths = [max(len(pair.chosen), len(pair.rejected)) for pair in train_pairs]
     all_lengths = batches(lengths, config.batch_size, seed=config.seed)  # all processes take one program
-    center_coef = devices.put(mesh, np.float32(config.center_coef))
+    center_coef = devices.replicate(mesh, np.float32(config.center_coef))
     prompts = [pair.prompt for pair in held_out]
 
     def evaluate(trained: Any) -> tuple[np.ndarray, dict[str, float]]:
@@ -153,12 +155,9 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
             report=session.report, checkpoints=session.checkpoints, save_every=config.save_every,
             score=lambda metrics: -metrics["eval/loss"] if "eval/loss" in metrics else None,
         )  # fmt: skip
-        saved = processes.on_process_0(
-            lambda: any("normalized/accuracy" in x for x in logs.read_metrics(config.output))
-        )
-        if not saved:
+        if not processes.on_process_0(lambda: has_metric(config.output, steps, "normalized/accuracy")):
             scores = show(state.params, steps)
-            if devices.first_of_all():
+            if processes.is_process_0():
                 plot_calibration(config.output / "calibration.png", scores)
             figures = save(state.params, config.output / "model")
             if config.keep_best:
@@ -196,5 +195,5 @@ def check(config: Config) -> None:
 if __name__ == "__main__":
     with exits.plain_errors():
         figures = main(presets.parse({"": Config()}, description=__doc__))
-    if devices.first_of_all():
+    if processes.is_process_0():
         print(f"held-out accuracy {figures['before/accuracy']:.3f} -> {figures['eval/accuracy']:.3f}")

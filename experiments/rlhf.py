@@ -98,7 +98,7 @@ def main(config: Config) -> dict[str, float]:
             config.output, to_do(config), redo_from=config.from_stage,
             redo=lambda name: f"--from {name} puts the old one aside and redoes it",
         )  # fmt: skip
-        if devices.first_of_all():
+        if processes.is_process_0():
             report(config, done)
     return {f"{name}/{key}": x for name, stage in done.items() for key, x in stage.metrics.items()}
 

@@ -78,7 +78,7 @@ def main(config: Config) -> dict[str, float]:
 def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
     config = dataclasses.replace(config, output=devices.shared_folder(config.output))
-    devices.check_shares(mesh, config.batch_size, microbatches=config.microbatches)
+    devices.check_batch_divides(mesh, config.batch_size, microbatches=config.microbatches)
     rows, held_out_rows = processes.all_or_none(
         lambda: load_row_sets(config.data, config.held_out, config.held_out_rows, check_examples, text_column="text")
     )
@@ -102,7 +102,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     frozen, trained = freeze(params, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed, mesh=mesh)
     state = init_state(trained, optimizer)
     del params, trained  # updates consume their buffers
-    fed = batch_rows.fed_rows(mesh, config.batch_size)
+    fed = batch_rows.rows_to_feed(mesh, config.batch_size)
     deal = batches(range(len(packed.tokens)), config.batch_size, seed=config.seed, own=fed)
     timer = clock.DeviceClock()
 
@@ -195,5 +195,5 @@ def check(config: Config) -> None:
 if __name__ == "__main__":
     with exits.plain_errors():
         figures = main(presets.parse({"": Config()}, description=__doc__, goes_with={"data": {"held_out": None}}))
-    if devices.first_of_all():
+    if processes.is_process_0():
         print(f"held-out perplexity {figures['eval/perplexity_before']:.2f} -> {figures['eval/perplexity']:.2f}")

@@ -12,7 +12,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q grain==0.2.18
+"$folder/venv/bin/pip" install -q --no-compile grain==0.2.18
 "$folder/venv/bin/python" - <<'PYTHON'
 import grain
 

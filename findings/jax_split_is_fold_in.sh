@@ -13,7 +13,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q jax==0.10.2
+"$folder/venv/bin/pip" install -q --no-compile jax==0.10.2
 JAX_PLATFORMS=cpu "$folder/venv/bin/python" - <<'PYTHON'
 import jax
 import numpy as np

@@ -8,14 +8,17 @@
 # One would guess: a folder that one release saved opens in the release before, which reads the same tokenizer.json.
 # What to do: write `PreTrainedTokenizerFast` into tokenizer_config.json of what others shall open.
 # Seen on 2026-11-30:
-#   saved by 5.24.0 as TokenizersBackend; 4.57.6: ValueError: ...
+#   saved by 5.24.0 as TokenizersBackend
+#   4.57.6: ValueError: Tokenizer class TokenizersBackend does not exist or is not currently imported.
+#   4.57.6, named PreTrainedTokenizerFast: opens, same ids
+#   5.24.0, named PreTrainedTokenizerFast: opens, same ids
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 export TRANSFORMERS_NO_ADVISORY_WARNINGS=1 TRANSFORMERS_VERBOSITY=error
 for version in 5.24.0 4.57.6; do
   python3 -m venv "$folder/$version"
-  "$folder/$version/bin/pip" install -q "transformers==$version"
+  "$folder/$version/bin/pip" install -q --no-compile "transformers==$version"
 done
 cd "$folder"
 5.24.0/bin/python - <<'PYTHON'
@@ -47,4 +50,10 @@ config = json.load(open("saved/tokenizer_config.json"))
 json.dump(config | {"tokenizer_class": "PreTrainedTokenizerFast"}, open("saved/tokenizer_config.json", "w"))
 assert AutoTokenizer.from_pretrained("saved")("a film")["input_ids"] == [1, 2], "changed: the other name opens otherwise"
 print("4.57.6, named PreTrainedTokenizerFast: opens, same ids")
+PYTHON
+5.24.0/bin/python - <<'PYTHON'
+from transformers import AutoTokenizer
+
+assert AutoTokenizer.from_pretrained("saved")("a film")["input_ids"] == [1, 2], "changed: 5.24.0 needs its own name"
+print("5.24.0, named PreTrainedTokenizerFast: opens, same ids")
 PYTHON

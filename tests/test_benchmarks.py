@@ -143,6 +143,8 @@ def test_rollout_reports_every_dtype_and_writes_what_it_returns(model, tmp_path,
 
 def test_a_peer_that_is_not_installed_is_named(model, monkeypatch, capsys):
     monkeypatch.setattr(interpreters, "installed", lambda python, packages: {"python": "3.11.0", "transformers": "5.0"})
+    quick = {"pgjax first": timing.timed(dict), "pgjax all": timing.timed(dict)}
+    monkeypatch.setattr(rollout, "contenders", lambda *_: quick)
     report = rollout.main(
         rollout.Config(model=model, dtypes=("float32",), batch_size=1, prompt_length=2, new_tokens=2, repeats=1)
     )

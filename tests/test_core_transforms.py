@@ -86,8 +86,15 @@ def objective(theta, batch, axis_name=None):
     return sum((i + 1.0) * x for i, (_, x) in enumerate(sorted(found.items())))
 
 
-BY_ROW, WHITENED = jax.jit(by_row)(THETA, BATCH), jax.jit(whitened)(BATCH)
-OVER_ALL, GRADIENT = jax.jit(over_all)(THETA, BATCH), jax.jit(jax.grad(objective))(THETA, BATCH)
+gradient = jax.grad(objective)
+
+
+@functools.cache
+def on_one_device(function):
+    """What every transformation has to give: a function of the whole batch under jit alone, computed once."""
+    return jax.jit(function)(*((BATCH,) if function is whitened else (THETA, BATCH)))
+
+
 MESHES = {
     "one axis": ((4,), ("data",), "data"),
     "two axes": ((2, 2), ("data", "fsdp"), ("data", "fsdp")),
@@ -120,7 +127,7 @@ def joined(tree):
 
 def test_vmap_equals_one_at_a_time():
     parts = split(BATCH)
-    assert_agree(joined(jax.jit(jax.vmap(by_row, (None, 0)))(THETA, parts)), BY_ROW)
+    assert_agree(joined(jax.jit(jax.vmap(by_row, (None, 0)))(THETA, parts)), on_one_device(by_row))
     one = jax.jit(over_all)
     each = [one(THETA, jax.tree.map(lambda x, i=i: x[i], parts)) for i in range(4)]
     assert_agree(jax.jit(jax.vmap(over_all, (None, 0)))(THETA, parts), jax.tree.map(lambda *x: jnp.stack(x), *each))
@@ -128,42 +135,44 @@ def test_vmap_equals_one_at_a_time():
 
 def test_vmap_with_an_axis_name_is_the_global_batch():
     mapped = jax.jit(jax.vmap(functools.partial(over_all, axis_name="i"), (None, 0), axis_name="i"))
-    assert_agree(mapped(THETA, split(BATCH)), jax.tree.map(lambda x: jnp.full(4, x), OVER_ALL))
+    assert_agree(mapped(THETA, split(BATCH)), jax.tree.map(lambda x: jnp.full(4, x), on_one_device(over_all)))
 
 
 def test_scan_equals_one_at_a_time():
     def scanned(batch):
         return jax.lax.scan(lambda theta, part: (theta, by_row(theta, part)), THETA, batch)[1]
 
-    assert_agree(joined(jax.jit(scanned)(split(BATCH))), BY_ROW)
+    assert_agree(joined(jax.jit(scanned)(split(BATCH))), on_one_device(by_row))
 
 
 @pytest.mark.parametrize("layout", MESHES)
 def test_shard_map_equals_one_device(layout):
     axes = MESHES[layout][2]
     if layout == "two axes":
-        assert_agree(shard_map(by_row, layout, ("whole", "rows"), "rows")(THETA, BATCH), BY_ROW)
-    assert_agree(shard_map(whitened, layout, ("rows",), "rows", axis_name=axes)(BATCH), WHITENED)
+        assert_agree(shard_map(by_row, layout, ("whole", "rows"), "rows")(THETA, BATCH), on_one_device(by_row))
+    assert_agree(shard_map(whitened, layout, ("rows",), "rows", axis_name=axes)(BATCH), on_one_device(whitened))
     reduced = shard_map(over_all, layout, ("whole", "rows"), "whole", axis_name=axes)
-    assert_agree(reduced(THETA, BATCH), OVER_ALL)
+    assert_agree(reduced(THETA, BATCH), on_one_device(over_all))
 
 
 @pytest.mark.parametrize("layout", MESHES)
 def test_shard_map_gradient_is_that_of_the_global_loss(layout):
     axes = MESHES[layout][2]
     outside = shard_map(objective, layout, ("whole", "rows"), "whole", axis_name=axes)
-    assert_agree(jax.grad(outside)(THETA, BATCH), GRADIENT)
+    assert_agree(jax.grad(outside)(THETA, BATCH), on_one_device(gradient))
     # Inside, shard_map itself sums the gradient of what is replicated.
     inside = shard_map(jax.grad(functools.partial(objective, axis_name=axes)), layout, ("whole", "rows"), "whole")
-    assert_agree(inside(THETA, BATCH), GRADIENT)
+    assert_agree(inside(THETA, BATCH), on_one_device(gradient))
 
 
 def test_pmap_equals_one_device():
     parts = split(BATCH)
-    assert_agree(joined(jax.pmap(by_row, in_axes=(None, 0))(THETA, parts)), BY_ROW)
+    assert_agree(joined(jax.pmap(by_row, in_axes=(None, 0))(THETA, parts)), on_one_device(by_row))
     reduced = jax.pmap(functools.partial(over_all, axis_name="i"), axis_name="i", in_axes=(None, 0))
-    assert_agree(reduced(THETA, parts), jax.tree.map(lambda x: jnp.full(4, x), OVER_ALL))
-    assert_agree(joined(jax.pmap(functools.partial(whitened, axis_name="i"), axis_name="i")(parts)), WHITENED)
+    assert_agree(reduced(THETA, parts), jax.tree.map(lambda x: jnp.full(4, x), on_one_device(over_all)))
+    assert_agree(
+        joined(jax.pmap(functools.partial(whitened, axis_name="i"), axis_name="i")(parts)), on_one_device(whitened)
+    )
 
 
 def test_pmap_gradients_are_averaged_not_summed():
@@ -172,7 +181,7 @@ def test_pmap_gradients_are_averaged_not_summed():
         return jax.lax.pmean(jax.grad(objective)(theta, batch, "i"), "i")
 
     found = jax.pmap(step, axis_name="i", in_axes=(None, 0))(THETA, split(BATCH))
-    assert_agree(found, jnp.broadcast_to(GRADIENT, found.shape))
+    assert_agree(found, jnp.broadcast_to(on_one_device(gradient), found.shape))
 
 
 def test_a_mean_of_device_means_would_be_another_number():

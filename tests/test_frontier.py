@@ -13,6 +13,7 @@ import pytest
 import pgjax as pg
 from benchmarks import frontier, frontier_report
 from pgjax.core.errors import UserError
+from pgjax.learning.flags import algorithm_of, iteration_options
 from tests.tiny_task import EARLY_LETTERS, early_letters, save_tiny_model
 
 WORDS = ("good", "bad", "fine", "awful", "great", "sad", "nice", "ugly")
@@ -136,7 +137,9 @@ def test_every_method_has_arguments_for_every_number_of_episodes():
         for episodes in (64, 6_400, 25_600, 10**6):
             config = frontier.experiment.Config(**frontier.recipe(method, episodes), batch_size=64, steps=1)
             frontier.experiment.check(config)
-            assert config.advantage == {"RLOO": "leave-one-out", "PPO": "value"}[method]
+            algorithm = algorithm_of(config)
+            assert (algorithm.group_size > 1, algorithm.value_coef > 0) == (method == "RLOO", method == "PPO")
+            assert not algorithm.on_policy and iteration_options(config, algorithm)["minibatches"] == 4
 
 
 def test_other_prompts_in_the_same_folder_are_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""A training that is killed 20 times, or moved between devices, ends where one that is left in peace does."""
+"""A training that is killed again and again, or moved between devices, ends where one that is left in peace does."""
 
 import json
 import os
@@ -7,19 +7,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_a_training_killed_20_times_ends_with_the_same_bits_and_a_moved_one_within_the_tolerance(tmp_path):
+
+# Each of the three signals during a save and at a random moment, once; the campaign is for the moments that are rare.
+@pytest.mark.parametrize(("kills", "steps"), [(6, 8), pytest.param(20, 16, marks=pytest.mark.campaign)])
+def test_a_killed_training_ends_with_the_same_bits_and_a_moved_one_within_the_tolerance(tmp_path, kills, steps):
     """One campaign for both, since they share what costs most: imports, programs and the undisturbed run."""
     campaign = subprocess.run(
-        [sys.executable, "-m", "tests.kill_campaign", "--kills", "20", "--steps", "16", "--moves"],
+        [sys.executable, "-m", "tests.kill_campaign", "--kills", str(kills), "--steps", str(steps), "--moves"],
         cwd=Path(__file__).parents[1], env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True,
         timeout=900,
     )  # fmt: skip
     said = campaign.stdout
     assert campaign.returncode == 0, said[-2000:] + campaign.stderr[-4000:]
-    kills = re.findall(r"^\d+: (SIG\w+) after .*, saving: (\w+), (\d+) steps", said, re.MULTILINE)
-    assert len(kills) == 20 and {"SIGKILL", "SIGTERM", "SIGINT"} == {by for by, _, _ in kills}
-    assert sum(saving == "True" for _, saving, _ in kills) >= 10 and any(int(steps) > 0 for _, _, steps in kills)
+    met = re.findall(r"^\d+: (SIG\w+) after .*, saving: (\w+), (\d+) steps", said, re.MULTILINE)
+    assert len(met) == kills and {"SIGKILL", "SIGTERM", "SIGINT"} == {by for by, _, _ in met}
+    assert sum(saving == "True" for _, saving, _ in met) >= kills // 2 and any(int(saved) > 0 for _, _, saved in met)
     assert "every run ended bit for bit as the undisturbed one" in said
     # 1 device, then fsdp=4, then data=4: the sums round otherwise, and Adam divides by small numbers
     far = json.loads(re.search(r"largest differences: (.*)", said)[1])

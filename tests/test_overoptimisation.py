@@ -198,7 +198,7 @@ def test_study_of_a_run_without_gold_is_refused_by_name(tmp_path):
 
 def test_ppo_of_the_study_optimises_the_proxy_and_only_watches_gold(tmp_path):
     config = tiny_rlhf(tmp_path)
-    asked = rlhf_stages.asked(config, "ppo") | {"gold": "experiments.tasks.gold:gold_reward"}
+    asked = rlhf_stages.stage_config(config, "ppo") | {"gold": "experiments.tasks.gold:gold_reward"}
     stage = over.Done(tmp_path / "ppo", "x", 1.0, {}, asked, skipped=True)
     study = over.Config(output=tmp_path / "o", held_out_rows=2)
     run = over.ppo_config(study, dict.fromkeys(rlhf_stages.MADE_FROM, stage))

@@ -10,10 +10,11 @@ import pytest
 
 from pgjax.models.architecture import Architecture, Rope
 from pgjax.models.causal_lm import causal_lm
+from pgjax.parallel.mesh import make_mesh
 from pgjax.run import peaks as peaks_module
 from pgjax.run.flops import decode_bytes, forward_flops, mbu, mfu, parameter_counts, training_flops
 from pgjax.run.peaks import PUBLISHED, Peaks, _median_seconds, known_peaks, measured_peaks
-from pgjax.run.speed import step_speed
+from pgjax.run.speed import policy_speed, step_speed
 
 LLAMA = Architecture(
     family="llama",
@@ -194,3 +195,17 @@ def test_a_prompt_in_common_is_counted_once_and_frozen_weights_have_no_gradient(
     weights = 2 * BODY * 80 + 2 * HEAD * 40
     whole, adapted = (forward_of(step_speed(LLAMA, peaks, **STEP, adapters=x)) for x in (False, True))
     assert whole - adapted == pytest.approx(weights)
+
+
+def test_a_steps_metrics_give_its_speed_on_the_chips_of_the_mesh(monkeypatch):
+    metrics = {
+        "timing/rollout": 2.0, "timing/score": 1.0, "timing/update": 5.0, "train/updates": 3,
+        "completions/padded_length": 10, "completions/mean_length": 3.0, "completions/max_length": 4.0,
+    }  # fmt: skip
+    monkeypatch.setattr(jax, "local_devices", lambda: [device("NVIDIA H200")])
+    mesh = make_mesh(data=2, tensor=2)  # a replica is two chips
+    found = policy_speed(
+        metrics, arch=LLAMA, dtype="bfloat16", mesh=mesh, batch_size=8, new_tokens=4, minibatches=2, group_size=2
+    )
+    peaks = known_peaks(device("NVIDIA H200"), "bfloat16")
+    assert found == step_speed(LLAMA, peaks, **STEP, epochs=1.5, group_size=2, devices=4, replicas=2)

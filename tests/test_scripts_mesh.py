@@ -71,7 +71,7 @@ def test_every_stage_runs_where_the_whole_does(folder, monkeypatch):
     for stage in ("sft", "reward_model", "ppo"):
         rlhf_stages.WORK[stage](config, folder / "rlhf", False)
     assert [(stage.mesh, stage.init_timeout) for stage in asked] == [(MESH, 7.0)] * 3
-    assert not set(devices.MACHINE) & {name.split(".")[-1] for name in rlhf_stages.asked(config, "ppo")}
+    assert not set(devices.MACHINE) & {name.split(".")[-1] for name in rlhf_stages.stage_config(config, "ppo")}
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_a_missing_shard_or_tensor_of_a_shard_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"that are not in their shards: model\.extra"):
         load(folder)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"not there: model-00002-of-00002\.safetensors"):
+    with pytest.raises(ValueError, match=r"do not exist: model-00002-of-00002\.safetensors"):
         load(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="weight_map"):

@@ -80,7 +80,7 @@ def make_pairs(
     for i, ((name, count), rows) in enumerate(zip(counts.items(), row_sets, strict=True)):
         order = np.random.default_rng([seed, i]).permutation(len(rows))
         prompts = [rows[order[k % len(rows)]] for k in range(count) for _ in range(2)]
-        print(f"sampling two completions for each of {count} prompts ({name})")
+        processes.print_once(f"sampling two completions for each of {count} prompts ({name})")
         task = make_task(
             lm, tokenizer, [], None, [prompts], chat=chat, max_new_tokens=max_new_tokens, temperature=config.temperature,
             mesh=mesh,

@@ -315,8 +315,8 @@ def surrogate_diagnostics(
     inside, (new, old) = _aligned(mask, stop_gradient(logprobs), stop_gradient(old_logprobs))
     log_ratio = new - old
     ratio = jnp.exp(log_ratio)
-    least = jnp.min(jnp.where(inside, ratio, jnp.inf))
-    largest = jnp.max(jnp.where(inside, ratio, -jnp.inf))
+    least = jnp.min(ratio, initial=jnp.inf, where=inside)
+    largest = jnp.max(ratio, initial=-jnp.inf, where=inside)
     if axis_name is not None:
         least, largest = jax.lax.pmin(least, axis_name), jax.lax.pmax(largest, axis_name)
     seen = global_sum(inside.astype(ratio.dtype), axis_name) > 0

@@ -29,7 +29,7 @@ def batches(
       batch_size: rows of a batch, B; may be larger than the number of rows given, which then come more than once.
       seed: chooses the orders, 0 <= seed < 2^32.
       group_size: so many adjacent rows of a batch are the same row; divides B.
-      own: the indices, in 0 to B - 1, of the batch's rows that this process gets, as `batch_rows.fed_rows` lists them; None:
+      own: the indices, in 0 to B - 1, of the batch's rows that this process gets, as `batch_rows.rows_to_feed` lists them; None:
         all.
 
     Returns:

@@ -12,13 +12,12 @@ import jax.numpy as jnp
 from pgjax.core.advantages import kl_shaped_rewards, monte_carlo_returns, truncated_importance_weights
 from pgjax.core.checks import check_whole
 from pgjax.core.kl import adaptive_kl_coef, kl_k1
-from pgjax.core.logprobs import token_entropy, token_logprobs
 from pgjax.core.masking import masked_mean, where_mask
 from pgjax.learning.algorithms import Algorithm, Batch, Experience, check_algorithm
 from pgjax.learning.optimizer import Metrics, TrainState, Transformation, accumulate, apply_gradient
 from pgjax.learning.policy_loss import policy_loss, token_weights
-from pgjax.models.causal_lm import CausalLM, logits_of
-from pgjax.models.heads import head_logprobs, token_values
+from pgjax.models.causal_lm import CausalLM
+from pgjax.models.heads import head_logprobs, head_logprobs_and_entropy, token_values
 from pgjax.models.lora import with_lora
 from pgjax.parallel.sharding import ambient_mesh, check_batch, constrain, constrain_batch
 from pgjax.rollout.sample import Rollout, Scored
@@ -52,7 +51,7 @@ def teacher_force(
         attention_mask: [B, T].
         temperature: [] above 0, the sampler's.
         window: W, how many entries of the frame are wanted; the first of them must be an entry of the prompt, and is 0.
-        parts: divides B; the logits of one part exist at a time.
+        parts: divides B; the hidden states of one part exist at a time.
         group_size: completions a prompt, adjacent rows with the same T - W + 1 first entries, which are computed once; each
             part holds whole groups. 1 where rows have nothing in common.
 
@@ -73,12 +72,8 @@ def teacher_force(
     """
 
     def read(hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array) -> Scored:
-        logits = constrain(logits_of(hidden, unembedding), "batch", None, "vocab")
-        return Scored(
-            token_logprobs(logits, tokens, temperature=temperature),
-            token_values(params["value"], hidden),
-            token_entropy(logits, temperature=temperature),
-        )
+        logprobs, entropy = head_logprobs_and_entropy(hidden, unembedding, tokens, temperature=temperature)
+        return Scored(logprobs, token_values(params["value"], hidden), entropy)
 
     return _in_parts(read, lm, params["lm"], tokens, attention_mask, window, parts, group_size)
 
@@ -95,7 +90,9 @@ def reference_logprobs(
     parts: int,
     group_size: int = 1,
 ) -> jax.Array:
-    """Compute the log-probabilities that a frozen model gives to a batch, and nothing else: no logits are kept.
+    """Compute the log-probabilities that a frozen model gives to a batch, and nothing else.
+
+    The arithmetic is that of `teacher_force`: of two equal models the KL is 0, not rounding.
 
     Args:
         lm: the model's functions.

@@ -107,8 +107,8 @@ class Task(NamedTuple):
         Each process decodes and judges its own rows; where a black box fails on one, all stop.
         """
         size = len(rollout.tokens)
-        own = batch_rows.judged_rows(self.mesh, size)  # a part of those that are fed
-        fed = dict(zip(batch_rows.fed_rows(self.mesh, size), prompts, strict=True))
+        own = batch_rows.rows_to_judge(self.mesh, size)  # a part of those that are fed
+        fed = dict(zip(batch_rows.rows_to_feed(self.mesh, size), prompts, strict=True))
 
         def judge_own() -> tuple[list[int], Judged]:
             rows = [fed[i].row for i in own]
@@ -129,7 +129,7 @@ class Task(NamedTuple):
         """Queue the reward model's scores of a rollout; None without one."""
         if self.reward_model is None:
             return None
-        fed = batch_rows.fed_rows(self.mesh, len(rollout.tokens))
+        fed = batch_rows.rows_to_feed(self.mesh, len(rollout.tokens))
         texts = [prompt.row["prompt"] for prompt in prompts]
         return self.reward_model.queue(texts, rollout, lambda: self._texts(rollout, fed))
 
@@ -145,7 +145,7 @@ class Task(NamedTuple):
 
         A short last batch is filled up with prompts of its own: one shape, one program.
         """
-        fed = batch_rows.fed_rows(self.mesh, batch_size)
+        fed = batch_rows.rows_to_feed(self.mesh, batch_size)
         for begin in range(0, len(prompts), batch_size):
             wanted = prompts[begin : begin + batch_size]
             own = [wanted[i % len(wanted)] for i in fed]
@@ -185,7 +185,8 @@ class Task(NamedTuple):
 
 def _joined(pieces: Sequence[tuple[list[int], Judged]]) -> Judged:
     """Put what the processes judged together, row by row in the order of the batch."""
-    rows, judged = zip(*pieces, strict=True)
+    rows, found = zip(*pieces, strict=True)
+    judged = [Judged(*piece) for piece in found]  # between processes they were lists
     order = np.argsort(np.concatenate(rows))
     scores, parts, ended = jax.tree.map(lambda *x: np.concatenate(x)[order], *(piece[:3] for piece in judged))
     return Judged(scores, parts, ended, sorted((x for piece in judged for x in piece.shown), key=lambda x: x[0]))

@@ -1,4 +1,4 @@
-"""What the scripts refuse in their configs, by a ValueError that names the field and the number it has."""
+"""What a config may not hold, refused by a UserError that names the field and the number it has."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pgjax.core.errors import UserError
 
 
 def require(ok: bool, message: str) -> None:
-    """Refuse what is not so, with the message for the user.
+    """Refuse a condition that does not hold, with a message for the user.
 
     Example:
       >>> require(3 > 4, "three must be above four")
@@ -24,8 +24,8 @@ def at_least_one(config: Any, *names: str, of: str = "") -> None:
     """Refuse fields of a config that are below 1; `of` stands before a name in the message.
 
     Example:
-      >>> from experiments.sft import Config
-      >>> at_least_one(Config(batch_size=0), "epochs", "batch_size", of="sft.")
+      >>> from types import SimpleNamespace
+      >>> at_least_one(SimpleNamespace(epochs=1, batch_size=0), "epochs", "batch_size", of="sft.")
       Traceback (most recent call last):
       pgjax.UserError: sft.batch_size must be at least 1, got 0
     """
@@ -36,8 +36,8 @@ def at_least(config: Any, least: int, *names: str, of: str = "") -> None:
     """Refuse fields of a config that are below a number; None passes, `of` stands before a name in the message.
 
     Example:
-      >>> from experiments.sft import Config
-      >>> at_least(Config(max_length=1), 2, "max_length")
+      >>> from types import SimpleNamespace
+      >>> at_least(SimpleNamespace(max_length=1), 2, "max_length")
       Traceback (most recent call last):
       pgjax.UserError: max_length must be at least 2, got 1
     """
@@ -49,8 +49,8 @@ def not_negative(config: Any, *names: str) -> None:
     """Refuse fields of a config that are below 0 or not finite; None passes.
 
     Example:
-      >>> from experiments.sft import Config
-      >>> not_negative(Config(weight_decay=-0.1), "warmup_updates", "weight_decay")
+      >>> from types import SimpleNamespace
+      >>> not_negative(SimpleNamespace(warmup_updates=0, weight_decay=-0.1), "warmup_updates", "weight_decay")
       Traceback (most recent call last):
       pgjax.UserError: weight_decay must be finite and not below 0, got -0.1
     """
@@ -62,8 +62,8 @@ def above_zero(config: Any, *names: str) -> None:
     """Refuse fields of a config that are 0, below, or not finite; None passes.
 
     Example:
-      >>> from experiments.sft import Config
-      >>> above_zero(Config(max_grad_norm=0.0), "max_grad_norm")
+      >>> from types import SimpleNamespace
+      >>> above_zero(SimpleNamespace(max_grad_norm=0.0), "max_grad_norm")
       Traceback (most recent call last):
       pgjax.UserError: max_grad_norm must be above 0, got 0.0
     """
@@ -75,8 +75,8 @@ def seed_fits(config: Any) -> None:
     """Refuse a seed that is no number of 32 bits.
 
     Example:
-      >>> from experiments.sft import Config
-      >>> seed_fits(Config(seed=-1))
+      >>> from types import SimpleNamespace
+      >>> seed_fits(SimpleNamespace(seed=-1))
       Traceback (most recent call last):
       pgjax.UserError: seed must be from 0 to 2^32 - 1, got -1
     """

@@ -13,6 +13,8 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from pgjax.parallel.processes import is_process_0
+
 SHOWN = (
     ("score", "objective/scores", ".3f"),
     ("cross-entropy", "loss/cross_entropy", ".3f"),
@@ -101,7 +103,7 @@ class Progress:
         total: the steps of the whole run.
         start: steps that were finished before (a resumed run).
         every: seconds between plain lines where there is no terminal.
-        console: where to print; None for standard output.
+        console: where to print; None for standard output, on process 0 alone.
 
     Example:
         >>> from pgjax.run.progress import Progress
@@ -113,7 +115,7 @@ class Progress:
     """
 
     def __init__(self, total: int, *, start: int = 0, every: float = 10.0, console: Console | None = None) -> None:
-        self._console = Console() if console is None else console
+        self._console = Console(quiet=not is_process_0()) if console is None else console
         self._total = total
         self._every = every
         self._first: tuple[int, float] | None = None

@@ -1,7 +1,7 @@
 """Stages of a long experiment, each in its own folder: done once, skipped when complete, resumed when interrupted.
 
-A stage is complete when `complete.json` lies in its folder. That file is written last; it holds the config that was asked
-for, what the stage was made from, its seconds and its metrics. A stage under way has `NAME.begun.json` beside its folder.
+A stage is complete when `complete.json` lies in its folder. That file is written last; it holds the config of the
+stage, what it was made from, its seconds and its metrics. A stage under way has `NAME.begun.json` beside its folder.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ class Done:
     id: str  # of this very execution; stages made from it name it
     seconds: float  # of work, over all its starts
     metrics: dict[str, Any]
-    config: dict[str, Any]  # what was asked for
+    config: dict[str, Any]  # everything that decides it
     skipped: bool  # it was complete before
 
 
 class Stage(NamedTuple):
     """What is to be done in one folder."""
 
-    asked: Mapping[str, Any]  # everything that decides the result, as in `run_stage`
+    config: Mapping[str, Any]  # everything that decides the result, as in `run_stage`
     work: Callable[[Path, bool], Mapping[str, Any]]  # as in `run_stage`
     made_from: Sequence[str] = ()  # names of the stages whose output goes in
 
 
 def run_stage(
     folder: Path,
-    asked: Mapping[str, Any],
+    config: Mapping[str, Any],
     work: Callable[[Path, bool], Mapping[str, Any]],
     *,
     made_from: Sequence[Done] = (),
@@ -60,7 +60,7 @@ def run_stage(
 
     Args:
       folder: of this stage alone.
-      asked: everything that decides the stage's result, as JSON would hold it; paths only of the user's own files.
+      config: everything that decides the stage's result, as JSON would hold it; paths only of the user's own files.
       work: (folder, resume) -> metrics; writes its files into the folder. With resume, the folder holds a run to go on with.
       made_from: the stages whose output goes in.
       redo: what the user can do where the stage at hand is not the one that is asked for.
@@ -83,12 +83,12 @@ def run_stage(
       >>> stages[1].metrics, stages[1].skipped
       ({'sum': 3}, True)
     """
-    new = {"config": _plain(asked), "made_from": {stage.folder.name: stage.id for stage in made_from}}
+    new = {"config": _plain(config), "made_from": {stage.folder.name: stage.id for stage in made_from}}
     done, resume, spent = processes.on_process_0(lambda: _begin(folder, new, redo))
     if done is not None:
-        print(f"{folder.name}: complete, skipped")
-        return done
-    print(f"{folder.name}: {'going on' if resume else 'starting'}")
+        processes.print_once(f"{folder.name}: complete, skipped")
+        return Done(**done)
+    processes.print_once(f"{folder.name}: {'going on' if resume else 'starting'}")
     start = time.perf_counter()
     try:
         metrics = dict(work(folder, resume))
@@ -97,7 +97,7 @@ def run_stage(
             write_json(_begun(folder), {**new, "seconds": spent + time.perf_counter() - start})
         raise
     seconds = spent + time.perf_counter() - start
-    return processes.on_process_0(lambda: _complete(folder, new, seconds, metrics))
+    return Done(**processes.on_process_0(lambda: vars(_complete(folder, new, seconds, metrics))))
 
 
 def run_stages(
@@ -138,7 +138,7 @@ def run_stages(
             for moved in processes.on_process_0(functools.partial(_names_of_moved, later)):
                 print(f"moved the old stage to {moved}")
         inputs = [done[other] for other in stage.made_from]
-        done[name] = run_stage(root / name, stage.asked, stage.work, made_from=inputs, redo=redo(name))
+        done[name] = run_stage(root / name, stage.config, stage.work, made_from=inputs, redo=redo(name))
     return done
 
 
@@ -146,12 +146,13 @@ def _begun(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.begun.json")
 
 
-def _begin(folder: Path, new: Mapping[str, Any], redo: str) -> tuple[Done | None, bool, float]:
+def _begin(folder: Path, new: Mapping[str, Any], redo: str) -> tuple[dict[str, Any] | None, bool, float]:
     """Find a complete stage; or make ready for one, and say whether to go on with what is there and what time it took."""
     old = _record(folder / COMPLETE)
     if old is not None:
         _refuse_other(f"the complete stage {folder}", old, new, redo)
-        return Done(folder, old["id"], old["seconds"], old["metrics"], old["config"], skipped=True), False, 0.0
+        done = Done(folder, old["id"], old["seconds"], old["metrics"], old["config"], skipped=True)
+        return vars(done), False, 0.0
     old = _record(_begun(folder))
     resume = old is not None and (folder / RUN_CONFIG).exists()
     if resume and old is not None:  # of one that has not come that far nothing is kept, so it may be another

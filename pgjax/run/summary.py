@@ -34,8 +34,8 @@ def before_and_after(folder: Path, name: str, *, last: str) -> dict[str, float]:
         )
     before, after = evaluations[0], evaluations[-1]
     figures = {"eval/before": before[name], "eval/after": after[name]}
-    errors = [row.get(f"{name}_stderr") for row in (before, after)]
-    if None not in errors:
+    errors = [row[f"{name}_stderr"] for row in (before, after) if f"{name}_stderr" in row]
+    if len(errors) == 2:
         error, rise = math.hypot(*errors), after[name] - before[name]
         figures["eval/rise_in_stderr"] = rise / error if error else math.copysign(math.inf, rise) if rise else 0.0
     return {**figures, **[row for row in rows if last in row][-1], **after}
