@@ -39,6 +39,7 @@ from pgjax.parallel import batch_rows, processes
 from pgjax.run import checks, devices, exits, logs, loop, presets
 from pgjax.run.checkpoint.resume import frozen_model, rows_digest, to_best
 from pgjax.run.session import INCIDENTAL, RunFlags, open_session, session_options
+from pgjax.run.summary import has_metric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +106,8 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     frozen, trained = freeze(params, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed, mesh=mesh)
     state = init_state(trained, optimizer)
     del params, trained  # updates consume their buffers
-    deal = batches(
-        train_pairs, config.batch_size, seed=config.seed, own=batch_rows.rows_to_feed(mesh, config.batch_size)
-    )
+    fed = batch_rows.rows_to_feed(mesh, config.batch_size)
+    deal = batches(train_pairs, config.batch_size, seed=config.seed, own=fed)
     lengths = [max(len(pair.chosen), len(pair.rejected)) for pair in train_pairs]
     all_lengths = batches(lengths, config.batch_size, seed=config.seed)  # all processes take one program
     center_coef = devices.replicate(mesh, np.float32(config.center_coef))
@@ -155,10 +155,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
             report=session.report, checkpoints=session.checkpoints, save_every=config.save_every,
             score=lambda metrics: -metrics["eval/loss"] if "eval/loss" in metrics else None,
         )  # fmt: skip
-        saved = processes.on_process_0(
-            lambda: any("normalized/accuracy" in x for x in logs.read_metrics(config.output))
-        )
-        if not saved:
+        if not processes.on_process_0(lambda: has_metric(config.output, steps, "normalized/accuracy")):
             scores = show(state.params, steps)
             if processes.is_process_0():
                 plot_calibration(config.output / "calibration.png", scores)

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import overoptimisation as over
 from experiments import ppo, rlhf
-from experiments.study import rlhf_report
+from experiments.study import rlhf_report, rlhf_stages
 from experiments.study.gao_forms import Curve, best_of, best_of_kl, distance, fit_best_of_n, fit_rl
 from pgjax.run import logs
 from pgjax.run.stages import finished
@@ -133,7 +133,7 @@ def tiny_rlhf(tmp_path):
     }  # fmt: skip
     (tmp_path / "tiny.json").write_text(json.dumps(config))
     return rlhf.Config(
-        output=tmp_path / "rlhf", picture=tmp_path / "rlhf.png", max_new_tokens=6,
+        output=tmp_path / "rlhf", max_new_tokens=6,
         data=write(tmp_path / "data.jsonl", [{"text": words(rng, 8)} for _ in range(64)]), held_out_data=None,
         prompts=write(tmp_path / "prompts.jsonl", [{"prompt": words(rng, 2)} for _ in range(20)]), held_out_prompts=None,
         sft=dataclasses.replace(
@@ -150,7 +150,7 @@ def test_rlhf_and_its_study_from_one_end_to_the_other(tmp_path, capsys):
     figures = rlhf.main(config)
     pairs = [json.loads(line) for line in (tmp_path / "rlhf" / "pairs" / "train.jsonl").read_text().splitlines()]
     assert len(pairs) == 32 and figures["pairs/train_pairs"] == 32
-    kept_aside = {row["prompt"] for row in rlhf.read_prompts(config)[1]}
+    kept_aside = {row["prompt"] for row in rlhf_stages.read_prompts(config)[1]}
     assert not kept_aside & {pair["prompt"] for pair in pairs}  # what PPO is evaluated on was never judged
     assert {
         pair["prompt"] for pair in map(json.loads, (tmp_path / "rlhf" / "pairs" / "held_out.jsonl").open())
@@ -162,20 +162,24 @@ def test_rlhf_and_its_study_from_one_end_to_the_other(tmp_path, capsys):
     )  # what ended a completion stays on it, and nothing is added to one cut off
     for name in ("ppo/eval/rewards/reward_model", "ppo/eval/rewards/gold_reward", "reward_model/eval/accuracy"):
         assert math.isfinite(figures[name])
-    assert (tmp_path / "rlhf.png").exists()
+    assert (tmp_path / "rlhf" / "rlhf.png").exists()
 
     study = over.Config(
         rlhf=config.output, output=tmp_path / "over", kl_coefs=(0.0, 0.2), seeds=(0,), held_out_rows=4, best_of=4,
-        best_of_samples=8, picture=tmp_path / "over.png",
+        best_of_samples=8,
         ppo=dataclasses.replace(over.PPO, steps=2, batch_size=8, eval_every=1),
     )  # fmt: skip
     over.main(study)
     runs = [over.curve(tmp_path / "over" / f"kl_{kl}_seed_0") for kl in ("0", "0.2")]
     assert [len(run.kl) for run in runs] == [3, 3]
     assert runs[0].proxy[0] == runs[1].proxy[0]  # the same start, on the same prompts
-    assert (tmp_path / "over.png").exists() and "kl_0.2_seed_0" in (tmp_path / "over" / "samples.md").read_text()
+    assert (tmp_path / "over" / "overoptimisation.png").exists() and "kl_0.2_seed_0" in (
+        tmp_path / "over" / "samples.md"
+    ).read_text()
     scores = json.loads((tmp_path / "over" / "best_of_n" / "scores.json").read_text())
     bests = finished(tmp_path / "over" / "best_of_n").metrics
+    of_prompts = np.mean(scores["gold"], axis=1)
+    assert bests["gold_stderr"][0] == pytest.approx(np.std(of_prompts, ddof=1) / np.sqrt(4))  # prompts, not samples
     assert bests["gold"][0] == pytest.approx(np.mean(scores["gold"])) and np.all(np.diff(bests["proxy"]) >= 0)
     capsys.readouterr()
     over.main(study)
@@ -184,7 +188,7 @@ def test_rlhf_and_its_study_from_one_end_to_the_other(tmp_path, capsys):
 
 def test_study_of_a_run_without_gold_is_refused_by_name(tmp_path):
     asked = {"gold": None, "prompts": "p", "held_out_prompts": None, "ppo.held_out_rows": 4}
-    for name in rlhf.STAGES:
+    for name in rlhf_stages.MADE_FROM:
         (tmp_path / "r" / name).mkdir(parents=True)
         record = {"config": asked, "made_from": {}, "id": name, "seconds": 1.0, "metrics": {}}
         (tmp_path / "r" / name / "complete.json").write_text(json.dumps(record))
@@ -194,9 +198,9 @@ def test_study_of_a_run_without_gold_is_refused_by_name(tmp_path):
 
 def test_ppo_of_the_study_optimises_the_proxy_and_only_watches_gold(tmp_path):
     config = tiny_rlhf(tmp_path)
-    asked = rlhf.asked(config, "ppo") | {"gold": "experiments.tasks.gold:gold_reward"}
+    asked = rlhf_stages.stage_config(config, "ppo") | {"gold": "experiments.tasks.gold:gold_reward"}
     stage = over.Done(tmp_path / "ppo", "x", 1.0, {}, asked, skipped=True)
     study = over.Config(output=tmp_path / "o", held_out_rows=2)
-    run = over.ppo_config(study, dict.fromkeys(rlhf.STAGES, stage))
+    run = over.ppo_config(study, dict.fromkeys(rlhf_stages.MADE_FROM, stage))
     assert run.reward_weights == (0.0,) and run.reward_model_weight == ppo.Config().reward_model_weight == 1.0
     assert len((tmp_path / "o" / "held_out.jsonl").read_text().splitlines()) == 2

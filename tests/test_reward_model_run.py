@@ -158,8 +158,8 @@ def test_rows_left_out_are_counted_and_printed_with_their_lines(source, tmp_path
         {"prompt": "sky:", "chosen": " " + "long" * 20, "rejected": " b"},
     ]
     path = write(tmp_path / "pairs.jsonl", rows(24, 0) + odd)
-    config = dataclasses.replace(source, pairs=path, epochs=0.3, output=tmp_path / "run", reference_rows=8)
-    reward_model.main(config)
+    config = dataclasses.replace(source, pairs=path, epochs=0.4, output=tmp_path / "run", reference_rows=8)
+    assert reward_model.main(config)["step"] == 2  # 0.4 of 24 pairs, 8 at a time: 1.2 updates, rounded up as everywhere
     printed = capsys.readouterr().out
     for line in (
         f"left out 1 row, two equal answers: {path}, line 25",

@@ -5,14 +5,19 @@ import json
 from pathlib import Path
 
 import pytest
-import tyro
 
 from experiments import ppo, reward_model, rlhf, sft
-from experiments.study import rlhf_report
+from experiments.study import rlhf_report, rlhf_stages
+from experiments.study.pictures import picture_path
+from pgjax.run import presets
 from pgjax.run.loop import Interrupted
 from pgjax.run.stages import finished, move_aside, run_stage
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
+
+
+def parse(*arguments):
+    return presets.parse(rlhf.PRESETS, goes_with=rlhf.GOES_WITH, args=list(arguments))
 
 
 def stage(folder, config, calls, *, made_from=(), fail=None):
@@ -128,7 +133,9 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(reward_model, "main", main_of("reward_model", {"metrics.jsonl": ""}))
     monkeypatch.setattr(ppo, "main", main_of("ppo", lines))
     monkeypatch.setitem(
-        rlhf.WORK, "pairs", lambda config, folder, resume: calls.append(("pairs", config)) or folder.mkdir() or PAIRS
+        rlhf_stages.WORK,
+        "pairs",
+        lambda config, folder, resume: calls.append(("pairs", config)) or folder.mkdir() or PAIRS,
     )
     return calls
 
@@ -137,7 +144,7 @@ PAIRS = dict.fromkeys(("train_pairs", "held_out_pairs", "train_gold", "train_gol
 
 
 def small(tmp_path, **changes):
-    return dataclasses.replace(rlhf.Config(output=tmp_path / "run", picture=tmp_path / "rlhf.png"), **changes)
+    return dataclasses.replace(rlhf.Config(output=tmp_path / "run"), **changes)
 
 
 def names(calls):
@@ -146,7 +153,7 @@ def names(calls):
 
 def test_stages_run_in_order_each_on_the_output_of_the_one_before(tmp_path, stand_ins):
     figures = rlhf.main(small(tmp_path, seed=5))
-    assert names(stand_ins) == list(rlhf.STAGES) and figures["ppo/x"] == 1.0
+    assert names(stand_ins) == list(rlhf_stages.MADE_FROM) and figures["ppo/x"] == 1.0
     configs = dict(stand_ins)
     run = tmp_path / "run"
     assert configs["reward_model"].model == configs["ppo"].model == str(run / "sft" / "model")
@@ -226,13 +233,36 @@ def test_command_line_reaches_every_stage():
         "--ppo.kl-coef",
         "0.3",
     ]
-    config = tyro.cli(rlhf.Config, args=arguments)
+    config = parse(*arguments)
     assert (config.from_stage, config.sft.epochs, config.pair.scale) == ("ppo", 2, 3.0)
     assert (config.reward_model.epochs, config.ppo.kl_coef, config.ppo.steps) == (3.0, 0.3, rlhf.PPO.steps)
     assert Path(config.output) == Path("runs/rlhf")
 
 
 def test_source_of_ones_own_takes_the_film_reviews_with_it():
-    config = rlhf.without_reviews(rlhf.Config(), ["--data=a.jsonl", "--ppo.steps", "3", "--pairs", "b.jsonl"])
-    assert (config.held_out_data, config.gold) == (None, None)
+    config = parse("--data=a.jsonl", "--ppo.steps", "3", "--pairs", "b.jsonl")
+    assert (config.held_out_data, config.gold, config.ppo.steps) == (None, None, 3)
     assert config.held_out_prompts == rlhf.Config().held_out_prompts  # its prompts stay
+    given = parse("--data", "a.jsonl", "--held-out-data", rlhf.Config().held_out_data)
+    assert given.held_out_data == rlhf.Config().held_out_data  # what is given stays, even where it is the preset's
+
+
+def test_a_preset_is_named_first_and_its_fields_can_be_overridden():
+    assert parse() == rlhf.Config() and parse("smollm2") == rlhf.PRESETS["smollm2"]
+    config = parse("smollm2", "--ppo.steps", "3", "--output", "runs/x")
+    assert (config.ppo.steps, config.output, config.model) == (3, Path("runs/x"), "SmolLM2-135M-Instruct")
+    assert config.held_out_data == rlhf.Config().held_out_data  # its data are reviews, too
+
+
+def test_the_dtype_of_the_run_is_that_of_every_stage(tmp_path, stand_ins):
+    rlhf.main(small(tmp_path, dtype="bfloat16"))
+    assert {config.dtype for _, config in stand_ins} == {"bfloat16"}
+    with pytest.raises(ValueError, match="dtype: 'bfloat16' there, None asked for"):
+        rlhf.main(small(tmp_path))
+
+
+def test_pictures_stay_in_the_folder_of_the_run(tmp_path, stand_ins):
+    # The bug: the default picture overwrites the one that git tracks, for a run on other data too.
+    rlhf.main(small(tmp_path))
+    assert (tmp_path / "run" / "rlhf.png").exists()
+    assert picture_path(tmp_path / "run" / "rlhf.png", True).exists()  # the committed one, by --refresh-pictures

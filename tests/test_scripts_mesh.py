@@ -3,12 +3,13 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import pgjax as pg
 from experiments import ppo, reward_model, rlhf, sft
-from experiments.study import pairs
+from experiments.study import pairs, rlhf_stages
 from pgjax.parallel import sharding
 from pgjax.rollout.task import make_task
 from pgjax.run import devices, logs
@@ -68,9 +69,9 @@ def test_every_stage_runs_where_the_whole_does(folder, monkeypatch):
         monkeypatch.setattr(module, "main", lambda config: asked.append(config))
     config = rlhf.Config(mesh=MESH, init_timeout=7.0, output=folder / "rlhf")
     for stage in ("sft", "reward_model", "ppo"):
-        rlhf.WORK[stage](config, folder / "rlhf", False)
+        rlhf_stages.WORK[stage](config, folder / "rlhf", False)
     assert [(stage.mesh, stage.init_timeout) for stage in asked] == [(MESH, 7.0)] * 3
-    assert not set(devices.MACHINE) & {name.split(".")[-1] for name in rlhf.asked(config, "ppo")}
+    assert not set(devices.MACHINE) & {name.split(".")[-1] for name in rlhf_stages.stage_config(config, "ppo")}
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_idle_devices_are_told_once(capsys):
     for _ in range(2):
         with devices.on_devices(devices.Flags()) as mesh:
             assert mesh is None
-    assert capsys.readouterr().out.count("one of 4 devices is used: --mesh data=-1") == 1
+    assert capsys.readouterr().out.count("one of 4 devices is used: a mesh of data=-1") == 1
 
 
 def test_the_mesh_is_left_behind(folder):
@@ -111,9 +112,9 @@ def test_the_mesh_is_left_behind(folder):
     assert sharding.ambient_mesh() is None
 
 
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("script", [ppo, sft, reward_model])
-def test_what_is_computed_again_is_what_the_flag_says(folder, tmp_path, monkeypatch, script, remat):
+def loaded(script, config, monkeypatch):
+    """The language model that a script loads, at which it is stopped."""
+
     class Loaded(Exception):
         pass
 
@@ -122,9 +123,23 @@ def test_what_is_computed_again_is_what_the_flag_says(folder, tmp_path, monkeypa
 
     pg_load = pg.load
     monkeypatch.setattr(pg, "load", load)
-    with pytest.raises(Loaded) as told:
-        script.main(task_config(script, folder, tmp_path, remat=remat, batch_size=8))
-    lm = told.value.args[0]
+    with pytest.raises(Loaded) as stopped:
+        script.main(config)
+    return stopped.value.args[0]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", None])
+@pytest.mark.parametrize("script", [ppo, sft, reward_model])
+def test_the_dtype_is_what_the_flag_says(folder, tmp_path, monkeypatch, script, dtype):
+    # The bug: no script has such a flag.
+    lm = loaded(script, task_config(script, folder, tmp_path, dtype=dtype, batch_size=8), monkeypatch)
+    assert jnp.dtype(lm.dtype).name == ("float32" if dtype is None else dtype)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("script", [ppo, sft, reward_model])
+def test_what_is_computed_again_is_what_the_flag_says(folder, tmp_path, monkeypatch, script, remat):
+    lm = loaded(script, task_config(script, folder, tmp_path, remat=remat, batch_size=8), monkeypatch)
     assert (
         lm
         == pg.causal_lm(lm.arch, dtype=lm.dtype, remat=remat)

@@ -37,8 +37,8 @@ def stage(
     Returns:
       The stage; its metrics hold kl, proxy and gold for each n, and gold_stderr where there are two prompts or more.
     """
-    asked = {"samples": samples, "best_of": sizes[-1], "held_out_rows": held_out_rows}
-    return run_stage(folder, asked, functools.partial(sample, base, sizes, samples), made_from=made_from)
+    config = {"samples": samples, "best_of": sizes[-1], "held_out_rows": held_out_rows}
+    return run_stage(folder, config, functools.partial(sample, base, sizes, samples), made_from=made_from)
 
 
 def sample(base: ppo.Config, sizes: Sequence[int], samples: int, folder: Path, resume: bool) -> dict[str, Any]:

@@ -23,7 +23,7 @@ MADE_FROM: dict[StageName, tuple[StageName, ...]] = {
     "sft": (), "pairs": ("sft",), "reward_model": ("sft", "pairs"), "ppo": ("sft", "reward_model"),
 }  # fmt: skip
 SHARED = ("chat", "seed", "dtype", *devices.MACHINE)  # fields of this script that every other one has too
-ASKED = {  # fields of this script that decide the result of a stage
+DECIDING = {  # fields of this script that decide the result of a stage
     "sft": ("model", "data", "held_out_data", "chat", "seed", "dtype"),
     "pairs": ("prompts", "held_out_prompts", "chat", "gold", "max_new_tokens", "seed", "dtype"),
     "reward_model": ("pairs", "held_out_pairs", "chat", "seed", "dtype"),
@@ -36,19 +36,19 @@ def to_do(config: Config) -> dict[str, stages.Stage]:
     names = [name for name in MADE_FROM if name != "pairs" or config.pairs is None]
     return {
         name: stages.Stage(
-            asked(config, name), functools.partial(WORK[name], config), [x for x in MADE_FROM[name] if x in names]
+            stage_config(config, name), functools.partial(WORK[name], config), [x for x in MADE_FROM[name] if x in names]
         )
         for name in names
     }  # fmt: skip
 
 
-def asked(config: Config, stage: str) -> Row:
+def stage_config(config: Config, stage: str) -> Row:
     """Name everything that decides a stage's result, the results of the stages before it aside."""
     section = "pair" if stage == "pairs" else stage
     not_own = {"keep", "keep_best", *from_above(config).get(stage, ())}
     own = {f"{section}.{name}": x for name, x in dataclasses.asdict(config)[section].items() if name not in not_own}
     aside = {"ppo.held_out_rows": config.ppo.held_out_rows} if stage == "pairs" else {}  # kept out of the pairs too
-    return {name: getattr(config, name) for name in ASKED[stage]} | aside | own
+    return {name: getattr(config, name) for name in DECIDING[stage]} | aside | own
 
 
 def from_above(config: Config) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Stages of a long experiment, each in its own folder: done once, skipped when complete, resumed when interrupted.
 
-A stage is complete when `complete.json` lies in its folder. That file is written last; it holds the config that was asked
-for, what the stage was made from, its seconds and its metrics. A stage under way has `NAME.begun.json` beside its folder.
+A stage is complete when `complete.json` lies in its folder. That file is written last; it holds the config of the
+stage, what it was made from, its seconds and its metrics. A stage under way has `NAME.begun.json` beside its folder.
 """
 
 from __future__ import annotations
@@ -36,31 +36,31 @@ class Done:
     id: str  # of this very execution; stages made from it name it
     seconds: float  # of work, over all its starts
     metrics: dict[str, Any]
-    config: dict[str, Any]  # what was asked for
+    config: dict[str, Any]  # everything that decides it
     skipped: bool  # it was complete before
 
 
 class Stage(NamedTuple):
     """What is to be done in one folder."""
 
-    asked: Mapping[str, Any]  # everything that decides the result, as in `run_stage`
+    config: Mapping[str, Any]  # everything that decides the result, as in `run_stage`
     work: Callable[[Path, bool], Mapping[str, Any]]  # as in `run_stage`
     made_from: Sequence[str] = ()  # names of the stages whose output goes in
 
 
 def run_stage(
     folder: Path,
-    asked: Mapping[str, Any],
+    config: Mapping[str, Any],
     work: Callable[[Path, bool], Mapping[str, Any]],
     *,
     made_from: Sequence[Done] = (),
-    redo: str = "choose another --output",
+    redo: str = "give another folder",
 ) -> Done:
     """Do a stage, go on with it, or skip it. Of several processes the first alone reads and writes what says so.
 
     Args:
       folder: of this stage alone.
-      asked: everything that decides the stage's result, as JSON would hold it; paths only of the user's own files.
+      config: everything that decides the stage's result, as JSON would hold it; paths only of the user's own files.
       work: (folder, resume) -> metrics; writes its files into the folder. With resume, the folder holds a run to go on with.
       made_from: the stages whose output goes in.
       redo: what the user can do where the stage at hand is not the one that is asked for.
@@ -83,7 +83,7 @@ def run_stage(
       >>> stages[1].metrics, stages[1].skipped
       ({'sum': 3}, True)
     """
-    new = {"config": _plain(asked), "made_from": {stage.folder.name: stage.id for stage in made_from}}
+    new = {"config": _plain(config), "made_from": {stage.folder.name: stage.id for stage in made_from}}
     done, resume, spent = processes.on_process_0(lambda: _begin(folder, new, redo))
     if done is not None:
         processes.print_once(f"{folder.name}: complete, skipped")
@@ -138,7 +138,7 @@ def run_stages(
             for moved in processes.on_process_0(functools.partial(_names_of_moved, later)):
                 print(f"moved the old stage to {moved}")
         inputs = [done[other] for other in stage.made_from]
-        done[name] = run_stage(root / name, stage.asked, stage.work, made_from=inputs, redo=redo(name))
+        done[name] = run_stage(root / name, stage.config, stage.work, made_from=inputs, redo=redo(name))
     return done
 
 
@@ -264,5 +264,5 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(folder)
     elif not folder.is_dir() or any(folder.iterdir()):
         raise UserError(
-            f"{folder} is in the way, and no stage of this experiment left it: move it or choose another --output"
+            f"{folder} is in the way, and no stage of this experiment left it: move it or give another folder"
         )
