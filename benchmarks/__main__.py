@@ -1,11 +1,11 @@
-"""How fast each part is, how far from the machine's limit, and against what one would use instead: all benchmarks in turn.
+"""Run all benchmarks in turn: how fast each part is, how near to the machine's limit, and how fast beside other libraries.
 
     python -m benchmarks
     python -m benchmarks --only rollout learner --output out
     python -m benchmarks --peer-pythons path/to/one/python path/to/another/python
 
-Each benchmark prints its own table and writes its report as JSON when it ends, so a later one that fails costs nothing; the
-failure is named at the end and the exit status is 1. The peers run in turn with pgjax in the same call. The last table sums up:
+Each benchmark prints its own table and writes its report as JSON when it ends. Where one fails, the others still run; the
+failure is printed at the end, and the exit status is 1. The peers run in turn with pgjax. The last table is a summary:
 
     limit    = max(flops on paper / measured matrix peak, bytes on paper / measured read bandwidth), in seconds
     achieved = limit / seconds
@@ -59,7 +59,7 @@ class Config:
 
     only: tuple[Name, ...] = ()  # benchmarks to run; none given: all
     peer: bool = True  # alternate with torch, TRL and Tunix where they are installed
-    peer_pythons: tuple[str, ...] = ()  # interpreters that are asked, in order, for the peers; none: this one
+    peer_pythons: tuple[str, ...] = ()  # interpreters to look for the peers in, in this order; none: this one
     output: Path = Path("runs/benchmarks")  # folder of the JSON files and pictures
 
 
@@ -70,7 +70,7 @@ def main(config: Config) -> int:
     for one in configs.values():
         check_writable("output", one.json)
     for python in config.peer_pythons:
-        installed(python, ())  # one that does not run is told now, and not by each benchmark
+        installed(python, ())  # one that does not run is an error now, and not in each benchmark
     reports, failures = run_all(configs, BENCHMARKS)
     console = Console(width=None if Console().is_terminal else 160)
     console.print(summary(reports))
@@ -89,7 +89,7 @@ def configured(name: str, config: Config) -> Any:
 
 
 def run_all(configs: Mapping[str, Any], benchmarks: Mapping[str, Any]) -> tuple[dict[str, Row], dict[str, str]]:
-    """Run benchmarks in turn; one that fails is told with its traceback, and the next one runs.
+    """Run benchmarks in turn; of one that fails the traceback is printed, and the next one runs.
 
     Returns:
         The reports by name, and the failures by name in one line each.
@@ -107,7 +107,7 @@ def run_all(configs: Mapping[str, Any], benchmarks: Mapping[str, Any]) -> tuple[
 
 
 def summary(reports: Mapping[str, Row]) -> Table:
-    """Sum up all of our rows that have a speed, a limit, a peer or a target."""
+    """Make the table of all of our rows that have a speed, a limit, a peer or a target."""
     table = Table("what", "dtype", "seconds", "tokens/s", "of the limit", "times as fast as", "target on 2 cores",
                   title="summary")  # fmt: skip
     for row in summary_rows(reports):
@@ -144,7 +144,7 @@ def summary_rows(reports: Mapping[str, Row]) -> list[tuple[str, ...]]:
 
 
 def part_of(row: Row) -> str:
-    """Name the part that a row of ours is about.
+    """Name the part of a benchmark that one of our rows measures.
 
     >>> part_of({"who": "pgjax decode"}), part_of({"who": "pgjax", "program": "both", "cache": "cold"})
     ('decode', 'both cold')

@@ -3,10 +3,10 @@
     python -m benchmarks.compile
     python -m benchmarks.compile --json benchmarks/results/compile.json
 
-The sampler is `pg.sample`, prefill and decode loop; the learner is `ppo.update`, the gradient of PPO's loss and AdamW. Both are
-compiled from shapes alone, so no weights are read or made. Every figure is a fresh process of its own, and a round is: both
-programs with an empty cache folder (cold: the compiler works, and what it made is written to the folder), then both again with
-the same folder (cached). With the cache a program is still traced; only the compiler's work is read from the folder.
+The sampler is `pg.sample`, prefill and decode loop; the learner is `programs.update`, the gradient of PPO's loss and AdamW. Both
+are compiled from shapes alone, so no weights are read or made. Each measurement is a new process. A round compiles both programs
+with an empty cache folder (cold: the compiler runs and writes its result to the folder), then both again with the same folder
+(cached: the program is traced again, and the compiler's result is read from the folder).
 
     trace   = seconds to trace and lower to StableHLO
     compile = seconds of XLA, or of reading the cache
@@ -32,6 +32,7 @@ from benchmarks.compile_once import PROGRAMS, Sizes
 from benchmarks.pod_programs import MODELS
 from benchmarks.random_model import Size
 from benchmarks.timing import Row, begun, save, show
+from pgjax.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHES = ("cold", "cached")
@@ -59,7 +60,7 @@ def main(config: Config) -> Row:
     """Run the benchmark; return and print the report."""
     check(config)
     if config.model not in MODELS:
-        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {config.model!r}")
+        raise UserError(f"model must be one of {', '.join(MODELS)}, got {config.model!r}")
     report = begun(config, None)
     for dtype in config.dtypes:
         rounds = [one_round(config, dtype) for _ in range(config.repeats)]
@@ -72,33 +73,33 @@ def main(config: Config) -> Row:
 
 
 def one_round(config: Config, dtype: str) -> dict[str, dict[str, Row]]:
-    """Compile each program twice, in processes of their own that share one new cache folder; cache to program to seconds."""
+    """Compile each program cold and then cached, in new processes that share a new cache folder; [cache][program] -> figures."""
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name in Sizes._fields}
     layers = {} if config.depth is None else {"num_hidden_layers": config.depth}
-    asked = {"model": {**MODELS[config.model], **layers}, "sizes": {"dtype": dtype, **fields}}
+    request = {"model": {**MODELS[config.model], **layers}, "sizes": {"dtype": dtype, **fields}}
     with tempfile.TemporaryDirectory() as folder:
         return {
-            cache: {program: once({**asked, "program": program, "cache": folder}) for program in PROGRAMS}
+            cache: {program: once({**request, "program": program, "cache": folder}) for program in PROGRAMS}
             for cache in CACHES
         }
 
 
-def once(asked: dict[str, Any]) -> Row:
+def once(request: dict[str, Any]) -> Row:
     """Have a new process compile one program.
 
     Raises:
-        RuntimeError: it failed; its last words are in the message.
+        RuntimeError: it failed; the end of what it printed is in the message.
     """
-    command = [sys.executable, "-m", "benchmarks.compile_once", json.dumps(asked)]
+    command = [sys.executable, "-m", "benchmarks.compile_once", json.dumps(request)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"compiling the {asked['program']} ended with {done.returncode}: {done.stderr[-2000:]}")
+        raise RuntimeError(f"compiling the {request['program']} ended with {done.returncode}: {done.stderr[-2000:]}")
     found: Row = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 def measure(dtype: str, cache: str, program: str, rounds: list[dict[str, dict[str, Row]]]) -> Row:
-    """Sum up the rounds of one program, or of both together, which are compiled one after the other.
+    """Summarise the rounds of one program, or of both together, which are compiled one after the other.
 
     >>> seconds = {"trace": 1.0, "compile": 2.0, "cpu": 4.0, "hits": 0, "misses": 1, "import": 0.5}
     >>> row = measure("float32", "cold", "both", [{"cold": {"sampler": seconds, "learner": seconds}}])

@@ -19,7 +19,7 @@ import jax.numpy as jnp  # noqa: E402
 
 import pgjax as pg  # noqa: E402
 from pgjax.learning import programs  # noqa: E402
-from pgjax.learning.optimizer import TrainState, adamw, init_state  # noqa: E402
+from pgjax.learning.optimizer import TrainState, init_state  # noqa: E402
 from pgjax.models.io.config import architecture_of  # noqa: E402
 
 _IMPORTED = time.perf_counter()
@@ -41,7 +41,7 @@ class Sizes(NamedTuple):
 
 
 def lower_sampler(lm: pg.CausalLM, sizes: Sizes) -> jax.stages.Lowered:
-    """Trace `pg.sample`, prefill and decode loop, as it is inside a user's jit."""
+    """Trace `pg.sample`, prefill and decode loop, as inside a user's jit."""
 
     def sample(params: Any, prompts: jax.Array, mask: jax.Array, key: jax.Array) -> Any:
         return pg.sample(lm, params, prompts, mask, key, max_new_tokens=sizes.new_tokens)
@@ -56,7 +56,7 @@ def lower_sampler(lm: pg.CausalLM, sizes: Sizes) -> jax.stages.Lowered:
 
 def lower_learner(lm: pg.CausalLM, sizes: Sizes) -> jax.stages.Lowered:
     """Trace `programs.update`: gradient of PPO's loss, clipping by the global norm, AdamW."""
-    optimizer = adamw(1e-5, updates=1000)
+    optimizer = pg.adamw(1e-5, updates=1000)
 
     def init(key: jax.Array) -> TrainState:
         return init_state({"lm": lm.init(key), "value": pg.init_value_head(lm.arch.width)}, optimizer)
@@ -64,19 +64,18 @@ def lower_learner(lm: pg.CausalLM, sizes: Sizes) -> jax.stages.Lowered:
     state = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
     array: Any = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
     rows, window = sizes.learner_rows, sizes.window
-    batch = programs.Batch(
+    batch = pg.Batch(
         array(jnp.int32, rows, sizes.length), array(bool, rows, sizes.length), array(bool, rows, window),
         *(array(jnp.float32, rows, window) for _ in range(5)),
     )  # fmt: skip
     return programs.update.lower(
         state, batch, array(jnp.int32, 1, rows), array(jnp.int32), lm=lm, optimizer=optimizer,
-        microbatches=sizes.microbatches, temperature=1.0, clip_eps=0.2, value_clip_eps=None, value_coef=0.5,
-        entropy_coef=0.0,
+        algorithm=pg.ppo(), microbatches=sizes.microbatches,
     )  # fmt: skip
 
 
 def measure(program: str, model: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
-    """Lower and compile one program, and count how often the persistent cache had what was asked for.
+    """Lower and compile one program, and count the hits and misses of the persistent cache.
 
     Args:
         program: of PROGRAMS.
@@ -111,12 +110,12 @@ def measure(program: str, model: dict[str, Any], sizes: Sizes) -> dict[str, Any]
 
 
 def main(line: str) -> None:
-    """Do what one line of JSON says, and print what it took."""
-    asked = json.loads(line)
-    jax.config.update("jax_compilation_cache_dir", asked["cache"])
+    """Compile the program that one line of JSON describes, and print the seconds."""
+    request = json.loads(line)
+    jax.config.update("jax_compilation_cache_dir", request["cache"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    found = measure(asked["program"], asked["model"], Sizes(**asked["sizes"]))
+    found = measure(request["program"], request["model"], Sizes(**request["sizes"]))
     print(json.dumps({**found, "import": _IMPORTED - _STARTED}), flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Reward against KL: train on the sentiment task, evaluate on held-out prompts, and draw the frontier beside what is possible.
+"""Reward against KL: train on the sentiment task, evaluate on held-out prompts, and draw policies beside the best possible.
 
     python -m experiments.sft                   # a small language model of film reviews
     python -m benchmarks.frontier --model runs/sft/model
@@ -15,7 +15,8 @@ The reward is VADER's compound of prompt + completion, the temperature 1. What s
     objective       score - beta KL with beta = 0.05, whatever coefficient a policy was trained with
 
 KL is the log-ratio to the reference summed over the sampled tokens (k1: unbiased), in nats a sequence. Seconds are those of the
-training steps alone, compilation included; loading and evaluation are left out, for TRL too. Standard errors are over samples.
+training steps alone, compilation included; loading and evaluation are left out, for TRL too. Standard errors are over prompts:
+completions of one prompt are not independent.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ from benchmarks.frontier_report import (
 from benchmarks.timing import Row, machine, plain, save
 from experiments import ppo as experiment
 from experiments.tasks import reviews
+from pgjax.core.errors import UserError
 from pgjax.data.batches import split_rows
 from pgjax.data.prompts import check_rows
 from pgjax.data.sources import load_rows
@@ -62,11 +64,17 @@ from pgjax.rollout.task import Encoded, Task, make_task
 from pgjax.run import logs
 from pgjax.run.exits import plain_errors
 
-# The arguments of experiments.ppo for each method, by the number of episodes that they were found for (what was tried stands in
-# benchmarks/README.md). A low rate and a long warm-up: at 6e-4 without one, Adam's first 40 steps cost eight nats, of which the
-# penalty won back few.
+# The arguments of experiments.ppo for each method, by the number of episodes that they were found for (benchmarks/README.md has
+# what was tried). The rate is low and the warm-up long: at 6e-4 without one, Adam's first 40 steps cost eight nats of KL, and
+# the penalty won few of them back.
 SHARED: dict[str, Any] = {"minibatches": 4, "microbatches": 1, "decay": True}
-LEAVE_ONE_OUT, CRITIC = {"advantage": "leave-one-out", "group_size": 4}, {"advantage": "value"}
+LEAVE_ONE_OUT = {
+    "algorithm": "rloo",
+    "group_size": 4,
+    "clip_eps": 0.2,
+    "reduce": "token_mean",
+}  # four updates a rollout
+CRITIC = {"algorithm": "ppo"}
 RECIPES: dict[str, dict[int, dict[str, Any]]] = {
     "RLOO": {
         6_400: LEAVE_ONE_OUT | {"learning_rate": 3e-4, "warmup_updates": 120},
@@ -86,9 +94,9 @@ class Config:
 
     model: str = "runs/sft/model"  # the reference: folder or any other source that pg.load takes
     prompts: str | None = None  # to train on: .jsonl, .csv, .parquet, .txt or module:function; None: from the reviews
-    held_out: str | None = None  # likewise, to evaluate on; None: kept aside of the reviews, or of `prompts`
+    held_out: str | None = None  # likewise, to evaluate on; None: set aside from the reviews, or from `prompts`
     prompt_tokens: int = 6  # length of the prompts that are cut from the reviews
-    held_out_prompts: int = 128  # at most so many are evaluated on
+    held_out_prompts: int = 128  # the most that are evaluated on, at least 2
     reward: str = "experiments.tasks.sentiment:whole_text_sentiment"  # the black box, as module:function
     output: Path = Path("runs/frontier")  # a folder a run
     methods: tuple[str, ...] = tuple(RECIPES)  # RLOO, PPO
@@ -123,8 +131,10 @@ def main(config: Config) -> Row:
     console = Console(width=None if Console().is_terminal else 160)
     console.print(f"{len(train_rows)} prompts to train on, {len(held_out)} held out; sampling the reference")
     key = jax.random.key(2**31)  # far from those of training
-    ideal = draw(task, reference, None, prompts, config.reference_samples, 8 * config.batch_size, fold_in(key, 0))
-    look = functools.partial(
+    of_reference = draw(
+        task, reference, None, prompts, config.reference_samples, 8 * config.batch_size, fold_in(key, 0)
+    )
+    evaluate = functools.partial(
         draw, task, reference=reference, prompts=prompts, samples=config.samples, batch_size=4 * config.batch_size,
         key=fold_in(key, 1),
     )  # fmt: skip
@@ -132,18 +142,18 @@ def main(config: Config) -> Row:
         "machine": machine(),
         "config": plain(config),
         "recipes": RECIPES,
-        "best_of": [best_of_row(ideal.scores, n) for n in config.best_of],
-        "optimum": [optimum_row(ideal.scores, beta) for beta in config.betas],
+        "best_of": [best_of_row(of_reference.scores, n) for n in config.best_of],
+        "optimum": [optimum_row(of_reference.scores, beta) for beta in config.betas],
         "peer": None if not config.peer else missing_trl(config.peer_python),
         "rows": [],
     }
     for method, episodes, kl_coef, seed in plan(config):
         row, policy = train(config, files, method, episodes, kl_coef, seed)
-        report["rows"].append(row | figures(look(policy)))
+        report["rows"].append(row | figures(evaluate(policy)))
         console.print(line(report["rows"][-1]))
     for episodes, seed in peer_plan(config) if config.peer and report["peer"] is None else ():
         row, policy = train_trl(config, files, episodes, seed)
-        report["rows"].append(row | figures(look(policy)))
+        report["rows"].append(row | figures(evaluate(policy)))
         console.print(line(report["rows"][-1]))
     report["summary"] = summary(report["rows"])
     show(console, report)
@@ -157,25 +167,29 @@ def check(config: Config) -> None:
     """Refuse what cannot be run, before anything is computed."""
     unknown = set(config.methods) - set(RECIPES)
     if unknown:
-        raise ValueError(f"methods are {' and '.join(RECIPES)}, got {', '.join(sorted(unknown))}")
+        raise UserError(f"methods are {' and '.join(RECIPES)}, got {', '.join(sorted(unknown))}")
     for episodes in (*config.episodes, *(config.peer_episodes or ())):
         if episodes < 1 or episodes % config.batch_size:
-            raise ValueError(f"episodes={episodes} is no positive multiple of batch_size={config.batch_size}")
+            raise UserError(f"episodes={episodes} is no positive multiple of batch_size={config.batch_size}")
     if not config.episodes or not config.kl_coefs or not config.seeds:
-        raise ValueError("episodes, kl_coefs and seeds must each name at least one")
+        raise UserError("episodes, kl_coefs and seeds must each name at least one")
     if min(config.betas, default=1.0) <= 0:
-        raise ValueError(f"betas must be above 0, got {min(config.betas)}")
+        raise UserError(f"betas must be above 0, got {min(config.betas)}")
     for n in config.best_of:
         if not 1 <= n <= config.reference_samples:
-            raise ValueError(f"best_of must be from 1 to reference_samples={config.reference_samples}, got {n}")
+            raise UserError(f"best_of must be from 1 to reference_samples={config.reference_samples}, got {n}")
     if config.prompt_tokens < 1:
-        raise ValueError(f"prompt_tokens must be at least 1, got {config.prompt_tokens}")
-    if min(config.samples, config.held_out_prompts) < 1 or config.samples * config.held_out_prompts < 2:
-        raise ValueError("samples and held_out_prompts must be at least 1, and not both 1")
+        raise UserError(f"prompt_tokens must be at least 1, got {config.prompt_tokens}")
+    if config.samples < 1:
+        raise UserError(f"samples must be at least 1, got {config.samples}")
+    if config.held_out_prompts < 2:
+        raise UserError(
+            f"held_out_prompts must be at least 2, for a standard error over prompts, got {config.held_out_prompts}"
+        )
 
 
 def prompt_sets(config: Config, tokenizer: Any) -> tuple[list[Row], list[Row]]:
-    """Read the prompts to train on and those to evaluate on, or cut them from the reviews."""
+    """Read the prompts to train on and to evaluate on, or cut them from the reviews."""
     if config.prompts is None:
         texts = reviews.split(reviews.texts())
         rows, aside = (review_prompts(part, tokenizer, config.prompt_tokens) for part in texts)
@@ -187,9 +201,11 @@ def prompt_sets(config: Config, tokenizer: Any) -> tuple[list[Row], list[Row]]:
         held_out = load_rows(config.held_out, check_rows)
     elif not held_out:
         count = min(config.held_out_prompts, len(rows) // 4)
-        if count < 1:
-            raise ValueError(f"{config.prompts} has {len(rows)} rows: too few to keep some aside; name --held-out")
+        if count < 2:
+            raise UserError(f"{config.prompts} has {len(rows)} rows: too few to set two aside; name --held-out")
         rows, held_out = split_rows(rows, count, seed=0)
+    if len(held_out) < 2:
+        raise UserError(f"{config.held_out} has {len(held_out)} rows: a standard error over prompts needs two")
     return list(rows), list(held_out)[: config.held_out_prompts]
 
 
@@ -211,13 +227,13 @@ def review_prompts(texts: Sequence[str], tokenizer: Any, count: int) -> list[Row
 
 
 def write_prompts(folder: Path, train_rows: Iterable[Row], held_out: Iterable[Row]) -> tuple[Path, Path]:
-    """Write the prompts where every run, TRL's too, reads the same ones."""
+    """Write the prompts to the files that every run reads, TRL's too."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "prompts.jsonl", folder / "held_out.jsonl"
     for path, rows in zip(paths, (train_rows, held_out), strict=True):
         text = "".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows)
         if path.exists() and path.read_text(encoding="utf-8") != text:
-            raise FileExistsError(f"{path} holds the prompts of another benchmark: give another --output")
+            raise UserError(f"{path} holds the prompts of another benchmark: give another --output")
         path.write_text(text, encoding="utf-8")
     return paths
 
@@ -256,7 +272,7 @@ def peer_plan(config: Config) -> list[tuple[int, int]]:
 def train(
     config: Config, files: tuple[Path, Path], method: str, episodes: int, kl_coef: float, seed: int
 ) -> tuple[Row, Any]:
-    """Train a policy, or go on with it where it was stopped; a finished one is taken as it is."""
+    """Train a policy, or go on with a run that was stopped; a finished one is not trained again."""
     steps = episodes // config.batch_size
     folder = config.output / f"{method.lower()}_{episodes}_{kl_coef}_{seed}"
     run = experiment.Config(
@@ -273,7 +289,7 @@ def train(
 
 
 def missing_trl(python: Path | None) -> str | None:
-    """Say why TRL cannot run; None when it can."""
+    """Give the reason why TRL cannot run; None when it can."""
     if python is None:
         absent = [name for name in ("trl", "torch", "datasets") if importlib.util.find_spec(name) is None]
         mend = "pip install trl, or --peer-python with an environment that has it"
@@ -300,41 +316,38 @@ def peer_command(config: Config, prompts: Path, folder: Path, episodes: int, see
 
 
 def train_trl(config: Config, files: tuple[Path, Path], episodes: int, seed: int) -> tuple[Row, Any]:
-    """Train with TRL's RLOO in a process of its own, from the same weights, prompts and reward; a finished run is taken."""
+    """Train with TRL's RLOO in its own process, from the same weights, prompts and reward; a finished run is not repeated."""
     folder = config.output / f"trl_{episodes}_{seed}"
     command = peer_command(config, files[0], folder, episodes, seed)
     finished = folder / "finished.json"
     if finished.exists():
-        told = json.loads(finished.read_text(encoding="utf-8"))
-        if told.pop("options") != command[1:]:
-            raise FileExistsError(f"{folder} holds another run: give another --output")
+        result = json.loads(finished.read_text(encoding="utf-8"))
+        if result.pop("options") != command[1:]:
+            raise UserError(f"{folder} holds another run: give another --output")
     else:
         root = Path(__file__).resolve().parent.parent
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise RuntimeError(f"TRL failed:\n{done.stderr[-3000:]}")
-        told = json.loads(done.stdout.strip().rpartition("\n")[2])
-        finished.write_text(json.dumps({**told, "options": command[1:]}) + "\n", encoding="utf-8")
-    row = {"who": "TRL", "method": "RLOO", "episodes": episodes, "kl_coef": config.kl_coefs[0], "seed": seed, **told}
+        result = json.loads(done.stdout.strip().rpartition("\n")[2])
+        finished.write_text(json.dumps({**result, "options": command[1:]}) + "\n", encoding="utf-8")
+    row = {"who": "TRL", "method": "RLOO", "episodes": episodes, "kl_coef": config.kl_coefs[0], "seed": seed, **result}
     return row, pg.load(folder / "policy")[1]
 
 
 def draw(
     task: Task, policy: Any, reference: Any, prompts: Sequence[Encoded], samples: int, batch_size: int, key: jax.Array
 ) -> Samples:
-    """Sample each prompt many times and judge; without a reference no KL is computed (0)."""
+    """Sample each prompt many times and score the completions; without a reference the KL is left 0."""
     repeated = [prompt for prompt in prompts for _ in range(samples)]
     scores, kl = [], []
-    head = pg.init_value_head(task.lm.arch.width)
-    scorer = functools.partial(
-        programs.score, task.lm, temperature=jnp.float32(1.0), window=task.max_new_tokens + 1, parts=4
+    logprobs_of = functools.partial(
+        programs.reference_logprobs, task.lm, temperature=jnp.float32(1.0), window=task.max_new_tokens + 1, parts=4
     )
     for own, _, rollout in task.rollouts(policy, repeated, batch_size, key):
         if reference is not None:
-            said = [
-                scorer({"lm": x, "value": head}, rollout.tokens, rollout.attention_mask) for x in (policy, reference)
-            ]
-            kl.append(np.asarray(programs.sequence_kl(*said, rollout.mask)))
+            both = (logprobs_of(x, rollout.tokens, rollout.attention_mask) for x in (policy, reference))
+            kl.append(np.asarray(programs.sequence_kl(*both, rollout.mask)))
         scores.append(task.judge(own, rollout).scores)
     shape, count = (len(prompts), samples), len(repeated)
     found = np.concatenate(scores)[:count].astype(np.float64).reshape(shape)

@@ -1,4 +1,4 @@
-"""What the frontier's samples come to: a policy's figures, the best of n, the sampled optimum; a table and a picture of them."""
+"""Figures of the frontier's samples: of a policy, of the best of n, of the sampled optimum; their table and picture."""
 
 from __future__ import annotations
 
@@ -13,27 +13,31 @@ from rich.table import Table
 
 from benchmarks.timing import Row
 from experiments.study.gao_forms import best_of, best_of_kl
+from pgjax.run.statistics import clustered_stderr
 
-BETA = 0.05  # what the objective charges for a nat
+BETA = 0.05  # of the objective, score - beta KL
 
 
 class Samples(NamedTuple):
-    """What completions of the held-out prompts are worth, each [P, N]."""
+    """Completions of the held-out prompts, N of each: scores and KL, each [P, N]."""
 
     scores: np.ndarray
     kl: np.ndarray  # nats a sequence, to the reference
 
 
 def figures(samples: Samples) -> Row:
-    """Sum up a policy's samples: score, KL and score - 0.05 KL, each with its standard error.
+    """Summarise a policy's samples: score, KL and score - 0.05 KL, each with its standard error.
 
-    >>> found = figures(Samples(np.array([[0.5, 0.7]]), np.array([[1.0, 3.0]])))
-    >>> round(found["objective"], 3), round(found["score_stderr"], 3)
-    (0.5, 0.1)
+    Completions of one prompt are not independent: standard errors are clustered by prompt.
+
+    >>> found = figures(Samples(np.array([[0.5, 0.7], [0.7, 0.9]]), np.array([[1.0, 3.0], [1.0, 3.0]])))
+    >>> round(found["objective"], 3), round(found["score_stderr"], 3), found["kl_stderr"]
+    (0.6, 0.1, 0.0)
     """
     columns = {"score": samples.scores, "kl": samples.kl, "objective": samples.scores - BETA * samples.kl}
+    prompts = np.repeat(np.arange(len(samples.scores)), samples.scores.shape[1]).tolist()
     return {name: float(x.mean()) for name, x in columns.items()} | {
-        f"{name}_stderr": float(x.std(ddof=1) / math.sqrt(x.size)) for name, x in columns.items()
+        f"{name}_stderr": clustered_stderr(x.ravel(), prompts) for name, x in columns.items()
     }
 
 
@@ -72,7 +76,7 @@ def label(row: Row) -> str:
 
 
 def line(row: Row) -> str:
-    """Say in one line what a run came to."""
+    """Describe a run's result in one line."""
     return (
         f"{label(row)}, {row['episodes']} episodes, beta {row['kl_coef']}, seed {row['seed']}: score {row['score']:.3f}, "
         f"KL {row['kl']:.2f}, objective {row['objective']:.3f} +- {row['objective_stderr']:.3f}, {row['seconds']:.0f} s"
@@ -80,7 +84,7 @@ def line(row: Row) -> str:
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """Average over seeds, and name the worst of them.
+    """Average over seeds, beside the lowest objective of them.
 
     >>> rows = [{"who": "pgjax", "method": "PPO", "episodes": 64, "kl_coef": 0.05, "seed": seed, "score": 0.5, "kl": 2.0,
     ...          "objective": x, "seconds": 1.0} for seed, x in enumerate([0.3, 0.5])]
@@ -103,7 +107,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
 
 
 def show(console: Console, report: Row) -> None:
-    """Print the table: policies, averaged over seeds, then what is possible."""
+    """Print the table: policies, averaged over seeds, then best of n and the sampled optimum."""
     columns = ("who", "episodes", "beta", "seeds", "score", "KL", f"score - {BETA} KL", "lowest seed", "seconds")
     table = Table(*columns, title="reward against KL, held-out prompts")
     for row in report["summary"]:
@@ -161,7 +165,7 @@ def picture(report: Row, path: Path) -> None:
 
 
 def grouped(rows: Iterable[Row]) -> dict[tuple[str, int], list[Row]]:
-    """Put the averages of one method and number of episodes together, whatever their coefficient."""
+    """Group the averages by method and number of episodes, over all coefficients."""
     found: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         found.setdefault((label(row), row["episodes"]), []).append(row)

@@ -1,9 +1,9 @@
-"""Read the text of a compiled program: its collectives, the loops that they stand in, and the compiler's cycle estimates.
+"""Read the text of a compiled program: its collectives, the loops around them, and the compiler's cycle estimates.
 
 `jax.stages.Compiled.as_text()` is the program after the partitioner, so every size in it is of one device. XLA's CPU and TPU
-compilers write the same language with other forms for the same thing, and both are read: a collective may be one
-instruction, a pair of start and done, wrapped into an asynchronous computation, or part of a fusion: the TPU's
-`all-reduce-scatter` is a reduce-scatter, and its chains of fusions that move a part each beside other work are one collective.
+compilers write a collective in several forms, and all are read: one instruction, a pair of start and done, a call of an
+asynchronous computation, or a part of a fusion. The TPU's fusion `all-reduce-scatter` is a reduce-scatter, and a chain of its
+fusions that each move a part beside other work is one collective.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Loop(NamedTuple):
     """A `while` of the program."""
 
     name: str
-    trips: int | None  # how often its body runs; None: not known before it runs
+    trips: int | None  # how often its body runs; None: known only when it runs
     op_name: str  # where jax made it, such as jit(update)/while
 
 
@@ -46,7 +46,7 @@ class Computation(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """An instruction where the program reaches it from its entry."""
+    """An instruction at one of the places where the program reaches it from its entry."""
 
     instruction: Instruction
     computation: Computation
@@ -59,7 +59,7 @@ class Collective(NamedTuple):
 
     kind: str  # of KINDS, whatever form it has in the text
     name: str
-    shapes: tuple[str, ...]  # of the larger side, operands or results, on one device, such as bf16[4,8]
+    shapes: tuple[str, ...]  # of the larger side, operands or results, on one device, as bf16[4,8]
     bytes: int  # of that side, for one run: what an all-gather ends with, what a reduce-scatter starts from
     participants: int  # devices of one group
     loops: tuple[Loop, ...]
@@ -109,7 +109,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def _continues(placed: Placed) -> bool:
-    """Tell whether this is a later stretch of a collective that the TPU started elsewhere and goes on with beside products."""
+    """Say whether this is a later part of a collective that the TPU started in another fusion."""
     ends = [one.line for one in placed.computation.instructions.values() if one.opcode == "custom-call"]
     return "chain_id=" in placed.instruction.line and not any("AsyncCollectiveStart" in line for line in ends)
 
@@ -142,7 +142,7 @@ def bytes_of(shape: str) -> int:
 
 
 def instructions(text: str) -> Iterator[Placed]:
-    """Walk through all that a program runs from its entry, into loops, branches, calls and fusions."""
+    """Give every instruction that a program reaches from its entry, through loops, branches, calls and fusions."""
     blocks, entry = parse(text)
     yield from _walk(blocks, entry, (), False)
 
@@ -153,7 +153,7 @@ def _walk(blocks: dict[str, Computation], name: str, loops: tuple[Loop, ...], co
         return
     for one in block.instructions.values():
         yield Placed(one, block, loops, conditional)
-        if one.opcode in ("async-update", "async-done"):  # they name again what their start has called
+        if one.opcode in ("async-update", "async-done"):  # they repeat the computation of their start
             continue
         called = re.findall(r"\b(?:calls|to_apply|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)", one.line)
         branches = conditional or one.opcode == "conditional"
@@ -285,7 +285,7 @@ def _trips(blocks: dict[str, Computation], block: Computation, loop: Instruction
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.line)
     if known is not None:
         return int(known[1])
-    # The TPU's text does not say; it shows where the counter starts and what it is compared with.
+    # The TPU's text has no trip count; it shows the counter's start and the limit that it is compared with.
     condition = blocks.get(_attribute(loop.line, "condition"))
     test = None if condition is None else condition.instructions.get(condition.root)
     if condition is None or test is None or test.opcode != "compare" or "direction=LT" not in test.line:

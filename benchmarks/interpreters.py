@@ -1,4 +1,4 @@
-"""Find the interpreters that have what one would use instead: peers live in environments of their own, as their needs clash."""
+"""Find a Python interpreter for each peer: peers need packages that exclude each other, so each may have its own environment."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pgjax as pg
+from pgjax.core.errors import UserError
 
 ASK = (
     "import importlib.metadata as m, json, platform, sys\n"
@@ -27,7 +28,7 @@ class Need(NamedTuple):
     below: str = ""
 
     def met_by(self, versions: Mapping[str, str]) -> bool:
-        """Say whether an interpreter with these versions has it.
+        """Say whether these versions of an interpreter's packages meet the need.
 
         >>> Need("trl", below="1.13").met_by({"trl": "1.12.0"}), Need("trl", at_least="1.13").met_by({"trl": "1.9.1"})
         (True, False)
@@ -48,7 +49,7 @@ class Peer(NamedTuple):
     who: str  # its name in the tables
     program: str  # its module
     needs: tuple[Need, ...]
-    beyond: Callable[[pg.Architecture], str | None] = lambda arch: None  # why it does not have a model
+    beyond: Callable[[pg.Architecture], str | None] = lambda arch: None  # why it cannot run a model; None: it can
 
 
 def beyond_tunix(arch: pg.Architecture) -> str | None:
@@ -83,7 +84,7 @@ def numbers(version: str) -> tuple[int, ...]:
 def installed(python: str, packages: tuple[str, ...]) -> dict[str, str]:
     """Ask an interpreter for its own version and those of packages; absent ones are left out.
 
-    What is no Python has none of them: its answer stands under "unfit".
+    A program that is no Python has none of them: what it printed is returned under "unfit".
 
     Raises:
         ValueError: it does not run.
@@ -91,12 +92,14 @@ def installed(python: str, packages: tuple[str, ...]) -> dict[str, str]:
     try:
         done = subprocess.run([python, "-c", ASK, *packages], capture_output=True, text=True, check=False)
     except OSError as error:
-        raise ValueError(f"peer_pythons: {python} does not run ({error})") from error
+        raise UserError(f"peer_pythons: {python} does not run ({error})") from error
     if done.returncode != 0:
-        raise ValueError(f"peer_pythons: {python} does not run:\n{done.stderr[-1000:]}")
+        raise UserError(f"peer_pythons: {python} does not run:\n{done.stderr[-1000:]}")
     found = parsed(done.stdout)
     return (
-        found if "python" in found else {"unfit": f"{Path(python).name}, asked for its packages, said {done.stdout!r}"}
+        found
+        if "python" in found
+        else {"unfit": f"{Path(python).name}, asked for its packages, printed {done.stdout!r}"}
     )
 
 
@@ -120,12 +123,12 @@ def choose(
 
     Args:
         peers: to look for.
-        pythons: interpreters, asked in this order; none given: this one.
+        pythons: interpreters, tried in this order; none given: this one.
         arch: of the model that they are to run.
-        wanted: False looks for none.
+        wanted: False looks for no peer.
 
     Returns:
-        name to interpreter, for the peers that are there; and which are not and why, one line each, None when all are.
+        peer to interpreter, for the peers that were found; and a line for each other one with the reason, None if there is none.
     """
     if not wanted:
         return {}, "peers left out: --no-peer"
@@ -136,21 +139,21 @@ def choose(
             absent.append(f"{peer.who} left out: {why}")
             continue
         packages = tuple(need.package for need in peer.needs)
-        asked = [(python, installed(python, packages)) for python in pythons or (sys.executable,)]
+        found_in = [(python, installed(python, packages)) for python in pythons or (sys.executable,)]
         serving = [
             python
-            for python, versions in asked
+            for python, versions in found_in
             if "unfit" not in versions and all(need.met_by(versions) for need in peer.needs)
         ]
         if serving:
             found[peer.who] = serving[0]
         else:
-            absent.append(missing(peer, [versions for _, versions in asked]))
+            absent.append(missing(peer, [versions for _, versions in found_in]))
     return found, "\n".join(absent) or None
 
 
-def missing(peer: Peer, asked: Sequence[Mapping[str, str]]) -> str:
-    """Name a peer that is not there, what it needs, and what each interpreter has instead.
+def missing(peer: Peer, environments: Sequence[Mapping[str, str]]) -> str:
+    """Say which peer is missing, what it needs, and what each interpreter has of that.
 
     >>> missing(Peer("TRL PPO", "", (Need("trl", below="1.13"), Need("torch"))), [{"python": "3.11.7", "torch": "2.13.0"}])
     'TRL PPO missing: needs trl < 1.13, torch; Python 3.11.7 has trl not installed, torch 2.13.0 (--peer-pythons names others)'
@@ -159,7 +162,7 @@ def missing(peer: Peer, asked: Sequence[Mapping[str, str]]) -> str:
         versions.get("unfit")
         or f"Python {versions['python']} has "
         + ", ".join(f"{need.package} {versions.get(need.package, 'not installed')}" for need in peer.needs)
-        for versions in asked
+        for versions in environments
     ]
     needs = ", ".join(str(need) for need in peer.needs)
     return f"{peer.who} missing: needs {needs}; {'; '.join(has)} (--peer-pythons names others)"

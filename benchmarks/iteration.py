@@ -3,10 +3,10 @@
     python -m benchmarks.iteration
     python -m benchmarks.iteration --peer-pythons ONE/bin/python OTHER/bin/python --json benchmarks/results/iteration.json
 
-One iteration is that of experiments/ppo.py, from the same public functions: sample `batch_size` completions, score them
-with the reference, judge them on the host (here: the share of odd ids), turn scores into advantages, and take one AdamW
-update from the whole batch in each epoch. With one epoch the sampler keeps what the policy says of its completions on the
-way; with more the policy scores them by a pass of its own. The policy is trained on from iteration to iteration.
+One iteration is that of `pg.iteration`, as in experiments/ppo.py: sample `batch_size` completions, compute the reference's
+log-probabilities of them, score them on the host (here: the share of odd ids), turn scores into advantages, and take one AdamW
+update from the whole batch in each epoch. With one epoch the sampler keeps the policy's log-probabilities and values; with more
+they come from a pass of the policy over its samples. The policy is trained on from iteration to iteration.
 
     pgjax PPO    a critic on the policy's body; peer: TRL's PPO, whose value model is a second network
     pgjax RLOO   `group_size` completions of each of batch_size / group_size prompts, each prompt computed once; peer: the
@@ -26,7 +26,6 @@ each pair has the machine's memory to itself.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -56,10 +55,8 @@ from benchmarks.timing import (
     with_peaks,
 )
 from benchmarks.worker import Beside, device, leave_out, model_folder, workers
-from experiments.ppo import Config as PPO
-from pgjax.learning import programs
-from pgjax.learning.optimizer import adamw, init_state, minibatches
-from pgjax.parallel.sharding import fold_in, whole_groups
+from pgjax.core.errors import UserError
+from pgjax.parallel.sharding import whole_groups
 from pgjax.run.flops import decode_bytes, forward_flops, sequence_sizes
 from pgjax.run.peaks import Peaks
 
@@ -106,7 +103,7 @@ def main(config: Config) -> Row:
     """Run the benchmark; return and print the report."""
     check(config)
     if config.group_size < 2 or config.batch_size % config.group_size or config.batch_size % config.parts:
-        raise ValueError(
+        raise UserError(
             f"batch_size={config.batch_size} must be a multiple of group_size={config.group_size}, at least 2, "
             f"and of parts={config.parts}"
         )
@@ -141,81 +138,42 @@ def main(config: Config) -> Row:
 
 
 def contender(config: Config, lm: pg.CausalLM, params: Any, prompts: np.ndarray, who: str) -> Contender:
-    """Give one iteration of PPO or of RLOO, with a policy of its own."""
-    defaults, group = PPO(), config.group_size
-    flags: dict[str, Any] = {
-        "clip_eps": defaults.clip_eps,
-        "value_clip_eps": defaults.value_clip_eps,
-        "entropy_coef": 0.0,
-    }
+    """Make an iteration of PPO or of RLOO that trains a policy of its own, from each run to the next."""
     if who == "pgjax PPO":
-        flags |= {"algorithm": "ppo", "reduce": "token_mean", "value_coef": defaults.value_coef}
-        return timed(Iterations(config, lm, params, prompts, "value", 1, config.epochs, flags).run)
-    flags |= {"algorithm": "reinforce", "reduce": "sequence_sum", "value_coef": 0.0}
-    grouped = np.repeat(prompts[: len(prompts) // group], group, axis=0)
-    return timed(Iterations(config, lm, params, grouped, "leave-one-out", group, 1, flags).run)
+        algorithm, epochs = pg.ppo(kl_coef=config.kl_coef), config.epochs
+    else:
+        algorithm, epochs = pg.rloo(group_size=config.group_size, kl_coef=config.kl_coef), 1
+        prompts = np.repeat(prompts[: len(prompts) // config.group_size], config.group_size, axis=0)
+    it = pg.iteration(
+        lm, algorithm, pg.adamw(config.learning_rate, updates=1_000_000), reference=params,
+        max_new_tokens=config.new_tokens, epochs=epochs, microbatches=config.parts,
+    )  # fmt: skip
+    held = [it.init(params, jax.random.key(config.seed))]
+    prompt_mask = np.ones(prompts.shape, bool)
 
-
-class Iterations:
-    """A policy that is trained on by every run, as in experiments/ppo.py; it holds what one iteration hands to the next."""
-
-    def __init__(
-        self, config: Config, lm: pg.CausalLM, params: Any, prompts: np.ndarray, advantage: str, group: int, epochs: int,
-        flags: dict[str, Any],
-    ) -> None:  # fmt: skip
-        """Copy the model: updates consume their buffers, and the reference keeps its own."""
-        self.lm, self.prompts, self.new_tokens, self.epochs, self.group = lm, prompts, config.new_tokens, epochs, group
-        shared = {"group_size": whole_groups(None, len(prompts) // config.parts, group)}
-        optimizer = adamw(config.learning_rate, updates=1_000_000)
-        self.reference = {"lm": params, "value": pg.init_value_head(lm.arch.width)}
-        self.learner = init_state(jax.tree.map(jnp.copy, self.reference), optimizer)
-        self.key, self.number = jax.random.key(config.seed), 0
-        self.kl_coef, temperature = jnp.float32(config.kl_coef), jnp.float32(1.0)
-        self.score = functools.partial(
-            programs.score, lm, temperature=temperature, window=config.new_tokens + 1, parts=config.parts, **shared
-        )
-        self.experience = functools.partial(
-            programs.experience, advantage=advantage, group_size=group, discount=1.0, kl_target=None, kl_horizon=1.0
-        )
-        self.update = functools.partial(
-            programs.update, lm=lm, optimizer=optimizer, microbatches=config.parts, temperature=1.0, **shared, **flags
-        )
-
-    def run(self) -> dict[str, float]:
+    def run() -> dict[str, float]:
         """Do one iteration; give the seconds of its parts and the mean score."""
-        self.number += 1
-        sample_key, shuffle_key = jax.random.split(fold_in(self.key, self.number))
         start = time.perf_counter()
-        rollout, policy = pg.sample_scored(
-            self.lm, self.learner.params, self.prompts, np.ones(self.prompts.shape, bool), sample_key,
-            max_new_tokens=self.new_tokens, group_size=self.group,
-        )  # fmt: skip
+        rollout = it.sample(held[0], prompts, prompt_mask)
+        tokens = np.asarray(rollout.tokens)
+        sampled = time.perf_counter()
+        scores = odd_ids(tokens[:, -config.new_tokens :])
         jax.block_until_ready(rollout)
-        rolled_out = time.perf_counter()
-        if self.epochs > 1:
-            policy = self.score(self.learner.params, rollout.tokens, rollout.attention_mask)
-        reference = self.score(self.reference, rollout.tokens, rollout.attention_mask)
-        scores = odd_ids(np.asarray(rollout.tokens)[:, -self.new_tokens :])
-        jax.block_until_ready((policy, reference))
         scored = time.perf_counter()
-        batch, self.kl_coef, _ = self.experience(rollout, policy, reference, jnp.asarray(scores), self.kl_coef)
-        if self.epochs == 1:
-            batch = batch._replace(old_logprobs=None)
-        for epoch in range(self.epochs):
-            order = minibatches(fold_in(shuffle_key, epoch), len(self.prompts), 1, self.group)
-            self.learner, metrics = self.update(self.learner, batch, order, jnp.int32(0))
-        jax.block_until_ready((self.learner.params, metrics))
+        held[0], metrics = it.learn(held[0], rollout, scores)
+        jax.block_until_ready((held[0], metrics))
         done = time.perf_counter()
-        if not self.learner.healthy:
+        if not metrics["train/healthy"]:
             raise FloatingPointError("an update was not finite")
         return {
-            "rollout": rolled_out - start, "scoring": scored - rolled_out, "update": done - scored,
-            "score": float(scores.mean()),
+            "rollout": sampled - start, "scoring": scored - sampled, "update": done - scored, "score": float(scores.mean()),
         }  # fmt: skip
+
+    return timed(run)
 
 
 def odd_ids(completions: np.ndarray) -> np.ndarray:
-    """Judge completions on the host by the share of odd ids.
+    """Score completions on the host by the share of odd ids.
 
     >>> odd_ids(np.array([[1, 2, 3, 4], [1, 3, 5, 7]])).tolist()
     [0.5, 1.0]
@@ -224,7 +182,7 @@ def odd_ids(completions: np.ndarray) -> np.ndarray:
 
 
 def peer_setups(config: Config, folder: str, prompts: np.ndarray, dtype: str) -> dict[str, Row]:
-    """Write down what each peer needs to know."""
+    """Make the set-up of each peer."""
     shared = {
         "folder": folder, "dtype": dtype, "threads": config.peer_threads, "device": device(), "seed": config.seed,
         "new_tokens": config.new_tokens, "learning_rate": config.learning_rate, "kl_coef": config.kl_coef,

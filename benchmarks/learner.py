@@ -3,8 +3,8 @@
     python -m benchmarks.learner
     python -m benchmarks.learner --peer-pythons ONE/bin/python OTHER/bin/python --json benchmarks/results/learner.json
 
-One run is the forward and backward pass of `pgjax.learning.programs.ppo_loss` (clipped surrogate + value loss, the value head on
-the shared body) over a batch, without the optimizer:
+One run is the forward and backward pass of `pgjax.learning.policy_loss` for PPO (clipped surrogate + value loss, the value
+head on the shared body) over a batch, without the optimizer:
 
     tokens/s = batch_size * length / seconds
     FLOPs    = training_flops(tokens, context = length / 2, head_tokens = batch_size * new_tokens)
@@ -14,7 +14,7 @@ the shared body) over a batch, without the optimizer:
 
 Log-probabilities are computed on the last `new_tokens` tokens only, here as in torch. In bfloat16 parameters stay
 float32 and are cast inside: torch does that by autocast; its model with bfloat16 weights (which training should not
-use: small updates vanish) is shown beside. Losses of all are in the report, so that one sees that the work is the same.
+use: small updates vanish) is shown too. The report holds all losses, to show that the work is the same.
 Tunix, whose critic is a second network, computes the policy loss alone (benchmarks/peers/tunix.py). Peers are processes of
 their own.
 """
@@ -48,11 +48,12 @@ from benchmarks.timing import (
     weight_bytes,
 )
 from benchmarks.worker import Beside, compare, device
-from experiments.ppo import Config as PPO
-from pgjax.learning import programs
+from pgjax.core.errors import UserError
+from pgjax.learning.policy_loss import policy_loss
 from pgjax.run.flops import training_flops
 from pgjax.run.peaks import Peaks
 
+CLIP_EPS, VALUE_COEF = 0.2, 0.5  # of PPO's loss, here as in torch
 TORCH = (Need("torch"), Need("transformers"))
 PEERS = (
     *(
@@ -77,7 +78,7 @@ def main(config: Config) -> Row:
     """Run the benchmark; return and print the report."""
     check(config)
     if not 0 < config.new_tokens < config.length:
-        raise ValueError(f"new_tokens={config.new_tokens} must be between 0 and length={config.length}")
+        raise UserError(f"new_tokens={config.new_tokens} must be between 0 and length={config.length}")
     lm, params, _ = pg.load(config.model)
     batch = make_batch(config, lm, params)
     report = compare(
@@ -93,8 +94,8 @@ def main(config: Config) -> Row:
     return report
 
 
-def make_batch(config: Config, lm: pg.CausalLM, params: Any) -> programs.Batch:
-    """Make random experience whose old log-probabilities lie a little beside the model's own, so that some are clipped."""
+def make_batch(config: Config, lm: pg.CausalLM, params: Any) -> pg.Batch:
+    """Make random experience whose old log-probabilities differ a little from the model's own, so that some are clipped."""
     draw = np.random.default_rng(config.seed)
     rows, window = config.batch_size, config.new_tokens + 1
     tokens = jnp.asarray(draw.integers(1, lm.arch.vocab_size, (rows, config.length)), jnp.int32)
@@ -102,7 +103,7 @@ def make_batch(config: Config, lm: pg.CausalLM, params: Any) -> programs.Batch:
     hidden = lm.hidden(params, tokens)[:, -window:]
     logprobs = pg.linear_token_logprobs(hidden, lm.unembedding(params), tokens[:, -window:])
     noise = lambda scale: jnp.asarray(draw.normal(0, scale, (rows, window)), jnp.float32)
-    return programs.Batch(
+    return pg.Batch(
         tokens=tokens,
         attention_mask=jnp.ones(tokens.shape, bool),
         mask=mask,
@@ -113,15 +114,12 @@ def make_batch(config: Config, lm: pg.CausalLM, params: Any) -> programs.Batch:
     )
 
 
-def contender(lm: pg.CausalLM, params: Any, batch: programs.Batch, dtype: str) -> Contender:
-    """Give our run: the loss and its gradient, jitted."""
-    ours, defaults = pg.causal_lm(lm.arch, dtype=jnp.dtype(dtype)), PPO()
+def contender(lm: pg.CausalLM, params: Any, batch: pg.Batch, dtype: str) -> Contender:
+    """Make our run: the loss and its gradient, jitted."""
+    ours, algorithm = pg.causal_lm(lm.arch, dtype=jnp.dtype(dtype)), pg.ppo(clip_eps=CLIP_EPS, value_coef=VALUE_COEF)
 
-    def loss(params: Any, batch: programs.Batch) -> jax.Array:
-        return programs.ppo_loss(
-            params, batch, lm=ours, temperature=1.0, clip_eps=defaults.clip_eps, value_clip_eps=None,
-            value_coef=defaults.value_coef, entropy_coef=0.0,
-        )[0]  # fmt: skip
+    def loss(params: Any, batch: pg.Batch) -> jax.Array:
+        return policy_loss(params, batch, lm=ours, algorithm=algorithm, temperature=1.0)[0]
 
     step = jax.jit(jax.value_and_grad(loss))
     both = {"lm": params, "value": pg.init_value_head(lm.arch.width)}
@@ -133,16 +131,15 @@ def contender(lm: pg.CausalLM, params: Any, batch: programs.Batch, dtype: str) -
     return timed(run)
 
 
-def peer_setups(config: Config, folder: str, batch: programs.Batch, dtype: str) -> dict[str, Row]:
-    """Write down, for the peers of a dtype, what they need to know.
+def peer_setups(config: Config, folder: str, batch: pg.Batch, dtype: str) -> dict[str, Row]:
+    """Make the set-ups of the peers of a dtype.
 
-    Entry 0 of our window is the prompt's last token: nothing is sampled there, and theirs begins after it.
+    Entry 0 of our window is the prompt's last token, which is not sampled; the peers' window begins after it.
     """
-    defaults = PPO()
     shared = {
         "task": "learner", "folder": folder, "dtype": "float32", "autocast": False, "threads": config.peer_threads,
         "device": device(), "tokens": np.asarray(batch.tokens).tolist(), "window": config.new_tokens,
-        "clip_eps": defaults.clip_eps, "value_coef": defaults.value_coef,
+        "clip_eps": CLIP_EPS, "value_coef": VALUE_COEF,
         **{
             name: np.asarray(x)[:, 1:].tolist()
             for name, x in (("old_logprobs", batch.old_logprobs), ("returns", batch.returns), ("advantages", batch.advantages))

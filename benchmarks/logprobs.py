@@ -7,7 +7,7 @@ Both compute sum_t w_t log pi(token_t), with fixed random weights w, and its gra
 
     pgjax     = pg.linear_token_logprobs(hidden, unembedding, tokens)
     naive jax = pg.token_logprobs(hidden @ unembedding.T, tokens)
-    naive jax, float32 logits: the same with the product's sums and result in float32, as pgjax has them; in bfloat16 only
+    naive jax, float32 logits: the same with the product's sums and result in float32, as in pgjax; in bfloat16 only
 
     temporaries = compiled.memory_analysis().temp_size_in_bytes, of the program that takes value and gradients
     tokens/s    = batch_size * length / seconds
@@ -16,7 +16,7 @@ Both compute sum_t w_t log pi(token_t), with fixed random weights w, and its gra
     bytes       = hidden and unembedding read once, their gradients written once
     MFU         = flops / (seconds * measured matrix peak of that dtype)
 
-The value of each is in the report, and how far our gradients lie from the naive ones, so that one sees that the work is the same.
+The report holds the value of each, and the error of our gradients beside the naive ones, to show that the work is the same.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Config:
     length: int = 1024  # tokens a row
     vocab_size: int = 49152  # rows of the unembedding
     width: int = 576  # of the hidden states
-    chunk_size: int = 1024  # entries of the vocabulary that pgjax works on at one time
+    chunk_size: int = 1024  # entries of the vocabulary that pgjax works on at a time
     repeats: int = 5  # timed rounds
     seed: int = 0  # of all inputs
     json: Path | None = None  # write the report here too
@@ -134,7 +134,7 @@ def measure(config: Config, dtype: str, peaks: Peaks, timing: Timing) -> Row:
 
 
 def checks(program: Any, inputs: Inputs, exact: tuple[jax.Array, ...]) -> Row:
-    """Read a program's temporaries, its value, and how far its gradients lie from the exact ones.
+    """Read a program's temporaries, its value, and the error of its gradients.
 
     error = the largest of |g - exact| / |exact| over the two gradients, by Frobenius norms.
     """

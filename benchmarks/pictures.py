@@ -1,4 +1,4 @@
-"""The benchmarks' reports as two pictures: every row under the machine's roofline, and the curves of growth.
+"""Draw the benchmarks' reports: every row under the machine's roofline, and the curves of growth.
 
 python -m benchmarks.pictures --folder benchmarks/results
 """
@@ -27,13 +27,13 @@ UNITS = {"seconds": 1.0, "temp_bytes": 1e6}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Draw the pictures of reports that are there already."""
+    """Draw the pictures of reports that exist already."""
 
     folder: Path = Path("benchmarks/results")  # with the benchmarks' JSON files; the pictures go there too
 
 
 def main(config: Config) -> list[Path]:
-    """Draw what the folder's reports hold; return and print the pictures' paths."""
+    """Draw the folder's reports; return and print the pictures' paths."""
     names = ("rollout", "scoring", "learner", "logprobs", "iteration", "scaling")
     found = {name: config.folder / f"{name}.json" for name in names}
     reports = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items() if path.is_file()}
@@ -44,14 +44,14 @@ def main(config: Config) -> list[Path]:
 
 
 def draw(folder: Path, reports: Mapping[str, Row]) -> list[Path]:
-    """Draw roofline.png and growth.png, as far as the reports hold what they show.
+    """Draw roofline.png and growth.png, each if the reports hold its data.
 
     Args:
         folder: of the pictures.
         reports: name of a benchmark to its report.
 
     Returns:
-        The pictures' paths; none when matplotlib is not installed, said in one printed line.
+        The pictures' paths; none without matplotlib, after a printed line.
     """
     if importlib.util.find_spec("matplotlib") is None:
         print("no pictures of the benchmarks: matplotlib is not installed (pip install matplotlib)")
@@ -65,10 +65,10 @@ def draw(folder: Path, reports: Mapping[str, Row]) -> list[Path]:
 
 
 def points_of(reports: Mapping[str, Row]) -> list[Row]:
-    """Collect the rows that have a place under a roof: operations, bytes and seconds.
+    """Collect the points of the roofline: the rows that have operations, bytes and seconds.
 
-    intensity = flops / bytes, speed = flops / seconds, and behind the name the speed's share of the roof above it, the best that
-    was measured in any report. A peer's row stands at the operations and bytes of the same work on paper, whatever it really did.
+    intensity = flops / bytes, speed = flops / seconds. The name ends in the speed's share of the roof above it, which is the best
+    measured in any report. A peer's row has the operations and bytes of the work on paper, whatever it really computed.
 
     >>> row = {"who": "pgjax", "dtype": "float32", "flops": 8.0, "bytes": 2.0, "seconds": 4.0}
     >>> report = {"rows": [row, {"who": "torch"}], "peaks": {"float32": {"matmul_flops": 4.0, "read_bytes": 2.0}}}
@@ -91,12 +91,12 @@ def points_of(reports: Mapping[str, Row]) -> list[Row]:
 
 
 def drawn_rows(benchmark: str, rows: Sequence[Row]) -> list[Row]:
-    """Choose what is drawn: sampling by its parts, which meet different roofs, all else as a whole."""
+    """Choose the rows to draw: of sampling its parts, which have different limits, of all else the whole."""
     return [row for row in with_parts(rows) if not row.get("parts")] if benchmark == "rollout" else list(rows)
 
 
 def with_parts(rows: Sequence[Row]) -> list[Row]:
-    """Put behind each row its parts that have a limit of their own, such as prefill and decode, as rows.
+    """Add, after each row, its parts that have a limit of their own, such as prefill and decode, as rows.
 
     A part of ours is compared with the same part of each peer that its row is compared with.
 
@@ -134,7 +134,7 @@ def label(benchmark: str, who: str) -> str:
 
 
 def share(row: Row, roof: Row) -> float:
-    """Say what share of the speed under the roof a row achieved.
+    """Give the share of its limit that a row reached.
 
     >>> share({"flops": 8.0, "bytes": 2.0, "seconds": 4.0}, {"matmul_flops": 100.0, "read_bytes": 1.0})
     0.5
@@ -143,7 +143,7 @@ def share(row: Row, roof: Row) -> float:
 
 
 def where(reports: Mapping[str, Row]) -> str:
-    """Say of which machine and which days the reports are.
+    """Name the machine and the days of the reports.
 
     >>> machine = {"processor": "EPYC", "cores": 2, "device": "cpu", "date": "2026-11-26 21:05 UTC"}
     >>> where({"a": {"machine": machine}, "b": {"machine": {**machine, "date": "2026-11-27"}}})

@@ -1,4 +1,4 @@
-"""Judge a program compiled for a pod: its memory, its collectives, its time at best, and what in it should not be there."""
+"""Check a program compiled for a pod: its memory, its collectives, its time at best, and its defects."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_ROWS = 4096  # beyond which `largest` tries nothing
 
 
 def judge(case: Case, program: str, rows: int) -> Row:
-    """Compile one program and say all that the report holds of it.
+    """Compile one program and make its row of the report.
 
     Args:
         case: the model on its pod.
@@ -92,7 +92,7 @@ def memory_of(case: Case, program: str, rows: int, compiled: jax.stages.Compiled
 
 
 def fitting(case: Case, program: str, rows: int) -> tuple[int, jax.stages.Compiled, dict[str, int]]:
-    """Compile with so many rows, or with half of them as often as it takes until they fit; one row need not."""
+    """Compile with so many rows, halved until they fit; one row is accepted even if it does not."""
     while True:
         try:
             compiled = lower(case, program, rows).compile()
@@ -141,7 +141,7 @@ def largest(used: Callable[[int], float], limit: float, rows: int, first: float,
     good, size, bad, a_row = rows, first, MOST_ROWS + 1, max(first - fixed, 1.0) / rows
     while (at := three_bits(min(good + (limit - size) / a_row, bad - 1))) > good:
         there = used(at)
-        # Without a size the line is turned so that it leads halfway.
+        # Without a size the slope is chosen so that the next try is halfway.
         rise = there - size if there < math.inf else 2 * (limit - size)
         a_row = max(rise / (at - good), 1.0)
         if there > limit:
@@ -162,7 +162,7 @@ def three_bits(x: float) -> int:
 
 
 def phases(case: Case, program: str, rows: int, text: str, found: Sequence[hlo.Collective]) -> list[Row]:
-    """Say of each stretch of a program what it must do, what it sends, and how long that takes at best."""
+    """Give the work, the collectives and the time at best of each phase of a program."""
     chip, estimates, result = case.chip, hlo.cycles(text), []
     for name in ("prefill", "decode") if program == "sampler" else (program,):
         decoding = name == "decode"
@@ -183,12 +183,12 @@ def phases(case: Case, program: str, rows: int, text: str, found: Sequence[hlo.C
 
 
 def in_decode(program: str, loops: tuple[hlo.Loop, ...]) -> bool:
-    """Tell whether something stands in the sampler's decode loop, its only one whose length is not known beforehand."""
+    """Say whether a place is in the sampler's decode loop, its only loop whose length is not known beforehand."""
     return program == "sampler" and bool(loops) and loops[0].trips is None
 
 
 def runs(loops: tuple[hlo.Loop, ...]) -> int:
-    """Count how often a place is reached; a loop of unknown length counts as one step.
+    """Count how often a place is reached; a loop of unknown length counts once.
 
     >>> runs((hlo.Loop("a", 3, ""), hlo.Loop("b", None, ""), hlo.Loop("c", 2, "")))
     6
@@ -197,7 +197,7 @@ def runs(loops: tuple[hlo.Loop, ...]) -> int:
 
 
 def trips(loops: tuple[hlo.Loop, ...]) -> tuple[int | None, ...]:
-    """List the lengths of loops that stand in each other."""
+    """List the lengths of nested loops."""
     return tuple(loop.trips for loop in loops)
 
 
@@ -209,7 +209,7 @@ def arriving(one: hlo.Collective) -> float:
 
 
 def summary(found: Sequence[hlo.Collective]) -> list[Row]:
-    """Put alike collectives together, of the same kind, group and loops: how many, their bytes in all runs, the largest."""
+    """Group the collectives of the same kind, participants and loops: their number, their bytes in all runs, the largest."""
     groups: dict[tuple[Any, ...], list[hlo.Collective]] = {}
     for one in found:
         groups.setdefault((one.kind, one.participants, trips(one.loops)), []).append(one)
@@ -241,7 +241,7 @@ def work(case: Case, phase: str, rows: int) -> tuple[float, float]:
         tokens, context = rows * case.prompt_length, case.prompt_length / 2
         return forward_flops(arch, tokens=tokens, context=context, head_tokens=rows) / tensor, weights
     sizes = {"tokens": PARTS * rows * length, "context": length / 2, "head_tokens": PARTS * rows * case.new_tokens}
-    if phase == "scoring":
+    if phase in ("scoring", "reference"):
         return forward_flops(arch, **sizes) / tensor, PARTS * weights
     state = training_state(case)
     step = 2 * (2 * bytes_a_chip(state.params) + bytes_a_chip(state.opt_state))
@@ -249,25 +249,25 @@ def work(case: Case, phase: str, rows: int) -> tuple[float, float]:
 
 
 def misplaced(case: Case, program: str, found: Sequence[hlo.Collective]) -> list[str]:
-    """Name the collectives that should not be where they are.
+    """Describe the collectives that should not be where they are.
 
-    In the decode loop nothing crosses data or fsdp but the question whether all rows are done; over tensor activations do,
-    parameters don't (an all-reduce sums, so it is of activations). The loop over the vocabulary sends nothing. The learner
-    reduces no gradient whole where fsdp splits it.
+    In the decode loop nothing is sent over data or fsdp but whether all rows are done; over tensor activations are sent, and
+    parameters are not (an all-reduce is a sum, so it is of activations). The loop over the vocabulary sends nothing. The learner
+    never reduces a whole gradient that fsdp splits.
     """
     tensor, chunks = case.size("tensor"), case.lm.arch.vocab_size // HEAD_CHUNK
     learning, kernels, named = program == "learner" and case.size("fsdp") > 1, kernel_shapes(case), []
     for one in found:
         across_rows = one.participants != tensor
         whole = any(squeezed(shape) in kernels for shape in one.shapes)
-        told = f"{one.kind} of {', '.join(one.shapes[:3])} over {one.participants} devices ({one.op_name})"
+        described = f"{one.kind} of {', '.join(one.shapes[:3])} over {one.participants} devices ({one.op_name})"
         parameter = one.bytes > 64 if across_rows else whole and one.kind != "all-reduce"
         if in_decode(program, one.loops) and parameter:
-            named.append(f"in the decode loop: {told}")
+            named.append(f"in the decode loop: {described}")
         elif chunks > 1 and chunks in trips(one.loops):
-            named.append(f"in the loop over the vocabulary: {told}")
+            named.append(f"in the loop over the vocabulary: {described}")
         elif learning and one.kind == "all-reduce" and across_rows and whole:
-            named.append(f"a gradient reduced whole: {told}")
+            named.append(f"a gradient reduced whole: {described}")
     if learning and not any(one.kind == "reduce-scatter" for one in found):
         named.append("no reduce-scatter of the gradient")
     return named

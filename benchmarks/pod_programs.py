@@ -1,4 +1,4 @@
-"""What `benchmarks.pod` compiles: chips, models, meshes, and the programs of PPO over shapes on a pod that is not there."""
+"""The chips, models, meshes and programs of PPO that `benchmarks.pod` compiles, from shapes alone."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from jax.sharding import Mesh
 
 import pgjax as pg
 from pgjax.learning import programs
-from pgjax.learning.optimizer import TrainState, adamw, init_state
+from pgjax.learning.optimizer import TrainState, init_state
 from pgjax.models.causal_lm import CausalLM
 from pgjax.models.io.config import architecture_of
 from pgjax.parallel import sharding
 from pgjax.parallel.mesh import make_mesh, parse_mesh
 from pgjax.rollout import sample
+from pgjax.run.peaks import PUBLISHED
 
 GIB = 1 << 30
 
 
 class Chip(NamedTuple):
-    """One chip. Speeds as Google publishes them (docs.cloud.google.com/tpu/docs/v5e, v5p, v6e)."""
+    """One chip. Its links as Google publishes them (docs.cloud.google.com/tpu/docs/v5e, v5p, v6e)."""
 
-    memory: float  # bytes that the compiler says it may use
+    memory: float  # bytes, as the compiler reports them
     flops: float  # bfloat16 operations a second
     read_bytes: float  # of its memory, a second
     link_bytes: float  # that may arrive from other chips a second, over all links together
@@ -33,9 +34,9 @@ class Chip(NamedTuple):
     flops_a_cycle: float
 
 
-V5E = Chip(15.75 * GIB, 197e12, 819e9, 200e9, 2**17)
-V5P = Chip(95.74 * GIB, 459e12, 2765e9, 600e9, 2**18)
-V6E = Chip(31.25 * GIB, 918e12, 1600e9, 400e9, 2**19)
+V5E = Chip(15.75 * GIB, *PUBLISHED["TPU v5e"], 200e9, 2**17)
+V5P = Chip(95.74 * GIB, *PUBLISHED["TPU v5p"], 600e9, 2**18)
+V6E = Chip(31.25 * GIB, *PUBLISHED["TPU v6e"], 400e9, 2**19)
 TOPOLOGIES = {"v5e:4x4": V5E, "v5e:16x16": V5E, "v5p:4x4x4": V5P, "v6e:16x16": V6E}
 
 _QWEN = {
@@ -73,9 +74,9 @@ MESHES = {
     "v5p:4x4x4": {"8B": "data=4,fsdp=4,tensor=4", "": "data=16,fsdp=4"},
     "v6e:16x16": {"8B": "data=4,fsdp=16,tensor=4", "": "data=16,fsdp=16"},
 }
-PROGRAMS = ("sampler", "scoring", "learner")
-PARTS = 2  # of the scoring's batch and of the learner's minibatch, so that the programs hold their loops
-OPTIMIZER = adamw(1e-5, updates=1000)
+PROGRAMS = ("sampler", "scoring", "reference", "learner")
+PARTS = 2  # of the batch that is scored, and of the learner's minibatch, so that the programs hold their loops
+OPTIMIZER = pg.adamw(1e-5, updates=1000)
 
 
 class Case(NamedTuple):
@@ -104,7 +105,7 @@ class Case(NamedTuple):
 
 
 def make_case(topology: str, model: str, mesh: str | None, *, prompt_length: int, new_tokens: int) -> Case:
-    """Describe the pod to jax, and the model that is to lie on it.
+    """Describe the pod to jax, and lay the model out over it.
 
     Args:
         topology: of TOPOLOGIES.
@@ -134,7 +135,7 @@ def training_state(case: Case) -> TrainState:
 
 
 def bytes_a_chip(tree: Any) -> int:
-    """Add up the parts of laid-out shapes that one device holds."""
+    """Add up the bytes that one device holds of a tree of shapes with shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
@@ -144,8 +145,7 @@ def lower(case: Case, program: str, rows: int) -> jax.stages.Lowered:
     Args:
         case: the model on its pod.
         program: of PROGRAMS.
-        rows: worked on at once, for each part of data x fsdp; scoring and learner get PARTS times as many, one part after
-            the other.
+        rows: at once, for each part of data x fsdp; scoring and learner get PARTS times as many, one part after the other.
     """
     state, at_once = training_state(case), rows * case.shares
     split, whole = sharding.batch_sharding(case.mesh), sharding.replicated(case.mesh)
@@ -166,14 +166,15 @@ def lower(case: Case, program: str, rows: int) -> jax.stages.Lowered:
             )  # fmt: skip
         batch = PARTS * at_once
         tokens, mask = array(jnp.int32, batch, length), array(bool, batch, length)
+        given = tokens, mask, array(jnp.float32)
         if program == "scoring":
-            return programs.score.lower(
-                case.lm, state.params, tokens, mask, array(jnp.float32), window=window, parts=PARTS
-            )
+            return programs.teacher_force.lower(case.lm, state.params, *given, window=window, parts=PARTS)
+        if program == "reference":
+            return programs.reference_logprobs.lower(case.lm, state.params["lm"], *given, window=window, parts=PARTS)
         floats: list[Any] = [array(jnp.float32, batch, window) for _ in range(5)]
-        experience = programs.Batch(tokens, mask, array(bool, batch, window), *floats)
+        experience = pg.Batch(tokens, mask, array(bool, batch, window), *floats)
         order = jax.ShapeDtypeStruct((1, batch), jnp.int32, sharding=whole)
         return programs.update.lower(
-            state, experience, order, array(jnp.int32), lm=case.lm, optimizer=OPTIMIZER, microbatches=PARTS,
-            temperature=1.0, clip_eps=0.2, value_clip_eps=None, value_coef=0.5, entropy_coef=0.0,
+            state, experience, order, array(jnp.int32), lm=case.lm, algorithm=pg.ppo(), optimizer=OPTIMIZER,
+            microbatches=PARTS,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The pod's figures as tables for a terminal, and as a picture of the memory."""
+"""Print the pod's figures as tables, and draw its memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.pod_programs import GIB
 from benchmarks.timing import Row
 from pgjax.run.curves import EVAL, GREY, INK, LINE, save_figure
 
-# What a chip holds, from the ground up: its colour, and its name in the picture.
+# The kinds of memory, from the bottom of a bar to its top: colour and name in the picture.
 KINDS = {
     "parameters": (LINE, "parameters"),
     "moments": ("#7aa7f0", "Adam's moments"),
@@ -29,7 +29,7 @@ SHORT = {
 }  # fmt: skip
 NOTES = (
     "d, f, t: data, fsdp, tensor. beside: what training keeps on the chip that the program is not given. rows: at once, over "
-    "all chips; largest: that fit, compiled, or (~) by the line through this one. AG all-gather, AR all-reduce, RS "
+    "all chips; largest: the most that fit, by compiling, or (~) extrapolated from this row. AG all-gather, AR all-reduce, RS "
     "reduce-scatter, AA all-to-all, CP collective-permute. sent: a chip, in one run; in one step for decode. at best: the "
     "longest of products (p), memory (m) and links (l). compiler: by its cycles, collectives left out."
 )
@@ -50,7 +50,7 @@ def show(report: Row) -> None:
 
 
 def memory_table(topology: str, rows: list[Row]) -> Table:
-    """Set the bytes a chip beside its memory, by kind."""
+    """Make the table of the bytes a chip by kind, beside the chip's memory."""
     title = f"{topology}, {rows[0]['chips']} chips of {rows[0]['limit'] / GIB:.2f} GiB: GiB a chip"
     table = _table(title, ("params", "Adam", "beside", "grad", "gather", "cache", "other", "used", "rows", "largest"))
     for row in rows:
@@ -63,9 +63,9 @@ def memory_table(topology: str, rows: list[Row]) -> Table:
 
 
 def rows_by_line(row: Row) -> int:
-    """Say how many rows should fit, where all that is not parameters, moments and gradient grows with the rows.
+    """Extrapolate how many rows fit, as if all memory but parameters, moments, gradient and gathered weights grew with the rows.
 
-    Too few rather than too many, as part of it does not; the search compiles instead.
+    Part of it does not, so the estimate is low; the search compiles instead.
 
     >>> memory = dict.fromkeys(KINDS, 0) | {"parameters": 10, "other": 4, "used": 14}
     >>> rows_by_line({"memory": memory, "rows": 8, "limit": 30})
@@ -77,7 +77,7 @@ def rows_by_line(row: Row) -> int:
 
 
 def time_table(topology: str, rows: list[Row]) -> Table:
-    """Set what a phase sends beside what it computes."""
+    """Make the table of what each phase sends and computes, and its time."""
     names = ("collectives (in loops)", "sent MB", "TFLOP", "at best ms", "compiler ms")
     table = _table(f"{topology}: collectives, and time of a chip", names)
     for row in rows:
@@ -123,7 +123,7 @@ def picture(path: Path, report: Row) -> Path | None:
       report: of `benchmarks.pod.main`.
 
     Returns:
-      The path; None when matplotlib is not installed, said in one printed line.
+      The path; None without matplotlib, after a printed line.
     """
     if importlib.util.find_spec("matplotlib") is None:
         print("no picture of the memory: matplotlib is not installed (pip install matplotlib)")
@@ -141,7 +141,7 @@ def picture(path: Path, report: Row) -> Path | None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center", ncols=4, fontsize=7.5, frameon=False, labelcolor=INK,
-        title="sa sampler, sc scoring, le learner; d data, f fsdp, t tensor", title_fontsize=7.5,
+        title="sa sampler, sc scoring, re reference, le learner; d data, f fsdp, t tensor", title_fontsize=7.5,
     )  # fmt: skip
     return save_figure(figure, path)
 

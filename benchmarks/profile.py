@@ -1,18 +1,18 @@
-"""Where the time of a sampler's step and of an update goes, by JAX's profiler: which products, at what speed, and all else.
+"""Profile a sampler's step and an update: the time of each matrix product, its speed, and the time of all else.
 
     python -m benchmarks.profile
     python -m benchmarks.profile --dtype bfloat16 --json benchmarks/results/profile_bfloat16.json
 
-Each program runs to warm up, by itself, and under `jax.profiler.trace`. The time of each operation is set beside the work that
-its instruction in the compiled text says it does:
+Each program runs once to warm up, once without the profiler, and once under `jax.profiler.trace`. The time of each operation is
+set beside the work of its instruction in the compiled text:
 
     FLOPs of a product = 2 * elements of the result * length of the sum
     of the peak        = FLOPs / seconds / measured matrix peak
 
-Products of weights have no batch dimensions, those of attention have. The profile of the sampler is that of its decode loop
-alone, a step. Operations may run beside each other: a moment is shared out among those that are under way in it, so that one
-product may seem faster than the peak beside another that seems slow, but not all of them together. The profiler takes time of its
-own, so the whole program's time is told without it and with it. Programs:
+Products of weights have no batch dimensions, those of attention have. The profile of the sampler is one step of its decode loop.
+Operations may run at the same time: each moment is then divided equally among them, so a single product may appear faster than
+the peak, but not all of them together. The profiler takes time too: the whole program's time is printed with and without it.
+Programs:
 
     sampler = `pg.sample`, one compiled program: a prefill, then steps of decoding
     update  = `programs.update`: PPO's loss and gradient over a batch of that size, then AdamW
@@ -42,12 +42,12 @@ from benchmarks.hlo import Computation, Instruction, Loop, instructions, parse
 from benchmarks.scaling import experience
 from benchmarks.timing import Row, begun, save, show
 from pgjax.learning import programs
-from pgjax.learning.optimizer import adamw, init_state
+from pgjax.learning.optimizer import init_state
 from pgjax.rollout import sample
 from pgjax.run.flops import mfu
 from pgjax.run.peaks import Peaks, measured_peaks
 
-CONTAINERS = ("while", "conditional", "call")  # whose time is that of what is inside
+CONTAINERS = ("while", "conditional", "call")  # their time is that of the operations inside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Config:
     batch_size: int = 16  # rows
     prompt_length: int = 16  # tokens a prompt
     new_tokens: int = 32  # of each row sampled, or learned from
-    lines: int = 8  # products that are told one by one, the longest first
+    lines: int = 8  # products that are shown one by one, the longest first
     seed: int = 0  # of what is drawn
     json: Path | None = None  # write the report here too
 
@@ -73,12 +73,12 @@ class Product(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A compiled program that can run, and how often the part that is told runs in it."""
+    """A compiled program that can run, and how often the profiled part runs in it."""
 
     text: str
     run: Callable[[], Any]
     steps: int
-    inside: Callable[[tuple[Loop, ...]], bool]  # whether what stands in these loops is told
+    inside: Callable[[tuple[Loop, ...]], bool]  # whether an operation in these loops is profiled
 
 
 def main(config: Config) -> Row:
@@ -97,7 +97,7 @@ def main(config: Config) -> Row:
 
 
 def sampler(config: Config, lm: pg.CausalLM, params: Any) -> Program:
-    """Compile the sampler; of it the loop is told whose length is not known beforehand."""
+    """Compile the sampler; its decode loop, the one whose length is not known beforehand, is profiled."""
     prompts = jnp.asarray(
         np.random.default_rng(config.seed).integers(1, lm.arch.vocab_size, (config.batch_size, config.prompt_length)),
         jnp.int32,
@@ -114,17 +114,15 @@ def sampler(config: Config, lm: pg.CausalLM, params: Any) -> Program:
 
 
 def update(config: Config, lm: pg.CausalLM, params: Any) -> Program:
-    """Compile PPO's update; the state that it consumes is that of the run before."""
-    length, optimizer = config.prompt_length + config.new_tokens, adamw(3e-6, updates=1_000_000)
+    """Compile PPO's update; each run consumes the state that the run before it left."""
+    length, optimizer = config.prompt_length + config.new_tokens, pg.adamw(3e-6, updates=1_000_000)
     start = {"lm": jax.tree.map(jnp.copy, params), "value": pg.init_value_head(lm.arch.width)}
     held = [init_state(start, optimizer)]
     rows = config.batch_size
     batch = experience(np.random.default_rng(config.seed), rows, length, config.new_tokens, lm.arch.vocab_size)
     given = batch._replace(old_logprobs=None), jnp.arange(rows, dtype=jnp.int32)[None, :], jnp.int32(0)
-    compiled = programs.update.lower(
-        held[0], *given, lm=lm, optimizer=optimizer, microbatches=1, temperature=1.0, clip_eps=0.2, value_clip_eps=0.2,
-        value_coef=0.1, entropy_coef=0.0,
-    ).compile()  # fmt: skip
+    lowered = programs.update.lower(held[0], *given, lm=lm, algorithm=pg.ppo(value_clip_eps=0.2), optimizer=optimizer)
+    compiled = lowered.compile()
 
     def run() -> Any:
         held[0], metrics = compiled(held[0], *given)
@@ -134,7 +132,7 @@ def update(config: Config, lm: pg.CausalLM, params: Any) -> Program:
 
 
 def profiled(name: str, program: Program, config: Config, peaks: Peaks) -> list[Row]:
-    """Run a program under the profiler; a row for each kind of operation, and one for each of the longest products."""
+    """Run a program under the profiler: a row for each kind of operation, and one for each of the longest products."""
     jax.block_until_ready(program.run())
     begin = time.perf_counter()
     jax.block_until_ready(program.run())
@@ -146,12 +144,12 @@ def profiled(name: str, program: Program, config: Config, peaks: Peaks) -> list[
             traced = time.perf_counter() - begin
         runs = operation_spans(Path(folder), program.text)
     print(f"{name}: whole program {wall:.3f} s, under the profiler {traced:.3f} s", flush=True)
-    alone, told = told_names(program.text, program.inside)
-    taken = shared_out([x for x in runs if x.name in alone])
-    rows = summed(program.text, {name: x for name, x in taken.items() if name in told})
+    operations, chosen = operation_names(program.text, program.inside)
+    taken = divided([x for x in runs if x.name in operations])
+    rows = summed(program.text, {name: x for name, x in taken.items() if name in chosen})
     kinds = [added(rows, kind) for kind in dict.fromkeys(row["kind"] for row in rows)]
     total = sum(row["seconds"] for row in kinds)
-    told_rows = kinds + [row for row in rows if row["kind"] != "all else"][: config.lines]
+    shown = kinds + [row for row in rows if row["kind"] != "all else"][: config.lines]
     return [
         {
             **{"who": f"pgjax {name}", "dtype": config.dtype, "kind": row["kind"], "what": row["what"]},
@@ -159,7 +157,7 @@ def profiled(name: str, program: Program, config: Config, peaks: Peaks) -> list[
             "share": row["seconds"] / total,
             "of_peak": mfu(row["flops"], row["seconds"], peaks.matmul_flops),
         }
-        for row in told_rows
+        for row in shown
     ]
 
 
@@ -179,8 +177,8 @@ class Span(NamedTuple):
 
     name: str
     begin: float
-    returned: float  # when its thread went on to the next
-    end: float  # when the last part was done, of one that is handed to other threads in parts
+    returned: float  # when its thread continued with the next
+    end: float  # when the last of the parts that other threads took was done
 
 
 def operation_spans(folder: Path, text: str) -> list[Span]:
@@ -200,34 +198,34 @@ def operation_spans(folder: Path, text: str) -> list[Span]:
     return spans(of_program, [event for event in events if event["name"].startswith("end: ")])
 
 
-def spans(begun: Iterable[Row], ended: Iterable[Row]) -> list[Span]:
-    """Say when each run of each operation began and ended.
+def spans(begun: Iterable[Row], ends_of: Iterable[Row]) -> list[Span]:
+    """Find when each run of each operation began and ended.
 
-    On a CPU some products go on in other threads when their own event is over; an event "end: name" tells when they are done.
+    On a CPU some products continue in other threads after their own event; an event "end: name" marks when they are done.
 
     >>> product = {"name": "dot", "ts": 1e6, "dur": 1.0, "args": {"hlo_op": "dot"}}
     >>> spans([product], [{"name": "end: dot", "ts": 2e6, "dur": 0.0}])
     [Span(name='dot', begin=1.0, returned=1.000001, end=2.0)]
     """
     ends: dict[str, collections.deque[float]] = collections.defaultdict(collections.deque)
-    for event in sorted(ended, key=lambda event: event["ts"]):
+    for event in sorted(ends_of, key=lambda event: event["ts"]):
         ends[event["name"].removeprefix("end: ")].append(event["ts"] + event["dur"])
     found = []
     for event in sorted(begun, key=lambda event: event["ts"]):
         name, own = event["args"].get("hlo_op"), event["ts"] + event["dur"]
         if name is not None:
-            told = ends[name].popleft() if ends[name] else own
-            found.append(Span(name, event["ts"] / 1e6, own / 1e6, max(own, told) / 1e6))
+            ended = ends[name].popleft() if ends[name] else own
+            found.append(Span(name, event["ts"] / 1e6, own / 1e6, max(own, ended) / 1e6))
     return found
 
 
-def shared_out(runs: Sequence[Span]) -> dict[str, tuple[float, int]]:
-    """Share every moment out among the operations that are under way in it: seconds and runs of each.
+def divided(runs: Sequence[Span]) -> dict[str, tuple[float, int]]:
+    """Divide the time among the operations, those that run at the same moment getting equal parts: seconds and runs of each.
 
-    What a thread is in comes first; only where no thread is in any, those count whose parts are still to be done, since these may
-    also just wait for their turn. The seconds add up to the time in which anything was under way.
+    Operations that a thread is executing come first. When there are none, those count that other threads have yet to finish:
+    these may only be waiting. The seconds add up to the time in which anything ran.
 
-    >>> shared_out([Span("a", 0.0, 4.0, 4.0), Span("b", 2.0, 2.0, 5.0), Span("c", 2.0, 4.0, 4.0)])
+    >>> divided([Span("a", 0.0, 4.0, 4.0), Span("b", 2.0, 2.0, 5.0), Span("c", 2.0, 4.0, 4.0)])
     {'a': (3.0, 1), 'b': (1.0, 1), 'c': (1.0, 1)}
     """
     steps = sorted(
@@ -251,14 +249,14 @@ def shared_out(runs: Sequence[Span]) -> dict[str, tuple[float, int]]:
     return {name: (x, counts[name]) for name, x in seconds.items()}
 
 
-def told_names(text: str, inside: Callable[[tuple[Loop, ...]], bool]) -> tuple[set[str], set[str]]:
-    """Name the operations that hold no others, and those of them that stand inside the loops that are told."""
+def operation_names(text: str, inside: Callable[[tuple[Loop, ...]], bool]) -> tuple[set[str], set[str]]:
+    """Name the operations that contain no others, and those of them inside the profiled loops."""
     placed = [x for x in instructions(text) if x.instruction.opcode not in CONTAINERS]
     return {x.instruction.name for x in placed}, {x.instruction.name for x in placed if inside(x.loops)}
 
 
 def summed(text: str, taken: Mapping[str, tuple[float, int]]) -> list[Row]:
-    """Add up the operations of equal products, and all that is no product.
+    """Add up the time of equal products, and of all that is no product.
 
     >>> text = '''HloModule m
     ... ENTRY main {

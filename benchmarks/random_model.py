@@ -1,4 +1,4 @@
-"""Write a model of random weights in a known shape, where the real weights cannot be had: speed asks for shapes alone.
+"""Write a model of random weights in a known shape: speed depends on the shapes alone.
 
     python -m benchmarks.random_model 0.5B folder
     python -m benchmarks.rollout --model folder --batch-size 256 --dtypes bfloat16

@@ -1,13 +1,13 @@
-"""Tokens a second of sampling, beside the machine's limits and beside what one would use instead on the same weights.
+"""Tokens a second of sampling, beside the machine's limits and beside other libraries on the same weights.
 
     python -m benchmarks.rollout
     python -m benchmarks.rollout --peer-pythons ONE/bin/python OTHER/bin/python --json benchmarks/results/rollout.json
 
-Two programs are timed, one that samples a single token and one that samples them all; what is between them is decode:
+Two programs are timed, one that samples a single token and one that samples them all; the difference is decode:
 
     prefill  = seconds of the one-token program (it holds the prompts' forward pass and one draw)
     decode   = (seconds of the whole program - prefill) / (new_tokens - 1), a step
-               without figures where the whole program took no longer than the one-token program: it is lost in the noise
+               left out where the whole program took no longer than the one-token program, within the noise
     tokens/s = batch_size * new_tokens / seconds of the whole program
     MBU      = decode_bytes(batch_size, context = prompt + new_tokens / 2) / (decode * measured read bandwidth)
     MFU      = forward_flops of the same step / (decode * measured matrix peak of that dtype)
@@ -46,6 +46,7 @@ from benchmarks.timing import (
     weight_bytes,
 )
 from benchmarks.worker import Beside, Worker, compare, device
+from pgjax.core.errors import UserError
 from pgjax.run.flops import decode_bytes, forward_flops
 from pgjax.run.peaks import Peaks
 
@@ -69,7 +70,7 @@ def main(config: Config) -> Row:
     """Run the benchmark; return and print the report."""
     check(config)
     if config.new_tokens < 2:
-        raise ValueError(f"new_tokens must be at least 2, to tell decode from prefill, got {config.new_tokens}")
+        raise UserError(f"new_tokens must be at least 2, to tell decode from prefill, got {config.new_tokens}")
     lm, params, _ = pg.load(config.model)
     prompts = np.random.default_rng(config.seed).integers(
         1, lm.arch.vocab_size, (config.batch_size, config.prompt_length)
@@ -90,7 +91,7 @@ def main(config: Config) -> Row:
 
 
 def peer_setup(config: Config, folder: str, prompts: np.ndarray, dtype: str) -> Row:
-    """Write down what a peer needs to know."""
+    """Make the set-up of a peer."""
     return {
         "task": "rollout", "folder": folder, "dtype": dtype, "autocast": False, "threads": config.peer_threads,
         "device": device(), "prompts": prompts.tolist(), "new_tokens": config.new_tokens,
@@ -123,7 +124,7 @@ def measure(config: Config, arch: pg.Architecture, dtype: str, peaks: Peaks, fir
     size, rows, steps = jnp.dtype(dtype).itemsize, config.batch_size, config.new_tokens - 1
     prefill = statistics.median(first.wall)
     between = statistics.median(whole.wall) - prefill
-    decode = between / steps if between > 0 else None  # None: too short to be told from noise
+    decode = between / steps if between > 0 else None  # None: within the noise
     cpu = max(statistics.median(whole.cpu) - statistics.median(first.cpu), 0.0) / steps
     a_step, prompts = decode_work(config, arch, size), prefill_work(config, arch, size)
     flops, read = (begin + steps * step for begin, step in zip(prompts, a_step, strict=True))

@@ -1,22 +1,22 @@
-"""How time and memory of the learner and of a decode step grow with batch, length, vocabulary, depth and microbatches.
+"""Measure how time and memory of the learner and of a decode step grow with batch, length, vocabulary, depth and microbatches.
 
     python -m benchmarks.scaling
     python -m benchmarks.scaling --json benchmarks/results/scaling.json
 
-One size at a time is doubled from a small base, a Llama shape with random weights, the others stay. Of each program are told:
+One size at a time is doubled from a small base, a Llama shape with random weights, while the others stay. The figures are
 
-    seconds = the median of runs in which all sizes of all dimensions take turns; the base is one program, whatever is doubled
+    seconds = the median of runs in which all sizes of all dimensions take turns; the base is one program for all dimensions
     temp    = compiled.memory_analysis().temp_size_in_bytes
-    held    = what it is given and its temporaries: weights, batch or cache, activations
+    held    = arguments and temporaries: weights, batch or cache, activations
     flops   = on paper: training_flops, forward_flops
 
-and for each an exponent p of y = c * size^p, the least-squares slope of log y over log size:
+and for each of them the exponent p of y = c * size^p, the least-squares slope of log y over log size:
 
     p = sum (x - mean x) (log y - mean log y) / sum (x - mean x)^2,   x = log size
 
-0: the size costs nothing; 1: in proportion; 2: by the square; below 1 a part that does not depend on the size is still seen. The
-last exponent is that of the two largest sizes alone, where such a part weighs least. The time's exponent is fitted to each round
-of runs too: how far those are apart is what the unrest of the machine does to it. mfu = flops / seconds / matrix peak. Programs:
+0: the size costs nothing; 1: in proportion; 2: quadratic; between 0 and 1 a part does not depend on the size. The last exponent
+is of the two largest sizes alone, where such a part weighs least. The time's exponent is fitted to each round of runs too: their
+range shows the noise of the machine. mfu = flops / seconds / matrix peak. Programs:
 
     learner = value and gradient of PPO's loss, added up over microbatches (accumulate); half the tokens are sampled
     decode  = one step of sampling: lm.decode, logits, draw; "length" is the filled cache
@@ -37,11 +37,12 @@ import numpy as np
 import pgjax as pg
 from benchmarks.checks import Dtype, check, command
 from benchmarks.timing import SPEED, Row, Timing, begun, figures, save, show, timed, with_peaks
-from pgjax.core.checks import check_whole
-from pgjax.learning import programs
+from pgjax.core.errors import UserError
 from pgjax.learning.optimizer import accumulate
+from pgjax.learning.policy_loss import policy_loss
 from pgjax.models.causal_lm import decode_params, logits_of
 from pgjax.rollout.filters import draw
+from pgjax.run.checks import require
 from pgjax.run.flops import forward_flops, mfu, training_flops
 
 DIMENSIONS = {
@@ -89,7 +90,7 @@ class Program(NamedTuple):
 
 
 def main(config: Config) -> Row:
-    """Run the benchmark; return and print the report, whose "exponents" hold a row for each curve."""
+    """Run the benchmark; return and print the report, with a row for each curve in "exponents"."""
     check(config)
     check_sizes(config)
     report = begun(config, None) | {"exponents": []}
@@ -105,24 +106,24 @@ def main(config: Config) -> Row:
 
 
 def check_sizes(config: Config) -> None:
-    """Refuse sizes that make no curves.
+    """Refuse sizes that cannot be doubled so often.
 
     >>> check_sizes(Config(batch=4, doublings=3))
     Traceback (most recent call last):
     ...
-    ValueError: a batch of 4 does not divide into up to 8 microbatches: give --batch a multiple of 8, or fewer --doublings
+    pgjax.UserError: a batch of 4 does not divide into up to 8 microbatches: give --batch a multiple of 8, or fewer --doublings
     """
-    check_whole("length", config.length, 2)
+    require(config.length >= 2, f"length must be at least 2, got {config.length}")
     most = config.microbatches * 2**config.doublings
     if "learner" in config.programs and config.batch % most:
-        raise ValueError(
+        raise UserError(
             f"a batch of {config.batch} does not divide into up to {most} microbatches: give --batch a multiple of {most}, or "
             "fewer --doublings"
         )
 
 
 def measured_curves(config: Config, name: str, report: Row) -> list[list[Row]]:
-    """Time one program at each size of each dimension, all in turn: a list of rows a dimension."""
+    """Time one program at each size of each dimension, in turn: a list of rows for each dimension."""
     build = learner_program if name == "learner" else decode_program
     base = Sizes(*(getattr(config, field) for field in Sizes._fields))
     sizes = {
@@ -160,12 +161,10 @@ def learner_program(config: Config, sizes: Sizes) -> Program:
     rng = np.random.default_rng(config.seed)
     batch = experience(rng, sizes.batch, sizes.length, sizes.length // 2, sizes.vocabulary)
 
-    def loss(params: Any, batch: programs.Batch) -> tuple[jax.Array, Any]:
-        return programs.ppo_loss(
-            params, batch, lm=lm, temperature=1.0, clip_eps=0.2, value_clip_eps=None, value_coef=0.5, entropy_coef=0.0
-        )
+    def loss(params: Any, batch: pg.Batch) -> tuple[jax.Array, Any]:
+        return policy_loss(params, batch, lm=lm, algorithm=pg.ppo(), temperature=1.0)
 
-    def gradient(params: Any, batch: programs.Batch) -> Any:
+    def gradient(params: Any, batch: pg.Batch) -> Any:
         return accumulate(loss, params, batch, batch.mask.sum(1), sizes.microbatches)
 
     compiled = jax.jit(gradient).lower(params, batch).compile()
@@ -174,14 +173,14 @@ def learner_program(config: Config, sizes: Sizes) -> Program:
     return Program(compiled, lambda: compiled(params, batch), flops, tokens)
 
 
-def experience(draw: np.random.Generator, rows: int, length: int, sampled: int, vocabulary: int) -> programs.Batch:
+def experience(draw: np.random.Generator, rows: int, length: int, sampled: int, vocabulary: int) -> pg.Batch:
     """Make random experience, the last tokens of each row sampled."""
     window = sampled + 1
     noise = lambda: jnp.asarray(draw.standard_normal((rows, window)), jnp.float32)
     tokens = jnp.asarray(draw.integers(0, vocabulary, (rows, length)), jnp.int32)
     mask = jnp.broadcast_to(jnp.arange(window)[None, :] > 0, (rows, window))
     guess = jnp.full((rows, window), -math.log(vocabulary))
-    return programs.Batch(tokens, jnp.ones(tokens.shape, bool), mask, guess, noise(), noise(), noise())
+    return pg.Batch(tokens, jnp.ones(tokens.shape, bool), mask, guess, noise(), noise(), noise())
 
 
 def decode_program(config: Config, sizes: Sizes) -> Program:
@@ -255,7 +254,7 @@ def exponents(curve: Sequence[Row]) -> Row:
 
 
 def meaning(p: float) -> str:
-    """Say what an exponent means.
+    """Put an exponent into words.
 
     >>> [meaning(p) for p in (-1.0, 0.05, 0.6, 1.02, 1.4)]
     ['shrinks', 'hardly grows', 'grows, over a fixed part', 'in proportion', 'faster than in proportion']

@@ -1,10 +1,10 @@
-"""Tokens a second of scoring a batch with one model, beside the machine's limits and beside the same in torch.
+"""Tokens a second of a teacher-forced pass over a batch, beside the machine's limits and beside the same in torch.
 
     python -m benchmarks.scoring
     python -m benchmarks.scoring --peer-pythons ONE/bin/python OTHER/bin/python --json benchmarks/results/scoring.json
 
-One run is `pgjax.learning.programs.score`: a forward pass without a gradient, and on the last `new_tokens` tokens
-log-probabilities,entropy and values. PPO runs it twice an iteration, on the policy and on its reference.
+One run is `pgjax.learning.programs.teacher_force`: a forward pass without a gradient, and on the last `new_tokens` tokens
+log-probabilities, entropy and values. PPO runs it on the policy where it learns from a rollout more than once.
 
     tokens/s = batch_size * length / seconds
     FLOPs    = forward_flops(tokens, context = length / 2, head_tokens = batch_size * new_tokens)
@@ -13,8 +13,8 @@ log-probabilities,entropy and values. PPO runs it twice an iteration, on the pol
     limit    = max(FLOPs / matrix peak, bytes / read bandwidth)
 
 torch computes log-probabilities and entropy of the same window, in inference mode, the values left out; in bfloat16 it is
-shown with float32 weights under autocast, as ours are stored, and with bfloat16 weights. The means of both are in the
-report, so that one sees that the work is the same. Peers are processes of their own.
+shown with float32 weights under autocast, as ours are stored, and with bfloat16 weights. The report holds the means of both,
+to show that the work is the same. Peers are processes of their own.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from benchmarks.timing import (
     weight_bytes,
 )
 from benchmarks.worker import Beside, compare, device
+from pgjax.core.errors import UserError
 from pgjax.learning import programs
 from pgjax.run.flops import forward_flops
 from pgjax.run.peaks import Peaks
@@ -71,9 +72,9 @@ def main(config: Config) -> Row:
     """Run the benchmark; return and print the report."""
     check(config)
     if not 0 < config.new_tokens < config.length:
-        raise ValueError(f"new_tokens={config.new_tokens} must be between 0 and length={config.length}")
+        raise UserError(f"new_tokens={config.new_tokens} must be between 0 and length={config.length}")
     if config.batch_size % config.parts:
-        raise ValueError(f"batch_size={config.batch_size} does not divide into parts={config.parts}")
+        raise UserError(f"batch_size={config.batch_size} does not divide into parts={config.parts}")
     lm, params, _ = pg.load(config.model)
     tokens = np.random.default_rng(config.seed).integers(1, lm.arch.vocab_size, (config.batch_size, config.length))
     report = compare(
@@ -90,7 +91,7 @@ def main(config: Config) -> Row:
 
 
 def contender(config: Config, lm: pg.CausalLM, params: Any, tokens: np.ndarray, dtype: str) -> Contender:
-    """Give our run: `programs.score` on the whole batch."""
+    """Make our run: `programs.teacher_force` on the whole batch."""
     ours = pg.causal_lm(lm.arch, dtype=jnp.dtype(dtype))
     both = {"lm": params, "value": pg.init_value_head(lm.arch.width)}
     ids, temperature = jnp.asarray(tokens, jnp.int32), jnp.float32(1.0)
@@ -98,7 +99,9 @@ def contender(config: Config, lm: pg.CausalLM, params: Any, tokens: np.ndarray, 
 
     def run() -> dict[str, float]:
         # entry 0 of the window is the prompt's last token: nothing is sampled there
-        found = programs.score(ours, both, ids, attended, temperature, window=config.new_tokens + 1, parts=config.parts)
+        found = programs.teacher_force(
+            ours, both, ids, attended, temperature, window=config.new_tokens + 1, parts=config.parts
+        )
         logprobs, _, entropy = (np.asarray(x)[:, 1:] for x in found)
         return {"logprob": float(logprobs.mean()), "entropy": float(entropy.mean())}
 
@@ -106,7 +109,7 @@ def contender(config: Config, lm: pg.CausalLM, params: Any, tokens: np.ndarray, 
 
 
 def peer_setups(config: Config, folder: str, tokens: np.ndarray, dtype: str) -> dict[str, Row]:
-    """Write down, for the peers of a dtype, what they need to know."""
+    """Make the set-ups of the peers of a dtype."""
     shared = {
         "task": "scoring", "folder": folder, "dtype": "float32", "autocast": False, "threads": config.peer_threads,
         "device": device(), "tokens": tokens.tolist(), "window": config.new_tokens,
@@ -123,8 +126,8 @@ def measure(config: Config, arch: pg.Architecture, peaks: Peaks, timing: Timing,
         arch, tokens=tokens, context=config.length / 2, head_tokens=config.batch_size * config.new_tokens
     )
     row = figures(timing, tokens)
-    told = {name: median_result(timing, name) for name in ("logprob", "entropy")}
-    return {**told, **row, **roofline(row["seconds"], flops, weight_bytes(arch, stored), peaks)}
+    means = {name: median_result(timing, name) for name in ("logprob", "entropy")}
+    return {**means, **row, **roofline(row["seconds"], flops, weight_bytes(arch, stored), peaks)}
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {

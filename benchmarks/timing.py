@@ -1,4 +1,4 @@
-"""Time alternating runs, and put the result beside the machine's measured peaks."""
+"""Time alternating runs, and compare them with the machine's measured peaks."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from pgjax.run.peaks import Peaks, measured_peaks
 
 Row = dict[str, Any]
 
-OURS = "pgjax"  # how the names of our own contenders begin
+OURS = "pgjax"  # the names of our own contenders begin with it
 
 
 class Sample(NamedTuple):
-    """What one run of one contender took, in seconds, and what else it says of it.
+    """What one run of one contender took, in seconds, and its further numbers.
 
-    wall: by the clock on the wall.
+    wall: elapsed time.
     cpu: of all threads of the contender's process together.
     result: further numbers, such as the loss or the seconds of parts.
     """
@@ -45,15 +45,15 @@ Contender = Callable[[], Sample]
 
 
 class PeerError(RuntimeError):
-    """A peer can't go on; its words are the message."""
+    """A peer can't go on; the message holds what it printed."""
 
 
 class Timing(NamedTuple):
     """What the repeated runs of one contender took, in seconds, in the order they ran.
 
-    wall: by the clock on the wall.
-    cpu: of all threads together; on a busy machine it moves less than the wall clock does.
-    results: what else each run says.
+    wall: elapsed time.
+    cpu: of all threads together; a busy machine changes it less than the elapsed time.
+    results: the further numbers of each run.
     """
 
     wall: list[float]
@@ -73,21 +73,21 @@ def timed(run: Callable[[], object], *, clock: Callable[[], float] = time.perf_c
 
     def contender() -> Sample:
         cpu, start = time.process_time(), clock()
-        told = jax.block_until_ready(run())
+        result = jax.block_until_ready(run())
         wall = clock() - start
-        numbers = isinstance(told, dict) and all(isinstance(x, float | int) for x in told.values())
-        return Sample(wall, time.process_time() - cpu, told if numbers else {})
+        numbers = isinstance(result, dict) and all(isinstance(x, float | int) for x in result.values())
+        return Sample(wall, time.process_time() - cpu, result if numbers else {})
 
     return contender
 
 
 def alternate(contenders: Mapping[str, Contender], repeats: int) -> dict[str, Timing]:
-    """Run the contenders in turn, one warm-up each and then `repeats` rounds, so that all meet the same disturbances.
+    """Run the contenders in turn, one warm-up each and then `repeats` rounds, so that other load disturbs all alike.
 
-    A peer that can't go on takes no further turns, and has no times.
+    A peer that can't go on takes no further turns, and is left out of the result.
 
     Args:
-        contenders: name to a call that runs once and says what that took: of `timed`, or of a worker process.
+        contenders: name to a call that runs once and returns its sample: of `timed`, or of a worker process.
         repeats: timed rounds.
 
     Returns:
@@ -107,13 +107,13 @@ def alternate(contenders: Mapping[str, Contender], repeats: int) -> dict[str, Ti
         for name in tuple(samples):
             try:
                 samples[name].append(contenders[name]())
-            except PeerError:  # `Worker` keeps its words
+            except PeerError:  # `Worker` keeps the message
                 del samples[name]
     return {name: Timing(*(list(x) for x in zip(*taken[1:], strict=True))) for name, taken in samples.items()}
 
 
 def median_result(timing: Timing, name: str) -> float:
-    """Give the median of a further number of the runs.
+    """Give the median over the runs of one of their further numbers.
 
     >>> median_result(Timing([], [], [{"loss": 1.0}, {"loss": 3.0}, {"loss": 2.0}]), "loss")
     2.0
@@ -122,7 +122,7 @@ def median_result(timing: Timing, name: str) -> float:
 
 
 def figures(timing: Timing, tokens: float) -> Row:
-    """Sum up one contender: tokens a second at the median, and the spread of the runs.
+    """Summarise one contender: tokens a second at the median, and the spread of the runs.
 
     >>> figures(Timing([1.0, 2.0, 4.0], [1.0, 1.0, 1.0]), tokens=8)["tokens_per_second"]
     4.0
@@ -139,7 +139,7 @@ def figures(timing: Timing, tokens: float) -> Row:
 
 
 def roofline(seconds: float, flops: float, read: float, peaks: Peaks) -> Row:
-    """Set a time beside the least that the machine could need: the longer of its products and its reading.
+    """Compare a time with the least that the machine could need: the longer of its products and its reading.
 
         achieved = max(flops / matmul_flops, bytes / read_bytes) / seconds
 
@@ -150,7 +150,7 @@ def roofline(seconds: float, flops: float, read: float, peaks: Peaks) -> Row:
         peaks: of the machine, measured.
 
     Returns:
-        The row's fields of a limit; "limit" names the longer one, "mfu" and "mbu" are the shares of either.
+        Fields of a row; "limit" names the longer one, "mfu" and "mbu" are the shares of the two peaks.
 
     >>> peaks = Peaks(matmul_flops=100.0, copy_bytes=1.0, read_bytes=10.0)
     >>> row = roofline(2.0, flops=50.0, read=10.0, peaks=peaks)
@@ -170,7 +170,7 @@ def roofline(seconds: float, flops: float, read: float, peaks: Peaks) -> Row:
 
 
 def weight_bytes(arch: Architecture, itemsize: float, *, passes: float = 1) -> float:
-    """Count the bytes of reading every weight that takes part in matrix products so many times."""
+    """Count the bytes of `passes` readings of every weight that takes part in matrix products."""
     once = decode_bytes(arch, batch=0, context=0, weight_bytes=itemsize, cache_bytes=0)
     return passes * once
 
@@ -179,7 +179,7 @@ def add_ratios(rows: Iterable[Row], versus: Mapping[str, Sequence[str]] | None =
     """Write into each of our rows how many times as fast as its peers it is, for the same dtype.
 
     ratio = the peer's median seconds / our median seconds, both of the same alternating runs; "cpu" is the same of the
-    CPU time of all threads, and "fastest" of each one's fastest run, which a busy machine disturbs least.
+    CPU time of all threads, and "fastest" of each one's fastest run, which other load disturbs least.
 
     Args:
         rows: of a report; ours are those whose name begins with "pgjax".
@@ -206,7 +206,7 @@ def add_ratios(rows: Iterable[Row], versus: Mapping[str, Sequence[str]] | None =
 
 
 def best_peaks(measured: Iterable[Peaks]) -> Peaks:
-    """Take the best of several measurements: a disturbance only ever lowers one.
+    """Take the best of several measurements: other load can only lower one.
 
     >>> best_peaks([Peaks(1.0, 5.0, 3.0), Peaks(2.0, 4.0, 3.0)])
     Peaks(matmul_flops=2.0, copy_bytes=5.0, read_bytes=3.0)
@@ -220,13 +220,13 @@ def with_peaks(
     """Time alternating runs, and measure the machine's peaks right before and right after them.
 
     Args:
-        report: "measured_peaks" of the dtype takes both, "peaks" the best of all that stand there.
+        report: both are added to its "measured_peaks" of the dtype, the best of all to its "peaks".
         dtype: of the matrix product.
         contenders: as for `alternate`.
         repeats: timed rounds.
 
     Returns:
-        The best peaks of the dtype, which shares are of; and the times.
+        The best peaks of the dtype, and the times.
     """
     before = measured_peaks(dtype)
     times = alternate(contenders, repeats)
@@ -239,7 +239,7 @@ def with_peaks(
 
 
 def machine() -> Row:
-    """Say where and with what the figures were made."""
+    """Describe the machine and the versions that the figures were made with."""
     packages = ("pgjax", "jax", "jaxlib", "flax", "transformers")
     found: dict[str, str] = {}
     for package in packages:
@@ -260,14 +260,14 @@ def machine() -> Row:
 
 
 def commit(folder: Path) -> str:
-    """Name the commit that a folder's files are of, ending in -dirty where they differ from it; "unknown" outside a checkout.
+    """Name the commit of a checkout, ending in -dirty where its files differ from it; "unknown" outside a checkout.
 
     >>> commit(Path("/"))
     'unknown'
     """
     try:
-        asked = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        done = subprocess.run(asked, cwd=folder, capture_output=True, text=True, check=False)
+        describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        done = subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=False)
     except OSError:  # there is no git
         return "unknown"
     return done.stdout.strip() or "unknown"
@@ -287,7 +287,7 @@ def _processor() -> str:
 
 
 def show(title: str, report: Row, columns: Mapping[str, Callable[[Row], str]]) -> None:
-    """Print the rows of a report as a table, the machine's limits above it, the peers' versions and missing peers below."""
+    """Print the rows of a report as a table, below the machine's peaks and above the peers' versions and the missing peers."""
     console = Console(width=None if Console().is_terminal else 160)
     console.print(", ".join(f"{key} {value}" for key, value in report["machine"].items() if value != "not installed"))
     for dtype, peaks in report["peaks"].items():
@@ -320,13 +320,13 @@ LIMIT: dict[str, Callable[[Row], str]] = {"of the limit": lambda row: f"{row['ac
 
 
 def plain(config: Any) -> Row:
-    """Turn a config dataclass into what JSON can hold; where interpreters and reports lie is this machine's own affair."""
+    """Turn a config dataclass into what JSON can hold, without the paths of interpreters and reports on this machine."""
     fields = {name: x for name, x in dataclasses.asdict(config).items() if name not in ("peer_pythons", "json")}
     return {name: str(x) if isinstance(x, Path) else x for name, x in fields.items()}
 
 
 def begun(config: Any, absent: str | None) -> Row:
-    """Begin a report: where, with what, and which peers are not there."""
+    """Begin a report: the machine, the config, and the peers that are missing."""
     return {"machine": machine(), "config": plain(config), "peer": absent, "peers": {}, "peaks": {},
             "measured_peaks": {}, "rows": []}  # fmt: skip
 

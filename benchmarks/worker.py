@@ -1,8 +1,8 @@
-"""Run what one would use instead in processes of their own, so that neither side's threads and memory disturb the other.
+"""Run peers, the libraries to compare with, in processes of their own, whose threads and memory do not disturb each other.
 
-A peer is a program `PYTHON -m benchmarks.peers.NAME`. It reads one line of JSON, its set-up, says that it is ready, and
-then does its work once for every further line; it answers with the seconds by its own clocks. The parent waits in a
-blocking read meanwhile, and between runs the peer waits in one, so that only one side computes at any time.
+A peer is a program `PYTHON -m benchmarks.peers.NAME`. It reads its set-up, one line of JSON, answers that it is ready, and
+then does its work once for every further line and answers with the seconds by its own clocks. While it works the parent
+waits in a blocking read, and between runs the peer does, so that only one side computes at any time.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclasses.dataclass(frozen=True)
 class Beside:
-    """What every benchmark beside peers asks."""
+    """The fields that every benchmark beside peers has."""
 
     model: str = "SmolLM2-135M-Instruct"  # folder, .gguf file, hub id, or a model that an installed package ships
     repeats: int = 5  # timed rounds
     peer: bool = True  # alternate with the peers that are installed
-    peer_pythons: tuple[str, ...] = ()  # interpreters that are asked, in order, for the peers; none: this one
+    peer_pythons: tuple[str, ...] = ()  # interpreters to look for the peers in, in this order; none: this one
     peer_threads: int | None = None  # of torch, None for its own choice; 1 may be faster on a busy machine
-    seed: int = 0  # of what is drawn
+    seed: int = 0  # of the random inputs
     json: Path | None = None  # write the report here too
 
 
 class Worker:
-    """A peer's process; it holds what it has set up until it is closed."""
+    """A peer's process, which keeps its set-up until it is closed."""
 
-    def __init__(self, who: str, command: Sequence[str], setup: Mapping[str, Any]) -> None:
-        """Start it and wait until it is ready.
+    def __init__(self, who: str, command: Sequence[str], setup: Mapping[str, Any], *, folder: Path = ROOT) -> None:
+        """Start it in a working directory, and wait until it is ready.
 
         Raises:
             PeerError: it ended before or gave no answer, with what it printed.
         """
         self.who = who
         self.failure: str | None = None  # why it can't go on, with what it printed
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115  of stderr: a pipe that nobody reads would fill up
+        self._printed = tempfile.TemporaryFile()  # noqa: SIM115  of stderr: a pipe that nobody reads would fill up
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, cwd=ROOT,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._printed, text=True, cwd=folder,
             env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
         )  # fmt: skip
         try:
@@ -63,13 +63,13 @@ class Worker:
             self.close()
             raise
 
-    def run(self, **ask: Any) -> Sample:
+    def run(self, **request: Any) -> Sample:
         """Let it do its work once.
 
         Raises:
             PeerError: it can't, now or since an earlier run, with what it printed.
         """
-        answer = self._ask(ask, "wall", "cpu")
+        answer = self._ask(request, "wall", "cpu")
         return Sample(answer.pop("wall"), answer.pop("cpu"), answer)
 
     def _ask(self, line: Mapping[str, Any], *needed: str) -> dict[str, Any]:
@@ -84,22 +84,22 @@ class Worker:
         answer = parsed(text)
         if answer.keys() >= set(needed):
             return answer
-        self.failure = self._last_words(text)
+        self.failure = self._end_of_output(text)
         raise PeerError(f"{self.who} {self.failure}")
 
-    def _last_words(self, text: str) -> str:
-        if text.endswith("\n"):  # it lives, but nobody knows what it would say next
+    def _end_of_output(self, text: str) -> str:
+        if text.endswith("\n"):  # it lives, but its next answer could be to this request
             self._process.kill()
             self._process.wait()
             ended = f"answered {text[:200].strip()!r}"
         else:
             ended = f"ended with status {self._process.wait()}"
-        self._said.seek(0)
-        printed = self._said.read().decode(errors="replace")[-3000:].strip()
+        self._printed.seek(0)
+        printed = self._printed.read().decode(errors="replace")[-3000:].strip()
         return f"{ended}; it printed:\n{printed}" if printed else f"{ended}; it printed nothing"
 
     def close(self) -> None:
-        """End it: it sees the end of its input, and has ten seconds to go."""
+        """End it: its input is closed, and after ten seconds it is killed."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -109,7 +109,7 @@ class Worker:
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
-        self._said.close()
+        self._printed.close()
 
 
 @contextlib.contextmanager
@@ -121,8 +121,8 @@ def workers(
     Args:
         peers: to start.
         pythons: name of a peer to its interpreter.
-        setups: name of a peer to what it needs to know.
-        failures: takes the words of those that could not start, and at the end of those that could not go on.
+        setups: name of a peer to its set-up.
+        failures: the messages of those that could not start, and at the end of those that could not go on, are added here.
     """
     with contextlib.ExitStack() as stack:
         running: dict[str, Worker] = {}
@@ -140,7 +140,7 @@ def workers(
 
 
 def leave_out(report: Row, dtype: str, failures: Mapping[str, str]) -> None:
-    """Add to a report's missing peers those that failed in a dtype: how, and their last line; all they said goes to stderr.
+    """Add to a report's missing peers those that failed in a dtype, with their last line; all they printed goes to stderr.
 
     >>> report = {"peer": None}
     >>> leave_out(report, "float32", {"torch": "torch ended with status 1; it printed:\\nTraceback\\nMemoryError: 2 GB"})
@@ -148,16 +148,16 @@ def leave_out(report: Row, dtype: str, failures: Mapping[str, str]) -> None:
     'left out in float32: torch ended with status 1; it printed: MemoryError: 2 GB'
     """
     lines = []
-    for words in failures.values():
-        print(f"left out in {dtype}: {words}", file=sys.stderr, flush=True)
-        first, *rest = words.splitlines()
+    for message in failures.values():
+        print(f"left out in {dtype}: {message}", file=sys.stderr, flush=True)
+        first, *rest = message.splitlines()
         lines.append(" ".join([f"left out in {dtype}: {first}", *rest[-1:]]))
     report["peer"] = "\n".join([*filter(None, [report["peer"]]), *lines]) or None
 
 
 @contextlib.contextmanager
 def model_folder(lm: pg.CausalLM, params: Any) -> Iterator[str]:
-    """Write the model where peers read it, in Hugging Face layout; gone afterwards."""
+    """Write the model to a temporary folder for the peers, in Hugging Face layout."""
     with tempfile.TemporaryDirectory() as folder:
         pg.save_pretrained(Path(folder) / "model", lm, params, None)
         yield str(Path(folder) / "model")
@@ -174,15 +174,15 @@ def compare(
     runs: Callable[[str, Mapping[str, Worker]], Mapping[str, Contender]],
     measure: Callable[[str, str, Peaks, Mapping[str, Timing]], Row],
 ) -> Row:
-    """Time our runs in turn with those of the peers that are there, dtype by dtype, between two measurements of the peaks.
+    """Time our runs in turn with those of the peers that were found, dtype by dtype, between two measurements of the peaks.
 
     Args:
         config: of the benchmark.
-        dtypes: that it is made in.
+        dtypes: of the arithmetic, one after the other.
         peers: to look for.
         lm: the model.
         params: of it; the peers read them from a folder.
-        setups: (folder, dtype) -> what each peer needs to know; one that is not named does not run.
+        setups: (folder, dtype) -> the set-up of each peer; one without a set-up does not run.
         runs: (dtype, the peers' processes) -> all contenders.
         measure: (dtype, who, peaks, times of all contenders) -> the figures of ours, or of one peer.
 

@@ -1,10 +1,10 @@
-"""Over-optimisation: the reward model's score goes up for ever, the gold score behind it does not (Gao et al. 2023).
+"""Over-optimisation: the reward model's score keeps rising while the gold score behind it falls (Gao et al. 2023).
 
     python -m experiments.overoptimisation                      # after `python -m experiments.rlhf`, or it makes that first
     python -m experiments.overoptimisation --seeds 0 --steps 40 # a shorter look
 
 PPO against the reward model of an RLHF run, for several coefficients of the KL penalty and several seeds, and best-of-n from
-the fine-tuned model, n up to 64. The gold score is only watched. Both are evaluated on held-out prompts as the policy moves
+the fine-tuned model, n up to 64. The gold score is only logged. Both are evaluated on held-out prompts as the policy moves
 away from where it started, and drawn against d = sqrt(KL), with the forms of Gao, Schulman and Hilton fitted to gold:
 
     best-of-n  R(d) = d (a - b d)          RL  R(d) = d (a - b log d)          R: gold - gold at the start
@@ -19,28 +19,21 @@ not how sharply: its fit peaks at 0.54. 17 minutes on 2 cores that other work sh
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
-import tyro
 
-import pgjax as pg
 from experiments import ppo, rlhf
-from experiments.study import pairs, rlhf_report
-from experiments.study.gao_forms import Curve, best_of, best_of_kl, distance, fit_best_of_n, fit_rl, mean_curve
+from experiments.study import best_of_n, pairs, rlhf_report, rlhf_stages
+from experiments.study.gao_forms import Curve, distance, fit_best_of_n, fit_rl, mean_curve
 from experiments.study.overoptimisation_report import show
 from pgjax.core.errors import UserError
-from pgjax.data.prompts import check_rows, completion_texts
-from pgjax.data.sources import load_row_sets, load_rows
-from pgjax.rollout import rewards
-from pgjax.rollout.task import make_task, score_rows
-from pgjax.run import logs
+from pgjax.data.prompts import check_rows
+from pgjax.data.sources import load_row_sets
+from pgjax.run import exits, logs, presets
 from pgjax.run.checks import at_least_one, require
-from pgjax.run.exits import plain_errors
+from pgjax.run.session import INCIDENTAL
 from pgjax.run.stages import Done, finished, run_stage, write_json
 
 PPO = ppo.Config(
@@ -54,14 +47,14 @@ class Config:
     """One study."""
 
     rlhf: Path = Path("runs/rlhf")  # output of experiments.rlhf, whose models and prompts are used; made where missing
-    output: Path = Path("runs/overoptimisation")  # a folder a PPO run, best_of_n, summary.json, samples.md
-    kl_coefs: tuple[float, ...] = (0.0, 0.03, 0.1)  # of the penalty; 0: without the belt; the last one: the healthy run
+    output: Path = Path("runs/overoptimisation")  # a folder a PPO run, best_of_n, summary.json, samples.md, a picture
+    kl_coefs: tuple[float, ...] = (0.0, 0.03, 0.1)  # of the penalty; samples of the first and the last are compared
     seeds: tuple[int, ...] = (0, 1, 2)  # a PPO run each, for each coefficient
     held_out_rows: int = 64  # prompts that everything is evaluated on
     best_of: int = 64  # the largest n, a power of 2
     best_of_samples: int = 128  # completions of each held-out prompt that the subsets of n are taken from
     ppo: ppo.Config = PPO  # the same for every run
-    picture: Path = Path(__file__).parent / "pictures" / "overoptimisation.png"
+    refresh_pictures: bool = False  # draw over the picture that the tutorial shows, not into `output`
 
 
 def main(config: Config) -> dict[str, float]:
@@ -74,8 +67,15 @@ def main(config: Config) -> dict[str, float]:
         for kl_coef in config.kl_coefs:
             run = dataclasses.replace(base, kl_coef=kl_coef, seed=seed)
             curves.setdefault(kl_coef, []).append(curve(ppo_stage(config, run, stages).folder))
-    chosen = best_of_stage(config, base, stages)
+    sizes = [2**k for k in range(config.best_of.bit_length())]
+    best = best_of_n.stage(
+        config.output / "best_of_n", base, sizes, config.best_of_samples, config.held_out_rows,
+        made_from=[stages["sft"], stages["reward_model"]],
+    )  # fmt: skip
+    chosen = Curve(*(np.array(best.metrics[name]) for name in Curve._fields))
     found = summary(curves, chosen)
+    if "gold_stderr" in best.metrics:
+        found["best_of_n"]["gold_after_stderr"] = best.metrics["gold_stderr"][-1]
     write_json(config.output / "summary.json", found)
     show(config, curves, chosen, found)
     return {f"{name}/{key}": x for name, row in found.items() for key, x in row.items()}
@@ -83,11 +83,11 @@ def main(config: Config) -> dict[str, float]:
 
 def made_rlhf(folder: Path) -> dict[str, Done]:
     """Find the stages of a finished RLHF run, or make it with its default numbers."""
-    stages = {name: finished(folder / name) for name in rlhf.STAGES}
+    stages = {name: finished(folder / name) for name in rlhf_stages.MADE_FROM}
     if stages["sft"] is None or stages["reward_model"] is None or stages["ppo"] is None:
         print(f"{folder} holds no complete RLHF run: making it first")
         rlhf.main(rlhf.Config(output=folder))
-    return {name: stage for name in rlhf.STAGES if (stage := finished(folder / name)) is not None}
+    return {name: stage for name in rlhf_stages.MADE_FROM if (stage := finished(folder / name)) is not None}
 
 
 def ppo_config(config: Config, stages: Mapping[str, Done]) -> ppo.Config:
@@ -122,9 +122,7 @@ def evenly(count: int, wanted: int) -> list[int]:
 def ppo_stage(config: Config, run: ppo.Config, stages: Mapping[str, Done]) -> Done:
     """Run PPO once, in a folder of its own, unless that is done already."""
     asked = {
-        k: x
-        for k, x in dataclasses.asdict(run).items()
-        if k not in {"model", "reward_model", "held_out", *ppo.INCIDENTAL}
+        k: x for k, x in dataclasses.asdict(run).items() if k not in {"model", "reward_model", "held_out", *INCIDENTAL}
     }
     folder = config.output / f"kl_{run.kl_coef:g}_seed_{run.seed}"
     work = lambda folder, resume: ppo.main(dataclasses.replace(run, output=folder, resume=resume))
@@ -137,43 +135,6 @@ def curve(folder: Path) -> Curve:
     rows = [row for row in logs.read_metrics(folder) if "eval/kl" in row]
     gold = next(name for name in rows[0] if name.startswith("eval/rewards/") and name != rlhf_report.PROXY)
     return Curve(*(np.array([row[name] for row in rows]) for name in ("eval/kl", rlhf_report.PROXY, gold)))
-
-
-def best_of_stage(config: Config, base: ppo.Config, stages: Mapping[str, Done]) -> Curve:
-    """Sample many completions of each held-out prompt from the fine-tuned model; n = 1, 2, 4, ... of them, the proxy chooses."""
-    sizes = [2**k for k in range(config.best_of.bit_length())]
-    asked = {"samples": config.best_of_samples, "best_of": config.best_of, "held_out_rows": config.held_out_rows}
-    work = functools.partial(sample_best_of, base, sizes, config.best_of_samples)
-    stage = run_stage(config.output / "best_of_n", asked, work, made_from=[stages["sft"], stages["reward_model"]])
-    return Curve(*(np.array(stage.metrics[name]) for name in Curve._fields))
-
-
-def sample_best_of(base: ppo.Config, sizes: Sequence[int], samples: int, folder: Path, resume: bool) -> dict[str, Any]:
-    """Score the samples with proxy and gold, and keep the scores beside the curve."""
-    del resume
-    assert base.reward_model is not None and base.held_out is not None  # ppo_config saw to it
-    lm, params, tokenizer = pg.load(base.model)
-    rm, rm_params, _ = pg.load_reward_model(base.reward_model)
-    scorer = jax.jit(rm.apply)
-    rows = [row for row in load_rows(base.held_out, check_rows) for _ in range(samples)]
-    proxy: list[float] = []
-    texts: list[str] = []
-    print(f"sampling {samples} completions for each of {len(rows) // samples} held-out prompts")
-    task = make_task(
-        lm, tokenizer, [], None, [rows], chat=base.chat, max_new_tokens=base.max_new_tokens, temperature=base.temperature,
-    )  # fmt: skip
-    size = min(base.batch_size, len(rows))
-    for _, count, rollout in task.rollouts(params, task.prompt_sets[0], size, jax.random.key(base.seed)):
-        proxy += jax.device_get(scorer(rm_params, rollout.tokens, rollout.attention_mask))[:count].tolist()
-        tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
-        texts += completion_texts(tokens, mask, tokenizer)[:count]
-    gold, _ = score_rows([rewards.load_reward(base.rewards[0])], None, rows, texts)
-    shape = (-1, samples)
-    both = [np.reshape(x, shape) for x in (proxy, gold)]
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "scores.json", {"proxy": both[0].tolist(), "gold": both[1].tolist()})
-    of_proxy, of_gold = ([float(best_of(both[0], x, n).mean()) for n in sizes] for x in both)
-    return {"kl": [best_of_kl(n) for n in sizes], "proxy": of_proxy, "gold": of_gold}
 
 
 def summary(curves: Mapping[float, Sequence[Curve]], chosen: Curve) -> dict[str, dict[str, float]]:
@@ -214,7 +175,7 @@ def check(config: Config) -> None:
         f"best_of must be from 4 to best_of_samples={config.best_of_samples}, got {config.best_of}",
     )
     given, shipped = vars(config.ppo), vars(Config().ppo)
-    for name in (*rlhf.FROM_ABOVE["ppo"], "kl_coef", "reward_model_weight"):
+    for name in (*rlhf_stages.from_above(rlhf.Config())["ppo"], "kl_coef", "reward_model_weight"):
         require(given[name] == shipped[name], f"ppo.{name} is set by the study itself: leave it out")
     require(
         config.ppo.eval_every is not None and 2 * config.ppo.eval_every <= config.ppo.steps,
@@ -223,5 +184,5 @@ def check(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    with plain_errors("the same command goes on"):
-        main(tyro.cli(Config, description=__doc__))
+    with exits.plain_errors("the same command goes on"):
+        main(presets.parse({"": Config()}, description=__doc__))

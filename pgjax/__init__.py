@@ -1,89 +1,42 @@
 """Policy gradients for language models in JAX and Flax.
 
-`import pgjax as pg`: the pure core (masking, log-probabilities, advantages, KL, losses, the trust region), the causal LM
-behind a bundle of pure functions, and the sampler. The rooms around it, which README.md lists,
-are imported by name: `pgjax.data`, `pgjax.rollout.rewards`, `pgjax.learning.optimizer`, `pgjax.run.loop`, ...
+`import pgjax as pg` gives the public names that `__init__.pyi` lists: the pure core (masking, log-probabilities,
+advantages, KL, losses, the trust region), the causal LM as a bundle of pure functions, and the sampler. Each is imported
+when it is first used, so that the losses need jax and chex only. The rooms that CONTRIBUTING.md lists are imported by
+path: `pgjax.data.prompts`, `pgjax.rollout.rewards`, `pgjax.learning.optimizer`, `pgjax.run.loop`, ...
+
+Example:
+  >>> import pgjax as pg
+  >>> float(pg.masked_mean([1.0, 3.0], [True, False]))
+  1.0
 """
 
-from pgjax.core.advantages import (
-    group_advantages,
-    kl_shaped_rewards,
-    leave_one_out_baseline,
-    monte_carlo_advantages,
-    monte_carlo_returns,
-    place_scores,
-    truncated_importance_weights,
-)
-from pgjax.core.errors import MissingPackageError, NotFiniteError, UserError
-from pgjax.core.kl import adaptive_kl_coef, categorical_kl, kl_k1, kl_k2, kl_k3
-from pgjax.core.linear_logprobs import linear_token_logprobs
-from pgjax.core.logprobs import token_entropy, token_frame, token_logprobs
-from pgjax.core.losses import (
-    clipped_surrogate_loss,
-    cross_entropy_loss,
-    policy_gradient_loss,
-    preference_loss,
-    surrogate_diagnostics,
-    value_loss,
-)
-from pgjax.core.masking import masked_mean, masked_whiten
-from pgjax.core.trust_region import fisher_vector_product, trust_region_step
-from pgjax.models.architecture import Architecture, Rope
-from pgjax.models.causal_lm import CausalLM, causal_lm
-from pgjax.models.heads import init_value_head, token_values
-from pgjax.models.io.classifier import load_reward_model, save_reward_model
-from pgjax.models.io.load import load, save_pretrained
-from pgjax.models.lora import init_lora, merge_lora, with_lora
-from pgjax.models.reward_model import RewardModel, reward_model
-from pgjax.rollout.sample import Rollout, Scored, sample, sample_scored
+import ast
+import importlib
+import pkgutil
+from typing import Any
 
-__all__ = [
-    "Architecture",
-    "CausalLM",
-    "MissingPackageError",
-    "NotFiniteError",
-    "RewardModel",
-    "Rollout",
-    "Rope",
-    "Scored",
-    "UserError",
-    "adaptive_kl_coef",
-    "categorical_kl",
-    "causal_lm",
-    "clipped_surrogate_loss",
-    "cross_entropy_loss",
-    "fisher_vector_product",
-    "group_advantages",
-    "init_lora",
-    "init_value_head",
-    "kl_k1",
-    "kl_k2",
-    "kl_k3",
-    "kl_shaped_rewards",
-    "leave_one_out_baseline",
-    "linear_token_logprobs",
-    "load",
-    "load_reward_model",
-    "masked_mean",
-    "masked_whiten",
-    "merge_lora",
-    "monte_carlo_advantages",
-    "monte_carlo_returns",
-    "place_scores",
-    "policy_gradient_loss",
-    "preference_loss",
-    "reward_model",
-    "sample",
-    "sample_scored",
-    "save_pretrained",
-    "save_reward_model",
-    "surrogate_diagnostics",
-    "token_entropy",
-    "token_frame",
-    "token_logprobs",
-    "token_values",
-    "truncated_importance_weights",
-    "trust_region_step",
-    "value_loss",
-    "with_lora",
-]
+__version__ = "0.1.0"
+
+
+def _homes() -> dict[str, str]:
+    """Read from the stub which module each public name comes from."""
+    stub = ast.parse(pkgutil.get_data(__name__, "__init__.pyi") or b"")
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: str(node.module) for node in imports for alias in node.names}
+
+
+_HOMES = _homes()
+__all__ = sorted(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value  # the next use does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -92,9 +92,10 @@ def full_compiles():
 @pytest.fixture(scope="module")
 def no_pictures():
     """Leave out the picture of a run's curves: for tests of whole scripts that look at something else."""
-    from experiments import ppo, sft
+    from experiments import ppo
+    from pgjax.run import session
 
     with pytest.MonkeyPatch.context() as patch:
-        for script in (ppo, sft):
-            patch.setattr(script, "plot_curves", lambda folder: None)
+        for module in (ppo, session):
+            patch.setattr(module, "plot_curves", lambda folder: None)
         yield

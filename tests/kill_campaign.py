@@ -126,7 +126,7 @@ def ended(child: int, wait: bool = False) -> int | None:
 
 def saving(run: Path) -> bool:
     """Say whether a snapshot is under way, by the folder that it has until it is whole."""
-    return any((run / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+    return any((run / "checkpoints").glob("*.unfinished"))
 
 
 def one_kill(
@@ -155,7 +155,7 @@ def one_kill(
 def results(run: Path) -> dict[str, Any]:
     """Read off a finished run all that must not depend on how often it was killed."""
     last = last_step(run)
-    record = json.loads((run / "checkpoints" / str(last) / "extra" / "metadata").read_text())
+    record = json.loads((run / "checkpoints" / str(last) / "record.json").read_text())
     rows = [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in logs.read_metrics(run)]
     return {
         "step": last,

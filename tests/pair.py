@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import jax
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 
 from experiments import ppo as script
 from experiments import reward_model, sft
+from pgjax.core.errors import UserError
 from pgjax.parallel import batch_rows, processes, sharding
 from pgjax.rollout.judge import ModelJudge
 from pgjax.run import devices
@@ -63,6 +65,12 @@ def vowels(prompts, completions, **columns):
     """A black box: the share of letters up to m among the completion's."""
     CALLS.append(len(completions))
     return [sum(c < "m" for c in text) / max(len(text), 1) for text in completions]
+
+
+def loud(prompts, completions, **columns):
+    """A black box that prints on each process."""
+    print(f"judging on {jax.process_index()}")
+    return [0.0] * len(completions)
 
 
 def broken_on_one(prompts, completions, **columns):
@@ -123,10 +131,10 @@ def learn(folder: Path, output: str, **flags) -> list[Path]:
 def one_infinite_score() -> None:
     """Fetch a reward model's scores, one of which is infinite."""
     mesh = sharding.make_mesh(data=-1)
-    own = batch_rows.judged_rows(mesh, 8)
-    asked = batch_rows.feed(mesh, np.array([np.inf if row == 5 else 0.0 for row in own], np.float32))
+    own = batch_rows.rows_to_judge(mesh, 8)
+    scores = batch_rows.feed(mesh, np.array([np.inf if row == 5 else 0.0 for row in own], np.float32))
     judge = ModelJudge(None, None, 1.0, None, False, mesh)  # type: ignore[arg-type]
-    judge.fetch(asked, lambda row: (f"row {row}", f"on {jax.process_index()}"), own)
+    judge.fetch(scores, lambda row: (f"row {row}", f"on {jax.process_index()}"), own)
 
 
 def without_measuring() -> None:
@@ -134,24 +142,45 @@ def without_measuring() -> None:
     script.machine_peaks = lambda dtype: Peaks(1e9, 1e9, 1e9)
 
 
-def caught(work) -> list[str]:
-    """The kind and the text of what a function raises."""
+def caught(work) -> list[Any]:
+    """The kind and the text of what a function raises, and whether all processes know of it."""
     try:
         work()
     except Exception as error:
-        return [type(error).__name__, str(error)]
+        return [type(error).__name__, str(error), processes.is_raised_on_all(error)]
     return []
+
+
+class Refused(UserError):
+    """An error that is not made from its text."""
+
+    def __init__(self, *, row: int) -> None:
+        super().__init__(f"row {row} is empty")
+
+
+def refuse() -> None:
+    """Raise such an error."""
+    raise Refused(row=3)
+
+
+def exact(process: int) -> bool:
+    """Exchange floats that have no short text, NaN among them: whether all came as they were."""
+    values = np.random.default_rng(0).standard_normal((2, 1000)).astype(np.float32)
+    values[:, 0] = np.nan
+    found = processes.gather(values[process])
+    return all(x.dtype == np.float32 and x.tobytes() == y.tobytes() for x, y in zip(found, values, strict=True))
 
 
 def main(process: int, port: int, folder: Path) -> None:
     """Try the agreements, train, then train with a reward that fails on one process; write down what happened."""
     without_measuring()
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     flags = {"distributed": True, "coordinator": f"localhost:{port}", "num_processes": 2, "process_id": process}
     processes.initialize(f"localhost:{port}", 2, process)
     found["gathered"] = processes.gather({"process": process, "text": "x" * 3000 * process})
     found["any"] = [processes.any_process(process == 1), processes.any_process(False)]
-    found["first"] = processes.on_process_0(lambda: f"by {jax.process_index()}")
+    found["exact"] = exact(process)
+    found["on process 0"] = processes.on_process_0(lambda: f"by {jax.process_index()}")
     found["differ"] = caught(lambda: processes.agree("the command", {"seed": process, "steps": 3}))
     found["steps"] = caught(lambda: script.main(make_config(folder, "never", steps=3 + process, **flags)))
     found["unfit"] = caught(lambda: script.main(make_config(folder, "never", **{**flags, "mesh": "data=3"})))
@@ -161,8 +190,10 @@ def main(process: int, port: int, folder: Path) -> None:
     with mock.patch.object(devices, "_appears", lambda path: process == 0):  # as where process 1 has another disk
         found["apart"] = caught(lambda: devices.shared_folder(folder / "apart" / "run"))
     found["shared"] = str(devices.shared_folder(Path(f"{folder}/of{process}/run")))
-    found["refused"] = caught(lambda: processes.on_process_0(lambda: [][process]))
+    found["broke"] = caught(lambda: processes.on_process_0(lambda: [][process]))
+    found["refused"] = caught(lambda: processes.on_process_0(refuse))
     found["infinite"] = caught(one_infinite_score)
+    script.main(make_config(folder, "loud", rewards=(f"{__name__}:loud",), steps=1, eval_samples=1, **flags))
     found["figures"] = script.main(make_config(folder, "two", **flags))
     found["calls"], CALLS[:] = list(CALLS), []
     with mock.patch.object(devices.sharding, "make_mesh", crossed_mesh):

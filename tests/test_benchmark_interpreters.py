@@ -54,7 +54,7 @@ def test_what_is_no_python_has_no_packages_and_the_next_one_is_asked(python):
         other = python(f"other{len(text)}", text)
         assert interpreters.choose([TRL], [other, old], ARCH, wanted=True) == ({"TRL PPO": old}, None)
         found, absent = interpreters.choose([TRL, Peer("any", "", ())], [other], ARCH, wanted=True)
-        assert found == {} and f"other{len(text)}, asked for its packages, said {text + chr(10)!r}" in absent
+        assert found == {} and f"other{len(text)}, asked for its packages, printed {text + chr(10)!r}" in absent
         assert absent.startswith("TRL PPO missing: ") and "\nany missing: " in absent
 
 

@@ -1,17 +1,26 @@
-"""The profile of a step and of an update: what its products do is what paper says, and no time is lost or told twice."""
+"""The profile of a step and of an update: products do the work counted on paper, and no time is lost or counted twice."""
+
+import json
 
 import pytest
 
 import pgjax as pg
 from benchmarks import profile
 from pgjax.run.flops import forward_flops
+from pgjax.run.peaks import Peaks
 from tests.tiny_task import save_tiny_model
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    folder = save_tiny_model(tmp_path_factory.mktemp("model"))
-    return profile.main(profile.Config(model=str(folder), batch_size=4, prompt_length=8, new_tokens=4, lines=3))
+def report(once):
+    def make(folder):
+        sizes = {"batch_size": 4, "prompt_length": 8, "new_tokens": 4, "lines": 3}
+        model = save_tiny_model(folder / "model")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(profile, "measured_peaks", lambda dtype: Peaks(1e12, 1e10, 1e10))
+            profile.main(profile.Config(model=str(model), json=folder / "report.json", **sizes))
+
+    return json.loads((once("profile", make) / "report.json").read_text())
 
 
 def rows_of(report, name, kind):
@@ -35,7 +44,7 @@ def test_an_updates_products_are_forward_and_backward(report, tmp_path):
     assert 3 * once <= sum(row["flops"] for row in rows) < 4.2 * once  # of the head, the logits are computed twice
 
 
-def test_all_of_the_time_is_told_once(report):
+def test_all_of_the_time_is_counted_once(report):
     for name in ("sampler, a step", "update"):
         rows = [row for row in report["rows"] if row["who"] == f"pgjax {name}"]
         kinds, products = ([row for row in rows if (row["what"] == "") is whole] for whole in (True, False))
@@ -49,12 +58,12 @@ def test_a_trace_without_the_program_is_refused(tmp_path):
         profile.operation_spans(tmp_path, "HloModule jit_f")
 
 
-def test_moments_are_shared_among_what_is_under_way():
+def test_operations_at_the_same_moment_get_equal_parts_of_it():
     runs = [
         profile.Span("a", 0.0, 2.0, 2.0), profile.Span("b", 1.0, 4.0, 4.0), profile.Span("a", 1.0, 2.0, 2.0),
         profile.Span("c", 1.0, 1.5, 6.0), profile.Span("d", 7.0, 8.0, 8.0),
     ]  # fmt: skip
-    found = profile.shared_out(runs)
+    found = profile.divided(runs)
     assert found["a"] == (pytest.approx(1 + 0.5 * 2 / 4 + 0.5 * 2 / 3), 2)
     assert found["b"] == (pytest.approx(0.5 / 4 + 0.5 / 3 + 2), 1)
     assert found["c"] == (pytest.approx(0.5 / 4 + 2), 1)  # from 4 on nothing else goes on

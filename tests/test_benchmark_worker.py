@@ -102,7 +102,7 @@ def test_a_peer_that_crashes_costs_its_own_rows_of_that_dtype_alone(tmp_path, mo
     (tmp_path / "python").write_text(CRASHES)
     (tmp_path / "python").chmod(0o755)
     peaks = Peaks(1.0, 1.0, 1.0)
-    monkeypatch.setattr(timing.perf, "measured_peaks", lambda dtype: peaks)
+    monkeypatch.setattr(timing, "measured_peaks", lambda dtype: peaks)
     monkeypatch.setattr(worker, "model_folder", lambda *_: contextlib.nullcontext("folder"))
     config = worker.Beside(repeats=2, peer_pythons=(str(tmp_path / "python"),), json=tmp_path / "report.json")
 

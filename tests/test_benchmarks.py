@@ -32,7 +32,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick_peaks(monkeypatch):
-    monkeypatch.setattr(timing.perf, "measured_peaks", lambda dtype: PEAKS)
+    monkeypatch.setattr(timing, "measured_peaks", lambda dtype: PEAKS)
 
 
 def test_contenders_run_in_turn_after_a_warm_up_each():
@@ -58,7 +58,7 @@ def test_contenders_own_samples_are_taken_without_the_warm_up():
 
 def test_both_measurements_of_the_peaks_are_kept_and_the_best_counts(monkeypatch):
     measured = iter([Peaks(1.0, 5.0, 3.0), Peaks(2.0, 4.0, 2.0), Peaks(1.0, 6.0, 1.0), PEAKS])
-    monkeypatch.setattr(timing.perf, "measured_peaks", lambda dtype: next(measured))
+    monkeypatch.setattr(timing, "measured_peaks", lambda dtype: next(measured))
     report = {"peaks": {}, "measured_peaks": {}}
     best, times = timing.with_peaks(report, "float32", {"a": timing.timed(dict)}, 2)
     assert best == Peaks(2.0, 5.0, 3.0) and report["peaks"] == {"float32": best._asdict()} and len(times["a"].wall) == 2
@@ -143,6 +143,8 @@ def test_rollout_reports_every_dtype_and_writes_what_it_returns(model, tmp_path,
 
 def test_a_peer_that_is_not_installed_is_named(model, monkeypatch, capsys):
     monkeypatch.setattr(interpreters, "installed", lambda python, packages: {"python": "3.11.0", "transformers": "5.0"})
+    quick = {"pgjax first": timing.timed(dict), "pgjax all": timing.timed(dict)}
+    monkeypatch.setattr(rollout, "contenders", lambda *_: quick)
     report = rollout.main(
         rollout.Config(model=model, dtypes=("float32",), batch_size=1, prompt_length=2, new_tokens=2, repeats=1)
     )
@@ -196,7 +198,7 @@ def test_scoring_and_learning_report_the_work_counted_by_hand():
 
 def test_a_share_is_of_the_better_of_the_measurements_before_and_after(monkeypatch):
     measured = iter([Peaks(2.0, 1.0, 8.0), Peaks(4.0, 1.0, 5.0)])
-    monkeypatch.setattr(timing.perf, "measured_peaks", lambda dtype: next(measured))
+    monkeypatch.setattr(timing, "measured_peaks", lambda dtype: next(measured))
     report = worker.compare(
         worker.Beside(peer=False, repeats=1), ("float32",), (), tiny_lm("llama"), tiny_params("llama"),
         setups=lambda folder, dtype: {},

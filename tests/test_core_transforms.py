@@ -14,7 +14,7 @@ import pgjax.core.kl as kl
 import pgjax.core.logprobs as lp
 import pgjax.core.losses as losses
 import pgjax.core.masking as masking
-from pgjax.core.linear_logprobs import linear_token_logprobs
+from pgjax.core.linear_logprobs import linear_token_logprobs, linear_token_logprobs_and_entropy
 from tests.compare import assert_close
 
 ROWS, LENGTH, VOCAB, WIDTH = 8, 5, 6, 3
@@ -41,6 +41,7 @@ def by_row(theta, batch):
         "token_logprobs": logprobs,
         "token_entropy": lp.token_entropy(logits),
         "linear": linear_token_logprobs(batch["hidden"], theta, batch["tokens"], chunk_size=4),
+        "linear_entropy": linear_token_logprobs_and_entropy(batch["hidden"], theta, batch["tokens"], chunk_size=4)[1],
         "k2": kl.kl_k2(logprobs, old),
         "k3": kl.kl_k3(logprobs, old),
         "categorical_kl": kl.categorical_kl(logits, logits * 0.5),
@@ -224,6 +225,9 @@ def test_clean_numbers_pass_where_jax_looks_out_for_nan():
             found, back = jax.vjp(of_logits, logits)
             assert np.isfinite(pull(*back(found))[0]).all()
         assert np.isfinite(linear_token_logprobs(BATCH["hidden"], THETA, tokens, chunk_size=4)).all()
+        both = lambda theta: linear_token_logprobs_and_entropy(BATCH["hidden"], theta, tokens, chunk_size=4)
+        found, back = jax.vjp(both, THETA)
+        assert np.isfinite(found).all() and np.isfinite(back(found)[0]).all()
 
 
 def test_plain_numbers_have_no_say_in_the_dtype_with_64_bits_enabled():

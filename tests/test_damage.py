@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -91,9 +92,10 @@ DAMAGE = {
     "a file is gone": (lambda folder: largest(folder, 4).unlink(), "damaged"),
     "no index": (lambda folder: (folder / "4" / "state" / "manifest.ocdbt").unlink(), "damaged"),
     "empty metadata": (lambda folder: (folder / "4" / "state" / "_METADATA").write_text(""), "damaged"),
-    "empty extra": (lambda folder: (folder / "4" / "extra" / "metadata").write_text(""), "damaged"),
-    "no JSON object": (lambda folder: (folder / "4" / "extra" / "metadata").write_text("[1]"), "damaged"),
-    "a number in extra": (lambda folder: edit_extra(folder), "is not what was saved"),
+    "no record, as where a process could not write": (lambda folder: (folder / "4" / "record.json").unlink(), "damaged"),
+    "empty record": (lambda folder: (folder / "4" / "record.json").write_text(""), "damaged"),
+    "no JSON object": (lambda folder: (folder / "4" / "record.json").write_text("[1]"), "damaged"),
+    "a number in the record": (lambda folder: edit_record(folder), "is not what was saved"),
     "arrays of another step": (put_arrays_of_another_step, "its bits are not those that were saved: body.b; body.w; key"),
     "an alien folder": (lambda folder: alien(folder), "damaged"),
     "another model": (lambda folder: save_over(folder, OTHER_MODEL, RUN), r"body.w is float32\[128, 32\]"),
@@ -112,8 +114,8 @@ def cut_the_index(folder):
     file.write_bytes(file.read_bytes()[:-20])
 
 
-def edit_extra(folder):
-    file = folder / "4" / "extra" / "metadata"
+def edit_record(folder):
+    file = folder / "4" / "record.json"
     record = json.loads(file.read_text())
     file.write_text(json.dumps(record | {"extra": {"step": 5}}))
 
@@ -220,7 +222,7 @@ def test_a_full_disk_is_told_in_one_line_and_the_older_one_stays(tmp_path):
         assert "step 2 could not be saved" in message and "File too large" in message and "step 1 is kept" in message
         assert "\n" not in message and len(message) < 400
         assert [path.name for path in tmp_path.iterdir()] == ["1"], "no pieces stay behind"
-        assert not checkpoints.failed() and checkpoints.latest() == 1
+        assert checkpoints.latest() == 1
         assert same(checkpoints.restore(big(0))[0], big(1))
         checkpoints.save(2, big(2), {"step": 2})  # there is room again
         assert same(checkpoints.restore(big(0))[0], big(2))
@@ -245,24 +247,35 @@ def test_an_older_one_that_cannot_be_removed_is_not_called_a_failed_save(tmp_pat
         assert (checkpoints.steps(), checkpoints.best()) == ([1, 2], 2)
 
 
-def test_no_other_word_is_said_about_a_full_disk(tmp_path, monkeypatch, caplog):
+def test_no_other_word_is_told_about_a_full_disk_by_a_script(tmp_path, monkeypatch, caplog):
     # The bug: a traceback of "Event loop is closed" for each array that could not be written either.
-    said = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda raised: said.append(raised.exc_value))
-    from pgjax.run.checkpoint.checkpoints import _quiet
-
-    _quiet.__wrapped__()
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda raised: told.append(raised.exc_value))
     many = {f"w{i}": jax.random.normal(jax.random.key(i), (64, 100)) for i in range(40)}
-    with Checkpoints(tmp_path) as checkpoints, full_disk(20_000):
-        with pytest.raises(SaveFailed):
-            checkpoints.save(1, many, {})
+
+    def save_twice():
+        with plain_errors(), Checkpoints(tmp_path) as checkpoints, full_disk(20_000):
+            with pytest.raises(SaveFailed):
+                checkpoints.save(1, many, {})
+                checkpoints.wait()
+            assert checkpoints.latest() is None
+            checkpoints.save(1, many, {})  # and again, with the pieces gone
             checkpoints.wait()
-        assert checkpoints.latest() is None
-        with pytest.raises(SaveFailed, match="no earlier one was there"):  # and again, with the pieces gone
-            checkpoints.save(1, many, {})
-            checkpoints.wait()
+
+    with pytest.raises(SystemExit, match=r"error: .*no earlier one was there"):
+        save_twice()
     gc.collect()
-    assert said == [] and caplog.text == ""
+    assert told == [] and caplog.text == ""
+
+
+def test_logging_and_hooks_of_the_process_are_left_as_they_are(tmp_path):
+    # The bug: absl's logger was set to CRITICAL and the hook replaced as soon as there was a Checkpoints.
+    before = logging.getLogger("absl").level, list(logging.getLogger("asyncio").filters), sys.unraisablehook
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"w": jnp.ones(2)}, {})
+    with plain_errors():
+        pass
+    assert before == (logging.getLogger("absl").level, logging.getLogger("asyncio").filters, sys.unraisablehook)
 
 
 def train(folder, *, steps, save_every, start=0, state=None, on_step=lambda i: None):

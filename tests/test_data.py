@@ -190,7 +190,7 @@ def test_batches_refuse_groups_that_do_not_divide_and_places_outside() -> None:
     with pytest.raises(ValueError, match="a batch of 6 does not divide into groups of 4"):
         batches([1], 6, seed=0, group_size=4)
     for place in (-1, 6):
-        with pytest.raises(ValueError, match=f"place {place} is not in a batch of 6, whose places are 0 to 5"):
+        with pytest.raises(ValueError, match=f"row {place} is not in a batch of 6, whose rows are 0 to 5"):
             batches([1], 6, seed=0, own=[0, place])
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from experiments.scratch import train_tokenizer
 from pgjax.data import examples
 from pgjax.data.examples import Example, check_examples, encode_examples
 from pgjax.data.prompts import encode_prompts
+from pgjax.models.io.scratch import train_tokenizer
 
 TOKENIZER = train_tokenizer(["a film that is a fine film, and a dull one"] * 3, 280)  # chat turns end with eos
 END = TOKENIZER.eos_token_id
@@ -113,7 +113,7 @@ def test_a_template_that_rewrites_what_it_wrote_is_refused():
     tokenizer.chat_template = last_only  # forgets the earlier turns
     rows = check_examples(placed({"messages": [USER, BOT]}))
     with pytest.raises(
-        ValueError, match=r"no row is left to learn from: left out 1 row, the chat template writes a turn"
+        ValueError, match=r"no row is left to learn from: left out 1 row, the chat template rewrites earlier turns"
     ):
         encode_examples(rows, tokenizer, chat=False, max_length=200)
     tokenizer.chat_template = "{{ 1 + messages[0]['content'] }}"
@@ -189,5 +189,5 @@ def test_further_columns_are_ignored():
 
 
 def test_plain_texts_and_chat_do_not_go_together():
-    with pytest.raises(ValueError, match="plain texts do not go through a chat template"):
+    with pytest.raises(ValueError, match="plain texts cannot be rendered with a chat template"):
         encode({"text": "a"}, chat=True)

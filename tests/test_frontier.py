@@ -1,46 +1,73 @@
 """The frontier benchmark, whole, on a tiny model; and its estimates against what can be computed exactly."""
 
 import dataclasses
+import functools
 import json
 import math
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 import pgjax as pg
 from benchmarks import frontier, frontier_report
+from pgjax.core.errors import UserError
+from pgjax.learning.flags import algorithm_of, iteration_options
 from tests.tiny_task import EARLY_LETTERS, early_letters, save_tiny_model
 
 WORDS = ("good", "bad", "fine", "awful", "great", "sad", "nice", "ugly")
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("frontier")
-    prompts = folder / "prompts.txt"
-    prompts.write_text("".join(f"a {word}\n" for word in WORDS), encoding="utf-8")
-    return frontier.Config(
-        model=str(save_tiny_model(folder / "model")), prompts=str(prompts), reward=EARLY_LETTERS,
-        held_out_prompts=2, output=folder / "runs",
-        episodes=(16,), kl_coefs=(0.05, 0.5), seeds=(0,), batch_size=8, max_new_tokens=3, samples=16,
-        reference_samples=8, best_of=(1, 4), peer=False, picture=folder / "frontier.png", json=folder / "report.json",
-    )  # fmt: skip
+def config_in():
+    """Make the config of a small benchmark in a folder."""
+
+    def make(folder):
+        return frontier.Config(
+            model=str(folder / "model"), prompts=str(folder / "prompts.txt"), reward=EARLY_LETTERS,
+            held_out_prompts=2, output=folder / "runs",
+            episodes=(16,), kl_coefs=(0.05,), seeds=(0,), batch_size=8, max_new_tokens=3, samples=16,
+            reference_samples=8, best_of=(1, 4), peer=False, picture=folder / "frontier.png", json=folder / "report.json",
+        )  # fmt: skip
+
+    return make
 
 
 @pytest.fixture(scope="module")
-def report(small):
-    return frontier.main(small)
+def small(once, config_in):
+    """The model and the prompts alone: nothing has run in `output`."""
+
+    def make(folder):
+        save_tiny_model(folder / "model")
+        (folder / "prompts.txt").write_text("".join(f"a {word}\n" for word in WORDS), encoding="utf-8")
+
+    return config_in(once("frontier", make))
 
 
-def test_every_kind_of_run_is_there_and_the_report_is_written(small, report):
-    kinds = [(row["method"], row["episodes"], row["kl_coef"]) for row in report["rows"]]
-    assert kinds == [(m, n, b) for m in ("RLOO", "PPO") for n, b in ((16, 0.05), (16, 0.5))]
+@pytest.fixture(scope="module")
+def finished(once, small, config_in):
+    """The config of a benchmark that has run."""
+
+    def make(folder):
+        made = config_in(folder)
+        frontier.main(dataclasses.replace(made, model=small.model, prompts=small.prompts))
+
+    return dataclasses.replace(config_in(once("frontier_run", make)), model=small.model, prompts=small.prompts)
+
+
+@pytest.fixture
+def report(finished):
+    return json.loads(finished.json.read_text())
+
+
+def test_every_kind_of_run_is_there_and_the_report_is_written(finished, report):
+    kinds = [(row["method"], row["episodes"], row["kl_coef"], row["seed"]) for row in report["rows"]]
+    assert kinds == [("RLOO", 16, 0.05, 0), ("PPO", 16, 0.05, 0)]
     for row in report["rows"]:
         assert math.isfinite(row["score"]) and row["seconds"] > 0 and row["kl_stderr"] > 0
         assert row["objective"] == pytest.approx(row["score"] - 0.05 * row["kl"])
-    assert json.loads(small.json.read_text()) == json.loads(json.dumps(report))
-    assert small.picture.stat().st_size > 5_000 and report["peer"] is None
+    assert finished.picture.stat().st_size > 5_000 and report["peer"] is None
 
 
 def test_other_coefficients_are_run_with_the_fewest_episodes_only():
@@ -50,15 +77,23 @@ def test_other_coefficients_are_run_with_the_fewest_episodes_only():
     assert frontier.peer_plan(dataclasses.replace(config, peer_episodes=(64,))) == [(64, 0)]
 
 
-def test_a_finished_run_is_taken_as_it_is_and_looks_the_same(small, report, capsys):
-    policies = sorted(small.output.glob("*/policy/model.safetensors"))
-    before = [path.read_bytes() for path in policies]
-    config = dataclasses.replace(small, seeds=(0,), kl_coefs=(0.05,), methods=("PPO",), json=None)
+def test_a_finished_run_is_not_trained_again_and_evaluates_to_the_same(finished, report):
+    config = dataclasses.replace(finished, methods=("PPO",), json=None, picture=finished.output / "again.png")
     again = frontier.main(config)["rows"]
-    first = [row for row in report["rows"] if row["method"] == "PPO" and row["kl_coef"] == 0.05]
-    names = ("score", "kl", "objective", "seconds")
+    first = [row for row in report["rows"] if row["method"] == "PPO"]
+    names = ("score", "kl", "objective", "seconds")  # another training would take other seconds
     assert [[row[name] for name in names] for row in again] == [[row[name] for name in names] for row in first]
-    assert len(policies) == 4 and before == [path.read_bytes() for path in policies]
+
+
+def test_the_standard_error_is_over_prompts():
+    rng = np.random.default_rng(0)
+    means, n = rng.normal(size=(400, 16, 1)), 64  # 400 evaluations of 16 prompts, whose completions differ little
+    found = [
+        frontier_report.figures(frontier_report.Samples(x, np.zeros_like(x)))
+        for x in means + 0.1 * rng.normal(size=(400, 16, n))
+    ]
+    spread = np.std([row["score"] for row in found])  # 1 / sqrt(16), not 1 / sqrt(16 * 64)
+    assert np.mean([row["score_stderr"] for row in found]) == pytest.approx(spread, rel=0.15)
 
 
 def test_the_reference_itself_has_no_kl_and_training_prompts_are_not_evaluated(small):
@@ -70,13 +105,12 @@ def test_the_reference_itself_has_no_kl_and_training_prompts_are_not_evaluated(s
         lm, tokenizer, [early_letters], None, (train_rows, held_out),
         chat=False, max_new_tokens=3, temperature=1.0,
     )  # fmt: skip
-    found = frontier.draw(task, params, params, task.prompt_sets[1], 5, 4, frontier.jax.random.key(0))
+    draw = functools.partial(
+        frontier.draw, task, reference=params, prompts=task.prompt_sets[1], samples=5, batch_size=4
+    )
+    found = draw(params, key=jax.random.key(0))
     assert found.scores.shape == (2, 5) and np.all(found.kl == 0)
-    tilted = frontier.draw(
-        task, pg.models.causal_lm.jax.tree.map(lambda x: 2 * x, params), params, task.prompt_sets[1], 5, 4,
-        frontier.jax.random.key(0),
-    )  # fmt: skip
-    assert np.all(tilted.kl != 0)
+    assert np.all(draw(jax.tree.map(lambda x: 2 * x, params), key=jax.random.key(0)).kl != 0)
 
 
 def test_the_sampled_optimum_is_the_tilted_distribution():
@@ -103,14 +137,16 @@ def test_every_method_has_arguments_for_every_number_of_episodes():
         for episodes in (64, 6_400, 25_600, 10**6):
             config = frontier.experiment.Config(**frontier.recipe(method, episodes), batch_size=64, steps=1)
             frontier.experiment.check(config)
-            assert config.advantage == {"RLOO": "leave-one-out", "PPO": "value"}[method]
+            algorithm = algorithm_of(config)
+            assert (algorithm.group_size > 1, algorithm.value_coef > 0) == (method == "RLOO", method == "PPO")
+            assert not algorithm.on_policy and iteration_options(config, algorithm)["minibatches"] == 4
 
 
-def test_other_prompts_in_the_same_folder_are_refused(small, report, tmp_path):
-    other = tmp_path / "other.txt"
-    other.write_text("".join(f"the {word}\n" for word in WORDS), encoding="utf-8")
-    with pytest.raises(FileExistsError, match="holds the prompts of another benchmark"):
-        frontier.main(dataclasses.replace(small, prompts=str(other)))
+def test_other_prompts_in_the_same_folder_are_refused(tmp_path):
+    frontier.write_prompts(tmp_path, [{"prompt": "a good"}], [{"prompt": "a bad"}])
+    frontier.write_prompts(tmp_path, [{"prompt": "a good"}], [{"prompt": "a bad"}])
+    with pytest.raises(UserError, match=r"held_out\.jsonl holds the prompts of another benchmark"):
+        frontier.write_prompts(tmp_path, [{"prompt": "a good"}], [{"prompt": "a fine"}])
 
 
 @pytest.mark.parametrize(
@@ -123,7 +159,8 @@ def test_other_prompts_in_the_same_folder_are_refused(small, report, tmp_path):
         ({"betas": (0.1, 0.0)}, "betas must be above 0, got 0.0"),
         ({"best_of": (9,)}, "best_of must be from 1 to reference_samples=8, got 9"),
         ({"prompt_tokens": 0}, "prompt_tokens must be at least 1, got 0"),
-        ({"samples": 1, "held_out_prompts": 1}, "not both 1"),
+        ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"held_out_prompts": 1}, "held_out_prompts must be at least 2, for a standard error over prompts, got 1"),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(small, tmp_path, change, message):
@@ -143,11 +180,15 @@ def test_prompts_from_the_reviews_have_so_many_tokens_and_are_kept_apart(small, 
     assert [row["prompt"] for row in held_out] == [f"{i:03d} i" for i in range(30, 38)]  # not those trained on
 
 
-def test_too_few_prompts_to_keep_some_aside_are_named(small, tmp_path):
+def test_too_few_prompts_to_evaluate_on_are_refused(small, tmp_path):
     few = tmp_path / "few.txt"
-    few.write_text("a\nb\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"few\.txt has 2 rows: too few to keep some aside; name --held-out"):
+    few.write_text("a\nb\nc\nd\ne\nf\ng\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"few\.txt has 7 rows: too few to set two aside; name --held-out"):
         frontier.main(dataclasses.replace(small, prompts=str(few), output=tmp_path / "new"))
+    one = tmp_path / "one.txt"
+    one.write_text("a\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"one\.txt has 1 rows: a standard error over prompts needs two"):
+        frontier.main(dataclasses.replace(small, held_out=str(one), output=tmp_path / "new"))
 
 
 def test_a_peer_that_is_missing_is_named(monkeypatch, tmp_path):
@@ -191,7 +232,7 @@ def test_the_peer_gets_the_same_weights_prompts_and_sizes(small, tmp_path):
     assert asked["--prompts"] == str(files[0].resolve()) and asked["--seed"] == "7"
     fake.write_text("#!/bin/sh\nexit 3\n")
     assert frontier.train_trl(config, files, 16, 7)[0] == row  # finished: not run again
-    with pytest.raises(FileExistsError, match=r"trl_16_7 holds another run"):
+    with pytest.raises(UserError, match=r"trl_16_7 holds another run"):
         frontier.train_trl(dataclasses.replace(config, kl_coefs=(0.1,)), files, 16, 7)
 
 

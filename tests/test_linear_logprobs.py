@@ -1,5 +1,7 @@
-"""The log-probabilities that never hold [B, T, V]: same numbers, same gradients, little memory, any mesh."""
+"""Log-probabilities and entropies without [B, T, V]: same numbers, same gradients, little memory, any mesh."""
 
+import math
+import re
 from functools import partial
 
 import jax
@@ -10,8 +12,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from pgjax.core.linear_logprobs import linear_token_logprobs
-from pgjax.core.logprobs import token_logprobs
+from pgjax.core.linear_logprobs import linear_token_logprobs, linear_token_logprobs_and_entropy
+from pgjax.core.logprobs import token_entropy, token_logprobs
+from pgjax.models.heads import head_logprobs, head_logprobs_and_entropy
+from tests import core_in_numpy
 from tests.compare import assert_close
 from tests.compile_options import AS_FOR_USERS
 
@@ -38,6 +42,25 @@ def linear_loss(hidden, unembedding, tokens=TOKENS, weights=WEIGHTS, **options):
     return jnp.sum(weights * jnp.sin(linear_token_logprobs(hidden, unembedding, tokens, **options)))
 
 
+def plain_both(hidden, unembedding, tokens=TOKENS, temperature=1.0):
+    logits = jnp.einsum("btd,vd->btv", hidden, unembedding, preferred_element_type=jnp.float32)
+    return token_logprobs(logits, tokens, temperature=temperature), token_entropy(logits, temperature=temperature)
+
+
+def mixed_loss(function, hidden, unembedding, tokens=TOKENS, weights=WEIGHTS, **options):
+    """A loss to which every token's log-probability and entropy contributes, each with a weight of its own."""
+    logprobs, entropy = function(hidden, unembedding, tokens, **options)
+    return jnp.sum(weights * jnp.sin(logprobs) + (weights - 0.5) * jnp.square(entropy))
+
+
+def linear_mixed_loss(*arrays, **options):
+    return mixed_loss(linear_token_logprobs_and_entropy, *arrays, **options)
+
+
+def plain_mixed_loss(*arrays, **options):
+    return mixed_loss(plain_both, *arrays, **options)
+
+
 def mesh_of(data, fsdp):
     return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
@@ -60,11 +83,52 @@ def test_values_and_gradients_equal_the_plain_ones(chunk_size, temperature):
     assert_same(both(linear_loss, HIDDEN, UNEMBEDDING, temperature=temperature, chunk_size=chunk_size), expected)
     logprobs = linear_token_logprobs(HIDDEN, UNEMBEDDING, TOKENS, temperature=temperature, chunk_size=chunk_size)
     assert_same(logprobs, jax.jit(plain)(HIDDEN, UNEMBEDDING, TOKENS, temperature))
+    expected = both(plain_mixed_loss, HIDDEN, UNEMBEDDING, temperature=temperature)
+    found = both(linear_mixed_loss, HIDDEN, UNEMBEDDING, temperature=temperature, chunk_size=chunk_size)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("name", ["logprobs", "entropy"])
+def test_each_output_alone_equals_the_plain_one(name):
+    pick = lambda function: lambda h, w: function(h, w, TOKENS)[name == "entropy"]
+    plain_one, linear_one = pick(plain_both), pick(partial(linear_token_logprobs_and_entropy, chunk_size=4))
+    assert_same(linear_one(HIDDEN, UNEMBEDDING), plain_one(HIDDEN, UNEMBEDDING))
+    loss = lambda function: lambda h, w: jnp.sum(WEIGHTS * function(h, w))
+    assert_same(both(loss(linear_one), HIDDEN, UNEMBEDDING), both(loss(plain_one), HIDDEN, UNEMBEDDING))
+
+
+@pytest.mark.parametrize("chunk_size", [3, 11])
+def test_float64_equals_numpy_to_its_last_digits(chunk_size):
+    hidden, unembedding, weights = (np.asarray(x, np.float64) for x in (HIDDEN * 5, UNEMBEDDING, WEIGHTS))
+    tokens, temperature = np.asarray(TOKENS), 0.7
+    z = hidden @ unembedding.T / temperature
+    log_p = z - z.max(-1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(-1, keepdims=True))
+    p, entropy = np.exp(log_p), -(np.exp(log_p) * log_p).sum(-1)
+    one_hot = np.eye(VOCAB)[np.roll(tokens, -1, axis=1)]
+    of_logprob, of_entropy = np.roll(weights, -1, axis=1), np.roll(weights - 0.5, -1, axis=1)  # at the positions
+    of_logprob[:, -1] = of_entropy[:, -1] = 0  # the last position predicts no token
+    d_logits = of_logprob[..., None] * (one_hot - p) - of_entropy[..., None] * p * (log_p + entropy[..., None])
+    d_logits /= temperature
+    expected = d_logits @ unembedding, np.einsum("btv,btd->vd", d_logits, hidden)
+    with jax.enable_x64(True):
+        options = {"temperature": temperature, "chunk_size": chunk_size}
+        function = lambda h, w: linear_token_logprobs_and_entropy(h, w, jnp.asarray(tokens), **options)
+        loss = lambda h, w: jnp.sum(weights * function(h, w)[0] + (weights - 0.5) * function(h, w)[1])
+        arrays = jnp.asarray(hidden), jnp.asarray(unembedding)
+        logprobs, entropies = jax.jit(function)(*arrays)
+        gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))(*arrays)
+        assert {x.dtype.name for x in (logprobs, entropies, *gradients)} == {"float64"}
+    exact = {"rtol": 1e-12, "atol": 1e-12}
+    np.testing.assert_allclose(logprobs, core_in_numpy.token_logprobs(z, tokens), **exact)
+    np.testing.assert_allclose(entropies, core_in_numpy.token_entropy(z), **exact)
+    assert_same(gradients, expected, **exact)
 
 
 def test_check_grads():
     loss = jax.jit(partial(linear_loss, chunk_size=4))
     check_grads(loss, (HIDDEN, UNEMBEDDING), 1, ["rev"], rtol=1e-2)
+    check_grads(jax.jit(partial(linear_mixed_loss, chunk_size=4)), (HIDDEN, UNEMBEDDING), 1, ["rev"], rtol=1e-2)
 
 
 def test_second_derivatives_are_there_where_the_first_is_zero():
@@ -80,10 +144,63 @@ def test_second_derivatives_are_there_where_the_first_is_zero():
     assert_same(product(partial(linear_token_logprobs, chunk_size=4)), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_large_logits_need_the_running_maximum():
-    hidden = HIDDEN * 300.0
-    logprobs = linear_token_logprobs(hidden, UNEMBEDDING, TOKENS, chunk_size=4)
-    assert_same(logprobs, jax.jit(plain)(hidden, UNEMBEDDING, TOKENS), rtol=1e-5, atol=1e-3)
+@pytest.mark.parametrize("split", [None, "tensor"])
+def test_second_derivatives_of_both_outputs(split):
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    sharded = {"mesh": mesh, "batch_axes": ("data",), "unembedding_axes": ("tensor", None)}
+    hidden, unembedding = HIDDEN[:, :, :2], jnp.concatenate([UNEMBEDDING, UNEMBEDDING[:1]])[:, :2]
+    along = jnp.asarray(np.random.default_rng(1).standard_normal(unembedding.shape), jnp.float32)
+
+    def product(loss, **options):
+        gradient = jax.grad(lambda w: loss(hidden, w, **options))
+        return jax.jit(lambda w: jax.jvp(gradient, (w,), (along,))[1])(unembedding)
+
+    expected = product(plain_mixed_loss)
+    found = product(linear_mixed_loss, chunk_size=4, **({} if split is None else sharded))
+    assert_same(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [300.0, -300.0, 1e30, 1e35])
+def test_large_logits_need_the_running_maximum(scale):
+    hidden = HIDDEN * scale
+    found = linear_token_logprobs_and_entropy(hidden, UNEMBEDDING, TOKENS, chunk_size=4)
+    expected = jax.jit(plain_both)(hidden, UNEMBEDDING)
+    assert np.isfinite(expected[1]).all()
+    assert_same(found, expected, rtol=1e-5, atol=1e-3)
+    assert_same(linear_token_logprobs(hidden, UNEMBEDDING, TOKENS, chunk_size=4), expected[0], rtol=1e-5, atol=1e-3)
+    gradients = both(linear_mixed_loss, hidden, UNEMBEDDING, chunk_size=4)[1]
+    assert all(np.isfinite(x).all() for x in gradients)
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 2, 3], [5], [10], list(range(10))], ids=str)
+def test_an_infinitely_unlikely_token_adds_nothing(ids):
+    """Logits of -inf in a whole block, in part of one, and everywhere but at one token."""
+    hidden = jnp.abs(HIDDEN) + 0.1
+    unembedding = UNEMBEDDING.at[jnp.array(ids)].set(-jnp.inf)
+    tokens = jnp.where(jnp.isin(TOKENS, jnp.array(ids)), 10 if 10 not in ids else 0, TOKENS)
+    found = linear_token_logprobs_and_entropy(hidden, unembedding, tokens, chunk_size=4)
+    assert_same(found, plain_both(hidden, unembedding, tokens))
+    assert np.isfinite(found[0]).all() and np.isfinite(found[1]).all()
+    assert_same(linear_token_logprobs(hidden, unembedding, tokens, chunk_size=4), found[0])
+
+
+def test_logits_that_overflow_to_minus_infinity_have_finite_gradients():
+    hidden = jnp.abs(HIDDEN) + 10.0
+    unembedding = UNEMBEDDING.at[2].set(-3e38).at[8:].set(-3e38)
+    tokens = jnp.where((TOKENS == 2) | (TOKENS >= 8), 0, TOKENS)
+    found = both(linear_mixed_loss, hidden, unembedding, tokens, chunk_size=4)
+    expected = both(plain_mixed_loss, hidden, unembedding, tokens)
+    assert_same(found, expected, rtol=1e-4, atol=1e-3)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
+
+
+def test_entropy_is_not_below_zero_and_zero_where_one_token_is_certain():
+    certain = linear_token_logprobs_and_entropy(HIDDEN * 1e4, UNEMBEDDING, TOKENS, chunk_size=4)[1]
+    np.testing.assert_array_equal(certain, 0)
+    near = linear_token_logprobs_and_entropy(HIDDEN * 30, UNEMBEDDING, TOKENS, chunk_size=1)[1]
+    assert (near >= 0).all()
+    even = linear_token_logprobs_and_entropy(HIDDEN, UNEMBEDDING * 0, TOKENS, chunk_size=4)[1]
+    np.testing.assert_allclose(even[:, 1:], np.log(VOCAB), rtol=1e-6)
 
 
 def test_bfloat16_products_accumulate_in_float32():
@@ -95,12 +212,19 @@ def test_bfloat16_products_accumulate_in_float32():
     assert [g.dtype for g in gradients] == [jnp.bfloat16] * 2
     assert_same([g.astype(jnp.float32) for g in gradients], list(expected), rtol=2e-2, atol=2e-2)
     assert both(linear_loss, hidden, UNEMBEDDING)[1][1].dtype == jnp.float32
+    mixed, gradients = both(linear_mixed_loss, hidden, unembedding, chunk_size=4)
+    exact, expected = both(plain_mixed_loss, hidden.astype(jnp.float32), unembedding.astype(jnp.float32))
+    assert mixed.dtype == jnp.float32
+    assert_same(mixed, exact)
+    assert [g.dtype for g in gradients] == [jnp.bfloat16] * 2
+    assert_same([g.astype(jnp.float32) for g in gradients], list(expected), rtol=2e-2, atol=2e-2)
 
 
 def test_length_one_and_the_first_token():
     short = linear_token_logprobs(HIDDEN[:, :1], UNEMBEDDING, TOKENS[:, :1])
     np.testing.assert_array_equal(short, 0)
     np.testing.assert_array_equal(linear_token_logprobs(HIDDEN, UNEMBEDDING, TOKENS)[:, 0], 0)
+    np.testing.assert_array_equal(linear_token_logprobs_and_entropy(HIDDEN, UNEMBEDDING, TOKENS)[1][:, 0], 0)
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
@@ -111,8 +235,13 @@ def test_garbage_hidden_states_do_not_leak_through_a_mask(garbage):
     def loss(h, w):
         return jnp.sum(jnp.where(mask, linear_token_logprobs(h, w, TOKENS, chunk_size=4), 0.0))
 
-    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-    jax.tree.map(np.testing.assert_array_equal, run(dirty, UNEMBEDDING), run(HIDDEN, UNEMBEDDING))
+    def with_entropy(h, w):
+        found = linear_token_logprobs_and_entropy(h, w, TOKENS, chunk_size=4)
+        return sum(jnp.sum(jnp.where(mask, x, 0.0)) for x in found)
+
+    for function in (loss, with_entropy):
+        run = jax.jit(jax.value_and_grad(function, argnums=(0, 1)))
+        jax.tree.map(np.testing.assert_array_equal, run(dirty, UNEMBEDDING), run(HIDDEN, UNEMBEDDING))
 
 
 def test_an_id_outside_the_vocabulary_is_nan_and_has_no_gradient():
@@ -122,6 +251,17 @@ def test_an_id_outside_the_vocabulary_is_nan_and_has_no_gradient():
     gradient = jax.grad(lambda h: jnp.nansum(linear_token_logprobs(h, UNEMBEDDING, tokens)))(HIDDEN)
     assert jnp.all(jnp.isfinite(gradient))
     np.testing.assert_array_equal(gradient[0, 1], 0)
+
+    def entropy_loss(function):  # the log-probabilities of those ids take part, with a cotangent that must not matter
+        def loss(h, w):
+            logprobs, entropy = function(h, w, tokens)
+            return jnp.nansum(logprobs) + jnp.sum(WEIGHTS * entropy)
+
+        return loss
+
+    found = both(entropy_loss(partial(linear_token_logprobs_and_entropy, chunk_size=4)), HIDDEN, UNEMBEDDING)
+    assert_same(found, both(entropy_loss(plain_both), HIDDEN, UNEMBEDDING))
+    assert np.abs(found[1][0][0, 1]).max() > 0
 
 
 def test_a_traced_temperature_traces_once():
@@ -153,8 +293,28 @@ def test_temporaries_are_a_small_fraction_of_the_logits(dtype):
     )
     logits_bytes = batch * length * vocab * 4
     assert _temporaries(linear_loss, *shapes) < 0.15 * logits_bytes
+    assert _temporaries(linear_mixed_loss, *shapes) < 0.2 * logits_bytes
     if dtype == jnp.float32:  # what the measure says of the plain way
         assert _temporaries(plain_loss, *shapes) > logits_bytes
+
+
+def test_no_array_of_the_compiled_program_has_the_size_of_the_logits():
+    batch, length, vocab, width = 2, 24, 640, 8  # no product of other sizes is as large
+    shapes = (
+        jax.ShapeDtypeStruct((batch, length, width), jnp.float32),
+        jax.ShapeDtypeStruct((vocab, width), jnp.float32),
+        jax.ShapeDtypeStruct((batch, length), jnp.int32),
+        jax.ShapeDtypeStruct((batch, length), jnp.float32),
+    )
+
+    def largest(loss, **options):
+        gradient = jax.jit(jax.value_and_grad(partial(loss, **options), argnums=(0, 1)))
+        text = gradient.lower(*shapes).compile(AS_FOR_USERS).as_text()
+        return max(math.prod(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text))
+
+    logits = batch * length * vocab
+    assert largest(plain_mixed_loss) >= logits
+    assert largest(linear_mixed_loss, chunk_size=64) <= max(logits // 10, vocab * width)
 
 
 @pytest.mark.parametrize("spec", [P("fsdp", None), P(None, "fsdp")])
@@ -169,13 +329,18 @@ def test_sharded_under_jit(spec, with_mesh):
     placed = [jax.device_put(x, rows) for x in (hidden, TOKENS, WEIGHTS)]
     found = step(placed[0], jax.device_put(unembedding, NamedSharding(mesh, spec)), *placed[1:])
     assert_same(found, both(plain_loss, hidden, unembedding))
+    mixed = jax.jit(jax.value_and_grad(lambda *args: linear_mixed_loss(*args, **options), argnums=(0, 1)))
+    found = mixed(placed[0], jax.device_put(unembedding, NamedSharding(mesh, spec)), *placed[1:])
+    assert_same(found, both(plain_mixed_loss, hidden, unembedding))
 
 
 @pytest.mark.parametrize(
-    ("batch", "split"), [((), ("tensor", None)), (("data", "fsdp"), ("tensor", "fsdp"))], ids=["tensor", "both"]
+    ("batch", "split"),
+    [((), ("tensor", None)), (("data",), ("tensor", None)), (("data", "fsdp"), ("tensor", "fsdp"))],
+    ids=["tensor", "rows", "both"],
 )
 def test_an_unembedding_that_stays_split_gives_the_same(batch, split):
-    sizes = {"data": 1, "fsdp": 2, "tensor": 2} if batch else {"tensor": 4}
+    sizes = {"data": 1, "fsdp": 2, "tensor": 2} if split[1] else {"data": 2, "tensor": 2} if batch else {"tensor": 4}
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     unembedding = jnp.concatenate([UNEMBEDDING, UNEMBEDDING[:1]])[:, :2]  # 12 x 2, so 3 or 6 ids on a device
     hidden, tokens = HIDDEN[:, :, :2], TOKENS.at[0, 1].set(12).at[1, 2].set(-1)  # two ids outside of the vocabulary
@@ -184,14 +349,36 @@ def test_an_unembedding_that_stays_split_gives_the_same(batch, split):
         logprobs = function(h, w, tokens, **options)
         return jnp.sum(jnp.where(jnp.isnan(logprobs), 0.0, WEIGHTS * jnp.sin(logprobs))), logprobs
 
-    def found(function, **options):
+    def with_entropy(function, h, w, **options):
+        logprobs, entropy = function(h, w, tokens, **options)
+        mixed = jnp.where(jnp.isnan(logprobs), 0.0, WEIGHTS * jnp.sin(logprobs)) + (WEIGHTS - 0.5) * jnp.square(entropy)
+        return jnp.sum(mixed), (logprobs, entropy)
+
+    def found(function, loss=loss, **options):
         step = jax.value_and_grad(partial(loss, function, **options), argnums=(0, 1), has_aux=True)
         return jax.jit(step)(hidden, unembedding)
 
-    mended = {"chunk_size": 4, "mesh": mesh, "batch_axes": batch, "unembedding_axes": split}
+    options = {"chunk_size": 4, "mesh": mesh, "batch_axes": batch, "unembedding_axes": split}
     expected = found(lambda h, w, ids: linear_token_logprobs(h, w, ids))
     assert np.isnan(expected[0][1]).sum() == 2
-    assert_same(found(linear_token_logprobs, **mended), expected)
+    assert_same(found(linear_token_logprobs, **options), expected)
+    expected = found(plain_both, with_entropy)
+    assert_same(found(linear_token_logprobs_and_entropy, with_entropy, **options), expected)
+
+
+def test_the_heads_take_the_ambient_mesh():
+    unembedding, hidden = jnp.concatenate([UNEMBEDDING, UNEMBEDDING[:1]])[:, :2], HIDDEN[:, :, :2]
+    value_and_grad = jax.value_and_grad(partial(mixed_loss, head_logprobs_and_entropy), argnums=(0, 1))
+    expected = both(plain_mixed_loss, hidden, unembedding, temperature=0.7)
+    step = jax.jit(lambda h, w: value_and_grad(h, w, temperature=0.7))
+    assert_same(step(hidden, unembedding), expected)
+    mesh = jax.make_mesh((1, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh):
+        assert_same(step(hidden, unembedding), expected)
+        _, inside, outside = _collectives_inside_loops(step.lower(hidden, unembedding).compile(AS_FOR_USERS).as_text())
+        assert inside == 0 and outside >= 2
+        logprobs = jax.jit(head_logprobs)(hidden, unembedding, TOKENS)
+    assert_same(logprobs, plain(hidden, unembedding, TOKENS))
 
 
 def _collectives_inside_loops(text):
@@ -231,6 +418,9 @@ def test_no_collective_inside_the_loop_with_a_mesh():
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     loops, inside, outside = _collectives_inside_loops(step.lower(*shapes).compile(AS_FOR_USERS).as_text())
     assert loops == 2 and inside == 0 and outside >= 2
+    step = jax.jit(jax.value_and_grad(partial(linear_mixed_loss, chunk_size=16, mesh=mesh), argnums=(0, 1)))
+    loops, inside, outside = _collectives_inside_loops(step.lower(*shapes).compile(AS_FOR_USERS).as_text())
+    assert loops == 2 and inside == 0 and outside >= 2
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -246,6 +436,13 @@ def test_inside_the_callers_shard_map(check_vma):
     loss = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check_vma)
     found = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(HIDDEN, UNEMBEDDING, TOKENS, WEIGHTS)
     assert_same(found, EXPECTED)
+
+    def local_mixed(*arrays):
+        return jax.lax.psum(linear_mixed_loss(*arrays, chunk_size=4), ("data", "fsdp"))
+
+    mixed = jax.shard_map(local_mixed, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check_vma)
+    found = jax.jit(jax.value_and_grad(mixed, argnums=(0, 1)))(HIDDEN, UNEMBEDDING, TOKENS, WEIGHTS)
+    assert_same(found, both(plain_mixed_loss, HIDDEN, UNEMBEDDING))
 
 
 def test_gradient_taken_inside_shard_map_sums_a_replicated_unembedding():
@@ -278,11 +475,14 @@ def test_under_pmap_vmap_and_scan():
 
 def test_rows_without_tokens_have_no_logprobs():
     assert linear_token_logprobs(HIDDEN[:, :0], UNEMBEDDING, TOKENS[:, :0]).shape == (len(HIDDEN), 0)
+    found = linear_token_logprobs_and_entropy(HIDDEN[:, :0], UNEMBEDDING, TOKENS[:, :0])
+    assert [x.shape for x in found] == [(len(HIDDEN), 0)] * 2
 
 
 def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
-        linear_token_logprobs(HIDDEN, UNEMBEDDING, TOKENS, chunk_size=0)
+    for function in (linear_token_logprobs, linear_token_logprobs_and_entropy):
+        with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
+            function(HIDDEN, UNEMBEDDING, TOKENS, chunk_size=0)
     with pytest.raises(ValueError, match=r"chunk_size must be a whole number, got 2\.5"):
         linear_token_logprobs(HIDDEN, UNEMBEDDING, TOKENS, chunk_size=2.5)
     with pytest.raises(ValueError, match="temperature must be above 0, got -2"):

@@ -168,7 +168,7 @@ def test_a_folder_that_holds_no_model_and_a_file_of_another_kind_are_named(tmp_p
 def test_a_hub_id_that_cannot_be_had_is_one_error_that_says_what_was_tried(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ValueError, match="'nobody/nothing' is no local path and could not be had from the Hugging Face hub"
+        ValueError, match="'nobody/nothing' is no local path and could not be downloaded from the Hugging Face hub"
     ):
         load("nobody/nothing")
     with pytest.raises(ValueError, match="ships it: try 'SmolLM2-135M-Instruct'"):

@@ -17,13 +17,13 @@ CONFIG = {"steps": 10, "model": "tiny", "ppo": {"clip_eps": 0.2, "coefs": (1, 2)
 
 def test_new_run_in_a_used_folder_is_refused_with_both_mends(tmp_path):
     open_run(tmp_path / "run", CONFIG, resume=False)
-    with pytest.raises(ValueError, match=r"run is not empty: add --resume .*another --output"):
+    with pytest.raises(ValueError, match=r"run is not empty: resume .*another one"):
         open_run(tmp_path / "run", CONFIG, resume=False)
 
 
 def test_folder_with_foreign_files_is_refused_and_left_as_it_is(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is not empty: choose another --output"):  # there is no run to resume
+    with pytest.raises(ValueError, match="is not empty: choose another one"):  # there is no run to resume
         open_run(tmp_path, CONFIG, resume=False)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -38,7 +38,7 @@ def test_empty_folder_takes_a_run_but_a_file_does_not(tmp_path):
     assert json.loads((run / "config.json").read_text())["ppo"] == {"clip_eps": 0.2, "coefs": [1, 2]}
     with pytest.raises(ValueError, match="is a file"):
         open_run(tmp_path / "config.json", CONFIG, resume=False)
-    with pytest.raises(ValueError, match=r"can't be made .*choose another --output"):
+    with pytest.raises(ValueError, match=r"can't be made .*choose another one"):
         open_run(tmp_path / "config.json" / "below", CONFIG, resume=False)
 
 

@@ -196,7 +196,7 @@ def test_a_handler_that_python_did_not_set_is_no_obstacle(monkeypatch):
     assert handlers[2:] == [signal.SIG_DFL, signal.SIG_DFL]
 
 
-def test_what_is_saved_says_where_the_data_goes_on(tmp_path):
+def test_what_is_saved_holds_the_step(tmp_path):
     run(tmp_path, steps=3)
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.restore({"x": jnp.float32(0)})[1] == {"step": 3, "data_position": 3}
+        assert checkpoints.restore({"x": jnp.float32(0)})[1] == {"step": 3}

@@ -232,6 +232,14 @@ def test_diagnostics_see_no_padding():
     assert [float(v) for v in first.values()] == [0, 0, 1, 1, 1]
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0,)])
+def test_the_diagnostics_of_an_empty_batch_are_zero(shape):
+    # The bug: a minimum over nothing was an error of the reduction.
+    for mask in (None, jnp.zeros(shape, bool)):
+        found = surrogate_diagnostics(jnp.zeros(shape), jnp.zeros(shape), mask)
+        assert {name: float(x) for name, x in found.items()} == dict.fromkeys(found, 0.0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

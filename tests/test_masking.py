@@ -34,6 +34,33 @@ def test_a_bfloat16_sum_is_taken_in_float32():
     assert masked_mean(jnp.ones(1000, jnp.bfloat16)) == 1.0
 
 
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray, list, lambda x: jnp.asarray(x, jnp.bfloat16)])
+def test_a_mask_of_weights_is_refused(kind):
+    # The bug: it was rounded to a mask, so that the mean of 1 and 3 by weights 0.75 and 0.25 was 2.
+    weights = kind([0.75, 0.25])
+    with pytest.raises(ValueError, match=r"mask must hold only 0 and 1, got 0\.75, 0\.25 in 2 of 2 entries"):
+        masked_mean([1.0, 3.0], weights)
+    with pytest.raises(ValueError, match=r"got 0\.75, 0\.25"):  # a constant of a compiled function
+        jax.jit(lambda x: masked_mean(x, weights))(jnp.array([1.0, 3.0]))
+    assert masked_mean([1.0, 3.0], kind([0.0, 1.0])) == 3.0
+
+
+@pytest.mark.parametrize("others", [[2, 0], [np.nan, 1.0], [-1.0, 1.0]])
+def test_every_number_but_0_and_1_is_refused(others):
+    with pytest.raises(ValueError, match="mask must hold only 0 and 1"):
+        masked_whiten(jnp.ones(2), jnp.array(others))
+    with pytest.raises(ValueError, match="in 5 of 5 entries"):
+        masked_mean(jnp.ones(5), jnp.full(5, 2))
+
+
+def test_a_traced_mask_of_zeros_and_ones_is_taken_and_a_boolean_one_costs_nothing():
+    x, mask = jnp.array([1.0, 3.0]), jnp.array([0.0, 1.0])
+    assert jax.jit(masked_mean)(x, mask) == 3.0
+    assert jax.jit(jax.grad(masked_mean))(x, mask).tolist() == [0.0, 1.0]
+    text = str(jax.make_jaxpr(masked_mean)(x, mask > 0))
+    assert "callback" not in text and " ne " not in text
+
+
 def test_an_empty_mask_gives_zero_and_zero_gradient():
     mask = jnp.zeros((3, 5), bool)
     value, gradient = jax.value_and_grad(lambda x: masked_mean(x, mask) + masked_whiten(x, mask).sum())(X)

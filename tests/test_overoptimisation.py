@@ -137,7 +137,7 @@ def tiny_rlhf(tmp_path):
         data=write(tmp_path / "data.jsonl", [{"text": words(rng, 8)} for _ in range(64)]), held_out_data=None,
         prompts=write(tmp_path / "prompts.jsonl", [{"prompt": words(rng, 2)} for _ in range(20)]), held_out_prompts=None,
         sft=dataclasses.replace(
-            rlhf.SFT, config=tmp_path / "tiny.json", epochs=1, max_length=32, batch_size=4, held_out_rows=8, warmup=1
+            rlhf.SFT, config=tmp_path / "tiny.json", epochs=1, max_length=32, batch_size=4, held_out_rows=8, warmup_updates=1
         ),
         pair=rlhf.Pairs(train=32, held_out=8, batch_size=8),
         reward_model=dataclasses.replace(rlhf.REWARD_MODEL, epochs=1.0, batch_size=8),

@@ -9,11 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from benchmarks import pod, pod_judge
 from benchmarks.hlo import Collective, Loop, bytes_of
-from benchmarks.pod_programs import Case
+from benchmarks.pod_programs import Case, lower
 from benchmarks.pod_report import KINDS, picture, show
 from pgjax.parallel.mesh import make_mesh
 from tests.tiny import tiny_lm
@@ -35,16 +36,17 @@ def test_the_programs_of_16_chips_fit_and_send_what_they_should(tmp_path):
     done = subprocess.run([*command, "--json", str(path)], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["program"]: row for row in json.loads(path.read_text())["rows"]}
-    assert set(rows) == {"sampler", "scoring", "learner"}
+    assert set(rows) == {"sampler", "scoring", "reference", "learner"}
     for row in rows.values():
         assert row["chips"] == 16 and row["defects"] == [] and 0 < row["memory"]["used"] <= row["limit"]
     _, decode = rows["sampler"]["phases"]
     assert [(one["kind"], one["loops"], one["bytes"]) for one in decode["collectives"]] == [("all-reduce", [None], 4)]
-    (learner,) = rows["learner"]["phases"]
+    (reference,), (learner,) = (rows[program]["phases"] for program in ("reference", "learner"))
     assert any(one["kind"] == "reduce-scatter" and 30 in one["loops"] for one in learner["collectives"])
     # The loop over the vocabulary is there (49152 = 48 * 1024), and sends nothing.
-    assert any(48 in loops for loops in learner["loops"])
-    assert not any(48 in one["loops"] for one in learner["collectives"])
+    for phase in (reference, learner):
+        assert any(48 in loops for loops in phase["loops"])
+        assert not any(48 in one["loops"] for one in phase["collectives"])
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +55,17 @@ def case():
 
 
 @pytest.fixture(scope="module")
-def rows(case):
-    return [pod_judge.judge(case, program, 1) for program in ("sampler", "learner")]
+def judged(once, case):
+    def make(folder):
+        rows = [pod_judge.judge(case, program, 1) for program in ("sampler", "learner")]
+        (folder / "rows.json").write_text(json.dumps(rows))
+
+    return once("pod", make) / "rows.json"
+
+
+@pytest.fixture
+def rows(judged):
+    return json.loads(judged.read_text())
 
 
 def test_the_bytes_of_a_chip_are_all_accounted_for(rows):
@@ -69,10 +80,16 @@ def test_the_bytes_of_a_chip_are_all_accounted_for(rows):
     assert rows[0]["rows"] == 4  # one for each part of data x fsdp
 
 
+@pytest.mark.parametrize("program", ["scoring", "reference"])
+def test_a_pass_over_the_samples_is_that_of_training(case, program):
+    lowered = lower(case, program, 1)  # two parts of a row for each part of data x fsdp; a window of 4 new tokens
+    assert {x.shape for x in jax.tree.leaves(lowered.out_info)} == {(8, 5)}
+
+
 def test_prefill_and_decode_are_told_apart(rows):
     prefill, decode = rows[0]["phases"]
     assert any(one["kind"] == "all-gather" for one in prefill["collectives"])  # the parameters, once
-    assert {(one["kind"], one["loops"]) for one in decode["collectives"]} == {("all-reduce", (None,))}  # all rows done?
+    assert [(one["kind"], one["loops"]) for one in decode["collectives"]] == [("all-reduce", [None])]  # all rows done?
     assert (
         prefill["flops"] > decode["flops"] > 0 and prefill["compiler_seconds"] is None
     )  # the CPU's compiler says no cycles
@@ -185,5 +202,5 @@ def test_what_cannot_be_compiled_is_refused_at_once(monkeypatch):
     with pytest.raises(ValueError, match=r"models: 3B not known; there are 135M, 0.5B, 1.5B, 8B"):
         pod.main(pod.Config(models=("135M", "3B")))
     monkeypatch.setattr(pod.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="libtpu, which compiles for TPUs, is not installed"):
+    with pytest.raises(pod.MissingPackageError, match="libtpu, which compiles for TPUs, is not installed"):
         pod.main(pod.Config())

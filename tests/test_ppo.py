@@ -393,7 +393,7 @@ def empty_rows():
     return []
 
 
-@pytest.mark.parametrize("function, message", [("empty_rows", "gives no rows"), ("failing", "failing")])
+@pytest.mark.parametrize("function, message", [("empty_rows", "returns no rows"), ("failing", "failing")])
 def test_rows_of_a_function_are_checked_too(config, function, message):
     with pytest.raises((ValueError, TypeError), match=message):
         script.main(change(config, prompts=f"{__name__}:{function}"))

@@ -10,7 +10,7 @@ import pytest
 import pgjax as pg
 from pgjax.data.preferences import (
     Answered,
-    Encoded,
+    EncodedPair,
     Reference,
     check_answers,
     check_pairs,
@@ -51,7 +51,7 @@ def random_pairs(count, seed=0):
     for _ in range(count):
         prompt, lengths = draw.integers(3, 23, draw.integers(1, 6)).tolist(), draw.integers(1, 12, 2)
         answers = [[*prompt, *draw.integers(3, 23, length).tolist(), 2] for length in lengths]
-        pairs.append(Encoded(*answers, margin=float(draw.integers(0, 3))))
+        pairs.append(EncodedPair(*answers, margin=float(draw.integers(0, 3))))
     return pairs
 
 
@@ -271,13 +271,13 @@ def test_answers_of_other_texts_and_equal_ids_are_equal(tokenizer):
 
 
 def test_the_end_of_sequence_is_real_though_it_is_also_the_padding():
-    batch = pair_batch([Encoded([5, 0], [5, 6, 7, 0], 0.0)], most=64)
+    batch = pair_batch([EncodedPair([5, 0], [5, 6, 7, 0], 0.0)], most=64)
     assert batch.attention_mask.sum(-1).tolist() == [[2, 4]]
     assert batch.tokens[0, 1, :5].tolist() == [5, 6, 7, 0, 0]
 
 
 def test_lengths_fall_into_few_buckets_and_never_beyond_the_positions():
-    lengths = {pair_batch([Encoded([1] * n, [2], 0.0)], most=100).tokens.shape[-1] for n in range(1, 101)}
+    lengths = {pair_batch([EncodedPair([1] * n, [2], 0.0)], most=100).tokens.shape[-1] for n in range(1, 101)}
     assert sorted(lengths) == [16, 24, 32, 48, 64, 96, 100]
 
 
@@ -358,7 +358,10 @@ def test_figures_against_their_definitions():
     assert found["accuracy"] == 2.5 / 4
     np.testing.assert_allclose(found["margin"], gaps.mean())
     np.testing.assert_allclose(found["loss"], np.log(1 + np.exp(-gaps)).mean())
-    np.testing.assert_allclose(found["accuracy_stderr"], np.sqrt(0.625 * 0.375 / 4))
+    np.testing.assert_allclose(found["accuracy_stderr"], np.std([1, 0.5, 0, 1], ddof=1) / 2)
+    of_two_prompts = pair_metrics(scores, ["a", "a", "b", "b"])["accuracy_stderr"]  # means 0.75 and 0.5
+    np.testing.assert_allclose(of_two_prompts, np.std([0.75, 0.5], ddof=1) / np.sqrt(2))
+    assert "accuracy_stderr" not in pair_metrics(scores, ["a"] * 4)  # of one prompt no error can be estimated
 
 
 def test_gaps_of_any_size_are_finite():

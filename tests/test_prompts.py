@@ -63,7 +63,7 @@ GOOD = '{"prompt": "a"}\n'
     [
         ("p.jsonl", GOOD + "\n{'prompt': 'b'}", "line 3: not JSON"),
         ("p.jsonl", GOOD + '{"prompt": "b"', "line 2: not JSON"),
-        ("p.jsonl", GOOD + '{"prompt": "b", "n": 1, "prompt": "c"}', "line 2: .*the key 'prompt' is there twice"),
+        ("p.jsonl", GOOD + '{"prompt": "b", "n": 1, "prompt": "c"}', "line 2: .*the key 'prompt' occurs twice"),
         ("p.jsonl", GOOD + '["b"]', "line 2: a list, not an object"),
         ("p.jsonl", GOOD + '"b"', "line 2: a str, not an object"),
         ("p.jsonl", GOOD + '{"question": "b", "n": 1}', "line 2: there is no column 'prompt'.*'question', 'n'"),
@@ -84,7 +84,7 @@ GOOD = '{"prompt": "a"}\n'
         ("p.csv", "prompt,topic\n", "no rows"),
         ("p.txt", "\n\n", "no rows"),
         ("p.csv", "question,topic\na,b\n", "line 2: there is no column 'prompt'.*'question', 'topic'"),
-        ("p.csv", "prompt,topic,topic\na,b,c\n", "line 1: the column 'topic' is there twice"),
+        ("p.csv", "prompt,topic,topic\na,b,c\n", "line 1: the column 'topic' occurs twice"),
         ("p.csv", "prompt,topic\na,b\nc\n", "line 3: 1 fields, but the header names 2"),
         ("p.csv", "prompt,topic\na,b,c\n", "line 2: 3 fields, but the header names 2"),
         ("p.csv", 'prompt\n"a"b\n', "line 2: not CSV"),

@@ -72,7 +72,7 @@ def flip(folder: Path) -> None:
 def test_the_best_snapshot_and_its_policy_are_kept_beside_the_latest(done):
     with Checkpoints(done.output / "checkpoints", keep_best=True) as checkpoints:
         assert checkpoints.steps() == [2, 3, 4] and checkpoints.best() == 2
-    record = json.loads((done.output / "checkpoints" / "2" / "extra" / "metadata").read_text())
+    record = json.loads((done.output / "checkpoints" / "2" / "record.json").read_text())
     assert record["score"] == pytest.approx(0.905) and record["made_from"]["config"]["learning_rate"] == 1e-2
     best, last = (pg.load(done.output / name)[1] for name in ("policy_best", "policy"))
     assert not np.array_equal(best["embed"]["tokens"], last["embed"]["tokens"])
@@ -80,7 +80,7 @@ def test_the_best_snapshot_and_its_policy_are_kept_beside_the_latest(done):
 
 def test_a_damaged_snapshot_is_left_out_only_where_asked_and_the_run_ends_as_before(copied, capsys):
     flip(copied.output / "checkpoints" / "4")
-    with pytest.raises(ValueError, match=r"step 4 in .* is damaged.*--resume-from last-good"):
+    with pytest.raises(ValueError, match=r"step 4 in .* is damaged.*last-good"):
         script.main(copied)
     CALLS[:] = [0] * 5  # the evaluation and three steps
     rows = logs.read_metrics(copied.output)
@@ -91,7 +91,7 @@ def test_a_damaged_snapshot_is_left_out_only_where_asked_and_the_run_ends_as_bef
     names = ("step", "objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg", "eval/kl")
     assert [[row.get(name) for name in names] for row in again] == [[row.get(name) for name in names] for row in rows]
     digests = [
-        json.loads((folder / "4" / "extra" / "metadata").read_text())["digests"]
+        json.loads((folder / "4" / "record.json").read_text())["digests"]
         for folder in (copied.output / "checkpoints", Path(copied.prompts).parent / "run" / "checkpoints")
     ]
     assert digests[0] == digests[1]

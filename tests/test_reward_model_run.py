@@ -113,8 +113,8 @@ def test_the_snapshot_of_the_lowest_held_out_loss_and_its_model_are_kept_beside_
         seen.append(jax.device_get(params["lm"]))
         return score(rm, params, pairs, batch_size=batch_size)
 
-    def scripted(scores):  # before, after 5, 10, 15, 20 and 24 updates, and at the end
-        return {**metrics(scores), "loss": [9.0, 5.0, 1.0, 3.0][min(len(seen), 4) - 1]}
+    def scripted(scores, prompts=None):  # before, after 5, 10, 15, 20 and 24 updates, and at the end
+        return {**metrics(scores, prompts), "loss": [9.0, 5.0, 1.0, 3.0][min(len(seen), 4) - 1]}
 
     monkeypatch.setattr(reward_learning, "pair_scores", remembered)
     monkeypatch.setattr(reward_learning, "pair_metrics", scripted)

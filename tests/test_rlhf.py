@@ -10,7 +10,7 @@ import tyro
 from experiments import ppo, reward_model, rlhf, sft
 from experiments.study import rlhf_report
 from pgjax.run.loop import Interrupted
-from pgjax.run.stages import finished, put_aside, run_stage
+from pgjax.run.stages import finished, move_aside, run_stage
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -84,17 +84,17 @@ def test_stage_made_from_a_stage_that_was_redone_is_refused(tmp_path):
     calls = []
     first = stage(tmp_path / "a", {}, calls)
     stage(tmp_path / "b", {}, calls, made_from=[first])
-    put_aside([tmp_path / "a"])
+    move_aside([tmp_path / "a"])
     again = stage(tmp_path / "a", {}, calls)
     with pytest.raises(ValueError, match="made from another a"):
         stage(tmp_path / "b", {}, calls, made_from=[again])
 
 
-def test_put_aside_keeps_every_old_stage_under_one_number(tmp_path):
+def test_move_aside_keeps_every_old_stage_under_one_number(tmp_path):
     for name in ("a", "b", "b.1"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "old").write_text(name)
-    moved = put_aside([tmp_path / "a", tmp_path / "b", tmp_path / "c"])
+    moved = move_aside([tmp_path / "a", tmp_path / "b", tmp_path / "c"])
     assert [path.name for path in moved] == ["a.2", "b.2"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.2", "b.1", "b.2"]
     assert (tmp_path / "b.1" / "old").read_text() == "b.1"

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 import pgjax as pg
-from experiments import scratch
 from experiments import sft as script
-from pgjax.data.examples import encode_examples
+from pgjax.data.examples import check_examples, encode_examples
 from pgjax.data.packing import pack
 from pgjax.data.sources import load_rows
 from pgjax.learning import supervised
+from pgjax.models.io import scratch
 from pgjax.run import logs, loop
 from pgjax.run.checkpoint.checkpoints import Checkpoints
 from pgjax.run.logs import read_metrics
@@ -43,7 +43,7 @@ def config(tmp_path: Path) -> script.Config:
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs()))
     return script.Config(
         config=tmp_path / "config.json", data=str(tmp_path / "pairs.jsonl"), held_out=None, held_out_rows=4,
-        output=tmp_path / "run", max_length=48, epochs=4, batch_size=4, microbatches=2, learning_rate=1e-2, warmup=2,
+        output=tmp_path / "run", max_length=48, epochs=4, batch_size=4, microbatches=2, learning_rate=1e-2, warmup_updates=2,
         eval_every=100, save_every=100,
     )  # fmt: skip
 
@@ -79,7 +79,7 @@ def test_it_learns_and_leaves_the_files_that_a_user_expects(config, capsys):
     theirs = AutoTokenizer.from_pretrained(config.output / "model")
     assert theirs("the film is odd")["input_ids"] == tokenizer("the film is odd")["input_ids"]
     assert AutoConfig.from_pretrained(config.output / "model").eos_token_id == tokenizer.eos_token_id
-    held_out = load_rows(config.data, script.check_examples)[:4]
+    held_out = load_rows(config.data, check_examples)[:4]
     examples = encode_examples(held_out, tokenizer, chat=False, max_length=48).examples
     assert supervised.mean_surprise(lm, params, pack(examples, 48), 4) < 2  # the saved model is the trained one
 
@@ -102,7 +102,7 @@ def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(config, mon
         script.main(change(config, eval_every=3))
     monkeypatch.undo()
     # Another tokenizer than the one of the run would make other data: the run's own must be read.
-    monkeypatch.setattr(script, "train_tokenizer", lambda *arguments: pytest.fail("it trained another tokenizer"))
+    monkeypatch.setattr(scratch, "train_tokenizer", lambda *arguments: pytest.fail("it trained another tokenizer"))
     script.main(change(config, eval_every=3, resume=True))
     whole = config.output.with_name("whole")
     assert same(config.output, whole)
@@ -199,7 +199,7 @@ def test_every_kind_of_rows_trains_from_scratch(config, tmp_path, kind):
 def test_the_tokenizer_is_the_same_in_another_process(tmp_path):
     # The bug: merges that depend on the order of a hash map, so that a run cannot be repeated.
     code = (
-        "from experiments.scratch import train_tokenizer as t; import hashlib;"
+        "from pgjax.models.io.scratch import train_tokenizer as t; import hashlib;"
         "x = t([f'{a} {b} film number {a * b}' for a in range(40) for b in range(40)], 400);"
         "print(hashlib.sha256(x.backend_tokenizer.to_str().encode()).hexdigest(), len(x))"
     )
@@ -241,7 +241,7 @@ def test_the_tokenizer_loses_nothing_and_adds_nothing():
         ({"model": "no-such-model", "config": None}, "'no-such-model' is not a model source"),
         ({"model": "x"}, "config and vocab_size are for a model from scratch"),
         ({"held_out_rows": 24}, "can't hold out 24 of 24 rows"),
-        ({"chat": True, "data": f"{__name__}:texts"}, "plain texts do not go through a chat template"),
+        ({"chat": True, "data": f"{__name__}:texts"}, "plain texts cannot be rendered with a chat template"),
         ({"data": f"{__name__}:wrong"}, "row 0: the columns are 'question', 'answer'"),
     ],
 )
@@ -261,11 +261,15 @@ def wrong() -> list[dict[str, str]]:
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("{}", "the configuration has no field|model_type"), ("[1]", "a list, not an object"), ("{", "not JSON")],
+    [
+        ("{}", "the configuration has no field|model_type"),
+        ("[1]", "must hold a JSON object, not list"),
+        ("{", "not JSON"),
+    ],
 )
 def test_a_bad_architecture_names_its_file(config, content, said):
     config.config.write_text(content)
-    with pytest.raises(ValueError, match=f"config.json: .*({said})"):
+    with pytest.raises(ValueError, match=f"config.json:? .*({said})"):
         script.main(config)
 
 

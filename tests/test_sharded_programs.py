@@ -10,7 +10,7 @@ import pytest
 
 import pgjax as pg
 from pgjax.data.packing import Packed
-from pgjax.data.preferences import Encoded
+from pgjax.data.preferences import EncodedPair
 from pgjax.learning import reward_learning, supervised
 from pgjax.learning.optimizer import init_state
 from pgjax.models.reward_model import reward_model
@@ -108,7 +108,9 @@ def fine_tuning(lm, params):
 def preferring(rm, params):
     """Two updates of a reward model on pairs, and the scores of others."""
     rng = np.random.default_rng(3)
-    pairs = [Encoded(*(list(rng.integers(0, 24, n)) for n in lengths), 0.1) for lengths in rng.integers(2, 12, (8, 2))]
+    pairs = [
+        EncodedPair(*(list(rng.integers(0, 24, n)) for n in lengths), 0.1) for lengths in rng.integers(2, 12, (8, 2))
+    ]
     batch = reward_learning.pair_batch(pairs, most=64)
     state = init_state(params, OPTIMIZER)
     for _ in range(2):

@@ -40,9 +40,9 @@ def of_process(monkeypatch, number, rule, mesh, rows):
 @pytest.mark.parametrize("mesh, count", MESHES)
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_every_row_is_judged_once_by_a_process_that_feeds_it(monkeypatch, mesh, count, size):
-    rows = size * len(batch_rows.holders(mesh))
-    judged = [of_process(monkeypatch, i, batch_rows.judged_rows, mesh, rows) for i in range(count)]
-    fed = [of_process(monkeypatch, i, batch_rows.fed_rows, mesh, rows) for i in range(count)]
+    rows = size * len(batch_rows.processes_of_parts(mesh))
+    judged = [of_process(monkeypatch, i, batch_rows.rows_to_judge, mesh, rows) for i in range(count)]
+    fed = [of_process(monkeypatch, i, batch_rows.rows_to_feed, mesh, rows) for i in range(count)]
     assert sorted(row for own in judged for row in own) == list(range(rows))
     assert {row for own in fed for row in own} == set(range(rows))
     for own, held in zip(judged, fed, strict=True):
@@ -53,7 +53,7 @@ def test_every_row_is_judged_once_by_a_process_that_feeds_it(monkeypatch, mesh, 
 
 def test_rows_by_hand(monkeypatch):
     def found(mesh, rows):
-        rules = batch_rows.fed_rows, batch_rows.judged_rows
+        rules = batch_rows.rows_to_feed, batch_rows.rows_to_judge
         return [[of_process(monkeypatch, i, rule, mesh, rows) for rule in rules] for i in range(2)]
 
     straight, crossed, spanning = (MESHES[i][0] for i in (1, 2, 4))
@@ -74,7 +74,7 @@ def test_parts_are_where_jax_puts_them(sizes, turned):
         devices=np.vectorize(lambda device: SimpleNamespace(process_index=device.id), otypes=[object])(mesh.devices),
         axis_names=mesh.axis_names,
     )
-    parts = batch_rows.holders(numbered)
+    parts = batch_rows.processes_of_parts(numbered)
     where = batch_sharding(mesh).devices_indices_map((len(parts),))
     for device, (index,) in where.items():
         (part,) = range(len(parts))[index]
@@ -92,6 +92,6 @@ def test_a_batch_comes_back_as_it_was_fed():
 
 
 def test_rows_that_do_not_divide_are_refused():
-    for rule in (batch_rows.fed_rows, batch_rows.judged_rows):
+    for rule in (batch_rows.rows_to_feed, batch_rows.rows_to_judge):
         with pytest.raises(ValueError, match="6 rows do not divide over data=4"):
             rule(make_mesh(data=4), 6)

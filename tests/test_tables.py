@@ -9,6 +9,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from pgjax.data import sources
 from pgjax.data.prompts import check_rows
 from pgjax.data.sources import load_rows
 from pgjax.data.tables import as_messages, check_messages, check_same_columns, read_table
@@ -120,6 +121,20 @@ def test_a_folder_is_a_data_set_though_python_would_import_it(tmp_path: Path, mo
     assert load_rows("films:test", lambda placed: placed)[0][1] == {"text": "a"}
 
 
+def test_a_string_is_classified_without_importing_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The bug: `find_spec` of a dotted name imports the packages in front of its last dot, whatever they do.
+    inner = tmp_path / "noisy_package" / "inner"
+    inner.mkdir(parents=True)
+    (tmp_path / "noisy_package" / "__init__.py").write_text("raise RuntimeError('imported')")
+    (inner / "__init__.py").write_text("")
+    (inner / "rows.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"there is no module 'noisy_package\.inner\.films'"):
+        load_rows("noisy_package.inner.films:test", check_rows)
+    assert sources._is_module("noisy_package.inner.rows") and not sources._is_module("noisy_package.inner.rows.deeper")
+    assert not {"noisy_package", "noisy_package.inner"} & set(sys.modules)
+
+
 def some_rows(count: int) -> list[dict[str, str]]:
     return [{"prompt": "a"}] * count
 
@@ -128,12 +143,14 @@ def test_a_function_gives_rows_and_its_bad_rows_are_named() -> None:
     assert [row for _, row in load_rows(f"{__name__}:rows_here", lambda placed: placed)] == rows_here()
     with pytest.raises(ValueError, match=f"{__name__}:rows_here, row 0: there is no column 'prompt'"):
         load_rows(f"{__name__}:rows_here", check_rows)
-    with pytest.raises(ValueError, match="gives no rows"):
+    with pytest.raises(ValueError, match="returns no rows"):
         load_rows(f"{__name__}:nothing", check_rows)
     with pytest.raises(ValueError, match=r"has no function 'no_such_function'"):
         load_rows(f"{__name__}:no_such_function", check_rows)
     for no_rows in ("Path", "__name__", "some_rows"):  # a Path is no list; a name can't be called; this needs one
-        with pytest.raises(ValueError, match=rf"{__name__}:{no_rows}' must be a function that gives a list of rows"):
+        with pytest.raises(
+            ValueError, match=rf"{__name__}:{no_rows}' must be a function without arguments that returns a list of rows"
+        ):
             load_rows(f"{__name__}:{no_rows}", check_rows)
 
 

@@ -1,6 +1,7 @@
 """One of two processes that save and restore together; `tests/test_distributed_snapshots.py` starts both."""
 
 import contextlib
+import json
 import os
 import resource
 import signal
@@ -28,24 +29,25 @@ def state_of(mesh: jax.sharding.Mesh | None, number: int) -> dict[str, Any]:
 
 
 def main(process: int, address: str, folder: Path) -> None:
-    """Save, damage one process's file, go on from the last good, and stop together three times; print what each step found."""
+    """Save, damage one process's file, go on from the last good, and be stopped in four ways; write down what each step found."""
     processes.initialize(address, 2, process)
     mesh = sharding.make_mesh(data=2, fsdp=2)
+    found: dict[str, Any] = {}
     with jax.set_mesh(mesh), Checkpoints(folder, made_from={"seed": 0}, keep_best=True) as checkpoints:
         for number in (1, 2):
             checkpoints.save(number, state_of(mesh, number), {"step": number}, score=-number)
         restored, _ = checkpoints.restore(state_of(mesh, 0))
         like = state_of(mesh, 2)
         placed = all(jax.tree.leaves(jax.tree.map(lambda x, y: x.sharding == y.sharding, restored, like)))
-        print("restored", digest(restored) == digest(like), placed, checkpoints.best())
+        found["restored"] = [digest(restored) == digest(like), placed, checkpoints.best()]
 
         processes.on_process_0(lambda: damage(folder / "2" / "state" / "ocdbt.process_1" / "d"))
         try:
             checkpoints.restore(state_of(mesh, 0))
         except BadCheckpoint as bad:
-            print("bad:", str(bad).partition(" in ")[0], "damaged at w" in str(bad))
+            found["bad"] = str(bad)
         restored, _, left_out = checkpoints.restore_last_good(state_of(mesh, 0))
-        print("last good", digest(restored) == digest(state_of(mesh, 1)), len(left_out), checkpoints.steps())
+        found["last good"] = [digest(restored) == digest(state_of(mesh, 1)), len(left_out), checkpoints.steps()]
 
         full_at = -1
 
@@ -64,22 +66,23 @@ def main(process: int, address: str, folder: Path) -> None:
                 report=report, checkpoints=checkpoints, save_every=save_every,
             )  # fmt: skip
 
-        try:
-            run(restored, 1)
-        except loop.Interrupted as stopped:
-            print("interrupted after", stopped.step, checkpoints.latest())
+        def stopped(state: Any, start: int, save_every: int = 100) -> list[Any]:
+            try:
+                run(state, start, save_every)
+            except (loop.Interrupted, OSError, processes.FailedElsewhere, SaveFailed) as error:
+                return [type(error).__name__, str(error), processes.is_raised_on_all(error), checkpoints.latest()]
+            return []
+
+        found["signal to process 1"] = stopped(restored, 1)
         full_at = 6
-        try:
-            run(checkpoints.restore(state_of(mesh, 0))[0], 4)
-        except (OSError, processes.FailedElsewhere) as failed:
-            print("failed:", "No space left" in str(failed), checkpoints.latest())
+        found["report of process 0"] = stopped(checkpoints.restore(state_of(mesh, 0))[0], 4)
         full_at, state = -1, checkpoints.restore(state_of(mesh, 0))[0]
-        try:
-            with full_disk(100) if process == 1 else contextlib.nullcontext():
-                run(state, 6, save_every=1)
-        except SaveFailed as failed:
-            print(failed)
-    print("done", flush=True)
+        with full_disk(100) if process == 1 else contextlib.nullcontext():
+            found["disk of process 1"] = stopped(state, 6, save_every=1)
+        if process == 0:
+            (folder / "7.unfinished").touch()  # no folder can be made there
+        found["folder of process 0"] = stopped(checkpoints.restore(state_of(mesh, 0))[0], 6, save_every=1)
+    (folder.parent / f"found{process}.json").write_text(json.dumps(found))
 
 
 @contextlib.contextmanager

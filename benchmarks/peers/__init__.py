@@ -1,1 +1,1 @@
-"""Programs that `benchmarks.worker` starts, each with what it needs and nothing of pgjax: `python -m benchmarks.peers.NAME`."""
+"""Programs that `benchmarks.worker` starts, which import nothing of pgjax: `python -m benchmarks.peers.NAME`."""

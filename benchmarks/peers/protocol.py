@@ -13,10 +13,10 @@ from typing import Any
 
 
 class Parent:
-    """The process that asks for runs. What libraries print goes to standard error."""
+    """The process that requests runs. What libraries print goes to standard error."""
 
     def __init__(self) -> None:
-        """Take standard output for the answers alone, and read the set-up."""
+        """Keep standard output for the answers, and read the set-up."""
         sys.stdout.flush()
         self._answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
@@ -24,7 +24,7 @@ class Parent:
         self._cpu = self._start = 0.0
 
     def next(self) -> dict[str, Any]:
-        """Wait for the next line; at the end of the input this process ends, whatever it is amid."""
+        """Wait for the next line; at the end of the input this process ends at once."""
         line = sys.stdin.readline()
         if not line:
             sys.stderr.flush()
@@ -32,7 +32,7 @@ class Parent:
         return json.loads(line)
 
     def ready(self, *packages: str) -> None:
-        """Say that everything is loaded, and with which versions."""
+        """Answer that everything is loaded, and with which versions."""
         self._tell(
             {"ready": True, "versions": {"python": platform.python_version()} | {x: version(x) for x in packages}}
         )
@@ -42,7 +42,7 @@ class Parent:
         self._cpu, self._start = time.process_time(), time.perf_counter()
 
     def stop(self, result: Mapping[str, float]) -> None:
-        """Stop the clocks, and tell what they say with what else the run gave."""
+        """Stop the clocks, and answer with the seconds and the run's result."""
         wall = time.perf_counter() - self._start
         self._tell({"wall": wall, "cpu": time.process_time() - self._cpu, **result})
 

@@ -33,7 +33,7 @@ def wait(setup: dict[str, Any]) -> None:
 
 
 def precision(setup: dict[str, Any]) -> Any:
-    """Cast inside to bfloat16, where that is asked for."""
+    """Cast inside to bfloat16, where the set-up has it."""
     return torch.autocast(setup["device"], torch.bfloat16) if setup["autocast"] else contextlib.nullcontext()
 
 

@@ -3,9 +3,9 @@
     PYTHON -m benchmarks.peers.trl_ppo      # started by `benchmarks.worker`
 
 PYTHON is one with trl, torch, transformers, datasets and accelerate. The policy, its reference and the value model, which
-TRL keeps as a separate network of the policy's size, are the folder's weights. TRL asks for a reward model, a module with a
-backbone and a head: here its backbone is no network at all, it hands on whether an id is odd, and the head nothing more, so
-that the reward costs what our trivial host reward does. In TRL's favour: no gradient checkpointing (its default), one
+TRL keeps as a separate network of the policy's size, are the folder's weights. TRL needs a reward model, a module with a
+backbone and a head: here the backbone is no network but returns whether an id is odd, and the head is the identity, so that
+the reward costs what our trivial host reward does. In TRL's favour: no gradient checkpointing (its default), one
 forward pass over the whole batch (its default splits it in parts of 64), no samples printed, no checkpoints.
 No end of sequence: TRL's stop token is left unset, so every completion has the full length.
 Set-up: "folder", "dtype", "threads", "device", "prompts" as ids, "new_tokens", "epochs", "learning_rate", "kl_coef", "seed".
@@ -25,7 +25,7 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 from benchmarks.peers.protocol import Parent
 from benchmarks.peers.trl_trainer import Metronome, id_tokenizer, settle
 
-STEPS = 100_000  # more than anybody asks for: the parent ends this process
+STEPS = 100_000  # more than are ever requested: the parent ends this process
 
 
 class OddIds(torch.nn.Module):
@@ -41,7 +41,7 @@ class OddIds(torch.nn.Module):
 
 
 class OddBackbone(torch.nn.Module):
-    """Stand where TRL expects a transformer."""
+    """The module that TRL takes for a transformer."""
 
     def forward(self, input_ids: Any, **_: Any) -> Any:
         """Give "hidden states" [B, T, 1]."""
@@ -49,7 +49,7 @@ class OddBackbone(torch.nn.Module):
 
 
 def train(parent: Parent, output: str) -> None:
-    """Build the trainer and train until the parent has enough."""
+    """Build the trainer and train until the parent ends this process."""
     setup = parent.setup
     rows = len(setup["prompts"])
     settings = PPOConfig(

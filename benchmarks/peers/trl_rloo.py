@@ -21,7 +21,7 @@ from trl import RLOOConfig, RLOOTrainer
 from benchmarks.peers.protocol import Parent
 from benchmarks.peers.trl_trainer import Metronome, id_tokenizer, settle, text
 
-STEPS = 100_000  # more than anybody asks for: the parent ends this process
+STEPS = 100_000  # more than are ever requested: the parent ends this process
 
 
 def odd_ids(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -30,7 +30,7 @@ def odd_ids(completion_ids: list[list[int]], **_: Any) -> list[float]:
 
 
 def train(parent: Parent, output: str) -> None:
-    """Build the trainer and train until the parent has enough."""
+    """Build the trainer and train until the parent ends this process."""
     setup = parent.setup
     settings = RLOOConfig(
         output_dir=output, use_cpu=setup["device"] == "cpu", bf16=setup["dtype"] == "bfloat16", gradient_checkpointing=False,

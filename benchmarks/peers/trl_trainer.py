@@ -1,4 +1,4 @@
-"""What both TRL peers share: words that are token ids, and a callback that lets the parent time each iteration."""
+"""Shared by both TRL peers: a tokenizer whose words are token ids, and a callback that times each iteration for the parent."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from benchmarks.peers.protocol import Parent
 
 
 class Metronome(TrainerCallback):
-    """Time from one iteration's end to the next one's; the trainer waits between them until the parent asks for a run."""
+    """Time from one iteration's end to the next one's; the trainer waits between them until the parent requests a run."""
 
     def __init__(self, parent: Parent) -> None:
-        """Take the process that asks."""
+        """Keep the parent."""
         self.parent = parent
         self.loss = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """All is loaded: wait for the first run."""
+        """Answer that all is loaded, and wait for the first run."""
         self.parent.ready("trl", "torch", "transformers", "accelerate")
         self._wait()
 

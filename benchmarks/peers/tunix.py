@@ -6,7 +6,7 @@ PYTHON is one with google-tunix. Of the families that pgjax loads, Tunix has Lla
 Llama reads the folder's weights by Tunix's own loader. Tunix 0.1.7 turns positions by a rope of base 1,000,000 whatever its
 config says, so on a model with another base (SmolLM2 has 100,000) the work is the same and the numbers are not. Its PPO has
 the critic as a second network: the learner here is its policy loss alone, without values, which is less than ours does.
-No end of sequence: the sampler is told to stop at an id that does not exist.
+No end of sequence: the sampler's stop id does not exist.
 Set-up: "task" (rollout, learner), "folder", "dtype", and the task's arrays, as for `torch_model`.
 """
 
@@ -41,19 +41,19 @@ class Ids:
         return [int(word) for word in text.split()]
 
     def decode(self, ids: list[int], **_: Any) -> str:
-        """Write nothing: nobody reads it."""
+        """Return no text: nothing reads it."""
         return ""
 
     def bos_id(self) -> int:
-        """Say that there is none."""
+        """Return an id that stands for none."""
         return 0
 
     def eos_id(self) -> int:
-        """Say that there is none."""
+        """Return an id that stands for none."""
         return NOTHING
 
     def pad_id(self) -> int:
-        """Say that there is none."""
+        """Return an id that stands for none."""
         return NOTHING
 
 

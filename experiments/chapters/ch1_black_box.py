@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import tyro
 
+from experiments.study.pictures import picture_path
 from pgjax.run.curves import EVAL, GREY, INK, LINE
 
 Query = Callable[[float], float]
@@ -40,7 +41,8 @@ class Config:
     queries: int = 800  # what each of the two blind ascents may spend
     runs: int = 10  # of the score function, a seed each; the first is the one that is told
     seed: int = 0  # of the first
-    picture: Path = Path(__file__).parent / "pictures" / "ch1_black_box.png"  # where to draw
+    picture: Path = Path("runs/chapters/ch1_black_box.png")  # where it is drawn
+    refresh_pictures: bool = False  # draw over the picture that the tutorial shows
 
 
 def parabola(x: Any) -> Any:
@@ -156,7 +158,7 @@ def main(config: Config) -> dict[str, float]:
     gradient = with_gradient(config)
     differences, scores = without_gradient(config)
     side_by_side(config, differences, scores[0])
-    draw(config.picture, gradient, differences, scores)
+    draw(picture_path(config.picture, config.refresh_pictures), gradient, differences, scores)
     late = np.array([x for path in scores for spent, x in path if spent > config.queries / 2])
     return {
         "gradient/first_x": gradient[1][1],

@@ -21,6 +21,7 @@ import tyro
 
 import pgjax as pg
 from experiments.chapters.ch1_black_box import parabola
+from experiments.study.pictures import picture_path
 from pgjax.run.curves import EVAL, GREY, INK, LINE
 
 
@@ -38,7 +39,8 @@ class Config:
     repeats: int = 2000  # estimates from which a spread is measured
     sizes: tuple[int, ...] = (1, 4, 16, 64, 256, 1024)  # the N whose spread is measured
     seed: int = 0  # of everything
-    picture: Path = Path(__file__).parent / "pictures" / "ch2_gaussian_reinforce.png"  # where to draw
+    picture: Path = Path("runs/chapters/ch2_gaussian_reinforce.png")  # where it is drawn
+    refresh_pictures: bool = False  # draw over the picture that the tutorial shows
 
 
 def play(mu: Any, sigma: float, key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, np.ndarray]:
@@ -154,9 +156,10 @@ def draw(config: Config, loop: np.ndarray, spreads: np.ndarray, paths: list[np.n
     for axes in (walk, spread, single):
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
-    config.picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(config.picture)
-    print(f"\npicture: {config.picture}")
+    picture = picture_path(config.picture, config.refresh_pictures)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture)
+    print(f"\npicture: {picture}")
 
 
 def main(config: Config) -> dict[str, float]:

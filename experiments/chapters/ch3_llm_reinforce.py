@@ -27,6 +27,7 @@ from jax.flatten_util import ravel_pytree
 
 import pgjax as pg
 from experiments.chapters import small_lm
+from experiments.study.pictures import picture_path
 from pgjax.learning.optimizer import Metrics, Optimizer, TrainState, apply_gradient
 
 
@@ -45,7 +46,8 @@ class Config:
     learning_rate: float = 3e-4  # of AdamW
     noise_repeat: int = 64  # poems on each prompt where the noise is measured
     pairs: int = 16  # pairs of batches whose gradients are compared, for each batch size
-    picture: Path = Path(__file__).parent / "pictures" / "ch3_llm_reinforce.png"  # where it is drawn
+    picture: Path = Path("runs/chapters/ch3_llm_reinforce.png")  # where it is drawn
+    refresh_pictures: bool = False  # draw over the picture that the tutorial shows
 
 
 LARGE = {
@@ -161,7 +163,7 @@ def main(config: Config) -> dict[str, Any]:
         print(f"run {seed}: {small_lm.progress(history)}")
     _, completions, _ = play(trained["lm"], tokenizer, asked, jax.random.key(config.seed + 2000))
     print(f"\nA poem of the last run:\n\n{completions[0]}\n")
-    draw(curves, cosines, config.picture)
+    draw(curves, cosines, picture_path(config.picture, config.refresh_pictures))
     return {"curves": curves, "cosines": cosines}
 
 

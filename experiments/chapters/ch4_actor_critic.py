@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import pgjax as pg
 from experiments.chapters import small_lm
 from experiments.chapters.ch3_llm_reinforce import returns_of
+from experiments.study.pictures import picture_path
 from pgjax.learning.optimizer import Metrics, Optimizer, TrainState, apply_gradient
 
 
@@ -44,7 +45,8 @@ class Config:
     learning_rate: float = 3e-4  # of AdamW
     value_coef: float = 0.5  # weight of the value loss beside the policy loss
     noise_repeat: int = 64  # poems on each prompt where the variance is measured
-    picture: Path = Path(__file__).parent / "pictures" / "ch4_actor_critic.png"  # where it is drawn
+    picture: Path = Path("runs/chapters/ch4_actor_critic.png")  # where it is drawn
+    refresh_pictures: bool = False  # draw over the picture that the tutorial shows
 
 
 LARGE = {
@@ -162,7 +164,7 @@ def main(config: Config) -> dict[str, Any]:
             )  # fmt: skip
             curves[name].append([metrics["score"] for metrics in history])
             print(f"{name}, run {seed}: {small_lm.progress(history)}")
-    draw(curves, variances, config.picture)
+    draw(curves, variances, picture_path(config.picture, config.refresh_pictures))
     return {"advantages": example, "variances": variances, "curves": curves}
 
 

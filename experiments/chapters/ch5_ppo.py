@@ -28,6 +28,7 @@ import numpy as np
 import pgjax as pg
 from experiments.chapters import small_lm
 from experiments.chapters.ch4_actor_critic import fit_critic, forward
+from experiments.study.pictures import picture_path
 from pgjax.learning.optimizer import Metrics, Optimizer, TrainState, apply_gradient
 
 
@@ -49,7 +50,8 @@ class Config:
     clip_eps: float = 0.2  # range of the ratio, 1 - eps to 1 + eps
     kl_coef: float = 0.01  # beta, score a nat
     fit_repeat: int = 64  # poems on each prompt that the critic is fitted on
-    picture: Path = Path(__file__).parent / "pictures" / "ch5_ppo.png"  # where it is drawn
+    picture: Path = Path("runs/chapters/ch5_ppo.png")  # where it is drawn
+    refresh_pictures: bool = False  # draw over the picture that the tutorial shows
 
 
 LARGE = {
@@ -103,7 +105,7 @@ def clip_curves(clip_eps: float) -> dict[int, tuple[np.ndarray, np.ndarray, np.n
 
 def draw(config: Config, clips: dict[int, Any], histories: dict[str, list[list[dict[str, float]]]]) -> None:
     """Draw the two clip pictures, and score and KL of every run."""
-    with small_lm.picture(config.picture, 2, rows=2) as (above, below):
+    with small_lm.picture(picture_path(config.picture, config.refresh_pictures), 2, rows=2) as (above, below):
         for axes, (sign, (ratios, objective, slope)) in zip(above, clips.items(), strict=True):
             axes.plot(ratios, sign * ratios, ":", color="0.6", label="unclipped, $rA$")
             axes.plot(ratios, objective, color="tab:blue", label="objective")

@@ -43,6 +43,7 @@ from experiments.chapters import small_lm
 from experiments.laboratory import token_mdp as mdp
 from experiments.laboratory.estimators_lm import Spread, hidden_states, per_sequence, roll_out, spread_of
 from experiments.laboratory.estimators_picture import CRITICS, plot
+from experiments.study.pictures import picture_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Config:
     group_size: int = 32  # completions a prompt
     earlier: int = 4  # rollouts of as many completions that the critic and the constants are learned from, beforehand
     max_new_tokens: int = 24  # the longest completion, in tokens
-    picture: Path = Path(__file__).parent / "pictures" / "estimators.png"
+    picture: Path = Path("runs/laboratory/estimators.png")  # where it is drawn
+    refresh_pictures: bool = False  # draw over the picture that the tutorial shows
 
 
 GROUP = 4  # rows of a GRPO group on the MDP, where one prompt is all there is
@@ -297,8 +299,9 @@ def main(config: Config) -> dict[str, float]:
     exact = on_the_mdp(config)
     language = on_a_language_model(config) if config.model else {}
     report(exact, language, config)
-    plot(exact, language, config.batch_sizes, config.lambdas, config.model, config.picture)
-    print(f"picture: {config.picture}")
+    picture = picture_path(config.picture, config.refresh_pictures)
+    plot(exact, language, config.batch_sizes, config.lambdas, config.model, picture)
+    print(f"picture: {picture}")
     metrics = {
         f"{name}/{size}/{field}": value
         for name, found in exact.items()

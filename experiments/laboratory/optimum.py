@@ -31,6 +31,7 @@ from rich.table import Table
 
 import pgjax as pg
 from experiments.laboratory import token_mdp as mdp
+from experiments.study.pictures import picture_path
 from pgjax.core.trust_region import trust_region_step
 from pgjax.learning.optimizer import Optimizer, TrainState, adamw, apply_gradient, init_state
 
@@ -49,7 +50,8 @@ class Config:
     clip_eps: float = 0.2  # PPO's range of the ratio
     max_kl: float = 0.01  # TRPO's bound on KL(old || new), nats a token, at its peak
     damping: float = 0.01  # added to TRPO's Fisher matrix
-    picture: Path = Path(__file__).parent / "pictures" / "optimum.png"
+    picture: Path = Path("runs/laboratory/optimum.png")  # where it is drawn
+    refresh_pictures: bool = False  # draw over the picture that the tutorial shows
 
 
 class Batch(NamedTuple):
@@ -245,8 +247,9 @@ def plot(distances: dict[str, np.ndarray], config: Config) -> None:
     axes.grid(alpha=0.25, which="both", linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    config.picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(config.picture)
+    picture = picture_path(config.picture, config.refresh_pictures)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture)
     plt.close(figure)
 
 
@@ -273,7 +276,7 @@ def main(config: Config) -> dict[str, float]:
         distances[name] = np.asarray(found)
     report(distances, config)
     plot(distances, config)
-    print(f"picture: {config.picture}")
+    print(f"picture: {picture_path(config.picture, config.refresh_pictures)}")
     medians = {f"{name}/median": float(np.median(found[:, -1])) for name, found in distances.items()}
     return medians | {f"{name}/worst": float(found[:, -1].max()) for name, found in distances.items()}
 

@@ -1,4 +1,4 @@
-"""What `experiments.overoptimisation` shows in the end: a table of its ways, samples side by side, a picture."""
+"""What `experiments.overoptimisation` shows in the end: a table of its runs, samples side by side, a picture."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from experiments.study import rlhf_report
 from experiments.study.gao_forms import Bend, Curve, Fit, distance, fit_best_of_n, fit_rl, mean_curve
+from experiments.study.pictures import picture_path
 from pgjax.run.progress import printable
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def show(
     for name, row in found.items():
         peak = f" > {row['gold_peak']:.2f}" if "gold_peak" in row else ""
         span = f" ({row['lowest_gold_after']:.2f} to {row['highest_gold_after']:.2f})" if "gold_peak" in row else ""
+        span += f" +- {row['gold_after_stderr']:.2f}" if "gold_after_stderr" in row else ""
         table.add_row(
             name.replace("_", " "), f"{row['proxy_before']:.2f} > {row['proxy_after']:.2f}",
             f"{row['gold_before']:.2f}{peak} > {row['gold_after']:.2f}{span}",
@@ -48,8 +50,9 @@ def show(
     if importlib.util.find_spec("matplotlib") is None:
         print("no picture: matplotlib is not installed (pip install matplotlib)")
         return
-    draw(curves, chosen, config.picture)
-    print(f"picture: {config.picture}; samples: {config.output / 'samples.md'}")
+    picture = picture_path(config.output / "overoptimisation.png", config.refresh_pictures)
+    draw(curves, chosen, picture)
+    print(f"picture: {picture}; samples: {config.output / 'samples.md'}")
 
 
 def side_by_side(free: Path, healthy: Path) -> str:
@@ -105,7 +108,7 @@ def draw(curves: Mapping[float, Sequence[Curve]], chosen: Curve, path: Path) -> 
 
 
 def draw_way(left: Any, right: Any, curve: Curve, fit: Fit, bend: Bend, colour: str, name: str) -> None:
-    """Draw one way to spend KL: means of proxy and gold, and the form fitted to gold."""
+    """Draw one method: means of proxy and gold, and the form fitted to gold."""
     d = distance(curve.kl)
     left.plot(d, curve.proxy, color=colour, linestyle="--", linewidth=2, marker=".", label=name)
     right.plot(d, curve.gold, color=colour, linewidth=2, marker=".")

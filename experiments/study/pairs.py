@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from pgjax.data.tables import Row
 from pgjax.parallel import processes, sharding
 from pgjax.rollout import rewards
 from pgjax.rollout.task import Encoded, Task, last_sampled, make_task, score_rows
+from pgjax.run import checks
 from pgjax.run.checkpoint.records import write_whole
+from pgjax.run.statistics import clustered_stderr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +37,23 @@ class Pairs:
     batch_size: int = 256  # completions sampled at once
 
 
+def check_pairs(config: Pairs) -> None:
+    """Refuse numbers that cannot work.
+
+    Example:
+      >>> check_pairs(Pairs(scale=0.0))
+      Traceback (most recent call last):
+      pgjax.UserError: pair.scale must be finite and above 0, got 0.0
+    """
+    checks.at_least_one(config, "train", "held_out", "batch_size", of="pair.")
+    for name in ("temperature", "scale"):
+        value = getattr(config, name)
+        checks.require(0 < value < math.inf, f"pair.{name} must be finite and above 0, got {value}")
+
+
 def make_pairs(
     config: Pairs, folder: Path, model: Path, row_sets: Sequence[Sequence[Row]],
-    *, gold: str, chat: bool, max_new_tokens: int, seed: int, mesh: Mesh | None = None,
+    *, gold: str, chat: bool, max_new_tokens: int, seed: int, dtype: str | None = None, mesh: Mesh | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Sample two completions of each prompt, let the judge prefer one, and write train.jsonl and held_out.jsonl.
 
@@ -48,20 +65,22 @@ def make_pairs(
       gold: the judge's score, as module:function.
       chat: put prompts through the chat template.
       max_new_tokens: the longest completion.
-      seed: of the prompts' order, the samples and the judge's coin.
+      seed: of the prompts' order, the samples and the judge's preferences.
+      dtype: of activations, as in `pgjax.load`.
       mesh: of the devices to sample on; None: one.
 
     Returns:
-      Of both files: pairs, gold (mean), gold_std, judge_right (share of pairs whose preferred answer has the higher gold).
+      Of both files: pairs, gold (mean), gold_stderr (clustered by prompt), gold_std, judge_right (share of pairs whose
+      preferred answer has the higher gold).
     """
     processes.on_process_0(lambda: folder.mkdir(parents=True, exist_ok=True))
-    lm, params, tokenizer = pg.load(model, mesh=mesh)
+    lm, params, tokenizer = pg.load(model, dtype=dtype, mesh=mesh)
     figures: dict[str, float] = {}
     counts = {"train": config.train, "held_out": config.held_out}
     for i, ((name, count), rows) in enumerate(zip(counts.items(), row_sets, strict=True)):
         order = np.random.default_rng([seed, i]).permutation(len(rows))
         prompts = [rows[order[k % len(rows)]] for k in range(count) for _ in range(2)]
-        print(f"sampling two completions for each of {count} prompts ({name})")
+        processes.print_once(f"sampling two completions for each of {count} prompts ({name})")
         task = make_task(
             lm, tokenizer, [], None, [prompts], chat=chat, max_new_tokens=max_new_tokens, temperature=config.temperature,
             mesh=mesh,
@@ -104,9 +123,9 @@ def complete(
 def judge(
     gold: np.ndarray, rows: Sequence[Row], texts: Sequence[str], ends: Sequence[str], *, scale: float, seed: int
 ) -> tuple[list[Row], dict[str, float]]:
-    """Let the judge's coin prefer one of each two neighbours; what ended a completion stays on it.
+    """Let the judge prefer one of each two neighbours; the token that ended a completion stays on it.
 
-    PPO's reward model will see the token that ends a completion: so it must see it while it learns.
+    PPO's reward model will see the token that ends a completion, so it must see it while it learns.
     """
     first_wins = prefers_first(gold[::2].tolist(), gold[1::2].tolist(), scale=scale, seed=seed)
     chosen = [2 * k + (not wins) for k, wins in enumerate(first_wins)]
@@ -119,7 +138,9 @@ def judge(
         for good, bad in zip(chosen, rejected, strict=True)
     ]  # fmt: skip
     right = np.mean(np.sign(gold[chosen] - gold[rejected]) / 2 + 0.5)  # equal scores count half
-    return pairs, {"gold": float(gold.mean()), "gold_std": float(gold.std()), "judge_right": float(right)}
+    stderr = clustered_stderr(gold, [repr(row["prompt"]) for row in rows])
+    errors = {} if stderr is None else {"gold_stderr": stderr}
+    return pairs, {"gold": float(gold.mean()), **errors, "gold_std": float(gold.std()), "judge_right": float(right)}
 
 
 def write_lines(path: Path, rows: Sequence[Row]) -> None:

@@ -53,7 +53,7 @@ def plot_calibration(path: Path, scores: np.ndarray) -> Path | None:
     right.set_xlabel("score of the chosen answer - score of the rejected one (nats)", fontsize=8.5, color=INK)
     right.set_ylabel("pairs", fontsize=8.5, color=INK)
     right.set_title(
-        f"Margins: {figures['accuracy']:.1%} ± {figures['accuracy_stderr']:.1%} above 0",
+        f"Margins: {figures['accuracy']:.1%} above 0",
         loc="left",
         fontsize=10,
         color=INK,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from experiments.study.pictures import picture_path
 from pgjax.data.tables import Row, read_table
 from pgjax.rollout import rewards
 from pgjax.run import logs
@@ -24,7 +25,7 @@ PROXY = "eval/rewards/reward_model"  # what experiments.ppo calls the reward mod
 
 
 def report(config: Config, done: Mapping[str, Done]) -> None:
-    """Show what each stage did, what it came to on held-out data, and what the policy writes now."""
+    """Print the time and the held-out figures of each stage and samples of the policy, and draw the curves."""
     table = Table(title=f"RLHF in {config.output}", title_justify="left", show_lines=True)
     for column in ("stage", "time", "on held-out data"):
         table.add_column(column, overflow="fold")
@@ -38,25 +39,37 @@ def report(config: Config, done: Mapping[str, Done]) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print("no picture: matplotlib is not installed (pip install matplotlib)")
         return
-    draw(config, done)
-    print(f"picture: {config.picture}")
+    picture = picture_path(config.output / "rlhf.png", config.refresh_pictures)
+    draw(config, done, picture)
+    print(f"picture: {picture}")
 
 
 def outcome(config: Config, name: str, stage: Done) -> list[str]:
-    """Say what a stage came to."""
+    """List what a stage came to, before > after, with standard errors clustered by prompt where there are any."""
     if name == "pairs":
         found = stage.metrics
         return [
             f"{found['train_pairs']:,.0f} pairs, {found['held_out_pairs']:,.0f} of held-out prompts",
-            f"gold of the samples {found['train_gold']:.3f}, standard deviation {found['train_gold_std']:.3f}",
+            f"gold of the samples {with_error(found, 'train_gold')}, standard deviation {found['train_gold_std']:.3f}",
             f"the judge prefers the better one in {found['train_judge_right']:.1%} of pairs",
         ]
     lines = []
     for metric, title in watched(config)[name].items():
-        values = [row[metric] for row in logs.read_metrics(stage.folder) if metric in row]
-        if values:
-            lines.append(f"{title} {values[0]:.3f} > {values[-1]:.3f}")
+        rows = [row for row in logs.read_metrics(stage.folder) if metric in row]
+        if rows:
+            lines.append(f"{title} {with_error(rows[0], metric)} > {with_error(rows[-1], metric)}")
     return lines
+
+
+def with_error(figures: Mapping[str, float], name: str) -> str:
+    """Write a figure with its standard error, where there is one.
+
+    Example:
+      >>> with_error({"gold": 0.5, "gold_stderr": 0.01}, "gold"), with_error({"gold": 0.5}, "gold")
+      ('0.500 +- 0.010', '0.500')
+    """
+    error = figures.get(f"{name}_stderr")
+    return f"{figures[name]:.3f}" if error is None else f"{figures[name]:.3f} +- {error:.3f}"
 
 
 def watched(config: Config) -> dict[str, dict[str, str]]:
@@ -83,14 +96,14 @@ def last_samples(folder: Path) -> list[Row]:
 
 
 def show_samples(console: Console, folder: Path) -> None:
-    """Print a few completions of the last step with what each judge says of them."""
+    """Print a few completions of the last step with the score of each judge."""
     rows = last_samples(folder)[:4]
     scores = [name for name in rows[0] if name.startswith("rewards/")]
     console.print(samples_table(f"samples at step {rows[0]['step']}", rows, scores, encoding=console.encoding))
 
 
-def draw(config: Config, done: Mapping[str, Done]) -> None:
-    """Draw each stage's way: on held-out data, but for the reward model's accuracy on its batches."""
+def draw(config: Config, done: Mapping[str, Done], picture: Path) -> None:
+    """Draw the curves of each stage: on held-out data, but for the reward model's accuracy on its batches."""
     from matplotlib.figure import Figure
 
     panels = [
@@ -113,5 +126,5 @@ def draw(config: Config, done: Mapping[str, Done]) -> None:
         axes.tick_params(labelsize=8)
         axes.grid(axis="y", color="#9aa5b1", alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    config.picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(config.picture, dpi=100)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=100)

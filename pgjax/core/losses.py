@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from pgjax.core.checks import check_number
 from pgjax.core.masking import AxisName, as_floats, as_mask, global_sum, masked_mean, where_mask
 
-_REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum")
+_REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum", "none")
 
 
 def _aligned(mask: ArrayLike | None, *xs: ArrayLike) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -27,6 +27,8 @@ def _aligned(mask: ArrayLike | None, *xs: ArrayLike) -> tuple[jax.Array, tuple[j
 def _reduce(losses: jax.Array, mask: jax.Array, reduce: str, axis_name: AxisName) -> jax.Array:
     if reduce not in _REDUCTIONS:
         raise ValueError(f"reduce must be one of {', '.join(_REDUCTIONS)}, got {reduce!r}")
+    if reduce == "none":
+        return where_mask(mask, losses).astype(jnp.float32)
     if reduce == "token_mean" or losses.ndim < 2:
         return masked_mean(losses, mask, axis_name=axis_name)
     sums = jnp.sum(where_mask(mask, losses), axis=-1)
@@ -67,14 +69,16 @@ def policy_gradient_loss(
       reduce: "token_mean": every token counts the same. "sequence_mean": mean over the last axis, then every
         sequence counts the same. "sequence_sum": sum over the last axis, then mean over sequences. Sequences
         with an empty mask count in neither. With fewer than two axes an entry is a sequence, and all three
-        are the mean.
+        are the mean. "none": no reduction; divide the sum by the tokens in the mask for "token_mean", or by
+        the sequences with a token for "sequence_sum" (and first each token by its sequence's number of tokens
+        for "sequence_mean"), counted over everything that is accumulated.
       axis_name: mapped axis or axes to reduce over too (they split sequences, not tokens).
 
     Returns:
-      [], float32.
+      [], float32; with "none" the shape of `logprobs`, 0 outside the mask.
 
     Raises:
-      ValueError: `reduce` is none of the three.
+      ValueError: `reduce` is none of the four.
       AssertionError: the shapes differ.
 
     Example:
@@ -121,14 +125,14 @@ def clipped_surrogate_loss(
       clip_eps: [] not below 0; 0 is a value like any other.
       clip_eps_high: [] not below 0; None: `clip_eps`.
       dual_clip: [] above 1; None: no bound on r where A < 0.
-      reduce: "token_mean", "sequence_mean" or "sequence_sum", as in `policy_gradient_loss`.
+      reduce: "token_mean", "sequence_mean", "sequence_sum" or "none", as in `policy_gradient_loss`.
       axis_name: mapped axis or axes to reduce over too.
 
     Returns:
-      [], float32.
+      [], float32; with "none" the shape of `logprobs`, 0 outside the mask.
 
     Raises:
-      ValueError: a bound is a number out of its range, or `reduce` is none of the three.
+      ValueError: a bound is a number out of its range, or `reduce` is none of the four.
       AssertionError: the shapes differ.
 
     Example:
@@ -311,8 +315,8 @@ def surrogate_diagnostics(
     inside, (new, old) = _aligned(mask, stop_gradient(logprobs), stop_gradient(old_logprobs))
     log_ratio = new - old
     ratio = jnp.exp(log_ratio)
-    least = jnp.min(jnp.where(inside, ratio, jnp.inf))
-    largest = jnp.max(jnp.where(inside, ratio, -jnp.inf))
+    least = jnp.min(ratio, initial=jnp.inf, where=inside)
+    largest = jnp.max(ratio, initial=-jnp.inf, where=inside)
     if axis_name is not None:
         least, largest = jax.lax.pmin(least, axis_name), jax.lax.pmax(largest, axis_name)
     seen = global_sum(inside.astype(ratio.dtype), axis_name) > 0

@@ -50,13 +50,15 @@ def as_mask(mask: jax.typing.ArrayLike | None, x: jax.Array) -> jax.Array:
     """Make a boolean mask with the shape of `x`.
 
     Args:
-      mask: boolean (or 0/1) array with the shape of `x`, or None for "all of them".
+      mask: boolean or 0/1, the shape of `x`; None includes every entry.
       x: the array that is masked.
 
     Returns:
       A boolean array with the shape of `x`.
 
     Raises:
+      ValueError: the mask holds another number than 0 and 1. The values of a traced mask can't be checked: there every
+        number but 0 includes its entry.
       AssertionError: the shapes differ.
 
     Example:
@@ -68,7 +70,26 @@ def as_mask(mask: jax.typing.ArrayLike | None, x: jax.Array) -> jax.Array:
         return jnp.ones_like(x, dtype=bool)
     array = jnp.asarray(mask)
     chex.assert_equal_shape([array, x])
-    return array if array.dtype == jnp.bool_ else array != 0
+    if array.dtype == jnp.bool_:
+        return array
+    _check_zeros_and_ones(mask)
+    return array != 0
+
+
+def _check_zeros_and_ones(mask: jax.typing.ArrayLike) -> None:
+    """Refuse a mask that holds another number than 0 and 1; a traced one, or one of other processes, can't be looked at."""
+    for x in jax.tree.leaves(mask):
+        if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+            return
+    with jax.ensure_compile_time_eval():  # of a constant inside jit too
+        values = jax.device_get(jnp.asarray(mask))
+    others = values[(values != 0) & (values != 1)]
+    if others.size:
+        shown = ", ".join(f"{float(value):g}" for value in others[:3]) + (", ..." if others.size > 3 else "")
+        raise ValueError(
+            f"mask must hold only 0 and 1, got {shown} in {others.size} of {values.size} entries: "
+            "a mask includes or excludes an entry, it gives it no weight"
+        )
 
 
 def where_mask(mask: jax.Array, x: jax.Array) -> jax.Array:
@@ -133,13 +154,14 @@ def masked_mean(
 
     Args:
       x: array of any shape, any unit.
-      mask: the same shape, boolean; None counts every entry.
+      mask: the same shape, boolean or 0/1; None counts every entry.
       axis_name: mapped axis or axes to reduce over too, inside `shard_map` or `pmap`.
 
     Returns:
       [], float32, in the unit of `x`.
 
     Raises:
+      ValueError: the mask holds another number than 0 and 1, as in `as_mask`.
       AssertionError: the shapes of `x` and `mask` differ.
 
     Example:

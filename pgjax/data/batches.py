@@ -1,5 +1,6 @@
-"""Prompts on their way to the model: encoded, padded, and dealt out in batches found by step number."""
+"""Batches of rows by step number, and the split into training and held-out rows."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,25 +18,26 @@ _UINT32 = 2**32
 def batches(
     rows: Sequence[Any], batch_size: int, *, seed: int, group_size: int = 1, own: Sequence[int] | None = None
 ) -> "grain.MapDataset[list[Any]]":
-    """Deal rows out in batches for ever, in a new order each epoch; the step number is the only state.
+    """Make an endless data set of batches, in a new order each epoch; the step number is the only state.
 
-    Epoch e is a permutation of the rows drawn from (seed, e), and the epochs follow each other without a gap,
-    so a batch may hold the end of one and the start of the next, and no row is dropped. The batches are the same, whatever
-    the number of processes; each is dealt its own part of them alone.
+    Epoch e is a permutation of the rows drawn from (seed, e). Epochs follow each other without a gap: a batch may hold the
+    end of one and the start of the next, and no row is dropped. The batches do not depend on the number of processes; each
+    process gets its own rows of them.
 
     Args:
       rows: anything that can be indexed.
-      batch_size: places of a batch, B; may be larger than the number of rows, which then come more than once.
+      batch_size: rows of a batch, B; may be larger than the number of rows given, which then come more than once.
       seed: chooses the orders, 0 <= seed < 2^32.
-      group_size: so many adjacent places of a batch get the same row; divides B.
-      own: the places, in 0 to B - 1, that this process is dealt, as `shares.fed_rows` lists them; None is all.
+      group_size: so many adjacent rows of a batch are the same row; divides B.
+      own: the indices, in 0 to B - 1, of the batch's rows that this process gets, as `batch_rows.rows_to_feed` lists them; None:
+        all.
 
     Returns:
-      A grain dataset: ``ds[step]`` is the list of that step's rows, one for each own place.
+      A grain dataset: ``ds[step]`` is the list of that step's rows, one for each index in ``own``.
 
     Raises:
-      ValueError: no rows, a batch size that isn't a positive integer, one that the group size doesn't divide, an own place
-        outside the batch, or a seed out of range.
+      UserError: no rows, a batch size that isn't a positive integer, one that the group size doesn't divide, an index outside the
+        batch, or a seed out of range.
 
     Example:
       >>> ds = batches(["a", "b", "c", "d"], 2, seed=0)
@@ -53,7 +55,7 @@ def batches(
     places = range(batch_size) if own is None else list(own)
     outside = [place for place in places if not 0 <= place < batch_size]
     if outside:
-        raise UserError(f"place {outside[0]} is not in a batch of {batch_size}, whose places are 0 to {batch_size - 1}")
+        raise UserError(f"row {outside[0]} is not in a batch of {batch_size}, whose rows are 0 to {batch_size - 1}")
     if not 0 <= seed < _UINT32:
         raise UserError(f"seed is {seed}: it must be in [0, 2^32)")
     import grain  # here, because importing it takes a second that `import pgjax` should not
@@ -63,12 +65,28 @@ def batches(
 
     def dealt(step: int) -> list[Any]:
         asked = [(step * batch_size + place) // group_size for place in places]
-        found = {
-            index: order[index] for index in dict.fromkeys(asked)
-        }  # once a group: an index takes a few ms of few rows
+        found = {index: order[index] for index in dict.fromkeys(asked)}  # once a group: an index takes milliseconds
         return [found[index] for index in asked]
 
     return steps.map(dealt)
+
+
+def steps_of(epochs: float, rows: int, batch_size: int) -> int:
+    """Count the updates of some passes over the rows: rounded up, so that no row is left out, and at least 1.
+
+    Args:
+      epochs: passes; need not be whole.
+      rows: how many there are.
+      batch_size: rows of an update.
+
+    Returns:
+      ceil(epochs * rows / batch_size).
+
+    Example:
+      >>> steps_of(2, 96, 8), steps_of(1, 9, 8), steps_of(0.1, 30, 3), steps_of(0.01, 8, 8)
+      (24, 2, 1, 1)
+    """
+    return max(1, math.ceil(round(epochs * rows / batch_size, 9)))  # 0.1 * 30 is 3.0000000000000004
 
 
 def split_rows(rows: Sequence[Any], held_out: int, seed: int) -> tuple[list[Any], list[Any]]:
@@ -83,7 +101,7 @@ def split_rows(rows: Sequence[Any], held_out: int, seed: int) -> tuple[list[Any]
       The training rows and the held-out rows.
 
     Raises:
-      ValueError: held_out out of range.
+      UserError: held_out out of range.
 
     Example:
       >>> train, held_out = split_rows(list("abcde"), 2, seed=0)

@@ -1,8 +1,8 @@
-"""Examples to fine-tune on: rows turned into token ids, with a mark on each token that is learned."""
+"""Examples for fine-tuning: rows turned into token ids, with a mask of the tokens to learn."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pgjax.core.checks import check_whole
@@ -23,57 +23,57 @@ from pgjax.models.io.tokenizer import stop_ids
 
 KINDS = (("prompt", "completion"), ("messages",), ("text",))  # the columns that make a row an example
 REWRITTEN = (
-    "the chat template writes a turn other than as a continuation of what it wrote before, so that its tokens cannot be "
-    "told (give prompts and completions instead)"
+    "the chat template rewrites earlier turns when a turn is added, so the tokens of that turn cannot be found "
+    "(give prompts and completions instead)"
 )
 
 
 class Example(NamedTuple):
-    """A text in token ids, and which of them are learned."""
+    """The token ids of a text, and which of them to learn."""
 
     ids: list[int]
     learned: list[bool]  # as long as ids
 
 
 class Examples(NamedTuple):
-    """What became of rows."""
+    """The examples made from rows, and the rows that were left out or cut."""
 
     examples: list[Example]
-    left_out: dict[str, list[str]]  # why -> places of the rows
-    cut: list[str]  # places of the plain texts that were cut into pieces
+    left_out: dict[str, list[str]]  # reason -> locations of the rows
+    cut: list[str]  # locations of the plain texts that were cut into pieces
 
     def notes(self) -> list[str]:
-        """Say what was left out and cut, in a line each; no lines where there is nothing to say."""
+        """Report what was left out and cut, a line each; an empty list where nothing was."""
         cut = [note("cut", self.cut, "long text", " into pieces")] if self.cut else []
         return left_out_notes(self.left_out) + cut
 
 
 class _Chunk(NamedTuple):
-    """A piece of an example that is tokenised by itself."""
+    """A piece of an example that is tokenised separately."""
 
     text: str
     special: bool  # whether the tokenizer adds its special tokens
     learned: bool
-    ends: bool  # whether it is learned up to its first end-of-sequence token only, and must have one
-    answer: str = ""  # what the row's author wrote of it, where an end of sequence may only come last
+    ends: bool  # learn up to its first end-of-sequence token only, and add one where it is missing
+    answer: str = ""  # the part of it that comes from the row: may hold an end of sequence at its end only
 
 
 def check_examples(placed: Placed) -> list[tuple[str, Row]]:
-    """Check that rows are examples to fine-tune on, all of one kind.
+    """Check that rows are examples for fine-tuning, all of one kind.
 
     A row has the columns ``prompt`` and ``completion`` (texts, or lists of messages), or ``messages`` (a list of
     messages), or ``text``. A list of messages may be written in JSON, as CSV has it. Columns of other names are ignored,
     and so is a ``prompt`` beside ``messages``, which hold it.
 
     Args:
-      placed: rows with their places, of `tables.read_table`.
+      placed: rows with their locations, as `tables.read_table` gives them.
 
     Returns:
       The same pairs, with the columns of the kind alone.
 
     Raises:
-      ValueError: other columns, two kinds at once, rows without the columns of the first one's kind, or a value of
-        another type; it names the row.
+      UserError: unknown columns, two kinds at once, rows without the columns of the first row's kind, or a value of
+        the wrong type; the message names the row.
 
     Example:
       >>> check_examples([("line 1", {"prompt": "1 + 1 =", "completion": " 2", "source": "sums"})])
@@ -100,12 +100,30 @@ def check_examples(placed: Placed) -> list[tuple[str, Row]]:
     return checked
 
 
+def texts_of(placed: Placed) -> Iterator[str]:
+    """Give all texts of examples, of every kind.
+
+    Args:
+      placed: rows of `check_examples`.
+
+    Yields:
+      A text for each column, or for each message of one.
+
+    Example:
+      >>> list(texts_of([("line 1", {"prompt": [{"role": "user", "content": "Hello"}], "completion": "Hi"})]))
+      ['Hello', 'Hi']
+    """
+    for _, row in placed:
+        for value in row.values():
+            yield from [value] if isinstance(value, str) else (message["content"] for message in value)
+
+
 def encode_examples(
     placed: Placed, tokenizer: Any, *, chat: bool, max_length: int, learn_prompt: bool = False
 ) -> Examples:
-    """Turn checked rows into token ids and say which tokens are learned.
+    """Turn checked rows into token ids, with a mask of the tokens to learn.
 
-    A prompt and its completion are tokenised apart, as sampling meets them: the completion without special tokens,
+    A prompt and its completion are tokenised separately, as in sampling: the completion without special tokens,
     then the end of sequence. Of messages, every turn of the assistant is learned with the token that ends it; the
     chat template is rendered turn by turn. Of a plain text, every token but the first is learned, and the end of
     sequence; one longer than ``max_length`` is cut into pieces that overlap by one token, so that each token is still
@@ -114,18 +132,18 @@ def encode_examples(
     Args:
       placed: rows of `check_examples`.
       tokenizer: a Hugging Face tokenizer.
-      chat: put a text prompt through the chat template, as one message of the user.
-      max_length: of an example, in tokens, at least 2: one to learn after another.
-      learn_prompt: learn all tokens of an example but its first, not the completion alone.
+      chat: render a text prompt with the chat template, as one message of the user.
+      max_length: of an example, in tokens; at least 2, since the first token is never learned.
+      learn_prompt: learn the prompt's tokens too: all of an example but its first.
 
     Returns:
       The examples in order. Rows with an empty completion or text, without an answer of the assistant, with an end of
-      sequence inside an answer, with turns that the chat template does not write one behind the other, or longer than
+      sequence inside an answer, with turns that the chat template rewrites when another is added, or longer than
       ``max_length`` (unless plain texts) are left out and listed.
 
     Raises:
-      ValueError: no chat template where one is needed, or one that refuses a row; no end of sequence; or nothing is
-        left.
+      UserError: a chat template is needed and missing, or it refuses a row; the tokenizer has no end of sequence; or no row
+        is left.
 
     Example:
       >>> class Letters:  # stands in for a tokenizer
@@ -199,17 +217,17 @@ def _check_tokenizer(tokenizer: Any, placed: Placed, chat: bool) -> None:
     columns = placed[0][1]
     if chat and "text" in columns:
         raise UserError(
-            "plain texts do not go through a chat template: leave out chat, or give prompts and completions"
+            "plain texts cannot be rendered with a chat template: use chat=False, or give prompts and completions"
         )
     lists = "messages" in columns or any(isinstance(row.get("prompt"), list) for _, row in placed)
     if (chat or lists) and tokenizer.chat_template is None:
         raise UserError("the tokenizer has no chat template, which messages need: use an instruct model, or texts")
     if not stop_ids(tokenizer):
-        raise UserError("the tokenizer has no end-of-sequence token: nothing would say where a completion ends")
+        raise UserError("the tokenizer has no end-of-sequence token, so a model could not learn to end: add one")
 
 
 def _chunks(place: str, row: Row, tokenizer: Any, chat: bool) -> list[_Chunk] | str:
-    """Cut a row where it is tokenised apart; or say why nothing can be learned from it."""
+    """Cut a row into the pieces that are tokenised separately; a text is the reason why nothing can be learned from it."""
     if "text" in row:
         return [_Chunk(row["text"], special=True, learned=True, ends=True)] if row["text"].strip() else "empty"
     if "messages" in row:
@@ -235,7 +253,7 @@ def _turns(
     """Render a conversation turn by turn; the assistant's turns after the given ones are learned."""
     messages, written = [*given, *learned], ""
     chunks: list[_Chunk] = []
-    for number in range(max(len(given), 1), len(messages)):  # an opening by the assistant answers nothing: not learned
+    for number in range(max(len(given), 1), len(messages)):  # an assistant's first message answers nothing: not learned
         answer = messages[number]["content"]
         if messages[number]["role"] != "assistant" or not answer.strip():
             continue

@@ -1,19 +1,20 @@
-"""Examples side by side in rows of one length, told apart by segment ids."""
+"""Pack examples into rows of one length, with segment ids that separate them."""
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pgjax.core.errors import UserError
-from pgjax.data.examples import Example
+from pgjax.data.examples import Example, encode_examples
+from pgjax.data.tables import Placed
 
 
 class Packed(NamedTuple):
-    """Examples side by side in rows of one length."""
+    """Rows of one length, each holding several examples."""
 
     tokens: Any  # [R, L] int32
     segment_ids: Any  # [R, L] int32: 1, 2, ... in each row, 0 on padding
@@ -21,20 +22,20 @@ class Packed(NamedTuple):
 
 
 def pack(examples: Sequence[Example], length: int, pad_id: int = 0) -> Packed:
-    """Put examples side by side into as few rows as a simple rule finds: the longest first, each where it fits best.
+    """Pack examples into few rows by best fit: the longest first, each into the fullest row that still holds it.
 
     The first token of an example is never learned: its prediction would come from the example before it.
 
     Args:
       examples: each of at least 1 and at most ``length`` tokens.
       length: of a row, L.
-      pad_id: the id put in the padding; only segment id 0 says what is padding.
+      pad_id: the id of padding; padding is recognised by segment id 0, not by this id.
 
     Returns:
-      The rows, in the order of their longest examples; the same ones for the same examples.
+      The rows, in the order of their longest examples. The result is deterministic.
 
     Raises:
-      ValueError: no examples, or one that is empty or longer than ``length``.
+      UserError: no examples, or one that is empty or longer than ``length``.
 
     Example:
       >>> short, long = Example([1, 2], [False, True]), Example([3, 4, 5], [True, True, True])
@@ -61,8 +62,52 @@ def pack(examples: Sequence[Example], length: int, pad_id: int = 0) -> Packed:
     return Packed(tokens, segment_ids, mask)
 
 
+def pack_rows(
+    row_sets: Mapping[str, Placed], tokenizer: Any, *, chat: bool, max_length: int, learn_prompt: bool = False
+) -> tuple[list[Packed], list[str]]:
+    """Turn sets of checked rows into token ids and pack them.
+
+    Args:
+      row_sets: rows of `examples.check_examples`, by what they are called in notes and errors.
+      tokenizer: a Hugging Face tokenizer.
+      chat: as in `examples.encode_examples`.
+      max_length: tokens of a packed row, and of an example at most.
+      learn_prompt: as in `examples.encode_examples`.
+
+    Returns:
+      The packed rows of each set, and lines for the user: what was left out or cut, and how many tokens there are.
+
+    Raises:
+      UserError: as in `examples.encode_examples`, with the set's name in front.
+
+    Example:
+      >>> class Letters:  # stands in for a tokenizer
+      ...     eos_token_id, init_kwargs, chat_template = 0, {}, None
+      ...     def __call__(self, texts, **options):
+      ...         return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+      >>> (packed,), notes = pack_rows({"training": [("line 1", {"text": "ab"})]}, Letters(), chat=False, max_length=4)
+      >>> packed.tokens.tolist(), notes
+      ([[97, 98, 0, 0]], ['training data: 1 examples, 2 tokens to learn, in 1 rows of 4 tokens, 75.0% full'])
+    """
+    sets, notes = [], []
+    for name, placed in row_sets.items():
+        try:
+            found = encode_examples(placed, tokenizer, chat=chat, max_length=max_length, learn_prompt=learn_prompt)
+        except UserError as error:
+            raise UserError(f"{name} data: {error}") from error
+        packed = pack(found.examples, max_length)
+        learned, full = packed.mask.sum(), (packed.segment_ids > 0).mean()
+        counted = (
+            f"{len(found.examples):,} examples, {learned:,} tokens to learn, "
+            f"in {len(packed.tokens):,} rows of {max_length} tokens, {full:.1%} full"
+        )
+        sets.append(packed)
+        notes += [f"{name} data: {note}" for note in (*found.notes(), counted)]
+    return sets, notes
+
+
 def _best_fit(lengths: Sequence[int], length: int) -> list[list[int]]:
-    """Deal numbers of examples into rows: the longest first, each into the fullest row that still holds it."""
+    """Assign examples, by index, to rows: the longest first, each to the fullest row that still holds it."""
     worst = max(range(len(lengths)), key=lengths.__getitem__)
     if lengths[worst] > length or min(lengths) < 1:
         raise UserError(f"examples have {min(lengths)} to {lengths[worst]} tokens: each needs 1 to {length}")

@@ -1,4 +1,4 @@
-"""Rows of token ids as rectangles: left for prompts, right for whole texts, in lengths that few programs serve."""
+"""Pad rows of token ids: prompts on the left, whole texts on the right; bucket lengths, so that few programs are compiled."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ def left_pad(ids: Sequence[Sequence[int]], pad_id: int, *, length: int | None = 
 
     Args:
       ids: token ids of each row, none empty.
-      pad_id: the id put in the padding; it may well occur in the rows too, only the mask says what is
-        padding.
+      pad_id: the id of padding; it may occur in the rows too: only the mask tells padding from tokens.
       length: columns P of the result; None is the longest row.
 
     Returns:
       tokens [B, P] int32 and attention mask [B, P] bool, False on padding.
 
     Raises:
-      ValueError: no rows, an empty row, or one longer than ``length``.
+      UserError: no rows, an empty row, or one longer than ``length``.
 
     Example:
       >>> tokens, mask = left_pad([[5, 6, 7], [8]], 0)
@@ -50,8 +49,8 @@ def left_pad(ids: Sequence[Sequence[int]], pad_id: int, *, length: int | None = 
 def bucket_length(n: int) -> int:
     """Round a length up to 16, 24, 32, 48, 64, 96, 128, ...: 2^k and 1.5 * 2^k.
 
-    A program is compiled for each padded length: at most two for each doubling, and less than half of a row
-    wasted.
+    A program is compiled for each padded length. These lengths give at most two programs for each doubling, and padding
+    is less than half of a row (beyond 16 tokens).
 
     Args:
       n: length in tokens, at least 1.
@@ -60,14 +59,14 @@ def bucket_length(n: int) -> int:
       The smallest such length that is at least ``n``.
 
     Raises:
-      ValueError: n < 1.
+      UserError: n < 1.
 
     Example:
       >>> [bucket_length(n) for n in (1, 17, 32, 33, 49, 100)]
       [16, 24, 32, 48, 64, 128]
     """
     if n < 1:
-        raise UserError(f"a length of {n} tokens has no bucket: it starts at 1")
+        raise UserError(f"a length of {n} tokens has no bucket: it must be at least 1")
     bucket = _SMALLEST_BUCKET
     while bucket < n:
         if bucket + bucket // 2 >= n:
@@ -77,7 +76,7 @@ def bucket_length(n: int) -> int:
 
 
 def right_pad(ids: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pad sequences on the right with zeros, which only the mask tells from tokens.
+    """Pad sequences on the right with zeros; only the mask tells padding from tokens.
 
     Args:
       ids: token ids of each row.

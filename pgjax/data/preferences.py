@@ -1,4 +1,4 @@
-"""Preferences: rows with two answers to one prompt, checked to the row and turned into token ids."""
+"""Preferences: rows with two answers to one prompt, checked and turned into token ids."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pgjax.core.errors import UserError
+from pgjax.data.batches import split_rows
 from pgjax.data.prompts import Prompt, check_prompt, encode_prompt
+from pgjax.data.sources import load_rows
 from pgjax.data.tables import Placed, Row, as_messages, check_messages, check_same_columns, check_text, left_out_notes
 from pgjax.models.io.tokenizer import stop_ids
 
-TEMPLATED = "prompts_were_templated"  # kept among a tokenizer's settings: how a reward model has seen its prompts
+TEMPLATED = "prompts_were_templated"  # a tokenizer's setting: was a reward model trained with its chat template?
 
 
 class Answered(NamedTuple):
@@ -24,56 +26,57 @@ class Answered(NamedTuple):
 class Pair(NamedTuple):
     """Two answers to one prompt, the first one preferred."""
 
-    place: str  # where its row stands
+    place: str  # location of its row
     chosen: Answered
     rejected: Answered
-    margin: float  # how far apart their scores should be at least
+    margin: float  # by how much the scores should differ at least
 
 
 class Reference(NamedTuple):
-    """An answer to normalise scores on."""
+    """An answer whose score is used to normalise scores."""
 
-    place: str  # where its row stands
+    place: str  # location of its row
     answered: Answered
 
 
-class Encoded(NamedTuple):
-    """A pair in token ids, each answer behind its prompt."""
+class EncodedPair(NamedTuple):
+    """A pair in token ids: each is the prompt followed by an answer."""
 
     chosen: list[int]
     rejected: list[int]
     margin: float
+    prompt: int | None = None  # the number of its prompt in its set: pairs of one prompt are not independent
 
 
 class Kept(NamedTuple):
-    """What became of rows."""
+    """The rows that were kept, and the locations of the others."""
 
     kept: list[Any]
-    left_out: dict[str, list[str]]  # why -> places of the rows
+    left_out: dict[str, list[str]]  # reason -> locations of the rows
 
     def notes(self) -> list[str]:
-        """Say what was left out, a line for each reason; no lines where there is nothing to say."""
+        """Report what was left out, a line for each reason; an empty list where nothing was."""
         return left_out_notes(self.left_out)
 
 
 def check_pairs(placed: Placed) -> Kept:
-    """Check rows of preferences, leaving out those that say nothing.
+    """Check rows of preferences, leaving out those that express none.
 
     Columns: ``chosen`` and ``rejected``, each a text or a list of messages; ``prompt``, a text or a list of messages, which
     may be missing where both answers are whole conversations; and, if there is one, ``margin``, a number of at least 0,
     which is 0 where it is missing. A list of messages may be written in JSON, as CSV has it. Messages that begin with the
-    assistant's answer the prompt, others hold it; the last message is what is judged. Other columns are not looked at.
+    assistant's are an answer to the prompt; others contain the prompt. The last message is the answer. Other columns are ignored.
     Rows with two equal answers or an empty one are left out.
 
     Args:
-      placed: rows with their places; at least one.
+      placed: rows with their locations; at least one.
 
     Returns:
-      The pairs as `Pair`, and where the others stood.
+      The pairs as `Pair`, and the locations of the rows left out.
 
     Raises:
-      ValueError: a missing column, a value of another kind, answers to different prompts, or no row that says
-        anything; it names the place.
+      UserError: a missing column, a value of the wrong type, answers to different prompts, or no pair is left; the message
+        names the row.
 
     Example:
       >>> rows = [{"prompt": "Hi", "chosen": "Hello", "rejected": "No"}, {"prompt": "Hi", "chosen": "a", "rejected": "a"}]
@@ -94,7 +97,7 @@ def check_pairs(placed: Placed) -> Kept:
         chosen, rejected = (_answered(place, row, name) for name in ("chosen", "rejected"))
         pair = Pair(place, chosen, rejected, _margin(place, row))
         if chosen.prompt != rejected.prompt:
-            raise UserError(f"{place}: 'chosen' and 'rejected' answer different prompts, so they do not compare")
+            raise UserError(f"{place}: 'chosen' and 'rejected' answer different prompts, so they cannot be compared")
         why = "an empty answer" if not (chosen.answer.strip() and rejected.answer.strip()) else "two equal answers"
         if why == "two equal answers" and chosen.answer != rejected.answer:
             kept.append(pair)
@@ -103,17 +106,38 @@ def check_pairs(placed: Placed) -> Kept:
     return _some_left(Kept(kept, left_out), "pair is left to learn from")
 
 
+def load_pair_sets(source: str, held_out: str | None, held_out_rows: int) -> dict[str, Kept]:
+    """Read the pairs to learn from and those kept aside: from a source of their own, or else split off at random.
+
+    Args:
+      source: of the pairs to learn from, as for `sources.load_rows`.
+      held_out: likewise, of those kept aside; None: they are rows of `source`, the same ones each time.
+      held_out_rows: how many they are then.
+
+    Returns:
+      The pairs as "training" and "held-out".
+
+    Raises:
+      UserError: as in `sources.load_rows` and `check_pairs`, or too few rows to keep so many aside.
+    """
+    pairs = load_rows(source, check_pairs)
+    if held_out is not None:
+        return {"training": pairs, "held-out": load_rows(held_out, check_pairs)}
+    kept, aside = split_rows(pairs.kept, held_out_rows, seed=0)
+    return {"training": pairs._replace(kept=kept), "held-out": Kept(aside, {})}
+
+
 def check_answers(placed: Placed) -> Kept:
     """Check rows with a ``prompt`` and a ``completion``, each a text or a list of messages; empty completions are left out.
 
     Args:
-      placed: rows with their places; at least one.
+      placed: rows with their locations; at least one.
 
     Returns:
-      The rows as `Reference`, and where the others stood.
+      The rows as `Reference`, and the locations of the rows left out.
 
     Raises:
-      ValueError: a row that is none, naming the place, or nothing is left.
+      UserError: a row that is not of this form, which the message names, or no row is left.
 
     Example:
       >>> check_answers([("line 1", {"prompt": "Hi", "completion": "Hello"})]).kept
@@ -132,20 +156,20 @@ def check_answers(placed: Placed) -> Kept:
 def encode_answers(answers: Sequence[Answered], tokenizer: Any, *, chat: bool, eos: bool) -> list[list[int]]:
     """Turn prompts with their answers into token ids, as a policy samples them: the prompt's ids, then the answer's.
 
-    The answer is tokenised apart, without special tokens of the tokenizer's own, and ends with the end of sequence.
+    The answer is tokenised separately, without the tokenizer's special tokens, and ends with the end of sequence.
 
     Args:
       answers: prompts with answers.
       tokenizer: a Hugging Face tokenizer.
-      chat: put prompts that are texts through the chat template too; messages always go through it.
-      eos: end each answer with the end of sequence, unless it ends with one already; False where completions say
-        themselves whether they ended.
+      chat: render prompts that are texts with the chat template too; lists of messages always are.
+      eos: end each answer with the end of sequence, unless it ends with one already; False where the answers already
+        show whether they ended.
 
     Returns:
       The ids of each, unpadded.
 
     Raises:
-      ValueError: no chat template where one is needed, messages that it refuses, or no end of sequence to add.
+      UserError: a chat template is needed and missing, it refuses the messages, or the tokenizer has no end of sequence to add.
 
     Example:
       >>> class Letters:  # stands in for a tokenizer
@@ -163,7 +187,7 @@ def encode_answers(answers: Sequence[Answered], tokenizer: Any, *, chat: bool, e
 def _encode(
     places: Sequence[str], answers: Sequence[Answered], tokenizer: Any, *, chat: bool, eos: bool
 ) -> list[tuple[list[int], list[int]]]:
-    """Encode as `encode_answers` does, the ids of each prompt and of its answer apart."""
+    """Encode as `encode_answers` does, keeping the ids of a prompt and of its answer separate."""
     stops = stop_ids(tokenizer)
     if eos and not stops:
         raise UserError("the tokenizer has no end-of-sequence token to end an answer with: add one, or use eos=False")
@@ -183,7 +207,7 @@ def _encode(
 
 
 def encode_pairs(pairs: Kept, tokenizer: Any, *, chat: bool, eos: bool, max_length: int) -> Kept:
-    """Turn pairs into token ids; nothing is ever cut.
+    """Turn pairs into token ids; nothing is truncated.
 
     Left out are pairs of which an answer is too long or holds an end of sequence before its end, which a policy would have
     stopped at, and pairs whose answers have the same ids.
@@ -196,10 +220,10 @@ def encode_pairs(pairs: Kept, tokenizer: Any, *, chat: bool, eos: bool, max_leng
       max_length: longest prompt with answer, in tokens.
 
     Returns:
-      The pairs as `Encoded`, and where all others stood.
+      The pairs as `EncodedPair`, and the locations of all rows left out.
 
     Raises:
-      ValueError: no pair is left, or `encode_answers` refuses.
+      UserError: no pair is left, or as in `encode_answers`.
 
     Example:
       >>> from tokenizers import Tokenizer, models
@@ -208,25 +232,27 @@ def encode_pairs(pairs: Kept, tokenizer: Any, *, chat: bool, eos: bool, max_leng
       >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="e")
       >>> pairs = check_pairs([("line 1", {"prompt": "a", "chosen": "b", "rejected": "ab"})])
       >>> encode_pairs(pairs, tokenizer, chat=False, eos=True, max_length=4).kept
-      [Encoded(chosen=[1, 2, 0], rejected=[1, 1, 2, 0], margin=0.0)]
+      [EncodedPair(chosen=[1, 2, 0], rejected=[1, 1, 2, 0], margin=0.0, prompt=0)]
     """
     answers = [answered for pair in pairs.kept for answered in (pair.chosen, pair.rejected)]
     places = [pair.place for pair in pairs.kept for _ in range(2)]
     ids = _encode(places, answers, tokenizer, chat=chat, eos=eos)
     kept, left_out = [], {why: list(places) for why, places in pairs.left_out.items()}
+    prompts: dict[tuple[int, ...], int] = {}
     for pair, chosen, rejected in zip(pairs.kept, ids[::2], ids[1::2], strict=True):
         why = _fault(chosen, tokenizer, max_length) or _fault(rejected, tokenizer, max_length)
         if why is None and chosen == rejected:
             why = "two equal answers"
         if why is None:
-            kept.append(Encoded(chosen[0] + chosen[1], rejected[0] + rejected[1], pair.margin))
+            number = prompts.setdefault(tuple(chosen[0]), len(prompts))
+            kept.append(EncodedPair(chosen[0] + chosen[1], rejected[0] + rejected[1], pair.margin, number))
         else:
             left_out.setdefault(why, []).append(pair.place)
     return _some_left(Kept(kept, left_out), "pair is left to learn from")
 
 
 def encode_references(references: Kept, tokenizer: Any, *, chat: bool, eos: bool, max_length: int) -> Kept:
-    """Turn references into token ids, leaving out what `encode_pairs` would.
+    """Turn references into token ids, leaving out those that `encode_pairs` would.
 
     Args:
       references: of `check_answers`.
@@ -236,10 +262,10 @@ def encode_references(references: Kept, tokenizer: Any, *, chat: bool, eos: bool
       max_length: longest prompt with answer, in tokens.
 
     Returns:
-      The ids of each, and where all others stood.
+      The ids of each, and the locations of all rows left out.
 
     Raises:
-      ValueError: nothing is left, or `encode_answers` refuses.
+      UserError: no reference is left, or as in `encode_answers`.
 
     Example:
       >>> class Letters:  # stands in for a tokenizer
@@ -263,8 +289,43 @@ def encode_references(references: Kept, tokenizer: Any, *, chat: bool, eos: bool
     return _some_left(Kept(kept, left_out), "reference is left")
 
 
+def encode_sets(
+    pair_sets: Mapping[str, Kept], references: Kept | None, tokenizer: Any,
+    *, chat: bool, eos: bool, max_length: int, reference_rows: int,
+) -> tuple[list[list[EncodedPair]], list[list[int]], list[str]]:  # fmt: skip
+    """Turn all that a reward model learns from into token ids; the tokenizer keeps whether prompts were templated.
+
+    Args:
+      pair_sets: pairs of `check_pairs`, by what they are called in notes; the first set is learned from.
+      references: of `check_answers`; None: both answers of the first set's pairs.
+      tokenizer: a Hugging Face tokenizer.
+      chat: as in `encode_answers`.
+      eos: as in `encode_answers`.
+      max_length: longest prompt with answer, in tokens.
+      reference_rows: so many references, or pairs whose answers are references, from the first on.
+
+    Returns:
+      The pairs of each set, the ids of the references, and lines for the user: what was left out, and how many there are.
+
+    Raises:
+      UserError: as in `encode_pairs` and `encode_references`.
+    """
+    first = next(iter(pair_sets.values())).kept[0]
+    tokenizer.init_kwargs[TEMPLATED] = chat or not isinstance(first.chosen.prompt, str)
+    sets, notes = [], []
+    for name, pairs in pair_sets.items():
+        found = encode_pairs(pairs, tokenizer, chat=chat, eos=eos, max_length=max_length)
+        sets.append(found.kept)
+        notes += [f"{name} pairs: {note}" for note in (*found.notes(), f"{len(found.kept):,} to use")]
+    if references is None:
+        return sets, [ids for pair in sets[0][:reference_rows] for ids in (pair.chosen, pair.rejected)], notes
+    references = references._replace(kept=references.kept[:reference_rows])
+    found = encode_references(references, tokenizer, chat=chat, eos=eos, max_length=max_length)
+    return sets, found.kept, notes + [f"references: {note}" for note in found.notes()]
+
+
 def _fault(ids: tuple[list[int], list[int]], tokenizer: Any, max_length: int) -> str | None:
-    """Say why a prompt with its answer cannot be scored, if so."""
+    """Give the reason why a prompt with its answer cannot be scored, or None."""
     prompt, answer = ids
     if not set(stop_ids(tokenizer)).isdisjoint(answer[:-1]):
         return "an end of sequence inside the answer"
@@ -278,7 +339,7 @@ def _some_left(found: Kept, what: str) -> Kept:
 
 
 def _answered(place: str, row: Row, name: str) -> Answered:
-    """Find the prompt and the text that is judged in a row's column."""
+    """Split a row's column into the prompt and the answer."""
     prompt, value = as_messages(row.get("prompt")), as_messages(row[name])
     if not isinstance(value, list):
         check_text(place, f"the column {name!r}", value)

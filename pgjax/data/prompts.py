@@ -1,4 +1,4 @@
-"""Prompt files: rows of JSON lines, CSV, parquet, plain text or a data set, checked to the line."""
+"""Prompts: rows that are checked, turned into token ids, and completions turned back into text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,16 +12,16 @@ Prompt = str | Sequence[Mapping[str, str]]
 
 
 def check_rows(placed: Placed) -> list[Row]:
-    """Check that rows have a prompt that can be one, and the same columns.
+    """Check that every row has a valid prompt, and that all rows have the same columns.
 
     Args:
-      placed: each row behind the words that say where it stands; at least one.
+      placed: rows with their locations; at least one.
 
     Returns:
-      The rows alone; a prompt that is a JSON list of messages is that list.
+      The rows without locations; a prompt that is a JSON list of messages is parsed.
 
     Raises:
-      ValueError: naming the place.
+      UserError: naming the row.
 
     Example:
       >>> check_rows([("row 0", {"prompt": "Write"})])
@@ -42,11 +42,11 @@ def check_prompt(place: str, prompt: object) -> None:
     """Check that a value can be a prompt: a text that is not empty, or a list of messages.
 
     Args:
-      place: where its row stands.
+      place: location of its row, for messages.
       prompt: the value.
 
     Raises:
-      ValueError: naming the place.
+      UserError: naming the row.
 
     Example:
       >>> check_prompt("line 3", "")
@@ -66,7 +66,7 @@ def check_prompt(place: str, prompt: object) -> None:
 def encode_prompts(
     prompts: Sequence[Prompt], tokenizer: Any, *, chat: bool, max_length: int | None, place: str | None = None
 ) -> list[list[int]]:
-    """Turn prompts into token ids, through the chat template where asked.
+    """Turn prompts into token ids, with the chat template if `chat`.
 
     Args:
       prompts: texts, or lists of messages (then ``chat`` must be True).
@@ -74,15 +74,15 @@ def encode_prompts(
       chat: True renders each prompt with the tokenizer's chat template, a text as one user message, and opens
         the assistant's turn; False encodes the text as it is, with the special tokens that the tokenizer
         adds.
-      max_length: longest prompt allowed, in tokens; None is no limit. Nothing is ever cut.
-      place: what an error calls the prompt that it is about; None: its number among these.
+      max_length: longest prompt allowed, in tokens; None is no limit. Nothing is truncated.
+      place: the prompt's name in messages; None: its number among these.
 
     Returns:
       The ids of each prompt, unpadded.
 
     Raises:
-      ValueError: no chat template, one that refuses a prompt, messages without ``chat``, an empty prompt, or one longer than
-        ``max_length``.
+      UserError: the chat template is missing or refuses a prompt, a list of messages without ``chat``, an empty prompt, or one
+        longer than ``max_length``.
 
     Example:
       >>> class Letters:  # stands in for a tokenizer
@@ -116,7 +116,7 @@ def completion_texts(tokens: Any, mask: Any, tokenizer: Any) -> list[str]:
       [B] texts.
 
     Raises:
-      ValueError: the shapes differ.
+      UserError: the shapes differ.
 
     Example:
       >>> class Letters:  # stands in for a tokenizer
@@ -133,12 +133,10 @@ def completion_texts(tokens: Any, mask: Any, tokenizer: Any) -> list[str]:
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Any, *, chat: bool, place: str) -> list[int]:
-    """Turn one prompt into token ids, as `encode_prompts` does; an error says where it stands."""
+    """Turn one prompt into token ids, as `encode_prompts` does; `place` is its name in messages."""
     if chat:
         if tokenizer.chat_template is None:
-            raise UserError(
-                f"{place}: the tokenizer has no chat template: use an instruct model, or encode without chat (--no-chat)"
-            )
+            raise UserError(f"{place}: the tokenizer has no chat template: use an instruct model, or chat=False")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         try:
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
@@ -149,7 +147,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Any, *, chat: bool, place: str) -> 
     elif isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
     else:
-        raise UserError(f"{place} is a list of messages: it needs the chat template, or write it as a text")
+        raise UserError(f"{place} is a list of messages: use chat=True, or write it as a text")
     if not ids:
         raise UserError(f"{place} has no tokens: {prompt!r}")
     return [int(i) for i in ids]

@@ -1,10 +1,12 @@
-"""Rows for an experiment: from a file, a data set, or a function given as module:function."""
+"""Load rows from a file, a data set, or a function named as module:function."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +16,7 @@ from pgjax.data.batches import split_rows
 from pgjax.data.tables import Placed, read_table
 
 Checked = TypeVar("Checked")
-Kind = TypeVar("Kind")  # of a row that is checked
+Kind = TypeVar("Kind")  # type of a checked row
 
 
 def load_rows(source: str | Path, check: Callable[[Placed], Checked], *, text_column: str = "prompt") -> Checked:
@@ -23,14 +25,14 @@ def load_rows(source: str | Path, check: Callable[[Placed], Checked], *, text_co
     Args:
       source: what `pgjax.data.tables.read_table` takes, or module:function, a function without arguments that
         gives rows.
-      check: takes the rows with their places, as `pgjax.data.prompts.check_rows` does.
+      check: takes the rows with their locations, as `pgjax.data.prompts.check_rows` does.
       text_column: the column that the lines of a .txt file come in.
 
     Returns:
       What `check` returns.
 
     Raises:
-      ValueError: no such source, no rows, or rows that `check` refuses.
+      UserError: no such source, no rows, or rows that `check` refuses.
 
     Example:
       >>> from pgjax.data.prompts import check_rows
@@ -41,7 +43,7 @@ def load_rows(source: str | Path, check: Callable[[Placed], Checked], *, text_co
     module, colon, name = source.partition(":")
     if not colon or Path(source).exists() or not _is_module(module):
         if colon and "." in module and _is_module(module.partition(".")[0]):
-            raise UserError(f"{source!r}: there is no module {module!r}")  # a hub would be asked for it, slowly
+            raise UserError(f"{source!r}: there is no module {module!r}")  # or the hub is searched, slowly
         try:
             placed = read_table(source, text_column=text_column)
         except UserError as error:
@@ -58,11 +60,11 @@ def load_rows(source: str | Path, check: Callable[[Placed], Checked], *, text_co
     given = function() if callable(function) and _needs_nothing(function) else None
     if not isinstance(given, Iterable):
         raise UserError(
-            f"{source!r} must be a function that gives a list of rows, without arguments, and is or gives {function!r}"
+            f"{source!r} must be a function without arguments that returns a list of rows; it is {function!r}"
         )
     rows = list(given)
     if not rows:
-        raise UserError(f"{source} gives no rows")
+        raise UserError(f"{source} returns no rows")
     return check([(f"{source}, row {i}", row) for i, row in enumerate(rows)])
 
 
@@ -74,20 +76,20 @@ def load_row_sets(
     *,
     text_column: str = "prompt",
 ) -> tuple[list[Kind], list[Kind]]:
-    """Read the rows to learn from and those kept aside: from a source of their own, or else split off at random.
+    """Load training rows and held-out rows; without a source of their own the latter are split off at random.
 
     Args:
-      source: of the rows to learn from, as for `load_rows`.
-      held_out: likewise, of those kept aside; None: they are rows of `source`, the same ones each time.
-      held_out_rows: how many they are then.
+      source: of the training rows, as for `load_rows`.
+      held_out: of the held-out rows; None: they are taken from `source`, the same ones each time.
+      held_out_rows: how many to split off where `held_out` is None.
       check: as for `load_rows`.
-      text_column: likewise.
+      text_column: as for `load_rows`.
 
     Returns:
-      Both.
+      The training rows and the held-out rows.
 
     Raises:
-      ValueError: as in `load_rows`, or too few rows to keep so many aside.
+      UserError: as in `load_rows`, or fewer rows than are to be held out.
 
     Example:
       >>> from pgjax.data.prompts import check_rows
@@ -109,11 +111,18 @@ def _needs_nothing(function: Callable[..., Any]) -> bool:
 
 
 def _is_module(name: str) -> bool:
-    """Say whether a dotted name is that of a module that is there; "org/name", "imdb" and a folder are data sets."""
-    if not all(part.isidentifier() for part in name.split(".")):
+    """Say whether a dotted name is that of an existing module; "org/name", "imdb" and a folder are data sets.
+
+    Nothing is imported for that, as `importlib.util.find_spec` would import the packages that the module is in.
+    """
+    parts = name.split(".")
+    if not all(part.isidentifier() for part in parts):
         return False
-    try:
-        found = importlib.util.find_spec(name)
-    except ImportError:  # a dotted name whose parent is not there
-        return False
-    return found is not None and found.origin is not None  # a mere folder is found too, and has no functions
+    if name in sys.modules:
+        return True
+    found = importlib.util.find_spec(parts[0]) if parts[0] not in sys.modules else sys.modules[parts[0]].__spec__
+    for end in range(2, len(parts) + 1):
+        if found is None or found.submodule_search_locations is None:
+            return False
+        found = importlib.machinery.PathFinder.find_spec(".".join(parts[:end]), list(found.submodule_search_locations))
+    return found is not None and found.origin is not None  # a plain folder is found too, without an origin

@@ -1,4 +1,4 @@
-"""Tables of rows from JSON lines, CSV, parquet, plain text, or the package `datasets`; each row with its place."""
+"""Tables of rows from JSON lines, CSV, parquet, plain text, or the package `datasets`; each row with its location."""
 
 import csv
 import io
@@ -11,12 +11,12 @@ from typing import Any
 from pgjax.core.errors import MissingPackageError, UserError
 
 Row = dict[str, Any]
-Placed = Sequence[tuple[str, Row]]  # rows, each behind the words that say where it stands
-_MANY = 5  # places that a note lists
+Placed = Sequence[tuple[str, Row]]  # rows with their locations: ("rows.jsonl, line 7", row)
+_MANY = 5  # locations that a note lists
 
 
 def read_table(source: str | os.PathLike[str], *, text_column: str = "prompt") -> list[tuple[str, Row]]:
-    """Read the rows of a table, each with the words that say where it stands.
+    """Read the rows of a table, each with its location.
 
     Args:
       source: a file that ends in ``.jsonl`` (an object a line, blank lines skipped), ``.csv`` (with a header
@@ -26,12 +26,12 @@ def read_table(source: str | os.PathLike[str], *, text_column: str = "prompt") -
       text_column: the column that the lines of a ``.txt`` file come in.
 
     Returns:
-      The pairs (place, row) in order: ``("rows.jsonl, line 7", {...})``.
+      The pairs (location, row) in order: ``("rows.jsonl, line 7", {...})``.
 
     Raises:
-      ValueError: no such file or data set, an unknown ending, no rows, or a malformed line; it names the file
+      UserError: no such file or data set, an unknown suffix, no rows, or a malformed line; the message names the file
         and the line.
-      ImportError: the package that reads this kind is not installed; it names it.
+      MissingPackageError: the package that reads this kind of file is not installed; the message names it.
 
     Example:
       >>> import tempfile
@@ -64,10 +64,10 @@ def check_dicts(placed: Placed) -> None:
     """Check that all rows are dicts from column to value.
 
     Args:
-      placed: rows with their places.
+      placed: rows with their locations.
 
     Raises:
-      ValueError: naming the place.
+      UserError: naming the row.
 
     Example:
       >>> check_dicts([("row 0", "a")])
@@ -83,11 +83,11 @@ def check_same_columns(placed: Placed, among: Collection[str] | None = None) -> 
     """Check that all rows have the columns of the first one.
 
     Args:
-      placed: rows with their places; at least one.
-      among: the columns that count; None: all.
+      placed: rows with their locations; at least one.
+      among: the columns to compare; None: all.
 
     Raises:
-      ValueError: naming the place and the columns.
+      UserError: naming the row and the columns.
 
     Example:
       >>> check_same_columns([("row 0", {"text": "a"}), ("row 1", {"text": "b", "n": 1})])
@@ -107,12 +107,12 @@ def check_text(place: str, name: str, text: Any) -> None:
     """Check that a value is a text that can be encoded.
 
     Args:
-      place: where its row stands.
-      name: what it is, for the message.
+      place: location of its row, for messages.
+      name: what the value is, for messages.
       text: the value.
 
     Raises:
-      ValueError: naming the place.
+      UserError: naming the row.
 
     Example:
       >>> check_text("line 2", "the answer", 3)
@@ -122,19 +122,19 @@ def check_text(place: str, name: str, text: Any) -> None:
     if not isinstance(text, str):
         raise UserError(f"{place}: {name} is {text!r}, not a text")
     if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise UserError(f"{place}: {name} {text!r} holds half a surrogate pair, which is no text")
+        raise UserError(f"{place}: {name} {text!r} holds half of a surrogate pair, which cannot be encoded")
 
 
 def check_messages(place: str, name: str, messages: Any) -> None:
     """Check that a value is a list of messages ``{"role": text, "content": text}``.
 
     Args:
-      place: where its row stands.
-      name: what it is, for the message.
+      place: location of its row, for messages.
+      name: what the value is, for messages.
       messages: the value.
 
     Raises:
-      ValueError: naming the place.
+      UserError: naming the row.
 
     Example:
       >>> check_messages("line 2", "the prompt", [{"role": "user"}])
@@ -154,10 +154,10 @@ def check_messages(place: str, name: str, messages: Any) -> None:
 
 
 def as_messages(value: Any) -> Any:
-    """Read a text that is a JSON list of messages, which is how CSV holds one, as that list.
+    """Parse a text that is a JSON list of messages, as a CSV file holds one.
 
     Args:
-      value: of a column that may hold messages.
+      value: the value of a column that may hold messages.
 
     Returns:
       The list; any other value as it is.
@@ -177,12 +177,12 @@ def as_messages(value: Any) -> Any:
 
 
 def note(done: str, places: Sequence[str], noun: str, rest: str) -> str:
-    """Say what was done to some rows, how many they are, and where the first of them stand.
+    """Report what was done to some rows: how many they are, and the locations of the first of them.
 
     Args:
       done: the verb.
-      places: of the rows; at least one.
-      noun: one of them.
+      places: locations of the rows; at least one.
+      noun: what one of them is called.
       rest: what follows the noun.
 
     Returns:
@@ -198,13 +198,13 @@ def note(done: str, places: Sequence[str], noun: str, rest: str) -> str:
 
 
 def left_out_notes(left_out: Mapping[str, Sequence[str]]) -> list[str]:
-    """Say which rows were left out, a line for each reason.
+    """Report which rows were left out, a line for each reason.
 
     Args:
-      left_out: why -> places of the rows.
+      left_out: reason -> locations of the rows.
 
     Returns:
-      The lines; none where nothing was left out.
+      The lines; an empty list where nothing was left out.
 
     Example:
       >>> left_out_notes({"empty": ["line 2", "line 5"]})
@@ -214,7 +214,7 @@ def left_out_notes(left_out: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
-    """Split a file into numbered lines, ends kept; only the newline ends a line, no other separator."""
+    """Split a file into numbered lines, ends kept; only the newline character ends a line."""
     numbered = []
     for number, raw in enumerate(io.BytesIO(path.read_bytes()), start=1):
         try:
@@ -247,7 +247,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
-        raise UserError(f"the key {twice!r} is there twice")
+        raise UserError(f"the key {twice!r} occurs twice")
     return found
 
 
@@ -280,7 +280,7 @@ def _read_csv(path: Path) -> list[tuple[str, Row]]:
 def _check_header(path: Path, header: list[str]) -> list[str]:
     twice = [name for name in header if header.count(name) > 1]
     if twice:
-        raise UserError(f"{path}, line 1: the column {twice[0]!r} is there twice")
+        raise UserError(f"{path}, line 1: the column {twice[0]!r} occurs twice")
     return header
 
 
@@ -293,7 +293,7 @@ def _read_parquet(path: Path) -> list[tuple[str, Row]]:
         ) from error
     try:
         records: Iterable[Row] = parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:  # pyarrow's own errors are these two
+    except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these two
         raise UserError(f"{path}: not a parquet file ({error})") from error
     return _counted(records)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,9 @@ class Optimizer(NamedTuple):
     init: optax.TransformInitFn
     update: optax.TransformUpdateFn
     learning_rate: optax.Schedule  # update number, from 0, -> rate
+
+
+Transformation: TypeAlias = optax.GradientTransformation | Optimizer  # whatever takes a gradient
 
 
 class TrainState(NamedTuple):
@@ -106,7 +109,7 @@ def adamw(
     return Optimizer(chain.init, chain.update, schedule)
 
 
-def init_state(params: Any, optimizer: Optimizer) -> TrainState:
+def init_state(params: Any, optimizer: Transformation) -> TrainState:
     """Wrap parameters with a fresh optimizer state; where they lie on a mesh, so does it.
 
     >>> state = init_state({"w": jnp.ones(3)}, adamw(0.1, updates=1))
@@ -180,7 +183,9 @@ def accumulate(loss_fn: LossFn, params: Any, batch: Any, weight: jax.Array, micr
     return narrowed(*jax.lax.scan(lambda total, xs: (jax.tree.map(jnp.add, total, part(*xs)), None), zeros, split)[0])
 
 
-def apply_gradient(state: TrainState, grad: Any, loss: jax.Array, optimizer: Optimizer) -> tuple[TrainState, Metrics]:
+def apply_gradient(
+    state: TrainState, grad: Any, loss: jax.Array, optimizer: Transformation
+) -> tuple[TrainState, Metrics]:
     """Take an optimizer step, unless the loss or the gradient is not finite, now or earlier.
 
     Args:
@@ -191,7 +196,7 @@ def apply_gradient(state: TrainState, grad: Any, loss: jax.Array, optimizer: Opt
 
     Returns:
         The state after the step (the same parameters, with healthy=False, when something was not finite), and
-        {"train/grad_norm", "train/healthy", "lr"}.
+        {"train/grad_norm", "train/healthy"}, and "lr" where the optimizer tells its rate.
 
     >>> optimizer = adamw(0.1, updates=1)
     >>> state = init_state(jnp.float32(1.0), optimizer)
@@ -207,8 +212,10 @@ def apply_gradient(state: TrainState, grad: Any, loss: jax.Array, optimizer: Opt
     stepped = TrainState(params, opt_state, state.updates + 1, healthy)
     kept = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), stepped, state._replace(healthy=healthy))
     kept = constrain_params(kept)  # laid out as the state that came in, whose memory it takes
-    rate = jnp.asarray(optimizer.learning_rate(state.updates), jnp.float32)
-    return kept, {"train/grad_norm": norm, "train/healthy": healthy, "lr": rate}
+    metrics = {"train/grad_norm": norm, "train/healthy": healthy}
+    if isinstance(optimizer, Optimizer):  # a plain optax transformation does not tell its rate
+        metrics["lr"] = jnp.asarray(optimizer.learning_rate(state.updates), jnp.float32)
+    return kept, metrics
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "count", "group_size"))

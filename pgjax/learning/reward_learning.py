@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +12,13 @@ import numpy as np
 
 from pgjax.core.losses import preference_loss
 from pgjax.data.padding import bucket_length, right_pad
-from pgjax.data.preferences import Encoded
+from pgjax.data.preferences import EncodedPair
 from pgjax.learning.optimizer import Metrics, Optimizer, TrainState, accumulate, apply_gradient
 from pgjax.models.lora import with_lora
-from pgjax.models.reward_model import RewardModel
+from pgjax.models.reward_model import RewardModel, normalized
 from pgjax.parallel.processes import fetch
 from pgjax.parallel.sharding import batch_sharding, mesh_of, place
+from pgjax.run.statistics import clustered_stderr
 
 
 class PairBatch(NamedTuple):
@@ -29,7 +29,7 @@ class PairBatch(NamedTuple):
     margin: Any  # [B] float32
 
 
-def pair_batch(pairs: Sequence[Encoded], *, most: int, longest: int | None = None) -> PairBatch:
+def pair_batch(pairs: Sequence[EncodedPair], *, most: int, longest: int | None = None) -> PairBatch:
     """Put pairs side by side, padded to a bucket's length: few lengths, few programs.
 
     Args:
@@ -42,7 +42,7 @@ def pair_batch(pairs: Sequence[Encoded], *, most: int, longest: int | None = Non
       The batch, on the host.
 
     Example:
-      >>> pair_batch([Encoded([1, 2], [1, 3, 4], 0.5)], most=64).tokens.shape
+      >>> pair_batch([EncodedPair([1, 2], [1, 3, 4], 0.5)], most=64).tokens.shape
       (1, 2, 16)
     """
     rows = [ids for pair in pairs for ids in (pair.chosen, pair.rejected)]
@@ -82,7 +82,7 @@ def update(
       >>> config = {"model_type": "gpt2", "vocab_size": 8, "n_embd": 4, "n_layer": 1, "n_head": 2}
       >>> rm, optimizer = reward_model(architecture_of(config)), adamw(1e-3, updates=1)
       >>> state = init_state(rm.init(jax.random.key(0)), optimizer)
-      >>> batch = pair_batch([Encoded([1, 2], [1, 3], 0.0)], most=64)
+      >>> batch = pair_batch([EncodedPair([1, 2], [1, 3], 0.0)], most=64)
       >>> state, metrics = update(state, batch, jnp.float32(0.0), rm=rm, optimizer=optimizer, microbatches=1)
       >>> int(state.updates), bool(metrics["loss/preference"] > 0)
       (1, True)
@@ -106,7 +106,7 @@ def update(
     return state, {"loss/preference": loss, **metrics, **stepped}
 
 
-def pair_scores(rm: RewardModel, params: Any, pairs: Sequence[Encoded], *, batch_size: int) -> np.ndarray:
+def pair_scores(rm: RewardModel, params: Any, pairs: Sequence[EncodedPair], *, batch_size: int) -> np.ndarray:
     """Score both answers of any number of pairs.
 
     Args:
@@ -123,7 +123,7 @@ def pair_scores(rm: RewardModel, params: Any, pairs: Sequence[Encoded], *, batch
       >>> from pgjax.models.reward_model import reward_model
       >>> config = {"model_type": "gpt2", "vocab_size": 8, "n_embd": 4, "n_layer": 1, "n_head": 2}
       >>> rm = reward_model(architecture_of(config))
-      >>> pair_scores(rm, rm.init(jax.random.key(0)), [Encoded([1, 2], [1, 3], 0.0)], batch_size=4).shape
+      >>> pair_scores(rm, rm.init(jax.random.key(0)), [EncodedPair([1, 2], [1, 3], 0.0)], batch_size=4).shape
       (1, 2)
     """
     rows = [ids for pair in pairs for ids in (pair.chosen, pair.rejected)]
@@ -153,32 +153,65 @@ def features(rm: RewardModel, params: Any, rows: Sequence[Sequence[int]], *, bat
     return _in_batches(_feature_rows, rm, params, rows, batch_size)
 
 
-def pair_metrics(scores: np.ndarray) -> dict[str, float]:
-    """Say how well scores agree with preferences.
+def pair_metrics(scores: np.ndarray, prompts: Sequence[Hashable] | None = None) -> dict[str, float]:
+    """Measure how well scores agree with preferences.
 
     With the gaps g_i = chosen_i - rejected_i: accuracy = share of g > 0 (a tie is half right); margin = mean g; loss =
     mean -log sigmoid(g), log 2 where nothing is known; calibration_error as `calibration` bins them (Guo et al. 2017).
 
     Args:
       scores: [N, 2], chosen and rejected.
+      prompts: [N] which prompt each pair belongs to; None: each to its own.
 
     Returns:
-      The four, and accuracy_stderr = sqrt(accuracy (1 - accuracy) / N).
+      The four, and accuracy_stderr (`statistics.clustered_stderr` over prompts) where there are two prompts or more.
 
     Example:
       >>> {name: round(x, 2) for name, x in pair_metrics(np.array([[2.0, 0.0], [0.0, 1.0]])).items()}
-      {'accuracy': 0.5, 'accuracy_stderr': 0.35, 'margin': 0.5, 'loss': 0.72, 'calibration_error': 0.43}
+      {'accuracy': 0.5, 'accuracy_stderr': 0.5, 'margin': 0.5, 'loss': 0.72, 'calibration_error': 0.43}
     """
     gaps = np.asarray(scores, np.float64) @ np.array([1.0, -1.0])
-    accuracy = float(np.mean((np.sign(gaps) + 1) / 2))
+    right = (np.sign(gaps) + 1) / 2
+    stderr = clustered_stderr(right, range(len(gaps)) if prompts is None else prompts)
     bins = calibration(gaps)
     return {
-        "accuracy": accuracy,
-        "accuracy_stderr": math.sqrt(accuracy * (1 - accuracy) / len(gaps)),
+        "accuracy": float(np.mean(right)),
+        **({} if stderr is None else {"accuracy_stderr": stderr}),
         "margin": float(gaps.mean()),
         "loss": float(np.logaddexp(0, -gaps).mean()),
         "calibration_error": float(sum(b.pairs * abs(b.predicted - b.measured) for b in bins) / len(gaps)),
     }
+
+
+def normalized_on(
+    rm: RewardModel,
+    params: Any,
+    references: Sequence[Sequence[int]],
+    held_out: Sequence[EncodedPair],
+    *,
+    batch_size: int,
+) -> tuple[Any, dict[str, float]]:
+    """Shift and scale a reward model's scores to mean 0 and standard deviation 1 over reference answers.
+
+    Args:
+      rm: the model's functions.
+      params: its parameters, adapters joined.
+      references: token ids of the answers.
+      held_out: pairs on which the shifted scores are measured.
+      batch_size: pairs that are scored at a time.
+
+    Returns:
+      The parameters of the normalised model, and reference/NAME of `models.reward_model.normalized` with
+      normalized/accuracy and normalized/margin.
+
+    Raises:
+      ValueError: all references have one score.
+    """
+    hidden = features(rm, params, references, batch_size=2 * batch_size)
+    params, constants = normalized(params, hidden)
+    after = pair_metrics(pair_scores(rm, params, held_out, batch_size=batch_size))
+    figures = {f"reference/{name}": value for name, value in constants.items()}
+    return params, figures | {f"normalized/{name}": after[name] for name in ("accuracy", "margin")}
 
 
 class Bin(NamedTuple):

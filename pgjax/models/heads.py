@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
 
-from pgjax.core.linear_logprobs import linear_token_logprobs
+from pgjax.core.linear_logprobs import linear_token_logprobs, linear_token_logprobs_and_entropy
 from pgjax.core.logprobs import token_frame
 from pgjax.core.masking import as_floats, where_mask
 from pgjax.models.transformer import along_last
@@ -16,7 +18,7 @@ from pgjax.parallel.sharding import ambient_mesh, fitting
 def head_logprobs(
     hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array, *, temperature: jax.typing.ArrayLike = 1.0
 ) -> jax.Array:
-    """Compute `logprobs.linear_token_logprobs` over the ambient mesh, with rows and unembedding split as the table says.
+    """Compute `linear_token_logprobs` over the ambient mesh, with rows and unembedding split as `parallel.sharding` says.
 
     Args:
         hidden: [B, T, D], the last hidden states.
@@ -31,15 +33,42 @@ def head_logprobs(
     >>> head_logprobs(jnp.ones((1, 2, 2)), jnp.zeros((4, 2)), jnp.array([[0, 1]])).round(3).tolist()
     [[0.0, -1.3860000371932983]]
     """
+    axes = _mesh_axes(hidden, unembedding)
+    return linear_token_logprobs(hidden, unembedding, tokens, temperature=temperature, **axes)
+
+
+def head_logprobs_and_entropy(
+    hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array, *, temperature: jax.typing.ArrayLike = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """Compute `linear_token_logprobs_and_entropy` over the ambient mesh, as `head_logprobs` does.
+
+    Args:
+        hidden: [B, T, D], the last hidden states.
+        unembedding: [V, D].
+        tokens: [B, T] ids.
+        temperature: [] the sampler's.
+
+    Returns:
+        (logprobs, entropy), each [B, T] float32, nats, in the token frame.
+
+    >>> import jax.numpy as jnp
+    >>> logprobs, entropy = head_logprobs_and_entropy(jnp.ones((1, 2, 2)), jnp.zeros((4, 2)), jnp.array([[0, 1]]))
+    >>> entropy.round(3).tolist()
+    [[0.0, 1.3860000371932983]]
+    """
+    axes = _mesh_axes(hidden, unembedding)
+    return linear_token_logprobs_and_entropy(hidden, unembedding, tokens, temperature=temperature, **axes)
+
+
+def _mesh_axes(hidden: jax.Array, unembedding: jax.Array) -> dict[str, Any]:
+    """Return the mesh options of `linear_token_logprobs` for these shapes: none without an ambient mesh."""
     mesh = ambient_mesh()
     if mesh is None:
-        return linear_token_logprobs(hidden, unembedding, tokens, temperature=temperature)
+        return {}
     rows = fitting(mesh, hidden.shape[0], "batch")
     vocab, width = fitting(mesh, unembedding.shape[0], "vocab"), fitting(mesh, unembedding.shape[1], "width")
     split = vocab[0] if vocab else None, width[0] if width and width[0] in rows else None
-    return linear_token_logprobs(
-        hidden, unembedding, tokens, temperature=temperature, mesh=mesh, batch_axes=rows, unembedding_axes=split
-    )
+    return {"mesh": mesh, "batch_axes": rows, "unembedding_axes": split}
 
 
 def init_value_head(width: int) -> dict[str, jax.Array]:

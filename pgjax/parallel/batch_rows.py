@@ -1,7 +1,7 @@
-"""Which rows of a batch are whose, where several processes share it.
+"""The rows of a batch that each of several processes puts on its devices, and those that it judges.
 
-A process feeds the rows that its own devices hold; where tensor spans processes, they feed the same rows alike. It judges its
-share of them, so that each row is judged once.
+A process feeds the rows that its own devices hold; where tensor spans processes, they all feed the same rows. It judges a part of
+them, so that each row is judged once.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from pgjax.parallel.sharding import RULES, batch_sharding, check_batch, place
 
 
-def holders(mesh: Mesh | None) -> list[list[int]]:
-    """Say which processes hold what of a batch: of each of its data x fsdp equal parts, those with a device that does.
+def processes_of_parts(mesh: Mesh | None) -> list[list[int]]:
+    """List the processes that hold each of the data x fsdp equal parts of a batch on a device.
 
     Args:
       mesh: with any of the axes data, fsdp and tensor; None: one device of this process.
@@ -27,7 +27,7 @@ def holders(mesh: Mesh | None) -> list[list[int]]:
 
     Example:
       >>> from pgjax.parallel.sharding import make_mesh
-      >>> holders(make_mesh(data=-1))[0], holders(None)
+      >>> processes_of_parts(make_mesh(data=-1))[0], processes_of_parts(None)
       ([0], [[0]])
     """
     if mesh is None:
@@ -38,7 +38,7 @@ def holders(mesh: Mesh | None) -> list[list[int]]:
     return [sorted({device.process_index for device in part}) for part in parts.reshape(count, -1)]
 
 
-def fed_rows(mesh: Mesh | None, rows: int) -> list[int]:
+def rows_to_feed(mesh: Mesh | None, rows: int) -> list[int]:
     """List the rows of a batch that this process feeds: those that its devices hold.
 
     Args:
@@ -49,17 +49,17 @@ def fed_rows(mesh: Mesh | None, rows: int) -> list[int]:
       Their numbers in the batch, rising.
 
     Raises:
-      ValueError: data x fsdp does not divide the rows.
+      UserError: data x fsdp does not divide the rows.
 
     Example:
-      >>> fed_rows(None, 3)
+      >>> rows_to_feed(None, 3)
       [0, 1, 2]
     """
-    return [row for begin, end, _ in _own_spans(mesh, rows) for row in range(begin, end)]
+    return [row for begin, end, _ in _spans_here(mesh, rows) for row in range(begin, end)]
 
 
-def judged_rows(mesh: Mesh | None, rows: int) -> list[int]:
-    """List the rows of a batch that this process judges: its share of those it feeds. Every row is judged by one process.
+def rows_to_judge(mesh: Mesh | None, rows: int) -> list[int]:
+    """List the rows of a batch that this process judges, a part of those it feeds. Every row is judged by one process.
 
     Args:
       mesh: or None for one device.
@@ -69,14 +69,14 @@ def judged_rows(mesh: Mesh | None, rows: int) -> list[int]:
       Their numbers in the batch, rising; there may be none where many processes hold few rows.
 
     Raises:
-      ValueError: data x fsdp does not divide the rows.
+      UserError: data x fsdp does not divide the rows.
 
     Example:
-      >>> judged_rows(None, 3)
+      >>> rows_to_judge(None, 3)
       [0, 1, 2]
     """
     judged: list[int] = []
-    for begin, end, processes in _own_spans(mesh, rows):
+    for begin, end, processes in _spans_here(mesh, rows):
         rank, count, size = processes.index(jax.process_index()), len(processes), end - begin
         judged += range(begin + rank * size // count, begin + (rank + 1) * size // count)
     return judged
@@ -87,7 +87,7 @@ def feed(mesh: Mesh | None, tree: Any) -> Any:
 
     Args:
       mesh: None: on the default device.
-      tree: of host arrays [b, ...] with the rows of `fed_rows`, in their order.
+      tree: of host arrays [b, ...] with the rows of `rows_to_feed`, in their order.
 
     Returns:
       The same tree of arrays [B, ...] on the devices.
@@ -99,19 +99,19 @@ def feed(mesh: Mesh | None, tree: Any) -> Any:
     sharding = batch_sharding(mesh)
     if sharding is None:
         return place(tree, None)
-    parts = holders(mesh)
-    own = _own(parts)
+    parts = processes_of_parts(mesh)
+    here = _parts_here(parts)
 
-    def put(x: Any) -> jax.Array:
-        size = len(x) // len(own)
+    def spread(x: Any) -> jax.Array:
+        size = len(x) // len(here)
 
         def piece(index: Any) -> Any:
-            begin = own.index((index[0].start or 0) // size) * size
+            begin = here.index((index[0].start or 0) // size) * size
             return x[begin : begin + size]
 
         return jax.make_array_from_callback((size * len(parts), *x.shape[1:]), sharding, piece)
 
-    return jax.tree.map(put, tree)
+    return jax.tree.map(spread, tree)
 
 
 def local_rows(x: jax.Array, rows: Sequence[int]) -> np.ndarray:
@@ -136,13 +136,13 @@ def local_rows(x: jax.Array, rows: Sequence[int]) -> np.ndarray:
     return np.array([held[row] for row in rows], x.dtype).reshape(len(rows), *x.shape[1:])
 
 
-def _own_spans(mesh: Mesh | None, rows: int) -> list[tuple[int, int, list[int]]]:
+def _spans_here(mesh: Mesh | None, rows: int) -> list[tuple[int, int, list[int]]]:
     """Where each part that this process holds begins and ends in a batch, and all processes that hold it."""
     check_batch(mesh, rows, "the batch")
-    parts = holders(mesh)
+    parts = processes_of_parts(mesh)
     size = rows // len(parts)
-    return [(part * size, (part + 1) * size, parts[part]) for part in _own(parts)]
+    return [(part * size, (part + 1) * size, parts[part]) for part in _parts_here(parts)]
 
 
-def _own(parts: Sequence[Sequence[int]]) -> list[int]:
+def _parts_here(parts: Sequence[Sequence[int]]) -> list[int]:
     return [part for part, processes in enumerate(parts) if jax.process_index() in processes]

@@ -1,19 +1,20 @@
-"""Several processes as one: how they meet, how they agree, and how they all stop where one of them fails.
+"""Several processes as one: how they join, exchange small values and agree, and how an error on one stops them all.
 
-All but `leave_soon` are collective: all processes call the same ones in the same order. With one process none
-costs anything.
+What exchanges anything is collective: all processes call the same functions in the same order. With one process none costs
+anything, and errors pass through untouched.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
-import pickle
 import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -21,19 +22,18 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from pgjax.core.errors import UserError
-from pgjax.parallel import failures
-from pgjax.parallel.rendezvous import detected, meet
 
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 
-_DETECTED = (
-    "address and numbers that were not given are those of the TPU pod, SLURM or Open MPI; coordinator, or "
-    "JAX_COORDINATOR_ADDRESS, names another address"
-)
 _SETTINGS = (  # of jax, on which numbers depend
     "jax_enable_x64", "jax_threefry_partitionable", "jax_default_prng_impl", "jax_default_matmul_precision",
 )  # fmt: skip
 _SMALLEST = 256  # bytes of the smallest exchange; larger ones are powers of 4 of it, so that few programs are compiled
+_LOST = (
+    60  # seconds without a sign of life after which jax ends all processes, and that those that end wait for the others
+)
+_RAISED_ON_ALL = "raised on all processes"  # a note on such an error
 
 
 class FailedElsewhere(Exception):
@@ -46,18 +46,17 @@ def initialize(
     """Join the processes of a run by `jax.distributed.initialize`, before anything is computed; a second call does nothing.
 
     What is not given comes from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and what is missing still from
-    the TPU pod, SLURM or Open MPI, as jax reads them. Then the processes meet at the coordinator's port first and compare
-    their counts.
+    the TPU pod, SLURM or Open MPI, as jax reads them. A process that dies ends the others within a minute, by jax's heartbeats.
+    A process that ends waits up to a minute for the others to end as well.
 
     Args:
       coordinator: host:port of process 0; the port must be free there.
-      processes: how many they are.
+      processes: how many there are.
       process: the number of this one, from 0.
-      timeout: seconds that they wait for each other.
+      timeout: seconds that they wait for each other; jax ends a process that waits in vain.
 
     Raises:
-      ValueError: an argument that cannot be meant, a coordinator that cannot be reached in time, processes that do not come,
-        or that disagree about how many they are; the same on every process that can be told.
+      UserError: an address or a number that is missing or cannot be, or processes with other settings or numbers of devices.
 
     Example:
       >>> initialize("localhost:1", 2, 2)
@@ -67,39 +66,61 @@ def initialize(
     if jax.distributed.is_initialized():
         return
     if not 0 < timeout < math.inf:
-        raise UserError(f"the processes need some seconds to meet, got {timeout}")
+        raise UserError(f"the processes need some seconds to join, got {timeout}")
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     processes = _from_environment("JAX_NUM_PROCESSES") if processes is None else processes
     process = _from_environment("JAX_PROCESS_ID") if process is None else process
-    given = coordinator, processes, process
-    with _plain_words():
-        coordinator, processes, process = detected(*given, timeout)
-    if coordinator is not None and processes is not None and process is not None:
-        try:
-            meet(coordinator, processes, process, timeout)
-        except ValueError as error:
-            if None not in given:
-                raise
-            raise UserError(f"{error} ({_DETECTED})") from error
-    with _plain_words():
-        jax.distributed.initialize(coordinator, processes, process, initialization_timeout=math.ceil(timeout))
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
+        raise UserError(f"the coordinator is host:port, such as 10.0.0.1:8476, got {coordinator!r}")
+    if processes is not None and process is not None and not 0 <= process < processes:
+        raise UserError(f"process {process} of {processes}: there is at least 1, and they are counted from 0")
+    with _join_errors():
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            initialization_timeout=math.ceil(timeout),
+            heartbeat_timeout_seconds=_LOST,
+            shutdown_timeout_seconds=_LOST,
+        )
     if threading.current_thread() is threading.main_thread():  # jax took SIGTERM to itself, and would swallow it
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
-    failures.watch()
-    # Now, while all are here: gloo gives the first exchange of a group 30 seconds, and any later one as long as it takes
     counts = Counter(device.process_index for device in jax.devices())
-    if len(set(counts.values())) > 1:  # told before any exchange, which would fail on it
-        told = ", ".join(f"{count} on process {number}" for number, count in sorted(counts.items()))
-        raise UserError(f"the processes must have equally many devices, but there are {told}")
+    if len(set(counts.values())) > 1:  # before any exchange, which would fail on it
+        devices = ", ".join(f"{count} on process {number}" for number, count in sorted(counts.items()))
+        raise raised_on_all(UserError(f"the processes must have equally many devices, but there are {devices}"))
+    # Now, while all are here: gloo gives the first exchange of a group 30 seconds, and any later one as long as it takes
     settings = {name: jax.config.values[name] for name in _SETTINGS}
     agree("the installation", {"processes": jax.process_count(), "jax": jax.__version__, **settings})
+
+
+def is_process_0() -> bool:
+    """Say whether this is the process that prints and writes files.
+
+    Example:
+      >>> is_process_0()
+      True
+    """
+    # jax is asked for the number only where there are several: the question would start its backend, too early to join
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def print_once(*values: Any) -> None:
+    """Print on process 0 alone.
+
+    Example:
+      >>> print_once("step", 3)
+      step 3
+    """
+    if is_process_0():
+        print(*values, flush=True)
 
 
 def gather(value: T) -> list[T]:
     """Exchange a small value of the host: what each process holds, in the order of the processes.
 
     Args:
-      value: anything that `pickle` takes.
+      value: what JSON holds, NumPy arrays and paths; with several processes tuples come back as lists.
 
     Returns:
       One value a process; the same list on all.
@@ -108,15 +129,7 @@ def gather(value: T) -> list[T]:
       >>> gather({"scores": [0.5]})
       [{'scores': [0.5]}]
     """
-    if jax.process_count() == 1:
-        return [value]
-    data = np.frombuffer(pickle.dumps(value), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array([data.size], np.int32), tiled=True)
-    room = _SMALLEST
-    while room < sizes.max():
-        room *= 4
-    rows = multihost_utils.process_allgather(np.pad(data, (0, room - data.size)))
-    return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+    return [value] if jax.process_count() == 1 else [decode(text) for text in _gather_bytes(encode(value))]
 
 
 def any_process(flag: bool) -> bool:
@@ -136,10 +149,10 @@ def agree(what: str, value: Any) -> None:
 
     Args:
       what: its name.
-      value: compared by `==`; of a mapping, the differing keys are named.
+      value: as for `gather`, compared by `==`; of a mapping, the differing keys are named.
 
     Raises:
-      ValueError: on all processes, with what differs and on which of them.
+      UserError: on all processes, with what differs and on which of them.
 
     Example:
       >>> agree("the steps", 3)
@@ -147,8 +160,8 @@ def agree(what: str, value: Any) -> None:
     values = gather(value)
     for process, other in enumerate(values):
         if other != values[0]:
-            told = _difference(values[0], other, process)
-            raise UserError(f"{what}: not the same on all processes ({told}); give all the same")
+            found = _difference(values[0], other, process)
+            raise raised_on_all(UserError(f"{what}: not the same on all processes ({found}); give all the same"))
 
 
 def all_or_none(work: Callable[[], T]) -> T:
@@ -177,7 +190,7 @@ def gather_results(work: Callable[[], T]) -> list[T]:
     """Do work of the host as `all_or_none` does, and give every process the results of all.
 
     Args:
-      work: returns a small value; each process does its own.
+      work: returns a small value, as for `gather`; each process does its own.
 
     Returns:
       One value a process; the same list on all.
@@ -193,50 +206,87 @@ def gather_results(work: Callable[[], T]) -> list[T]:
     if jax.process_count() == 1:
         return [work()]
     failure: Exception | None = None
-    result: Any = None
+    outcome = b""
     try:
-        result = work()
+        outcome = encode([None, work()])
     except Exception as error:
         failure = error
-    outcomes = gather((None if failure is None else f"{type(failure).__name__}: {failure}", result))
+        outcome = encode([f"{type(error).__name__}: {error}", None])
+    outcomes = [decode(text) for text in _gather_bytes(outcome)]
     if failure is not None:
-        raise failure
+        raise raised_on_all(failure)
     for process, (message, _) in enumerate(outcomes):
         if message is not None:
-            raise FailedElsewhere(f"process {process} failed, so all stop: {message}")
-    return [value for _, value in outcomes]
+            raise raised_on_all(FailedElsewhere(f"process {process} failed, so all stop: {message}"))
+    return [result for _, result in outcomes]
 
 
 def on_process_0(work: Callable[[], T]) -> T:
     """Do work of the host on process 0 alone, such as writing a file, and give all its result or its failure.
 
     Args:
-      work: returns a small value.
+      work: returns a small value, as for `gather`.
 
     Returns:
       What it returned on process 0.
 
     Raises:
-      ValueError: where it raised one on process 0: the same on all.
+      UserError: on the other processes, where it raised one on process 0: with the same words.
       FailedElsewhere: on the other processes, where it raised anything else on process 0.
+      Exception: on process 0, what `work` raised.
 
     Example:
       >>> on_process_0(lambda: "the run's folder")
       "the run's folder"
     """
+    if jax.process_count() == 1:
+        return work()
+    refusal: UserError | None = None
 
-    def on_the_first() -> tuple[T | None, str | None]:
-        if jax.process_index() != 0:
-            return None, None
+    def here() -> list[Any]:
+        nonlocal refusal
         try:
-            return work(), None
-        except ValueError as error:
-            return None, str(error)
+            return [work() if is_process_0() else None, None]
+        except UserError as error:
+            refusal = error
+            return [None, str(error)]
 
-    result, refused = gather_results(on_the_first)[0]
-    if refused is not None:
-        raise UserError(refused)
-    return result  # type: ignore[return-value]
+    result, words = gather_results(here)[0]
+    if words is not None:
+        raise raised_on_all(refusal or UserError(words))
+    return result
+
+
+def raised_on_all(error: E) -> E:
+    """Note on an error that all processes raise it, or another one for the same cause, at this very place.
+
+    So they can still do things together before they end, such as saving; see `is_raised_on_all`.
+
+    Args:
+      error: about to be raised.
+
+    Returns:
+      The error.
+
+    Example:
+      >>> raise raised_on_all(UserError("no such prompt"))
+      Traceback (most recent call last):
+      pgjax.UserError: no such prompt
+    """
+    if jax.process_count() > 1 and not is_raised_on_all(error):
+        error.add_note(_RAISED_ON_ALL)
+    return error
+
+
+def is_raised_on_all(error: BaseException) -> bool:
+    """Say whether all processes have raised an error together; with one process every error is such a one.
+
+    Example:
+      >>> is_raised_on_all(ValueError("no such prompt"))
+      True
+    """
+    several = jax.distributed.is_initialized() and jax.process_count() > 1
+    return not several or _RAISED_ON_ALL in getattr(error, "__notes__", ())
 
 
 def fetch(tree: Any) -> Any:
@@ -258,34 +308,76 @@ def fetch(tree: Any) -> Any:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def leave_soon(error: BaseException, seconds: float = 20.0) -> None:
-    """Tell the other processes of a failure, and end this one for sure a while from now.
-
-    On its way out jax waits minutes for processes that themselves wait for this one. With one process nothing happens.
+def encode(value: Any) -> bytes:
+    """Write a value of the host as JSON, exactly: every float as the shortest text that reads back as it, NaN included.
 
     Args:
-      error: what failed; this process says so itself.
-      seconds: time to do that, and for the others to leave as well.
+      value: of dicts with texts as keys, lists, tuples (they become lists), texts, numbers, None, NumPy arrays and paths.
+
+    Returns:
+      UTF-8.
+
+    Raises:
+      TypeError: it holds something else.
 
     Example:
-      >>> leave_soon(ValueError("no such prompt"))
+      >>> decode(encode({"scores": np.float32([0.1, np.nan])}))
+      {'scores': array([0.1, nan], dtype=float32)}
     """
-    failures.tell(error)
-    if jax.distributed.is_initialized():
-        timer = threading.Timer(seconds, os._exit, (1,))
-        timer.daemon = True
-        timer.start()
+    return json.dumps(value, default=_tagged).encode()
+
+
+def decode(text: bytes) -> Any:
+    """Read what `encode` wrote.
+
+    Args:
+      text: UTF-8.
+
+    Returns:
+      The value.
+
+    Example:
+      >>> decode(encode([1, ("a", None)]))
+      [1, ['a', None]]
+    """
+    return json.loads(text, object_hook=_untagged)
+
+
+def _tagged(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return {"__array__": value.dtype.name, "shape": value.shape, "values": value.ravel().tolist()}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Path):
+        return {"__path__": str(value)}
+    raise TypeError(f"processes exchange JSON, arrays and paths, not a {type(value).__name__}")
+
+
+def _untagged(found: dict[str, Any]) -> Any:
+    if "__array__" in found:
+        return np.array(found["values"], found["__array__"]).reshape(found["shape"])
+    return Path(found["__path__"]) if "__path__" in found else found
+
+
+def _gather_bytes(data: bytes) -> list[bytes]:
+    mine = np.frombuffer(data, np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([mine.size], np.int32), tiled=True)
+    room = _SMALLEST
+    while room < sizes.max():
+        room *= 4
+    rows = multihost_utils.process_allgather(np.pad(mine, (0, room - mine.size)))
+    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
 
 
 @contextlib.contextmanager
-def _plain_words() -> Iterator[None]:
-    """Say what jax found amiss in the way that the user can mend it."""
+def _join_errors() -> Iterator[None]:
+    """Add to jax's error what the user can give."""
     try:
         yield
-    except (RuntimeError, ValueError, KeyError, IndexError, OSError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, OSError) as error:
         why = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
-            f"the processes could not join: {why}. Where no TPU pod, SLURM or Open MPI tells them, give coordinator "
+            f"the processes cannot join: {why}. Where no TPU pod, SLURM or Open MPI tells them, give coordinator "
             "(host:port), number of processes and number of this process"
         ) from error
 

@@ -133,7 +133,7 @@ def load_judge(
     if lm.arch.vocab_size > rm.arch.vocab_size:
         differing.append(f"vocabulary size ({lm.arch.vocab_size} and {rm.arch.vocab_size})")
     if differing:
-        print(
+        processes.print_once(
             f"the tokenizers of the policy and of the reward model {source} differ in {', '.join(differing)}: "
             "completions are decoded, and encoded again for it"
         )

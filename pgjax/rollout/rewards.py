@@ -321,3 +321,30 @@ def _describe_value(value: Any) -> str:
 def _short(value: Any, limit: int = _SHOWN_CHARACTERS) -> str:
     text = repr(value)
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+
+
+def check_weights(
+    specs: Sequence[str], weights: Sequence[float], reward_model: str | None, model_weight: float
+) -> None:
+    """Refuse rewards without a judge among them, and weights that do not go with them.
+
+    Args:
+        specs: the rewards, each as module:function.
+        weights: one for each, or none.
+        reward_model: source of a reward model beside them, or None.
+        model_weight: its weight.
+
+    Raises:
+        UserError: with the values.
+
+    Example:
+        >>> check_weights(["a:b"], [1.0, 2.0], None, 1.0)
+        Traceback (most recent call last):
+        pgjax.UserError: reward_weights must be a finite number for each of ['a:b'], or left out, got [1.0, 2.0]
+    """
+    if not specs and reward_model is None:
+        raise UserError("rewards is empty: name at least one module:function, or a reward model")
+    if len(weights) not in (0, len(specs)) or not all(math.isfinite(weight) for weight in weights):
+        raise UserError(f"reward_weights must be a finite number for each of {specs}, or left out, got {weights}")
+    if not math.isfinite(model_weight):
+        raise UserError(f"reward_model_weight must be finite, got {model_weight}")

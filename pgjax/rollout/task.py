@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from pgjax.core.errors import UserError
 from pgjax.data.padding import left_pad
-from pgjax.data.prompts import completion_texts, encode_prompts
+from pgjax.data.prompts import check_rows, completion_texts, encode_prompts
+from pgjax.data.sources import load_row_sets
 from pgjax.data.tables import Row
 from pgjax.models.causal_lm import CausalLM
 from pgjax.models.io.tokenizer import stop_ids
@@ -19,7 +20,9 @@ from pgjax.parallel import batch_rows, processes
 from pgjax.parallel.sharding import fold_in, whole_groups
 from pgjax.rollout import rewards
 from pgjax.rollout.judge import REWARD_MODEL, ModelJudge
-from pgjax.rollout.sample import Rollout, Scored, sample, sample_scored
+from pgjax.rollout.sample import Rollout, sample
+from pgjax.run.devices import agree_on
+from pgjax.run.statistics import clustered_stderr
 
 
 class Encoded(NamedTuple):
@@ -36,6 +39,16 @@ class Judged(NamedTuple):
     parts: dict[str, np.ndarray]  # each reward's own, [B]
     ended: np.ndarray  # [B] True where the completion ended by itself
     shown: list[tuple[int, Any, str]]  # row, prompt and completion of the first few
+
+    def metrics(self) -> dict[str, float]:
+        """Average what was judged, under the names of the logs."""
+        return {
+            "objective/scores": self.scores.mean(),
+            "objective/scores_std": self.scores.std(),
+            **{f"rewards/{name}": part.mean() for name, part in self.parts.items()},
+            "val/num_eos_tokens": self.ended.sum(),
+            "completions/clipped_ratio": 1 - self.ended.mean(),
+        }
 
     def samples(self) -> list[Row]:
         """Say what became of the first few prompts."""
@@ -65,7 +78,7 @@ class Task(NamedTuple):
     max_new_tokens: int
     temperature: float
     top_k: int | None
-    top_p: float
+    top_p: float | None
     eos_ids: tuple[int, ...]
     pad_id: int  # never looked at: masks say what is padding
     reward_model: ModelJudge | None = None  # one more judge, on the device
@@ -78,31 +91,24 @@ class Task(NamedTuple):
         All prompts are padded to the longest of all: one shape, so that nothing compiles once training is under way.
         """
         return sample(
-            self.lm, params, *self._padded(prompts), key,
+            self.lm, params, *self.padded(prompts), key,
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
             eos_ids=self.eos_ids, pad_id=self.pad_id, group_size=self.group_size,
         )  # fmt: skip
 
-    def generate_scored(self, params: Any, prompts: Sequence[Encoded], key: jax.Array) -> tuple[Rollout, Scored]:
-        """Sample likewise, without filters, from {"lm", "value"}, and keep what these said on the way."""
-        return sample_scored(
-            self.lm, params, *self._padded(prompts), key,
-            max_new_tokens=self.max_new_tokens, temperature=self.temperature, eos_ids=self.eos_ids, pad_id=self.pad_id,
-            group_size=self.group_size,
-        )  # fmt: skip
-
-    def _padded(self, prompts: Sequence[Encoded]) -> tuple[Any, Any]:
+    def padded(self, prompts: Sequence[Encoded]) -> tuple[Any, Any]:
+        """Pad prompts on the left, on the devices where there is a mesh: tokens and mask, [B, P] each."""
         tokens, mask = left_pad([prompt.ids for prompt in prompts], self.pad_id, length=self.longest)
         return (tokens, mask) if self.mesh is None else batch_rows.feed(self.mesh, (tokens, mask))
 
-    def judge(self, prompts: Sequence[Encoded], rollout: Rollout, asked: jax.Array | None = None) -> Judged:
-        """Decode the completions and put them before the black boxes; `asked` is what `ask` has queued, for its score.
+    def judge(self, prompts: Sequence[Encoded], rollout: Rollout, model_scores: jax.Array | None = None) -> Judged:
+        """Decode the completions and put them before the black boxes; `model_scores` are those of `queue_reward_model`.
 
         Each process decodes and judges its own rows; where a black box fails on one, all stop.
         """
         size = len(rollout.tokens)
-        own = batch_rows.judged_rows(self.mesh, size)  # a part of those that are fed
-        fed = dict(zip(batch_rows.fed_rows(self.mesh, size), prompts, strict=True))
+        own = batch_rows.rows_to_judge(self.mesh, size)  # a part of those that are fed
+        fed = dict(zip(batch_rows.rows_to_feed(self.mesh, size), prompts, strict=True))
 
         def judge_own() -> tuple[list[int], Judged]:
             rows = [fed[i].row for i in own]
@@ -111,17 +117,19 @@ class Task(NamedTuple):
             return own, Judged(*score_rows(self.judges, self.weights, rows, completions), ended, shown)
 
         judged = _joined(processes.gather_results(judge_own))
-        if asked is None or self.reward_model is None:
+        if model_scores is None or self.reward_model is None:
             return judged
-        said = self.reward_model.fetch(asked, lambda i: (fed[i].row["prompt"], *self._texts(rollout, [i])[0]), own)
-        scores = judged.scores + np.float32(self.reward_model.weight) * said
-        return judged._replace(scores=scores, parts=judged.parts | {REWARD_MODEL: said})
+        more = self.reward_model.fetch(
+            model_scores, lambda i: (fed[i].row["prompt"], *self._texts(rollout, [i])[0]), own
+        )
+        scores = judged.scores + np.float32(self.reward_model.weight) * more
+        return judged._replace(scores=scores, parts=judged.parts | {REWARD_MODEL: more})
 
-    def ask(self, prompts: Sequence[Encoded], rollout: Rollout) -> jax.Array | None:
+    def queue_reward_model(self, prompts: Sequence[Encoded], rollout: Rollout) -> jax.Array | None:
         """Queue the reward model's scores of a rollout; None without one."""
         if self.reward_model is None:
             return None
-        fed = batch_rows.fed_rows(self.mesh, len(rollout.tokens))
+        fed = batch_rows.rows_to_feed(self.mesh, len(rollout.tokens))
         texts = [prompt.row["prompt"] for prompt in prompts]
         return self.reward_model.queue(texts, rollout, lambda: self._texts(rollout, fed))
 
@@ -137,7 +145,7 @@ class Task(NamedTuple):
 
         A short last batch is filled up with prompts of its own: one shape, one program.
         """
-        fed = batch_rows.fed_rows(self.mesh, batch_size)
+        fed = batch_rows.rows_to_feed(self.mesh, batch_size)
         for begin in range(0, len(prompts), batch_size):
             wanted = prompts[begin : begin + batch_size]
             own = [wanted[i % len(wanted)] for i in fed]
@@ -152,35 +160,66 @@ class Task(NamedTuple):
         key: jax.Array,
         kl: Callable[[Rollout], jax.Array] | None = None,
     ) -> dict[str, float]:
-        """Judge `samples` completions of each prompt: means over all of them, taken as independent for standard errors.
+        """Judge `samples` completions of each prompt: means over all of them, with standard errors clustered by prompt.
 
-        `kl` gives nats a sequence [B], to the reference.
+        `kl` gives nats a sequence [B], to the reference. There are no standard errors of a single prompt.
         """
         task = self._replace(group_size=whole_groups(None, samples, self.group_size))
         repeated = [prompt for prompt in prompts for _ in range(samples)]
         found: dict[str, list[np.ndarray]] = {}
         for own, count, rollout in task.rollouts(params, repeated, batch_size, key):
-            judged = self.judge(own, rollout, self.ask(own, rollout))
+            judged = self.judge(own, rollout, self.queue_reward_model(own, rollout))
             figures = {"scores": judged.scores, **{f"rewards/{name}": part for name, part in judged.parts.items()}}
             if kl is not None:
                 figures["kl"] = processes.fetch(kl(rollout))
             for name, figure in figures.items():
                 found.setdefault(name, []).append(figure[:count])
         whole = {name: np.concatenate(pieces).astype(np.float64) for name, pieces in found.items()}
-        errors = {f"{name}_stderr": _standard_error(whole[name]) for name in ("scores", "kl") if name in whole}
-        return {name: float(np.mean(values)) for name, values in whole.items()} | errors
+        clusters = np.repeat(np.arange(len(prompts)), samples).tolist()
+        errors = {
+            f"{name}_stderr": clustered_stderr(whole[name], clusters) for name in ("scores", "kl") if name in whole
+        }
+        known = {name: error for name, error in errors.items() if error is not None}
+        return {name: float(np.mean(values)) for name, values in whole.items()} | known
 
 
 def _joined(pieces: Sequence[tuple[list[int], Judged]]) -> Judged:
     """Put what the processes judged together, row by row in the order of the batch."""
-    rows, judged = zip(*pieces, strict=True)
+    rows, found = zip(*pieces, strict=True)
+    judged = [Judged(*piece) for piece in found]  # between processes they were lists
     order = np.argsort(np.concatenate(rows))
     scores, parts, ended = jax.tree.map(lambda *x: np.concatenate(x)[order], *(piece[:3] for piece in judged))
     return Judged(scores, parts, ended, sorted((x for piece in judged for x in piece.shown), key=lambda x: x[0]))
 
 
-def _standard_error(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+def read_task(
+    specs: Sequence[str], prompts: str, held_out: str | None, held_out_rows: int
+) -> tuple[list[rewards.Reward], tuple[list[Row], list[Row]]]:
+    """Load the rewards and the rows of a task, and check that they go together, alike on all processes.
+
+    Args:
+        specs: the rewards, each as module:function.
+        prompts: source of the rows to train on, as for `data.sources.load_rows`.
+        held_out: likewise, of those for evaluations; None: rows of `prompts`, kept aside.
+        held_out_rows: how many are kept aside then.
+
+    Returns:
+        The rewards; the rows to train on and the held-out ones.
+
+    Raises:
+        UserError: a source or a reward that cannot be loaded, rows that are not prompts, or columns that a reward lacks.
+    """
+
+    def read() -> tuple[list[rewards.Reward], tuple[list[Row], list[Row]]]:
+        judges = [rewards.load_reward(spec) for spec in specs]
+        row_sets = load_row_sets(prompts, held_out, held_out_rows, check_rows)
+        for rows in row_sets:
+            check_columns(rows, judges)
+        return judges, row_sets
+
+    judges, row_sets = processes.all_or_none(read)
+    agree_on(f"the rows of {prompts}", row_sets)
+    return judges, row_sets
 
 
 def make_task(
@@ -194,7 +233,7 @@ def make_task(
     max_new_tokens: int,
     temperature: float,
     top_k: int | None = None,
-    top_p: float = 1.0,
+    top_p: float | None = None,
     reward_model: ModelJudge | None = None,
     mesh: Mesh | None = None,
     group_size: int = 1,
@@ -216,6 +255,7 @@ def make_task(
     if reward_model is not None:
         texts = [prompt.row["prompt"] for prompts in encoded for prompt in prompts]
         reward_model.check(texts, longest, max_new_tokens)
+    agree_on("what the tokenizer makes of the rows", encoded)
     pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     eos_ids = stop_ids(tokenizer)
     return Task(

@@ -1,4 +1,4 @@
-"""What the scripts refuse in their configs, by a ValueError that names the field and the number it has."""
+"""What a config may not hold, refused by a UserError that names the field and the number it has."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pgjax.core.errors import UserError
 
 
 def require(ok: bool, message: str) -> None:
-    """Refuse what is not so, with the message for the user.
+    """Refuse a condition that does not hold, with a message for the user.
 
     Example:
       >>> require(3 > 4, "three must be above four")
@@ -24,34 +24,46 @@ def at_least_one(config: Any, *names: str, of: str = "") -> None:
     """Refuse fields of a config that are below 1; `of` stands before a name in the message.
 
     Example:
-      >>> from experiments.sft import Config
-      >>> at_least_one(Config(batch_size=0), "epochs", "batch_size", of="sft.")
+      >>> from types import SimpleNamespace
+      >>> at_least_one(SimpleNamespace(epochs=1, batch_size=0), "epochs", "batch_size", of="sft.")
       Traceback (most recent call last):
       pgjax.UserError: sft.batch_size must be at least 1, got 0
     """
+    at_least(config, 1, *names, of=of)
+
+
+def at_least(config: Any, least: int, *names: str, of: str = "") -> None:
+    """Refuse fields of a config that are below a number; None passes, `of` stands before a name in the message.
+
+    Example:
+      >>> from types import SimpleNamespace
+      >>> at_least(SimpleNamespace(max_length=1), 2, "max_length")
+      Traceback (most recent call last):
+      pgjax.UserError: max_length must be at least 2, got 1
+    """
     for name, value in _of(config, names):
-        require(value >= 1, f"{of}{name} must be at least 1, got {value}")
+        require(value is None or value >= least, f"{of}{name} must be at least {least}, got {value}")
 
 
 def not_negative(config: Any, *names: str) -> None:
-    """Refuse fields of a config that are below 0 or not finite.
+    """Refuse fields of a config that are below 0 or not finite; None passes.
 
     Example:
-      >>> from experiments.sft import Config
-      >>> not_negative(Config(weight_decay=-0.1), "warmup", "weight_decay")
+      >>> from types import SimpleNamespace
+      >>> not_negative(SimpleNamespace(warmup_updates=0, weight_decay=-0.1), "warmup_updates", "weight_decay")
       Traceback (most recent call last):
       pgjax.UserError: weight_decay must be finite and not below 0, got -0.1
     """
     for name, value in _of(config, names):
-        require(0 <= value < math.inf, f"{name} must be finite and not below 0, got {value}")
+        require(value is None or 0 <= value < math.inf, f"{name} must be finite and not below 0, got {value}")
 
 
 def above_zero(config: Any, *names: str) -> None:
     """Refuse fields of a config that are 0, below, or not finite; None passes.
 
     Example:
-      >>> from experiments.sft import Config
-      >>> above_zero(Config(max_grad_norm=0.0), "max_grad_norm")
+      >>> from types import SimpleNamespace
+      >>> above_zero(SimpleNamespace(max_grad_norm=0.0), "max_grad_norm")
       Traceback (most recent call last):
       pgjax.UserError: max_grad_norm must be above 0, got 0.0
     """
@@ -63,12 +75,42 @@ def seed_fits(config: Any) -> None:
     """Refuse a seed that is no number of 32 bits.
 
     Example:
-      >>> from experiments.sft import Config
-      >>> seed_fits(Config(seed=-1))
+      >>> from types import SimpleNamespace
+      >>> seed_fits(SimpleNamespace(seed=-1))
       Traceback (most recent call last):
       pgjax.UserError: seed must be from 0 to 2^32 - 1, got -1
     """
     require(0 <= config.seed < 2**32, f"seed must be from 0 to 2^32 - 1, got {config.seed}")
+
+
+def check_run(config: Any) -> None:
+    """Refuse values of the fields that all training runs have: those of `session.RunFlags`, and the parts of a batch.
+
+    Example:
+      >>> from experiments.sft import Config
+      >>> check_run(Config(keep=0))
+      Traceback (most recent call last):
+      pgjax.UserError: keep must be at least 1, got 0
+    """
+    at_least_one(config, "batch_size", "microbatches", "held_out_rows", "save_every", "keep")
+    not_negative(config, "learning_rate", "warmup_updates", "weight_decay")
+    above_zero(config, "max_grad_norm")
+    divides(config, "batch_size", "microbatches")
+    seed_fits(config)
+    check_lora(config)
+
+
+def check_length(length: int | None, positions: int) -> None:
+    """Refuse a longest sequence that the model's positions cannot hold; None passes.
+
+    Example:
+      >>> check_length(65, 64)
+      Traceback (most recent call last):
+      pgjax.UserError: max_length=65 is more than the model's 64 positions
+    """
+    require(
+        length is None or length <= positions, f"max_length={length} is more than the model's {positions} positions"
+    )
 
 
 def _of(config: Any, names: tuple[str, ...]) -> list[tuple[str, Any]]:
@@ -80,3 +122,17 @@ def check_lora(config: Any) -> None:
     if config.lora_rank is not None:
         at_least_one(config, "lora_rank")
     above_zero(config, "lora_alpha")
+
+
+def divides(config: Any, whole: str, *parts: str) -> None:
+    """Refuse a field of a config that the product of some others does not divide.
+
+    Example:
+      >>> from experiments.sft import Config
+      >>> divides(Config(batch_size=6, microbatches=4), "batch_size", "microbatches")
+      Traceback (most recent call last):
+      pgjax.UserError: batch_size=6 does not divide into microbatches=4
+    """
+    (_, size), *counts = _of(config, (whole, *parts))
+    told = " times ".join(f"{name}={count}" for name, count in counts)
+    require(size % math.prod(count for _, count in counts) == 0, f"{whole}={size} does not divide into {told}")

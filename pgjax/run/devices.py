@@ -5,9 +5,9 @@
     python -m experiments.ppo --mesh fsdp=-1 --distributed          # all devices of a TPU pod, or of a SLURM job
     python -m experiments.ppo --distributed --coordinator 10.0.0.1:8476 --num-processes 2 --process-id 0     # and 1, there
 
-With several processes each runs the same command. All read the same files; of each batch a process is dealt the rows that its
-own devices hold, feeds them, and runs the rewards on its share of them (parallel/batch_rows.py). Process 0 alone prints and
-writes the run's logs.
+With several processes each runs the same command. All read the same files; of each batch a process feeds the rows that its
+own devices hold, and runs the rewards on a part of them (parallel/batch_rows.py). Process 0 alone prints what the library has to
+say, and writes the run's logs; what a reward prints, each process prints.
 
 Compiled programs are kept in a folder of the user's, for the next run: --compilation-cache names another, or None for none. Where
 JAX_COMPILATION_CACHE_DIR is set it is that one. The folder may be deleted at any time.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import os
 import sys
@@ -63,12 +64,12 @@ class Flags:
 
 
 MACHINE = tuple(field.name for field in dataclasses.fields(Flags))  # what a run may change when it goes on
-_OWN = {"coordinator", "process_id", "init_timeout", "compilation_cache"}  # what may differ between processes
+_PER_PROCESS = {"coordinator", "process_id", "init_timeout", "compilation_cache"}  # what may differ between processes
 
 
 @contextlib.contextmanager
 def on_devices(config: Flags) -> Iterator[Mesh | None]:
-    """Join the other processes, build the mesh and enter it; on all processes but the first, printing is off.
+    """Join the other processes, build the mesh and enter it.
 
     Args:
       config: a script's, the same on every process.
@@ -88,12 +89,7 @@ def on_devices(config: Flags) -> Iterator[Mesh | None]:
     mesh = start(config)
     if mesh is None:
         _tell_idle(jax.device_count())
-    with contextlib.ExitStack() as stack:
-        if mesh is not None:
-            stack.enter_context(jax.set_mesh(mesh))
-        if jax.process_index() != 0:
-            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         yield mesh
 
 
@@ -112,18 +108,18 @@ def start(config: Flags) -> Mesh | None:
     Example:
       >>> start(Flags(process_id=1))
       Traceback (most recent call last):
-      pgjax.UserError: process_id is for several processes: add --distributed
+      pgjax.UserError: process_id=1 is for several processes: it needs distributed=True
     """
     sizes = None if config.mesh is None else sharding.parse_mesh(config.mesh)
     if config.distributed:
         processes.initialize(config.coordinator, config.num_processes, config.process_id, timeout=config.init_timeout)
-        asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in _OWN}
-        processes.agree("the command", asked)
+        fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _PER_PROCESS}
+        processes.agree("the config", json.loads(json.dumps(fields, default=str)))
         sizes = sizes or {"data": -1}
     else:
         for name in ("coordinator", "num_processes", "process_id"):
             if vars(config)[name] is not None:
-                raise UserError(f"{name} is for several processes: add --distributed")
+                raise UserError(f"{name}={vars(config)[name]} is for several processes: it needs distributed=True")
     keep_programs(config.compilation_cache)
     return None if sizes is None else sharding.make_mesh(devices=jax.devices(), **sizes)
 
@@ -141,14 +137,14 @@ def keep_programs(folder: Path | None) -> None:
     Example:
       >>> keep_programs(None)
     """
-    asked = folder is not None and jax.config.values["jax_compilation_cache_dir"] is None
-    if processes.any_process(not asked):
+    wanted = folder is not None and jax.config.values["jax_compilation_cache_dir"] is None
+    if processes.any_process(not wanted):
         return
     assert folder is not None
     kept, wrong, seen = _seen_by_all(folder)
     if kept is not None and not seen:
-        wrong = f"not all processes see {kept}; name a shared folder by --compilation-cache"
-    if wrong is not None and first_of_all():
+        wrong = f"not all processes see {kept}; choose a folder that they share"
+    if wrong is not None and processes.is_process_0():
         print(f"warning: compiled programs are not kept: {wrong}", file=sys.stderr)
     if kept is not None and seen:
         jax.config.update("jax_compilation_cache_dir", kept)
@@ -157,7 +153,7 @@ def keep_programs(folder: Path | None) -> None:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def check_shares(mesh: Mesh | None, batch_size: int, **parts: int) -> None:
+def check_batch_divides(mesh: Mesh | None, batch_size: int, **parts: int) -> None:
     """Refuse a batch that the devices cannot share evenly, whole and in the parts that are learned from.
 
     Args:
@@ -166,14 +162,14 @@ def check_shares(mesh: Mesh | None, batch_size: int, **parts: int) -> None:
       parts: into how many it is split, by what the user calls them; they divide it.
 
     Raises:
-      ValueError: with the numbers.
+      UserError: with the numbers.
 
     Example:
-      >>> check_shares(None, 6, minibatches=2, microbatches=3)
+      >>> check_batch_divides(None, 6, minibatches=2, microbatches=3)
     """
     sharding.check_batch(mesh, batch_size, "batch_size")
-    told = " / ".join(f"{name}={count}" for name, count in {"batch_size": batch_size, **parts}.items())
-    sharding.check_batch(mesh, batch_size // math.prod(parts.values()), told)
+    quotient = " / ".join(f"{name}={count}" for name, count in {"batch_size": batch_size, **parts}.items())
+    sharding.check_batch(mesh, batch_size // math.prod(parts.values()), quotient)
 
 
 def agree_on(what: str, value: Any) -> None:
@@ -193,18 +189,8 @@ def agree_on(what: str, value: Any) -> None:
         processes.agree(what, {"its digest": rows_digest(value, sort_keys=True)})
 
 
-def first_of_all() -> bool:
-    """Say whether this is the process that writes and prints.
-
-    Example:
-      >>> first_of_all()
-      True
-    """
-    return jax.process_index() == 0
-
-
-def put(mesh: Mesh | None, tree: Any) -> Any:
-    """Put host values on every device whole.
+def replicate(mesh: Mesh | None, tree: Any) -> Any:
+    """Put host values whole on every device.
 
     Args:
       mesh: None: on the default device.
@@ -215,7 +201,7 @@ def put(mesh: Mesh | None, tree: Any) -> Any:
 
     Example:
       >>> import numpy as np
-      >>> put(None, np.arange(2)).tolist()
+      >>> replicate(None, np.arange(2)).tolist()
       [0, 1]
     """
     return sharding.place(tree, sharding.replicated(mesh))
@@ -242,9 +228,11 @@ def shared_folder(folder: Path) -> Path:
     path = Path(processes.on_process_0(lambda: str(folder.absolute())))
     made, wrong, seen = _seen_by_all(path.parent)
     if made is None:
-        raise UserError(f"no file can be made in {path.parent} ({wrong}): choose another --output")
+        unwritable = f"no file can be made in {path.parent} ({wrong}): choose another output folder"
+        raise processes.raised_on_all(UserError(unwritable))
     if not seen:
-        raise UserError(f"not all processes see {path.parent}: name an --output on a disk that they share")
+        unseen = f"not all processes see {path.parent}: choose an output folder on a disk that they share"
+        raise processes.raised_on_all(UserError(unseen))
     return path
 
 
@@ -254,7 +242,7 @@ def _seen_by_all(folder: Path) -> tuple[str | None, str | None, bool]:
     if mark is None:
         return None, wrong, False
     seen = not processes.any_process(not _appears(Path(mark)))
-    if first_of_all():
+    if processes.is_process_0():
         os.remove(mark)
     return str(Path(mark).parent), None, seen
 
@@ -284,4 +272,4 @@ def _mark(folder: Path) -> tuple[str | None, str | None]:
 @functools.cache  # once is enough
 def _tell_idle(devices: int) -> None:
     if devices > 1:
-        print(f"one of {devices} devices is used: --mesh data=-1 or --mesh fsdp=-1 uses all of them")
+        processes.print_once(f"one of {devices} devices is used: a mesh of data=-1 or fsdp=-1 uses all of them")

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
+import os
 import sys
+import time
+import traceback
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
 from pgjax.core.errors import UserError
-from pgjax.parallel import failures, processes
+from pgjax.parallel import processes
 from pgjax.run import loop
 from pgjax.run.checkpoint.checkpoints import SaveFailed
 
@@ -22,6 +27,14 @@ CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}  # a folder tha
 def plain_errors(go_on: str = "the same command with --resume goes on") -> Iterator[None]:
     """Turn errors that name their own mend into one line, and a stop into the way to go on; anything else is a traceback.
 
+    An error that one of several processes met alone ends it at once, so that jax ends the others too.
+
+    Args:
+      go_on: how the user goes on after a stop.
+
+    Raises:
+      SystemExit: with the line.
+
     Example:
       >>> with plain_errors():
       ...     raise UserError("steps must be at least 1, got 0")
@@ -29,29 +42,76 @@ def plain_errors(go_on: str = "the same command with --resume goes on") -> Itera
       SystemExit: error: steps must be at least 1, got 0
     """
     try:
-        try:
+        with _no_notes_of_orbax():
             yield
-        except BaseException as error:
-            processes.leave_soon(error)
-            if isinstance(error, Exception) and jax.distributed.is_initialized() and failures.gone(error):
-                said = str(error).splitlines()[0]
-                sys.exit(f"error: another process has gone ({said}): {go_on}, from the last checkpoint")
+    except SystemExit:
+        raise
+    except BaseException as error:
+        line = _line(error, go_on)
+        if not processes.is_raised_on_all(error):
+            _end(error, line, go_on)
+        if line is None:
             raise
-    except loop.Interrupted as stopped:
-        sys.exit(f"{stopped}: {go_on}")
-    except KeyboardInterrupt:
-        sys.exit(f"stopped; once a step was saved, {go_on} from the last checkpoint")
-    except UserError as error:
-        if error.keeps_traceback():
-            raise
-        sys.exit(f"error: {error}")
-    except processes.FailedElsewhere as error:
-        sys.exit(f"error: {error}")
-    except SaveFailed as failed:
-        sys.exit(f"error: {failed}: make room; then {go_on}")
-    except OSError as error:
-        if error.errno in CLOSED:
-            sys.exit(f"error: {error}")
-        if error.errno not in FULL:
-            raise
-        sys.exit(f"error: {error}: make room; then {go_on}, from the last checkpoint")
+        sys.exit(line)
+
+
+def _line(error: BaseException, go_on: str) -> str | None:
+    """Say in one line what the user can mend; None where the traceback says it."""
+    match error:
+        case loop.Interrupted():
+            return f"{error}: {go_on}"
+        case KeyboardInterrupt():
+            return f"stopped; once a step was saved, {go_on} from the last checkpoint"
+        case UserError():
+            return None if error.keeps_traceback() else f"error: {error}"
+        case processes.FailedElsewhere():
+            return f"error: {error}"
+        case SaveFailed():
+            return f"error: {error}: make room; then {go_on}"
+        case OSError() if error.errno in CLOSED:
+            return f"error: {error}"
+        case OSError() if error.errno in FULL:
+            return f"error: {error}: make room; then {go_on}, from the last checkpoint"
+    return None
+
+
+def _end(error: BaseException, line: str | None, go_on: str) -> None:
+    """End this process, one of several: on a usual way out jax would wait for the others, which wait for this one."""
+    if line is None:
+        traceback.print_exception(error)
+        line = f"error: {type(error).__name__}: {error}"
+    number, count = jax.process_index(), jax.process_count()
+    print(f"{line}\non process {number} of {count}, so all end; {go_on}, from the last checkpoint", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if number == 0:  # jax ends the others as soon as the coordinator is gone: let them tell of their own errors first
+        time.sleep(2)
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _no_notes_of_orbax() -> Iterator[None]:
+    """Keep orbax's notes on its own internals off the terminal: what fails comes as an exception anyway.
+
+    Where one file cannot be written, those of the other arrays fail too, or find their event loop gone; each reports that.
+    """
+
+    def of_others(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname and "orbax" not in record.getMessage() + str(record.exc_info)
+
+    report = sys.unraisablehook
+
+    def report_others(raised: Any) -> None:
+        if str(raised.exc_value) != "Event loop is closed":
+            report(raised)
+
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for logger in loggers:
+        logger.addFilter(of_others)
+    sys.unraisablehook = report_others
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report
+        for logger in loggers:
+            logger.removeFilter(of_others)

@@ -1,4 +1,4 @@
-"""Set a speed beside its limit: operations and bytes on paper, peaks as measured on this machine."""
+"""Operations and bytes that a model's work needs on paper, and their share of what a device can do."""
 
 from __future__ import annotations
 
@@ -85,23 +85,24 @@ def forward_flops(arch: Architecture, *, tokens: float, context: float, head_tok
 
 
 def sequence_sizes(rows: float, *, prompt_length: float, new_tokens: float, group_size: int = 1) -> dict[str, float]:
-    """Count the tokens of rows whose prompt each group computes once, and what they see on average: see `forward_flops`.
+    """Count the tokens of rows whose prompt is computed once a group, and the keys that they attend to on average.
 
-    A prompt's tokens, P / G a row, see P / 2 positions; the N sampled ones P + N / 2.
+        tokens  = B * (P / G + N)
+        context = ((P / G) * P / 2 + N * (P + N / 2)) / (P / G + N)
 
     Args:
-      rows: B.
-      prompt_length: P, in tokens.
-      new_tokens: N, sampled for each row.
-      group_size: G, rows that have a prompt in common.
+        rows: B.
+        prompt_length: P, in tokens.
+        new_tokens: N, sampled for each row.
+        group_size: G, rows that have a prompt in common.
 
     Returns:
-      `tokens` and `context` of `forward_flops`.
+        `tokens` and `context` of `forward_flops`.
 
     Example:
-      >>> from pgjax.run.flops import sequence_sizes
-      >>> sequence_sizes(8, prompt_length=4, new_tokens=2), sequence_sizes(8, prompt_length=4, new_tokens=2, group_size=2)
-      ({'tokens': 48.0, 'context': 3.0}, {'tokens': 32.0, 'context': 3.5})
+        >>> from pgjax.run.flops import sequence_sizes
+        >>> sequence_sizes(8, prompt_length=4, new_tokens=2), sequence_sizes(8, prompt_length=4, new_tokens=2, group_size=2)
+        ({'tokens': 48.0, 'context': 3.0}, {'tokens': 32.0, 'context': 3.5})
     """
     prompts = prompt_length / group_size
     seen = prompts * prompt_length / 2 + new_tokens * (prompt_length + new_tokens / 2)
@@ -213,14 +214,14 @@ def mfu(flops: float, seconds: float, peak_flops: float) -> float:
         A fraction of the peak.
 
     Raises:
-        ValueError: `seconds` or `peak_flops` is not above 0.
+        UserError: `seconds` or `peak_flops` is not above 0.
 
     Example:
         >>> from pgjax.run.flops import mfu
         >>> mfu(2e12, 4.0, 1e12)
         0.5
     """
-    return _share(flops, seconds, peak_flops)
+    return _fraction(flops, seconds, peak_flops)
 
 
 def mbu(bytes_read: float, seconds: float, peak_bytes: float) -> float:
@@ -231,23 +232,23 @@ def mbu(bytes_read: float, seconds: float, peak_bytes: float) -> float:
     Args:
         bytes_read: bytes that had to be read (`decode_bytes`), over all devices.
         seconds: the time it took.
-        peak_bytes: bytes a second of all devices together; `Peaks.read_bytes` for decoding, which only reads.
+        peak_bytes: bytes a second of all devices together: `Peaks.read_bytes` for decoding, which only reads.
 
     Returns:
         A fraction of the peak.
 
     Raises:
-        ValueError: `seconds` or `peak_bytes` is not above 0.
+        UserError: `seconds` or `peak_bytes` is not above 0.
 
     Example:
         >>> from pgjax.run.flops import mbu
         >>> mbu(1e9, 0.5, 8e9)
         0.25
     """
-    return _share(bytes_read, seconds, peak_bytes)
+    return _fraction(bytes_read, seconds, peak_bytes)
 
 
-def _share(amount: float, seconds: float, peak: float) -> float:
+def _fraction(amount: float, seconds: float, peak: float) -> float:
     if not (seconds > 0 and peak > 0):
         raise UserError(f"seconds and the peak must be above 0, got {seconds} s and {peak}")
     return amount / (seconds * peak)

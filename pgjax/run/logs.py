@@ -42,14 +42,14 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool, may
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"the output {folder} is a file, not a folder: choose another --output")
+        raise UserError(f"the output {folder} is a file, not a folder: choose another one")
     path = folder / CONFIG
     if resume and not path.exists():
-        raise UserError(f"there is no run to resume in {folder} (no {CONFIG}): leave out --resume to start one")
+        raise UserError(f"there is no run to resume in {folder} (no {CONFIG}): a new run starts without resuming")
     left_over = CONFIG + ".part"  # of a run that was killed while it wrote its first file
     if not resume and folder.exists() and any(path.name != left_over for path in folder.iterdir()):
-        go_on = "add --resume to go on with the run in it, or " if path.exists() else ""
-        raise UserError(f"the output folder {folder} is not empty: {go_on}choose another --output")
+        go_on = "resume to go on with the run in it, or " if path.exists() else ""
+        raise UserError(f"the output folder {folder} is not empty: {go_on}choose another one")
     new = json.loads(json.dumps(dict(config), default=str))
     if resume:
         lines = other_fields(_read_config(path), new, ("in the run", "now"), may_change)
@@ -58,7 +58,7 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool, may
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"the output folder {folder} can't be made ({error}): choose another --output") from error
+        raise UserError(f"the output folder {folder} can't be made ({error}): choose another one") from error
     write_whole(path, json.dumps(new, indent=2) + "\n")
     return folder
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from pgjax.core.errors import NotFiniteError
-from pgjax.parallel import failures, processes
+from pgjax.parallel import processes
 from pgjax.run.checkpoint.checkpoints import Checkpoints, SaveFailed
 
 Report = Callable[[int, dict[str, float], Any], None]
@@ -55,8 +55,8 @@ def run(
     SIGINT stops at once. A save that failed in the background ends the run as well, one step later at most.
 
     Several processes call this alike. What `check` or `report` raises on one of them, a signal that reaches one, and a
-    save that fails on one stop them all after the same step. What `prepare` or `step` raises on all of them does so too; raised
-    on one alone, it ends all within seconds, and nothing more is saved.
+    save that fails on one stop them all after the same step. So does what `prepare` or `step` raise together
+    (`processes.is_raised_on_all`); after any other error nothing more is saved, since the others may be at another place.
 
     Args:
         state: a tree of arrays; `step` may donate the one that it is given, once nothing can fail any more.
@@ -90,7 +90,6 @@ def run(
     3 2.0
     [2, 3]
     """
-    failures.watch()
     pending: tuple[int, Mapping[str, Any], Any] | None = None
     done = start
     latest_score: float | None = None
@@ -111,8 +110,9 @@ def run(
     def prepared(i: int) -> Any:
         try:
             return prepare(state, i)
-        except Exception:
-            settle()  # the state holds the step before already, so it counts, if its metrics let it
+        except Exception as error:
+            if processes.is_raised_on_all(error):
+                settle()  # the state holds the step before already, so it counts, if its metrics let it
             raise
 
     with stop_signals() as asked_to_stop:
@@ -120,19 +120,20 @@ def run(
             try:
                 work = prepared(i)
                 settle()
+                checkpoints.poll()  # here, where `done` is the number of steps that the state has made
                 state, metrics, samples = step(state, i, work)
                 pending = i + 1, metrics, samples
-                stopping = processes.any_process(asked_to_stop() or checkpoints.failed())
+                stopping = processes.any_process(asked_to_stop())
                 if stopping or (i + 1) % save_every == 0 or i + 1 == steps:
                     settle()
-                    checkpoints.save(done, state, _place(done), score=latest_score)
+                    checkpoints.save(done, state, {"step": done}, score=latest_score)
             except Exception as error:
-                if failures.failed_alike(error):
+                if processes.is_raised_on_all(error):
                     _rescue(checkpoints, done, state)
                 raise
             if stopping:
                 checkpoints.wait()
-                raise Interrupted(i + 1)
+                raise processes.raised_on_all(Interrupted(i + 1))
     checkpoints.wait()
     return state
 
@@ -152,7 +153,7 @@ def check_finite(done: int, metrics: Mapping[str, float]) -> None:
     if not metrics["train/healthy"]:
         raise NotFiniteError(
             f"loss or gradient is not finite in step {done} (gradient norm {metrics['train/grad_norm']}): its bad "
-            "update was left out and the state before it is saved; start anew with a lower --learning-rate"
+            "update was left out and the state before it is saved; start anew with a lower learning rate"
         )
 
 
@@ -192,11 +193,6 @@ def _fetched(done: int, metrics: Mapping[str, Any], samples: Any) -> tuple[int, 
     return done, {name: float(np.mean(value)) for name, value in (numbers | watches).items()}, samples
 
 
-def _place(done: int) -> dict[str, int]:
-    """Say where a run goes on: step i is dealt batch i of the data, so the one number is the other too."""
-    return {"step": done, "data_position": done}
-
-
 def _rescue(checkpoints: Checkpoints, done: int, state: Any) -> None:
     """Save what can be saved; an update that failed halfway has given its buffers away already.
 
@@ -206,7 +202,7 @@ def _rescue(checkpoints: Checkpoints, done: int, state: Any) -> None:
     latest = checkpoints.latest()
     try:
         if alive and (latest is None or latest < done):
-            checkpoints.save(done, state, _place(done))
+            checkpoints.save(done, state, {"step": done})
         checkpoints.wait()
     except SaveFailed as failed:
-        print(failed, flush=True)
+        processes.print_once(failed)

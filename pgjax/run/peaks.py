@@ -1,4 +1,4 @@
-"""What a device can do at its best, as measured on it through jax."""
+"""The most that a device can do: as its maker publishes it, and as measured on it through jax."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 
 class Peaks(NamedTuple):
-    """What a device was measured to do.
+    """The most that one jax device can do, published or measured.
 
     matmul_flops: operations a second of a large square matrix product.
     copy_bytes: bytes a second read plus written by a copy.
@@ -25,6 +25,63 @@ class Peaks(NamedTuple):
     matmul_flops: float
     copy_bytes: float
     read_bytes: float
+
+
+# `device.device_kind` -> bfloat16 operations a second of dense matrix products, bytes of device memory a second; of one jax
+# device. Where a maker gives only a figure "with sparsity", half of it stands here. float32 is left out: by default jax computes
+# its products in bfloat16 passes on a TPU and may use TF32 on an NVIDIA GPU, so that no published figure is its limit.
+# TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. A v4 or v5p chip is one device (megacore, jax's default); a TPU7x
+# chip, of 2307 TFLOP/s and 7380 GB/s, is two.
+PUBLISHED: dict[str, tuple[float, float]] = {
+    "TPU v4": (275e12, 1200e9),
+    "TPU v5 lite": (197e12, 819e9),
+    "TPU v5e": (197e12, 819e9),
+    "TPU v5": (459e12, 2765e9),
+    "TPU v5p": (459e12, 2765e9),
+    "TPU v6 lite": (918e12, 1638e9),
+    "TPU v6e": (918e12, 1638e9),
+    "TPU7x": (2307e12 / 2, 7380e9 / 2),
+    # NVIDIA's data sheets of the A100, H100, H200, DGX B200, A10, L4 and L40S.
+    "NVIDIA A100-PCIE-40GB": (312e12, 1555e9),
+    "NVIDIA A100-SXM4-40GB": (312e12, 1555e9),
+    "NVIDIA A100 80GB PCIe": (312e12, 1935e9),
+    "NVIDIA A100-SXM4-80GB": (312e12, 2039e9),
+    "NVIDIA H100 PCIe": (756e12, 2000e9),
+    "NVIDIA H100 NVL": (835e12, 3900e9),
+    "NVIDIA H100 80GB HBM3": (989e12, 3350e9),  # SXM
+    "NVIDIA H200": (989e12, 4800e9),  # SXM
+    "NVIDIA B200": (2250e12, 8000e9),
+    "NVIDIA A10": (125e12, 600e9),
+    "NVIDIA L4": (121e12, 300e9),
+    "NVIDIA L40S": (362e12, 864e9),
+    # NVIDIA's white papers on GA102 and Ada: products of 16 bits with float32 sums.
+    "NVIDIA GeForce RTX 3090": (71e12, 936e9),
+    "NVIDIA GeForce RTX 4090": (165.2e12, 1008e9),
+}
+
+
+def known_peaks(device: jax.Device, dtype: DTypeLike) -> Peaks | None:
+    """Look up what the maker of a device publishes of it.
+
+    Nothing is computed and nothing allocated. A copy and a read are both given the bandwidth of the memory.
+
+    Args:
+        device: one of `jax.devices()`; its `device_kind` names the chip.
+        dtype: of the matrix products.
+
+    Returns:
+        Operations and bytes a second of one device; None where none are published for this chip and dtype, as for any CPU.
+
+    Example:
+        >>> import jax
+        >>> from pgjax.run.peaks import known_peaks
+        >>> known_peaks(jax.devices("cpu")[0], "bfloat16") is None
+        True
+    """
+    if jnp.dtype(dtype) != jnp.bfloat16 or device.device_kind not in PUBLISHED:
+        return None
+    flops, memory = PUBLISHED[device.device_kind]
+    return Peaks(matmul_flops=flops, copy_bytes=memory, read_bytes=memory)
 
 
 def _median_seconds(run: Callable[[], object], device: jax.Device, *, repeats: int = 7, budget: float = 0.4) -> float:
@@ -86,8 +143,8 @@ def measured_peaks(
         copy_bytes   = 2 * bytes / seconds of an elementwise pass from one float32 buffer into another
         read_bytes   = bytes / seconds of a matrix-vector product or a row maximum, whichever is faster
 
-    Each is the median of up to seven runs after a warm-up. It takes about two seconds on a CPU. Nothing else
-    should run meanwhile.
+    Each is the median of up to seven runs after a warm-up. It takes about two seconds on a CPU, and two buffers on the device.
+    Nothing else should run meanwhile: it is for benchmarks, and training looks its peaks up by `known_peaks`.
 
     Args:
         dtype: of the matrix product, at jax's default precision for it.

@@ -13,6 +13,8 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from pgjax.parallel.processes import is_process_0
+
 SHOWN = (
     ("score", "objective/scores", ".3f"),
     ("cross-entropy", "loss/cross_entropy", ".3f"),
@@ -101,7 +103,7 @@ class Progress:
         total: the steps of the whole run.
         start: steps that were finished before (a resumed run).
         every: seconds between plain lines where there is no terminal.
-        console: where to print; None for standard output.
+        console: where to print; None for standard output, on process 0 alone.
 
     Example:
         >>> from pgjax.run.progress import Progress
@@ -113,7 +115,7 @@ class Progress:
     """
 
     def __init__(self, total: int, *, start: int = 0, every: float = 10.0, console: Console | None = None) -> None:
-        self._console = Console() if console is None else console
+        self._console = Console(quiet=not is_process_0()) if console is None else console
         self._total = total
         self._every = every
         self._first: tuple[int, float] | None = None
@@ -159,6 +161,18 @@ class Progress:
             left = (now - first_time) / (step - first_step) * max(0, self._total - step)
             parts.append(f"left {format_seconds(left)}")
         return "  ".join(parts)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Print an evaluation on held-out prompts: score with its standard error, and KL.
+
+        Args:
+            step: steps done.
+            metrics: with "eval/scores", "eval/kl" and maybe "eval/scores_stderr".
+        """
+        error = f" +- {metrics['eval/scores_stderr']:.3f}" if "eval/scores_stderr" in metrics else ""
+        self.print(
+            f"held-out score after {step} steps: {metrics['eval/scores']:.3f}{error}, KL {metrics['eval/kl']:.2f}"
+        )
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Print a few samples with their scores as a table.

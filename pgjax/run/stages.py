@@ -1,4 +1,4 @@
-"""Stages of a long experiment, each in its own folder: done once, skipped when complete, gone on with when stopped halfway.
+"""Stages of a long experiment, each in its own folder: done once, skipped when complete, resumed when interrupted.
 
 A stage is complete when `complete.json` lies in its folder. That file is written last; it holds the config that was asked
 for, what the stage was made from, its seconds and its metrics. A stage under way has `NAME.begun.json` beside its folder.
@@ -7,6 +7,7 @@ for, what the stage was made from, its seconds and its metrics. A stage under wa
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import shutil
@@ -14,11 +15,12 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from pgjax.core.errors import UserError
+from pgjax.models.io.tensors import read_json
 from pgjax.parallel import processes
 from pgjax.run.checkpoint.records import other_fields, write_whole
 
@@ -36,6 +38,14 @@ class Done:
     metrics: dict[str, Any]
     config: dict[str, Any]  # what was asked for
     skipped: bool  # it was complete before
+
+
+class Stage(NamedTuple):
+    """What is to be done in one folder."""
+
+    asked: Mapping[str, Any]  # everything that decides the result, as in `run_stage`
+    work: Callable[[Path, bool], Mapping[str, Any]]  # as in `run_stage`
+    made_from: Sequence[str] = ()  # names of the stages whose output goes in
 
 
 def run_stage(
@@ -76,9 +86,9 @@ def run_stage(
     new = {"config": _plain(asked), "made_from": {stage.folder.name: stage.id for stage in made_from}}
     done, resume, spent = processes.on_process_0(lambda: _begin(folder, new, redo))
     if done is not None:
-        print(f"{folder.name}: complete, skipped")
-        return done
-    print(f"{folder.name}: {'going on' if resume else 'starting'}")
+        processes.print_once(f"{folder.name}: complete, skipped")
+        return Done(**done)
+    processes.print_once(f"{folder.name}: {'going on' if resume else 'starting'}")
     start = time.perf_counter()
     try:
         metrics = dict(work(folder, resume))
@@ -87,20 +97,63 @@ def run_stage(
             write_json(_begun(folder), {**new, "seconds": spent + time.perf_counter() - start})
         raise
     seconds = spent + time.perf_counter() - start
-    return processes.on_process_0(lambda: _complete(folder, new, seconds, metrics))
+    return Done(**processes.on_process_0(lambda: vars(_complete(folder, new, seconds, metrics))))
+
+
+def run_stages(
+    root: Path,
+    stages: Mapping[str, Stage],
+    *,
+    redo_from: str | None = None,
+    redo: Callable[[str], str] = lambda name: f"move {name} away to redo it",
+) -> dict[str, Done]:
+    """Do stages in order, each in the folder of its name; of several processes all call this alike.
+
+    Args:
+      root: the folder of all stages.
+      stages: by name; one is made from stages before it.
+      redo_from: the name of a stage: it and those after it are moved aside first (`move_aside`) and done again.
+      redo: name -> what the user can do where the stage in the folder is not the one asked for.
+
+    Returns:
+      The stages by name.
+
+    Raises:
+      UserError: as in `run_stage`; then nothing after that stage has moved.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as root:
+      ...     stages = {"a": Stage({}, lambda folder, resume: {"x": 1}), "b": Stage({}, lambda folder, resume: {}, ("a",))}
+      ...     list(run_stages(Path(root), stages))
+      a: starting
+      b: starting
+      ['a', 'b']
+    """
+    done: dict[str, Done] = {}
+    names = list(stages)
+    for name, stage in stages.items():
+        if name == redo_from:  # not before: a stage in front of it may be refused, and then nothing has moved
+            later = [root / other for other in names[names.index(name) :]]
+            for moved in processes.on_process_0(functools.partial(_names_of_moved, later)):
+                print(f"moved the old stage to {moved}")
+        inputs = [done[other] for other in stage.made_from]
+        done[name] = run_stage(root / name, stage.asked, stage.work, made_from=inputs, redo=redo(name))
+    return done
 
 
 def _begun(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.begun.json")
 
 
-def _begin(folder: Path, new: Mapping[str, Any], redo: str) -> tuple[Done | None, bool, float]:
+def _begin(folder: Path, new: Mapping[str, Any], redo: str) -> tuple[dict[str, Any] | None, bool, float]:
     """Find a complete stage; or make ready for one, and say whether to go on with what is there and what time it took."""
-    old = read_json(folder / COMPLETE)
+    old = _record(folder / COMPLETE)
     if old is not None:
         _refuse_other(f"the complete stage {folder}", old, new, redo)
-        return Done(folder, old["id"], old["seconds"], old["metrics"], old["config"], skipped=True), False, 0.0
-    old = read_json(_begun(folder))
+        done = Done(folder, old["id"], old["seconds"], old["metrics"], old["config"], skipped=True)
+        return vars(done), False, 0.0
+    old = _record(_begun(folder))
     resume = old is not None and (folder / RUN_CONFIG).exists()
     if resume and old is not None:  # of one that has not come that far nothing is kept, so it may be another
         _refuse_other(f"the unfinished stage {folder}", old, new, redo)
@@ -133,11 +186,11 @@ def finished(folder: Path) -> Done | None:
       >>> finished(Path("a folder that is not there")) is None
       True
     """
-    old = read_json(folder / COMPLETE)
+    old = _record(folder / COMPLETE)
     return None if old is None else Done(folder, old["id"], old["seconds"], old["metrics"], old["config"], skipped=True)
 
 
-def put_aside(folders: Sequence[Path]) -> list[Path]:
+def move_aside(folders: Sequence[Path]) -> list[Path]:
     """Move folders, where there are any, to NAME.1, NAME.2, ...: the same number for all, the first that is free.
 
     Args:
@@ -150,7 +203,7 @@ def put_aside(folders: Sequence[Path]) -> list[Path]:
       >>> import tempfile
       >>> with tempfile.TemporaryDirectory() as root:
       ...     Path(root, "ppo").mkdir()
-      ...     [path.name for path in put_aside([Path(root, "ppo"), Path(root, "never-there")])]
+      ...     [path.name for path in move_aside([Path(root, "ppo"), Path(root, "never-there")])]
       ['ppo.1']
     """
     moved = []
@@ -164,30 +217,6 @@ def put_aside(folders: Sequence[Path]) -> list[Path]:
     return moved
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; None where there is none.
-
-    Args:
-      path: the file.
-
-    Returns:
-      What it holds.
-
-    Raises:
-      ValueError: it is not JSON.
-
-    Example:
-      >>> read_json(Path("a file that is not there")) is None
-      True
-    """
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}): move its stage's folder away to redo it") from error
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all.
 
@@ -199,10 +228,19 @@ def write_json(path: Path, value: Any) -> None:
       >>> import tempfile
       >>> with tempfile.TemporaryDirectory() as root:
       ...     write_json(Path(root, "x.json"), {"a": 1})
-      ...     read_json(Path(root, "x.json"))
+      ...     json.loads(Path(root, "x.json").read_text())
       {'a': 1}
     """
     write_whole(path, json.dumps(value, indent=1) + "\n")
+
+
+def _names_of_moved(folders: Sequence[Path]) -> list[str]:
+    return [str(path) for path in move_aside(folders)]
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    """Read what a stage has written of itself; None where there is nothing."""
+    return read_json(path) if path.exists() else None
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:

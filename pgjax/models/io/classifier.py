@@ -1,4 +1,4 @@
-"""Reward models in and out of Hugging Face layout, as the sequence classifiers with one label that `transformers` opens."""
+"""Load and save reward models in Hugging Face layout, as sequence classifiers with one label."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pgjax.models.io.tensors import Tensors, read_params, safetensors_of
 from pgjax.models.io.tokenizer import folder_tokenizer, prepare_tokenizer, stop_ids
 from pgjax.models.reward_model import Params, RewardModel, reward_model
 
-PAD_TOKEN = "<|pad|>"  # given to a tokenizer that has no token of its own for padding
+PAD_TOKEN = "<|pad|>"  # added to a tokenizer that has no token for padding
 
 
 def load_reward_model(
@@ -30,7 +30,7 @@ def load_reward_model(
     """Load a reward model: a sequence classifier with one label, in Hugging Face layout.
 
     The score is read at the last token that the attention mask marks as real. `transformers` reads it at the last id that
-    is not the padding id: the same, unless a text ends with the padding id, of which there is a warning.
+    is not the padding id. The two are the same unless a text ends with the padding id; a warning says so where it can happen.
 
     Args:
         source: a folder or a hub id.
@@ -43,8 +43,8 @@ def load_reward_model(
         `(rm, params, tokenizer)`; the tokenizer pads on the right, and is None where the source holds none.
 
     Raises:
-        ValueError: for a source that cannot be had, a model with several labels, a language model without a score head,
-            weights that are not those of the configuration, or a mesh that does not divide it; it names what.
+        UserError: for a source that cannot be found or downloaded, a model with several labels, a language model without a
+            score head, weights that do not match the configuration, or a mesh that does not divide it.
 
     >>> load_reward_model("no-such-model")
     Traceback (most recent call last):
@@ -77,12 +77,12 @@ def save_reward_model(folder: str | os.PathLike[str], rm: RewardModel, params: P
     Args:
         folder: where to. It may exist if it is empty or holds nothing but files that this function writes again.
         rm: the model's functions; only the architecture is read.
-        params: its parameters; their dtype is the file's. Every process calls this, the first one writes.
-        tokenizer: left as it is; None for none, and then `transformers` scores one row at a time.
+        params: its parameters, saved in their dtype. Every process calls this; process 0 writes.
+        tokenizer: not changed; None for none, and then `transformers` scores one row at a time.
 
     Raises:
         UserError: when the folder holds other files, which are named.
-        ValueError: when the parameters are not those of `rm`.
+        UserError: when the parameters are not those of `rm`.
 
     >>> import tempfile
     >>> from pgjax.models.io.config import architecture_of
@@ -103,17 +103,17 @@ def save_reward_model(folder: str | os.PathLike[str], rm: RewardModel, params: P
 def with_padding_token(rm: RewardModel, params: Params, tokenizer: Any) -> tuple[RewardModel, Params, Any]:
     """Give a reward model's tokenizer a padding token that ends no text, and padding on the right.
 
-    Its own, where that is not an end of sequence; else a special token with no use: one named for padding, then one kept
-    in reserve, then any that is neither first, last nor unknown token nor in the chat template. Where there is none (GPT-2)
-    it gets a new one, in a spare row of the embedding, or in a new row of zeros.
+    It keeps its own unless that is an end of sequence. Else the first of these: an unused special token with "pad" in its name,
+    one with "reserved", any other that is neither BOS, EOS nor UNK nor in the chat template. Where there is none (GPT-2) a
+    new token is added, in a spare row of the embedding, or in a new row of zeros.
 
     Args:
         rm: the reward model.
         params: its parameters.
-        tokenizer: left as it is.
+        tokenizer: not changed.
 
     Returns:
-        The three, with a copy of the tokenizer; the first two as they came unless the embedding had to grow.
+        The three, with a copy of the tokenizer; the first two are unchanged unless the embedding had to grow.
 
     >>> from tokenizers import Tokenizer, models
     >>> from transformers import PreTrainedTokenizerFast
@@ -141,7 +141,7 @@ def with_padding_token(rm: RewardModel, params: Params, tokenizer: Any) -> tuple
     return *_grown(rm, params, tokenizer.pad_token_id + 1), tokenizer
 
 
-_TRAIN_ONE = "train one on it with python -m experiments.reward_model --model, or open it with pgjax.load"
+_TRAIN_ONE = "train a reward model from it, or open it as a language model with pgjax.load"
 
 
 def _check_labels(path: Path, config: dict[str, Any], shapes: Any) -> None:
@@ -163,7 +163,7 @@ def _check_labels(path: Path, config: dict[str, Any], shapes: Any) -> None:
 
 
 def _prepare(tokenizer: Any, config: dict[str, Any], vocab_size: int, path: Path) -> None:
-    """Pad as `transformers` would with this folder, and say where its reading of the score differs."""
+    """Pad as `transformers` would with this folder, and warn where it would read the score at another token."""
     pad_id = config.get("pad_token_id")
     if tokenizer.pad_token is None and isinstance(pad_id, int) and 0 <= pad_id < len(tokenizer):
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
@@ -171,8 +171,8 @@ def _prepare(tokenizer: Any, config: dict[str, Any], vocab_size: int, path: Path
     tokenizer.padding_side = "right"
     if pad_id is not None and pad_id in {*stop_ids(tokenizer), tokenizer.eos_token_id}:
         warnings.warn(
-            f"{path}: the padding id {pad_id} is also an end of sequence. transformers reads the score of a text that ends "
-            "with it at the token before; here it is read at the end of sequence itself, the last real token",
+            f"{path}: the padding id {pad_id} is also an end of sequence. Where a text ends with it, transformers reads the "
+            "score at the token before; pgjax reads it at the end of sequence, the last token that is not masked",
             stacklevel=4,
         )
 

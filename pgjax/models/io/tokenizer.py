@@ -1,4 +1,4 @@
-"""Tokenizers from a model folder and from a GGUF file's metadata, and the ids that end a completion."""
+"""Load tokenizers from a model folder or a GGUF file's metadata; the ids that end a completion."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
-_WHOLE = ("tokenizer.json", "vocab.json", "tokenizer.model")  # any one of them is enough
-STOP_IDS = "stop_token_ids"  # kept among the tokenizer's own settings, so that tokenizer_config.json carries it
+_WHOLE = ("tokenizer.json", "vocab.json", "tokenizer.model")  # any one of them makes a tokenizer
+STOP_IDS = "stop_token_ids"  # a setting of the tokenizer, so that tokenizer_config.json saves it
 
-# How text is cut before the byte-pair merges, by `tokenizer.ggml.pre`: None is the byte-level default of GPT-2.
+# How text is split before the byte-pair merges, by `tokenizer.ggml.pre`.
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 PRE_TOKENIZERS = ("gpt-2", "llama-bpe", "smollm")
-_CONTROL, _USER_DEFINED = 3, 4  # token types of the format
+_CONTROL, _USER_DEFINED = 3, 4  # token types in GGUF
 
 
 def folder_tokenizer(folder: Path) -> Any | None:
@@ -42,19 +42,19 @@ def folder_tokenizer(folder: Path) -> Any | None:
         The tokenizer, None where the folder holds none.
 
     Raises:
-        ValueError: its files are damaged.
+        UserError: its files cannot be read.
     """
     if not any((folder / name).is_file() for name in _WHOLE):
         return None
     _quiet()
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # tokenizer.json says everything, and is taken as it stands. AutoTokenizer may rebuild it as the class that
-    # tokenizer_config.json names: as a GPT2Tokenizer, SmolLM2's would no longer cut digits one by one.
+    # tokenizer.json is complete, and is read as it is. AutoTokenizer may rebuild it as the class that
+    # tokenizer_config.json names: as a GPT2Tokenizer, SmolLM2's would no longer split digits one by one.
     reader = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
         tokenizer = reader.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # damaged files surface as errors of JSON, of Rust, KeyError and more
+    except Exception as error:  # damaged files raise errors of many types: of JSON, of Rust, KeyError, ...
         raise UserError(f"{folder}: its tokenizer's files cannot be read ({error})") from error
     for name in ("generation_config.json", "config.json"):
         stops = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
@@ -65,19 +65,18 @@ def folder_tokenizer(folder: Path) -> Any | None:
 
 
 def prepare_tokenizer(tokenizer: Any, *, vocab_size: int, origin: str) -> Any:
-    """Make a tokenizer pad on the left, with the end of sequence where it has no padding token of its own.
+    """Make a tokenizer pad on the left, with the end of sequence if it has no padding token.
 
     Args:
         tokenizer: changed in place.
         vocab_size: rows of the model's embedding.
-        origin: of the model, for messages.
+        origin: the model's path, for messages.
 
     Returns:
         The same tokenizer.
 
     Raises:
-        ValueError: when it has ids, or ids that end a completion, beyond the model's vocabulary, which an embedding would
-            silently clamp.
+        UserError: when a token id or a stop id is beyond the model's vocabulary: an embedding would silently clamp it.
     """
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
@@ -86,7 +85,7 @@ def prepare_tokenizer(tokenizer: Any, *, vocab_size: int, origin: str) -> Any:
         )
     if odd := [i for i in stop_ids(tokenizer) if not 0 <= i < vocab_size]:
         raise UserError(
-            f"{origin}: eos_token_id holds {odd[0]}, outside the model's vocabulary of {vocab_size}: mend its "
+            f"{origin}: eos_token_id holds {odd[0]}, outside the model's vocabulary of {vocab_size}: correct its "
             "generation_config.json or config.json"
         )
     tokenizer.padding_side = "left"
@@ -102,7 +101,7 @@ def stop_ids(tokenizer: Any) -> tuple[int, ...]:
         tokenizer: as `load` returns it.
 
     Returns:
-        Ids in the model's order; empty where the tokenizer has no end of sequence.
+        Ids in the model's order; empty if the tokenizer has no end of sequence.
     """
     if STOP_IDS in tokenizer.init_kwargs:
         return tuple(int(i) for i in tokenizer.init_kwargs[STOP_IDS])
@@ -120,7 +119,7 @@ def gguf_tokenizer(fields: Mapping[str, Any], *, max_length: int) -> Any | None:
         A `transformers.PreTrainedTokenizerFast`, or None where the file holds no tokenizer.
 
     Raises:
-        ValueError: for another kind of tokenizer, or a way to cut text that is not implemented.
+        UserError: for a kind of tokenizer or a pre-tokenizer that is not implemented.
     """
     kind = fields.get("tokenizer.ggml.model")
     if kind is None:
@@ -177,7 +176,7 @@ def _byte_level_bpe(fields: Mapping[str, Any], pre: str) -> Any:
         [AddedToken(t, normalized=False, special=True) for t, kind in kinds if kind == _CONTROL]
     )
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t, kind in kinds if kind == _USER_DEFINED])
-    # llama.cpp puts the first token in front for this kind even where the file does not say so.
+    # llama.cpp adds BOS for this kind even if the file does not say so.
     if fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
         bos = fields["tokenizer.ggml.bos_token_id"]
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -187,5 +186,5 @@ def _byte_level_bpe(fields: Mapping[str, Any], pre: str) -> Any:
 
 
 def _quiet() -> None:
-    """Keep transformers from advising to install torch: it is not needed here."""
+    """Keep transformers from advising to install torch, which is not needed."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

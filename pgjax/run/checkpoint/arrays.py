@@ -75,7 +75,7 @@ def _is_local(leaf: Any) -> bool:
     return jax.process_count() > 1 and (sharding is None or sharding.is_fully_addressable)
 
 
-def shared(leaf: Any) -> Any:
+def as_global(leaf: Any) -> Any:
     """Turn the copies that each process holds of a leaf into one array of them all.
 
     Args:
@@ -85,13 +85,13 @@ def shared(leaf: Any) -> Any:
         An array that orbax takes.
 
     Example:
-        >>> shared(jnp.ones(()))
+        >>> as_global(jnp.ones(()))
         Array(1., dtype=float32)
     """
     if not _is_local(leaf):
         return leaf
     if _is_key(leaf):
-        return jax.random.wrap_key_data(shared(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+        return jax.random.wrap_key_data(as_global(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
     value = np.asarray(leaf)
     return jax.make_array_from_callback(value.shape, _everywhere(), lambda index: value[index])
 
@@ -150,7 +150,7 @@ def _host_copy(x: jax.Array) -> np.ndarray:
     return np.asarray(x.addressable_data(0) if x.is_fully_replicated else x)
 
 
-def differences(wanted: Mapping[str, Leaf], stored: Mapping[str, Leaf]) -> list[str]:
+def tree_differences(wanted: Mapping[str, Leaf], stored: Mapping[str, Leaf]) -> list[str]:
     """Say of each leaf how the tree on disk differs from the one asked for.
 
     Args:
@@ -161,7 +161,7 @@ def differences(wanted: Mapping[str, Leaf], stored: Mapping[str, Leaf]) -> list[
         A line for each difference.
 
     Example:
-        >>> differences(stored_leaves({"w": jnp.ones(2)}), stored_leaves({"w": jnp.ones(3)}))
+        >>> tree_differences(stored_leaves({"w": jnp.ones(2)}), stored_leaves({"w": jnp.ones(3)}))
         ['w is float32[3], expected float32[2]']
     """
     lines = [f"{name} is not in the checkpoint" for name in wanted if name not in stored]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
+import dataclasses
 import functools
 import gc
 import json
-import logging
 import re
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,19 +18,21 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath  # the paths that orbax takes
 
 from pgjax.core.errors import UserError
 from pgjax.parallel import processes
-from pgjax.run.checkpoint.arrays import Leaf, differences, recommit, shared, shorten, stored_leaves, target
-from pgjax.run.checkpoint.barrier import made_unanimous, reason
+from pgjax.run.checkpoint.arrays import Leaf, as_global, recommit, shorten, stored_leaves, target, tree_differences
 from pgjax.run.checkpoint.digest import leaf_digests
-from pgjax.run.checkpoint.files import changed_sizes, note_sizes, put_aside, read_record, sealed
+from pgjax.run.checkpoint.files import changed_sizes, read_record, reason, rename_damaged, write_record
 from pgjax.run.checkpoint.records import other_fields
 
 Tree = Any
+_STATE = "state"  # the folder of the arrays in a snapshot
+_UNFINISHED = ".unfinished"  # ends the name of a snapshot's folder until it is whole
 
 
-class BadCheckpoint(ValueError):
+class BadCheckpoint(UserError):
     """A checkpoint is damaged, or of another run or model; the message names it.
 
     >>> BadCheckpoint("the checkpoint of step 3 in runs/haiku/checkpoints is damaged")
@@ -45,45 +48,26 @@ class SaveFailed(Exception):
     """
 
 
-@functools.cache
-def _quiet() -> None:
-    """Keep orbax's notes on its own internals off the user's terminal; what fails comes as an exception anyway.
+@dataclasses.dataclass
+class _Save:
+    """A save under way: all processes write their parts, then process 0 makes a snapshot of them."""
 
-    Where one file cannot be written, those of the other arrays fail too, or find their event loop gone; each says so.
-    """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    logging.getLogger("asyncio").addFilter(
-        lambda record: ".orbax-checkpoint-tmp" not in str(record.exc_info) and "orbax" not in record.getMessage()
-    )
-    report = sys.unraisablehook
-
-    def report_others(raised: Any) -> None:
-        if str(raised.exc_value) != "Event loop is closed":
-            report(raised)
-
-    sys.unraisablehook = report_others
-
-
-class _LatestAndBest(ocp.checkpoint_managers.PreservationPolicy):
-    """Preserve the last few checkpoints, and the one of the highest score."""
-
-    def __init__(self, keep: int, best: Callable[[], int | None]) -> None:
-        self.keep = keep
-        self.best = best
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        latest = [info.step for info in checkpoints[-self.keep :]]
-        return [info.step in latest or info.step == self.best() for info in checkpoints]
+    step: int
+    score: float | None
+    superseded: list[int]  # older steps that go once this one is a snapshot
+    finish: Callable[[], None]  # makes it one; for process 0
+    work: concurrent.futures.Future[Any]  # of this process: first to write its part, then to finish
+    written: bool = False  # by all processes
 
 
 class Checkpoints:
     """Keep the last few training states of a run in a folder.
 
     A checkpoint is a tree of arrays (`state`: parameters, optimizer state, typed keys, in any sharding) and a
-    JSON object (`extra`: the step, the place in the data). It appears under its final name only when it is whole,
-    so a killed save leaves the one before it as the latest. It holds a digest of every array, by which a restored
-    state is checked to the bit. Under several processes all of them call every method, and each writes and reads
-    its own part.
+    JSON object (`extra`: the step, for one). It appears under its final name, and its record is written, only when it is
+    whole: so a killed save leaves the one before it as the latest. It holds a digest of every array, by which a restored
+    state is checked to the bit. Under several processes all of them call every method, and each writes and reads its own
+    part; a save counts once all have written theirs, which they tell each other in `poll` and `wait`.
 
     Args:
         folder: where the checkpoints lie, one folder a step; made if it is not there. All processes see it.
@@ -117,30 +101,20 @@ class Checkpoints:
     ) -> None:
         if keep < 1:
             raise UserError(f"keep must be at least 1 checkpoint, got {keep}")
-        _quiet()
         self.folder = Path(folder).absolute()
+        self._keep, self._keep_best = keep, keep_best
         self._made_from = None if made_from is None else json.loads(json.dumps(dict(made_from), allow_nan=False))
-        self._saving: int | None = None  # the step whose save was begun last
-        self._failure: str | None = None  # why it did not get to the disk
-        policy = _LatestAndBest(keep, self.best if keep_best else lambda: None)
-        # handlers by name: without them a new manager cannot read the tree of a checkpoint it did not write
-        handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
-        asynchronous = None
-        if jax.process_count() > 1:
-            barrier = made_unanimous(handlers, ocp.multihost.get_barrier_sync_fn())
-            asynchronous = ocp.AsyncOptions(barrier_sync_fn=barrier)
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy, create=True, cleanup_tmp_directories=True, async_options=asynchronous
-        )
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
-        found = {step: self._score_on_disk(step) for step in self._manager.all_steps()}
-        self._scores = {step: score for step, score in found.items() if score is not None}
+        self._handler = ocp.StandardCheckpointHandler()
+        self._disk = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._saving: _Save | None = None
+        # One process looks, so that all know of the same snapshots: between hosts a new file may take a while to be seen
+        self._scores: dict[int, float | None] = dict(processes.on_process_0(self._scores_on_disk))
 
     def save(self, step: int, state: Tree, extra: Mapping[str, Any], *, score: float | None = None) -> bool:
         """Save a state in the background.
 
         The state is safe when this returns: its buffers may be donated to the next update at once. Disk errors
-        surface in the next `save`, `wait` or `close`.
+        surface here, or in the next `poll`, `wait`, `save` or `close`.
 
         Args:
             step: the number of finished training steps; above every step saved before.
@@ -152,8 +126,9 @@ class Checkpoints:
             True; False when this step is saved already, in which case nothing is done.
 
         Raises:
-            ValueError: a later step is saved already, a leaf is not an array, or `extra` holds NaN or inf.
-            SaveFailed: this save or the one before it did not reach the disk.
+            UserError: a later step is saved already, or a leaf is not an array.
+            ValueError: `extra` holds NaN or inf.
+            SaveFailed: this save or the one before it did not reach the disk, on some process.
         """
         self.wait()
         latest = self.latest()
@@ -164,33 +139,32 @@ class Checkpoints:
         if isinstance(state, jax.Array):
             raise UserError("state must be a tree of arrays, such as a dict, not one array")
         stored_leaves(state)
-        state = jax.tree.map(shared, state)
+        state = jax.tree.map(as_global, state)
         score = None if score is None or not np.isfinite(score) else float(score)
         extra = json.loads(json.dumps(dict(extra), allow_nan=False))
         record = {"extra": extra, "made_from": self._made_from, "score": score, "digests": leaf_digests(state)}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(sealed(record)))
-        if score is not None:
-            self._scores[step] = score
-        self._saving = step
-        try:
-            return bool(self._manager.save(step, args=args, force=True))
-        except (OSError, RuntimeError, ValueError) as error:  # as where no folder can be made
-            self._give_up(error)
-        self.wait()
-        return False
+        unfinished, old = self.folder / f"{step}{_UNFINISHED}", self._superseded(step, score)
+        finish = functools.partial(self._finish, unfinished, record, old)
+        self._saving = _Save(step, score, old, finish, self._disk.submit(self._make_folder, unfinished))
+        self._join(self._saving)
+        # in the other thread, since this one may run an event loop already, as a notebook's does
+        begun = self._disk.submit(lambda: asyncio.run(self._begin(unfinished / _STATE, state)))
+        self._saving.work = begun
+        self._join(self._saving)
+        self._saving.work = self._disk.submit(_write, begun.result(), finish if jax.process_count() == 1 else None)
+        return True
 
     def steps(self) -> list[int]:
-        """List the steps whose checkpoints are on disk or on their way there, oldest first."""
-        return sorted(self._manager.all_steps())
+        """List the steps whose checkpoints are on disk, oldest first."""
+        return sorted(self._scores)
 
     def latest(self) -> int | None:
         """Give the latest saved step, None when there is none."""
-        return self._manager.latest_step()
+        return max(self._scores, default=None)
 
     def best(self) -> int | None:
         """Give the step of the highest score among those saved with one, the later of equals; None when there is none."""
-        scored = [step for step in self.steps() if step in self._scores]
-        return max(scored, key=lambda step: (self._scores[step], step), default=None)
+        return _best(self._scores)
 
     def restore(self, state_like: Tree, step: int | None = None) -> tuple[Tree, dict[str, Any]]:
         """Restore a state, bit for bit, onto the shardings asked for.
@@ -216,7 +190,8 @@ class Checkpoints:
         digests = self._record(step)["digests"]
         other = [name for name, number in leaf_digests(state).items() if digests[name] != number]
         if other:
-            raise self._unreadable(step, f"its bits are not those that were saved: {shorten(other)}", at=other[0])
+            bad = self._unreadable(step, f"its bits are not those that were saved: {shorten(other)}", at=other[0])
+            raise processes.raised_on_all(bad)
         self._agreed(lambda: self._check_sizes(step))
         return jax.tree.map(recommit, state_like, state), self._record(step)["extra"]
 
@@ -245,42 +220,44 @@ class Checkpoints:
                 reasons[step] = str(bad)
                 continue
             places = {
-                bad: processes.on_process_0(functools.partial(put_aside, self.folder / str(bad))) for bad in reasons
+                bad: processes.on_process_0(functools.partial(rename_damaged, self.folder / str(bad)))
+                for bad in reasons
             }
-            self._manager.reload()
+            self._scores = {step: score for step, score in self._scores.items() if step not in reasons}
             return state, extra, [f"{why}; it lies in {places[step]} now" for step, why in reasons.items()]
-        raise BadCheckpoint(
-            f"no checkpoint in {self.folder} is good, so none is used: "
-            + "; ".join(reasons.values())
-            + "; where that cannot be mended, start anew in another folder"
+        none = f"no checkpoint in {self.folder} is good, so none is used: {'; '.join(reasons.values())}"
+        raise processes.raised_on_all(
+            BadCheckpoint(f"{none}; where that cannot be mended, start anew in another folder")
         )
 
-    def failed(self) -> bool:
-        """Say whether a save in the background has failed on this process; `wait` then raises it on all."""
-        if not self._manager.is_saving_in_progress():
-            self._join()
-        return self._failure is not None
+    def poll(self) -> None:
+        """Go on with a save under way where its work so far is done, without waiting for more.
+
+        Raises:
+            SaveFailed: on all processes, where one could not write its part.
+        """
+        if self._saving is not None and not processes.any_process(not self._saving.work.done()):
+            self._advance(self._saving)
 
     def wait(self) -> None:
         """Wait until every save is on disk.
 
         Raises:
-            SaveFailed: one did not get there.
+            SaveFailed: on all processes, where one did not get there.
         """
-        self._join()
-        if processes.any_process(self._failure is not None):
-            raise self._unsaved()
+        while self._saving is not None:
+            self._advance(self._saving)
 
     def close(self) -> None:
-        """Wait until every save is on disk, and let go of the folder.
+        """Wait until every save is on disk, and end the thread that writes.
 
         Raises:
             SaveFailed: one did not get there.
         """
-        self._join()
-        self._manager.close()
-        if self._failure is not None:  # each process for itself: some may have failed on their way here
-            raise self._unsaved()
+        try:
+            self.wait()
+        finally:
+            self._disk.shutdown()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -288,45 +265,88 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if error is None or processes.is_raised_on_all(error):
+            self.close()
+        else:  # the others may never come to finish a save together
+            self._disk.shutdown()
 
-    def _join(self) -> None:
+    def _advance(self, saving: _Save) -> None:
+        """Wait for the work under way of all processes; then begin what follows it, or count the snapshot in."""
+        self._join(saving)
+        if jax.process_count() > 1 and not saving.written:
+            saving.written = True
+            saving.work = self._disk.submit(saving.finish if processes.is_process_0() else lambda: None)
+            return
+        self._scores[saving.step] = saving.score
+        for step in saving.superseded:
+            del self._scores[step]
+        self._saving = None
+
+    def _join(self, saving: _Save) -> None:
+        """Wait for the work under way, and raise on all processes where it failed on one."""
+        why = None
         try:
-            self._manager.wait_until_finished()
-        except Exception as error:  # whatever the file system or tensorstore raised in the background
-            self._give_up(error)
-        if self._saving is not None and jax.process_index() == 0:
-            note_sizes(self.folder / str(self._saving))
+            saving.work.result()
+        except Exception as error:  # whatever the file system or tensorstore raises
+            why = reason(error)
+            error.__traceback__ = error.__context__ = error.__cause__ = None
+        if why is not None:
+            gc.collect()  # the writers of the other arrays hang on those, and would fail again when Python ends
+        for process, message in enumerate(processes.gather(why)):
+            if message is not None:
+                where = f"process {process}: " if jax.process_count() > 1 else ""
+                raise processes.raised_on_all(self._given_up(saving, where + message))
 
-    def _give_up(self, error: Exception) -> None:
-        """Take note of a save that failed, remove its pieces, and take in what is on disk."""
-        self._failure = reason(error)
-        error.__traceback__ = error.__context__ = error.__cause__ = None
-        gc.collect()  # the writers of the other arrays hang on those, and would fail again when Python ends
-        if jax.process_index() == 0:
-            for piece in self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
-                shutil.rmtree(piece, ignore_errors=True)
-        self._manager.reload()
-        if self._saving is not None and self._saving not in self.steps():
-            self._scores.pop(self._saving, None)
+    def _given_up(self, saving: _Save, why: str) -> SaveFailed:
+        """Remove the pieces of a save that failed; say which step, why, and which older one is there."""
+        self._saving = None
 
-    def _unsaved(self) -> SaveFailed:
-        """Say what could not be saved and why, and which older one is there, once."""
-        why, self._failure = self._failure or "on another process", None
-        if self._saving in self.steps():
+        def clear() -> bool:
+            for left in self.folder.glob(f"*{_UNFINISHED}"):
+                shutil.rmtree(left, ignore_errors=True)
+            return (self.folder / str(saving.step)).exists()
+
+        if processes.on_process_0(clear):
+            self._scores[saving.step] = saving.score
             return SaveFailed(
-                f"step {self._saving} is saved in {self.folder}, but an older one cannot be removed ({why})"
+                f"step {saving.step} is saved in {self.folder}, but an older one cannot be removed ({why})"
             )
         kept = self.latest()
         older = "no earlier one was there" if kept is None else f"step {kept} is kept and can be restored"
-        return SaveFailed(f"step {self._saving} could not be saved in {self.folder} ({why}); {older}")
+        return SaveFailed(f"step {saving.step} could not be saved in {self.folder} ({why}); {older}")
+
+    def _make_folder(self, unfinished: Path) -> None:
+        """Make the folder of a save, and remove those of saves that were killed."""
+        if processes.is_process_0():
+            for left in self.folder.glob(f"*{_UNFINISHED}"):
+                shutil.rmtree(left)
+            unfinished.mkdir(parents=True)
+
+    async def _begin(self, folder: Path, state: Tree) -> list[Any]:
+        """Copy the arrays to the host, and begin to write this process's part of them."""
+        return await self._handler.async_save(epath.Path(folder), args=ocp.args.StandardSave(state)) or []
+
+    def _finish(self, unfinished: Path, record: Mapping[str, Any], superseded: list[int]) -> None:
+        """Make a snapshot of what all processes have written, and remove older ones."""
+        self._handler.finalize(epath.Path(unfinished) / _STATE)
+        write_record(unfinished, record)
+        unfinished.rename(unfinished.with_name(unfinished.name.removesuffix(_UNFINISHED)))
+        for step in superseded:
+            shutil.rmtree(self.folder / str(step))
+
+    def _superseded(self, step: int, score: float | None) -> list[int]:
+        """List the steps that go once another one is saved: all but the latest ones and the best."""
+        scores = {**self._scores, step: score}
+        stay = {*sorted(scores)[-self._keep :], _best(scores) if self._keep_best else step}
+        return [old for old in sorted(scores) if old not in stay]
 
     def _existing(self, step: int | None) -> int:
         steps = self.steps()
         if not steps:
-            raise UserError(f"{self.folder} holds no checkpoint")
+            raise processes.raised_on_all(UserError(f"{self.folder} holds no checkpoint"))
         if step is not None and step not in steps:
-            raise UserError(f"{self.folder} holds no checkpoint of step {step}, only of steps {steps}")
+            missing = f"{self.folder} holds no checkpoint of step {step}, only of steps {steps}"
+            raise processes.raised_on_all(UserError(missing))
         return steps[-1] if step is None else step
 
     def _agreed(self, work: Callable[[], Any]) -> Any:
@@ -341,9 +361,9 @@ class Checkpoints:
                 return str(bad)
             return None
 
-        said = [message for message in processes.gather_results(attempt) if message is not None]
-        if said:
-            raise BadCheckpoint(said[0])
+        found = [message for message in processes.gather_results(attempt) if message is not None]
+        if found:
+            raise processes.raised_on_all(BadCheckpoint(found[0]))
         return result
 
     def _record(self, step: int) -> dict[str, Any]:
@@ -353,17 +373,22 @@ class Checkpoints:
         except ValueError as error:
             raise self._unreadable(step, str(error)) from error
 
-    def _score_on_disk(self, step: int) -> float | None:
-        try:
-            return self._record(step)["score"]
-        except BadCheckpoint:  # said when somebody wants to restore it
-            return None
+    def _scores_on_disk(self) -> list[tuple[int, float | None]]:
+        """Find the snapshots, and what score each was saved with."""
+        steps = [int(path.name) for path in self.folder.glob("*") if path.name.isdecimal() and path.is_dir()]
+        found: list[tuple[int, float | None]] = []
+        for step in sorted(steps):
+            try:
+                found.append((step, read_record(self.folder / str(step))["score"]))
+            except UserError:  # this is reported when somebody wants to restore it
+                found.append((step, None))
+        return found
 
     def _check_record(self, step: int, wanted: Mapping[str, Leaf]) -> None:
         """Refuse another run, and another tree before orbax does: it would cast another dtype in silence."""
         record = self._record(step)
         try:
-            metadata = ocp.StandardCheckpointHandler().metadata(self.folder / str(step) / "state")
+            metadata = self._handler.metadata(self.folder / str(step) / _STATE)
             stored = {
                 leaf.name: Leaf(tuple(leaf.shape), np.dtype(leaf.dtype))
                 for leaf in jax.tree.leaves(metadata.tree)
@@ -375,19 +400,17 @@ class Checkpoints:
         name = f"the checkpoint of step {step} in {self.folder}"
         if lines := other_fields(record["made_from"] or {}, here or {}, ("there", "here")):
             raise BadCheckpoint(f"{name} is of another run: {shorten(lines)}; give what it was started with")
-        if lines := differences(wanted, stored):
+        if lines := tree_differences(wanted, stored):
             raise BadCheckpoint(f"{name} is of another state: {shorten(lines)}")
 
     def _check_sizes(self, step: int) -> None:
-        if changed := changed_sizes(self.folder / str(step)):
+        if changed := changed_sizes(self.folder / str(step), self._record(step)["sizes"]):
             raise self._unreadable(step, shorten(changed))
 
     def _read_state(self, step: int, targets: Tree) -> Tree:
-        """Read this process's part of the arrays; without the manager, which would wait for processes that failed."""
+        """Read this process's part of the arrays."""
         try:
-            return ocp.StandardCheckpointHandler().restore(
-                self.folder / str(step) / "state", args=ocp.args.StandardRestore(targets)
-            )
+            return self._handler.restore(self.folder / str(step) / _STATE, args=ocp.args.StandardRestore(targets))
         except Exception as error:  # orbax raises plain Exception when it meets a truncated file
             found = re.search(r"""'path': '([^/']+)/'|"([^"/]+)/\.zarray\"""", str(error))
             raise self._unreadable(step, reason(error), at=found and (found.group(1) or found.group(2))) from error
@@ -397,8 +420,19 @@ class Checkpoints:
         others = [other for other in self.steps() if other < step]
         leaf = f" at {at}" if at else ""
         mend = (
-            f"; to go on from step {others[-1]}, or an older one that is good: --resume-from last-good"
-            if others
-            else ""
+            f'; resume_from="last-good" goes on from step {others[-1]}, or an older one that is good' if others else ""
         )
         return BadCheckpoint(f"the checkpoint of step {step} in {self.folder} is damaged{leaf}{mend} ({why})")
+
+
+def _best(scores: Mapping[int, float | None]) -> int | None:
+    scored = [(score, step) for step, score in scores.items() if score is not None]
+    return max(scored)[1] if scored else None
+
+
+def _write(writes: Sequence[Any], then: Callable[[], None] | None) -> None:
+    """Wait until what orbax has begun is written; then do what follows."""
+    for future in writes:
+        future.result()
+    if then is not None:
+        then()

@@ -10,27 +10,28 @@ from typing import Any, Literal
 
 import jax
 
+from pgjax.parallel.processes import print_once
 from pgjax.run.checkpoint.checkpoints import Checkpoints
 from pgjax.run.checkpoint.digest import digest
 
 From = Literal["last-good"] | None
 
 
-def frozen_model(source: Any, params: Any) -> str:
+def frozen_model(source: Any, params: Any) -> str | None:
     """Name a model that stays as it is: where it came from, and a fingerprint of every bit of it.
 
     Args:
       source: as the user gave it.
-      params: its parameters, in any sharding.
+      params: its parameters, in any sharding; None: there is no such model.
 
     Returns:
-      One line, kept in each snapshot in place of a copy.
+      One line, kept in each snapshot in place of a copy; None without a model.
 
     Example:
       >>> frozen_model("runs/sft/model", {"w": jax.numpy.zeros(2)})
       'runs/sft/model (digest ...)'
     """
-    return f"{source} (digest {digest(params)})"
+    return None if params is None else f"{source} (digest {digest(params)})"
 
 
 def rows_digest(rows: Any, *, sort_keys: bool = False) -> str:
@@ -121,8 +122,9 @@ def go_on(checkpoints: Checkpoints, state: Any, *, resume: bool, resume_from: Fr
     """
     if not resume:
         return state, 0
+    checkpoints.wait()
     if checkpoints.latest() is None:
-        print(f"{checkpoints.folder} holds no snapshot: the run starts from the beginning")
+        print_once(f"{checkpoints.folder} holds no snapshot: the run starts from the beginning")
         return state, 0
     like = _freed(state)
     if resume_from is None:
@@ -130,8 +132,8 @@ def go_on(checkpoints: Checkpoints, state: Any, *, resume: bool, resume_from: Fr
     else:
         state, extra, left_out = checkpoints.restore_last_good(like)
         for line in left_out:
-            print(f"left out: {line}")
-    print(f"going on after step {extra['step']}")
+            print_once(f"left out: {line}")
+    print_once(f"going on after step {extra['step']}")
     return state, extra["step"]
 
 

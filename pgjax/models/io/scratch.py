@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import pgjax as pg
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
 from pgjax.core.errors import UserError
-from pgjax.data.prompts import Prompt
-from pgjax.data.tables import Row
+from pgjax.models.architecture import Architecture, Rope
+from pgjax.models.causal_lm import CausalLM, Params, causal_lm
 from pgjax.models.io.config import architecture_of
+from pgjax.models.io.tensors import read_json
+from pgjax.parallel import sharding
 
 END, PAD, TURN = "<|endoftext|>", "<|pad|>", "<|turn|>"
-VOCAB_SIZE = 2048  # where neither the command line nor a config says another
-LETTERS = 256  # the bytes, which are in every vocabulary
+VOCAB_SIZE = 2048  # where neither the caller nor a config gives one
+BYTES = 256  # in every vocabulary
 TEMPLATE = (
     "{% for message in messages %}<|turn|>{{ message['role'] }}\n{{ message['content'] }}<|endoftext|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
@@ -43,8 +47,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
       ('a film', 0)
     """
     special = [END, PAD, TURN]
-    if vocab_size < LETTERS + len(special):
-        raise UserError(f"vocab_size={vocab_size} is too small: it starts at {LETTERS + len(special)}, for the bytes")
+    if vocab_size < BYTES + len(special):
+        raise UserError(f"vocab_size={vocab_size} is too small: it starts at {BYTES + len(special)}, for the bytes")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -69,28 +73,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     )
 
 
-def texts_of(rows: Sequence[Row]) -> Iterator[str]:
-    """Give all texts of examples, of every kind that `examples.check_examples` lets through.
-
-    Example:
-      >>> list(texts_of([{"prompt": [{"role": "user", "content": "Hello"}], "completion": "Hi"}]))
-      ['Hello', 'Hi']
-    """
-    for row in rows:
-        for value in row.values():
-            yield from _texts(value)
-
-
-def small_architecture(vocab_size: int) -> pg.Architecture:
+def small_architecture(vocab_size: int) -> Architecture:
     """Describe a Llama of five layers: 1.33 million parameters with 2,048 entries of vocabulary."""
-    return pg.Architecture(
+    return Architecture(
         family="llama", vocab_size=vocab_size, width=128, depth=5, heads=4, kv_heads=4, head_dim=32, mlp_width=384,
-        max_positions=512, activation="silu", norm="rms", norm_eps=1e-5, rope=pg.Rope(theta=10000.0), gated_mlp=True,
+        max_positions=512, activation="silu", norm="rms", norm_eps=1e-5, rope=Rope(theta=10000.0), gated_mlp=True,
         qkv_bias=False, out_bias=False, mlp_bias=False, qk_norm=False, tied=True,
     )  # fmt: skip
 
 
-def read_architecture(path: Path) -> pg.Architecture:
+def read_architecture(path: Path) -> Architecture:
     """Read the architecture of a Hugging Face config.json.
 
     Args:
@@ -102,16 +94,52 @@ def read_architecture(path: Path) -> pg.Architecture:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{file}: there is no such file; config is the path of a Hugging Face config.json")
+    fields = read_json(file)
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(fields, dict):
-            raise UserError(f"a {type(fields).__name__}, not an object")
         return architecture_of(fields)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not JSON ({error})") from error
     except ValueError as error:
         raise UserError(f"{file}: {error}") from error
 
 
-def _texts(value: Prompt) -> list[str]:
-    return [value] if isinstance(value, str) else [message["content"] for message in value]
+def new_model(
+    texts: Iterable[str],
+    key: jax.Array,
+    *,
+    config: Path | None = None,
+    vocab_size: int | None = None,
+    tokenizer: Any | None = None,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+) -> tuple[CausalLM, Params, Any]:
+    """Make a language model with random parameters, and a tokenizer for it.
+
+    Args:
+      texts: what the tokenizer is trained on.
+      key: draws the parameters.
+      config: config.json of the architecture; None: `small_architecture`.
+      vocab_size: entries of the tokenizer at most; None: those of the architecture, or `VOCAB_SIZE`.
+      tokenizer: one that was trained before, as when a run goes on; None: a new one is trained.
+      dtype: of activations; None is float32.
+      mesh: spread the parameters over it; None: on the default device.
+
+    Returns:
+      The model's functions, its parameters, and the tokenizer.
+
+    Raises:
+      UserError: a config that cannot be read, or a vocabulary that does not fit it.
+
+    Example:
+      >>> lm, params, tokenizer = new_model(["a film", "a film"], jax.random.key(0), vocab_size=260)
+      >>> lm.arch.family, lm.arch.vocab_size == len(tokenizer)
+      ('llama', True)
+    """
+    arch = None if config is None else read_architecture(config)
+    if vocab_size is None:
+        vocab_size = VOCAB_SIZE if arch is None else arch.vocab_size
+    if arch is not None and vocab_size > arch.vocab_size:
+        raise UserError(f"vocab_size={vocab_size} is more than the {arch.vocab_size} entries that {config} has")
+    if tokenizer is None:
+        tokenizer = train_tokenizer(texts, vocab_size)
+    arch = small_architecture(len(tokenizer)) if arch is None else arch
+    lm = causal_lm(arch, dtype=jnp.float32 if dtype is None else jnp.dtype(dtype).type)
+    return lm, sharding.init_sharded(lm.init, key, mesh=mesh), tokenizer

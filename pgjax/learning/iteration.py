@@ -1,0 +1,257 @@
+"""One iteration of an algorithm: sample, let the caller score, learn. Written once, for scripts, benchmarks and other code."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from pgjax.core.checks import check_number, check_whole
+from pgjax.core.errors import UserError
+from pgjax.learning import optimizer as updates
+from pgjax.learning import programs
+from pgjax.learning.algorithms import Algorithm, check_algorithm
+from pgjax.learning.optimizer import Metrics, TrainState
+from pgjax.models.causal_lm import CausalLM, Params
+from pgjax.models.heads import init_value_head
+from pgjax.models.lora import with_lora
+from pgjax.parallel.sharding import check_batch, entered, fold_in, place, replicated, whole_groups
+from pgjax.rollout.sample import Rollout, Scored, sample, sample_scored
+
+
+class State(NamedTuple):
+    """What an iteration changes."""
+
+    learner: TrainState  # of {"lm": policy, "value": critic}
+    kl_coef: jax.Array  # [] reward units a nat
+    iterations: jax.Array  # [] int32, how many are done
+    key: jax.Array | None  # of the run; each iteration folds its number into it
+
+
+class Sampled(NamedTuple):
+    """A rollout, and what the policy and the reference give to it; W = max_new_tokens + 1 entries."""
+
+    tokens: jax.Array  # [B, T] int32
+    attention_mask: jax.Array  # [B, T] bool
+    mask: jax.Array  # [B, T] bool, True where the policy sampled
+    logprobs: jax.Array  # [B, T] nats, of the distribution sampled from
+    policy: Scored  # [B, W] each
+    ref_logprobs: jax.Array | None  # [B, W] nats; None without a reference
+
+
+class Iteration(NamedTuple):
+    """An algorithm on a model as three functions; state and rollout carry everything else."""
+
+    init: Callable[[Params, jax.Array], State]
+    sample: Callable[[State, jax.typing.ArrayLike, jax.typing.ArrayLike], Sampled]
+    learn: Callable[[State, Sampled, jax.typing.ArrayLike], tuple[State, Metrics]]
+
+
+def iteration(
+    lm: CausalLM, algorithm: Algorithm, optimizer: updates.Transformation, *,
+    reference: Params | None = None, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+    top_p: float | None = None, min_p: float | None = None, eos_ids: Sequence[int] = (), pad_id: int = 0,
+    epochs: int = 1, minibatches: int = 1, microbatches: int = 1, max_approx_kl: float | None = None,
+    importance_cap: float | None = None, kl_target: float | None = None, kl_horizon: float = 10_000.0,
+    teacher_force: bool | None = None, frozen: Params | None = None, mesh: Mesh | None = None,
+) -> Iteration:  # fmt: skip
+    """Compose an algorithm with a model: sample completions, turn their scores into advantages, take the updates.
+
+    `sample` queues its work on the device and returns; scores are made of its tokens on the host meanwhile. `learn` gives the
+    state's buffers away. Where a rollout is learned from once, the sampler's own log-probabilities are the policy's; with
+    several updates, filters or an importance cap the policy is teacher-forced on its samples.
+
+    Args:
+        lm: the model's functions.
+        algorithm: `ppo(...)`, `grpo(...)`, ..., or one of your own.
+        optimizer: any optax transformation, or `adamw`.
+        reference: parameters of the frozen model that the KL is measured to; None: there is no KL, and no pass for it.
+        max_new_tokens: the longest completion, in tokens.
+        temperature: of the policy, above 0: in sampling and in every log-probability.
+        top_k, top_p, min_p, eos_ids, pad_id: as of `pg.sample`.
+        epochs: passes over an iteration's completions.
+        minibatches: optimizer steps in an epoch.
+        microbatches: parts of a minibatch, for memory; the gradient is the same.
+        max_approx_kl: nats a token; the epochs stop once the policy has moved further.
+        importance_cap, kl_target, kl_horizon: as of `programs.experience`.
+        teacher_force: whether the policy's log-probabilities come from a pass of their own over its samples; None: where the
+            sampler's are not exact enough.
+        frozen: the model's parameters where the policy is adapters to them (`pg.init_lora`); None: all are trained.
+        mesh: that the parameters lie on; None: one device.
+
+    Returns:
+        init: (params, key) -> state; the parameters are copied, the critic starts at 0.
+        sample: (state, prompts [B, P], prompt_mask [B, P]) -> rollout; of `algorithm.group_size` adjacent rows, all hold the
+            same prompt.
+        learn: (state, rollout, scores [B]) -> state, metrics; each a scalar, averaged over the updates.
+
+    Raises:
+        ValueError: options that do not go together, with the values; a batch that does not divide.
+
+    Example:
+        >>> import pgjax as pg
+        >>> from pgjax.models.io.config import architecture_of
+        >>> config = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 32}
+        >>> lm = pg.causal_lm(architecture_of(config))
+        >>> params = lm.init(jax.random.key(0))
+        >>> it = pg.iteration(lm, pg.rloo(group_size=2), pg.adamw(1e-2, updates=1), reference=params, max_new_tokens=4)
+        >>> state = it.init(params, jax.random.key(1))
+        >>> rollout = it.sample(state, [[3], [3], [5], [5]], [[True]] * 4)
+        >>> scores = (np.asarray(rollout.tokens)[:, 1:] == 7).mean(1)  # the black box
+        >>> state, metrics = it.learn(state, rollout, scores)
+        >>> int(state.iterations), bool(metrics["train/healthy"])
+        (1, True)
+    """
+    check_number("temperature", temperature, 0, math.inf, strict=True)
+    for name, number in {"epochs": epochs, "minibatches": minibatches, "microbatches": microbatches}.items():
+        check_whole(name, number, 1)
+    filtered = any(x is not None for x in (top_k, top_p, min_p))
+    once = epochs * minibatches == 1
+    plain = not filtered and importance_cap is None  # the sampler draws from the policy itself
+    check_options(algorithm, epochs, kl_target, plain=plain, teacher_force=teacher_force)
+    _check_reference(algorithm, reference)
+    sampler_knows = plain and once if teacher_force is None else not teacher_force
+    group, window, whole = algorithm.group_size, max_new_tokens + 1, replicated(mesh)
+    base = None if frozen is None else {"lm": frozen}
+    scale = place(np.float32(temperature), whole)
+    numbers = [place(np.int32(number), whole) for number in range(minibatches)]
+    sampling: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "temperature": scale, "eos_ids": tuple(eos_ids), "pad_id": pad_id,
+    }  # fmt: skip
+    prepare = functools.partial(
+        programs.experience,
+        algorithm=algorithm,
+        importance_cap=importance_cap,
+        kl_target=kl_target,
+        kl_horizon=kl_horizon,
+    )
+    take_update = functools.partial(
+        programs.update, lm=lm, algorithm=algorithm, optimizer=optimizer, microbatches=microbatches,
+        temperature=float(temperature),
+    )  # fmt: skip
+
+    def keys(state: State) -> tuple[jax.Array, jax.Array]:
+        if state.key is None:
+            raise ValueError("the state holds no key: state._replace(key=...) gives it the run's")
+        sample_key, shuffle_key = jax.random.split(jax.random.fold_in(state.key, state.iterations))
+        return sample_key, shuffle_key
+
+    def init(params: Params, key: jax.Array) -> State:
+        policy = {"lm": jax.tree.map(jnp.copy, params), "value": place(init_value_head(lm.arch.width), whole)}
+        learner = updates.init_state(policy, optimizer)
+        return State(learner, place(np.float32(algorithm.kl_coef), whole), place(np.int32(0), whole), key)
+
+    def sample_(state: State, prompts: jax.typing.ArrayLike, prompt_mask: jax.typing.ArrayLike) -> Sampled:
+        params = with_lora(base, state.learner.params)
+        rows = len(prompts)  # type: ignore[arg-type]
+        sampler = {**sampling, "group_size": whole_groups(mesh, rows, group)}
+        if sampler_knows:
+            rollout, policy = sample_scored(lm, params, prompts, prompt_mask, keys(state)[0], **sampler)
+        else:
+            sampler |= {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+            rollout = sample(lm, params["lm"], prompts, prompt_mask, keys(state)[0], **sampler)
+        options = {"window": window, "parts": parts(rows), "group_size": shared(rows)}
+        ids = rollout.tokens, rollout.attention_mask, scale
+        if not sampler_knows:
+            policy = programs.teacher_force(lm, params, *ids, **options)
+        ref = None if reference is None else programs.reference_logprobs(lm, reference, *ids, **options)
+        return Sampled(*rollout, policy, ref)
+
+    def learn(state: State, rollout: Sampled, scores: jax.typing.ArrayLike) -> tuple[State, Metrics]:
+        rows = len(rollout.tokens)
+        scores = scores if isinstance(scores, jax.Array) else place(np.asarray(scores, np.float32), whole)
+        batch, kl_coef, metrics = prepare(
+            Rollout(*rollout[:4]), rollout.policy, rollout.ref_logprobs, scores, state.kl_coef
+        )
+        if sampler_knows:
+            del metrics["val/sampler_gap"]  # nothing to compare
+            if once:
+                batch = batch._replace(old_logprobs=None)
+        learner, taken, shuffle_key = state.learner, [], keys(state)[1]
+        unsplit = whole_groups(None, rows // minibatches, group)  # whole groups in a minibatch, on any mesh
+        for epoch in range(epochs):
+            order = updates.minibatches(fold_in(shuffle_key, epoch), rows, minibatches, unsplit)
+            for number in numbers:
+                learner, of_update = take_update(learner, batch, order, number, base, group_size=shared(rows))
+                taken.append(of_update)
+            if max_approx_kl is not None and jax.device_get(of_update["policy/approxkl_avg"]) > max_approx_kl:
+                break
+        averaged = _averaged(taken) | {"train/healthy": of_update["train/healthy"]}  # once False, it stays so
+        metrics = {**metrics, **averaged, "train/updates": np.int32(len(taken))}
+        return State(learner, kl_coef, state.iterations + 1, state.key), metrics
+
+    def parts(rows: int) -> int:
+        if rows % (minibatches * microbatches):
+            raise UserError(
+                f"a batch of {rows} does not divide into minibatches={minibatches} times microbatches={microbatches}: make "
+                f"it a multiple of {minibatches * microbatches}"
+            )
+        return minibatches * microbatches
+
+    def shared(rows: int) -> int:
+        """Give the rows whose prompt is computed once, in each part."""
+        check_batch(mesh, rows // parts(rows), "each part of the batch")
+        return whole_groups(mesh, rows // parts(rows), group)
+
+    def on_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*args: Any) -> Any:
+            with entered(mesh):
+                return function(*args)
+
+        return run if mesh is not None else function
+
+    return Iteration(on_mesh(init), on_mesh(sample_), on_mesh(learn))
+
+
+@jax.jit
+def _averaged(taken: list[Metrics]) -> Metrics:
+    return jax.tree.map(lambda *x: jnp.mean(jnp.stack(x).astype(jnp.float32)), *taken)
+
+
+def check_options(
+    algorithm: Algorithm, epochs: int, kl_target: float | None, *, plain: bool, teacher_force: bool | None
+) -> None:
+    """Refuse options of `iteration` that do not go together.
+
+    Args:
+        algorithm: what learns.
+        epochs: passes over an iteration's completions.
+        kl_target: nats a sequence, or None.
+        plain: whether the sampler draws from the policy itself, without filters or an importance cap.
+        teacher_force: as of `iteration`.
+
+    Raises:
+        UserError: with the values.
+
+    Example:
+        >>> import pgjax as pg
+        >>> check_options(pg.rloo(), 2, None, plain=True, teacher_force=None)
+        Traceback (most recent call last):
+        pgjax.UserError: epochs=2 would learn from samples of an older policy as if they were the present one's: ...
+    """
+    check_algorithm(algorithm)
+    if algorithm.on_policy and epochs > 1:
+        raise UserError(
+            f"epochs={epochs} would learn from samples of an older policy as if they were the present one's: the loss of "
+            "this algorithm holds for one update a rollout; leave epochs at 1, or choose one with a clipped ratio"
+        )
+    if kl_target is not None and not algorithm.kl_coef > 0:
+        raise UserError(f"kl_target={kl_target} adapts kl_coef by factors: it must start above 0")
+    if teacher_force is False and not plain:
+        raise UserError(
+            "teacher_force=False takes the sampler's log-probabilities for the policy's, but top_k, top_p, min_p and "
+            "importance_cap make them differ: leave it out"
+        )
+
+
+def _check_reference(algorithm: Algorithm, reference: Params | None) -> None:
+    for name, coef in {"kl_coef": algorithm.kl_coef, "kl_loss_coef": algorithm.kl_loss_coef}.items():
+        if coef != 0 and reference is None:
+            raise UserError(f"{name}={coef} penalises the KL to a reference: give its parameters, or {name}=0")

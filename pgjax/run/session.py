@@ -1,0 +1,159 @@
+"""What every training script opens and closes: the run folder, its snapshots, the log and the progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from pgjax.core.errors import UserError
+from pgjax.parallel import processes
+from pgjax.run import logs
+from pgjax.run.checkpoint.checkpoints import Checkpoints
+from pgjax.run.checkpoint.resume import From, go_on, last_step, open_checkpoints
+from pgjax.run.curves import plot_curves
+from pgjax.run.devices import MACHINE, Flags
+from pgjax.run.progress import Progress
+
+Dtype = Literal["float32", "bfloat16", "float16"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFlags(Flags):
+    """What every training script has beside where it runs: its folder, how it goes on, its precision, its adapters."""
+
+    output: Path = Path("runs/run")  # the run folder: config, metrics, curves, checkpoints, model
+    resume: bool = False  # go on with the run in `output`
+    resume_from: From = None  # last-good: go on, from the newest snapshot that is whole where later ones are damaged
+    seed: int = 0  # of everything that is drawn at random
+    dtype: Dtype = None  # of activations; None: bfloat16 on TPU and GPU, float32 on CPU and for a model from scratch
+    lora_rank: int | None = None  # train adapters of this rank, at some ten times the rate; None: all parameters
+    lora_alpha: float = 32.0  # the adapters' weight times the rank
+    save_every: int = 50  # updates between checkpoints
+    keep: int = 2  # how many of the latest checkpoints stay
+    keep_best: bool = False  # keep the best checkpoint too, and save its model
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the run in `output` is gone on with."""
+        return self.resume or self.resume_from is not None
+
+
+def session_options(config: RunFlags) -> dict[str, Any]:
+    """Give `open_session` what a script's config says of it.
+
+    Args:
+        config: of the script.
+
+    Returns:
+        The arguments config, keep, keep_best, resume and resume_from.
+
+    Example:
+        >>> session_options(RunFlags(keep=3))["keep"]
+        3
+    """
+    names = ("keep", "keep_best", "resume", "resume_from")
+    return {"config": dataclasses.asdict(config), **{name: getattr(config, name) for name in names}}
+
+
+# Fields on which no result depends: any run may change them when it goes on
+INCIDENTAL = frozenset({"output", "resume", "resume_from", "keep", "keep_best", *MACHINE})
+
+
+class Session(NamedTuple):
+    """A run that is open."""
+
+    folder: Path
+    state: Any  # to start or to go on from
+    start: int  # steps that are done already
+    checkpoints: Checkpoints
+    writer: logs.Writer  # active on process 0 alone
+    progress: Progress
+
+    def report(self, done: int, metrics: dict[str, float], samples: Any = None) -> None:
+        """Write and show the metrics of a step; a `report` of `loop.run`."""
+        self.writer.write(done, metrics)
+        if done > 0:  # the time that is left is reckoned from the first update on
+            self.progress.update(done, metrics)
+
+
+@contextlib.contextmanager
+def open_session(
+    folder: Path,
+    state: Any,
+    *,
+    config: Mapping[str, Any],
+    steps: int,
+    may_change: Collection[str] = INCIDENTAL,
+    keep: int = 2,
+    keep_best: bool = False,
+    resume: bool = False,
+    resume_from: From = None,
+    **made_from: Any,
+) -> Iterator[Session]:
+    """Open a run, go on from its last snapshot where that is asked for, and close all of it in the end.
+
+    On the way out the curves are drawn and the snapshots closed, whatever has happened. All processes call this alike;
+    files are written by process 0, but for the snapshots, of which each writes its part.
+
+    Args:
+        folder: of the run, as `devices.shared_folder` gives it; made where it is not there.
+        state: a tree of arrays to start from; freed where a saved one takes its place.
+        config: the fields of the run's config. A run goes on only with those that it was started with.
+        steps: of the whole run.
+        may_change: names of fields that may differ when a run goes on.
+        keep: how many of the latest snapshots stay.
+        keep_best: whether the one with the best score stays too.
+        resume: whether to go on with the run in the folder.
+        resume_from: as in `resume.go_on`; anything but None resumes.
+        made_from: fingerprints of data and frozen models; a snapshot goes on with no others.
+
+    Yields:
+        The open run.
+
+    Raises:
+        UserError: a folder that is not empty, another config, or more steps done than `steps`.
+        BadCheckpoint: a snapshot that is damaged or of another run.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with open_session(Path(folder, "run"), {"w": jnp.zeros(2)}, config={"seed": 0}, steps=3) as run:
+        ...         run.writer.write(0, {"loss": 0.5})
+        ...     run.start, sorted(path.name for path in run.folder.iterdir() if "events" not in path.name)
+        (0, ['checkpoints', 'config.json', 'metrics.jsonl', 'samples.jsonl'])
+    """
+    resume = resume or resume_from is not None
+
+    def open_folder() -> None:
+        if resume and resume_from is None:  # before the new config is written
+            _check_steps(steps, last_step(folder), folder)
+        logs.open_run(folder, config, resume=resume, may_change=may_change)
+
+    processes.on_process_0(open_folder)
+    checkpoints = open_checkpoints(folder, config, may_change, keep=keep, keep_best=keep_best, **made_from)
+    try:
+        state, start = go_on(checkpoints, state, resume=resume, resume_from=resume_from)
+        _check_steps(steps, start, folder)
+        first, log_from = jax.process_index() == 0, start + 1 if start else 0
+        with (
+            processes.all_or_none(lambda: logs.Writer(folder, start_step=log_from, active=first)) as writer,
+            Progress(steps, start=start) as progress,
+        ):
+            try:
+                yield Session(folder, state, start, checkpoints, writer, progress)
+            finally:
+                if first:
+                    plot_curves(folder)
+    finally:
+        checkpoints.close()
+
+
+def _check_steps(steps: int, done: int, folder: Path) -> None:
+    """Refuse to go on to a step that lies behind the run."""
+    if done > steps:
+        raise UserError(f"steps={steps} lies below the {done} steps that {folder} has done already")
