@@ -1,6 +1,5 @@
-"""A training that is killed 20 times, or moved between devices, ends where one that is left in peace does."""
+"""A training that is killed again and again ends where one that is left in peace does."""
 
-import json
 import os
 import re
 import subprocess
@@ -8,20 +7,16 @@ import sys
 from pathlib import Path
 
 
-def test_a_training_killed_20_times_ends_with_the_same_bits_and_a_moved_one_within_the_tolerance(tmp_path):
-    """One campaign for both, since they share what costs most: imports, programs and the undisturbed run."""
+def test_a_training_that_is_killed_four_times_ends_with_the_same_bits(tmp_path):
+    """The whole campaign, and moves from mesh to mesh: python -m tests.kill_campaign --kills 20 --steps 16 --moves."""
     campaign = subprocess.run(
-        [sys.executable, "-m", "tests.kill_campaign", "--kills", "20", "--steps", "16", "--moves"],
+        [sys.executable, "-m", "tests.kill_campaign", "--kills", "4", "--steps", "6"],
         cwd=Path(__file__).parents[1], env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True,
         timeout=900,
     )  # fmt: skip
-    said = campaign.stdout
-    assert campaign.returncode == 0, said[-2000:] + campaign.stderr[-4000:]
-    kills = re.findall(r"^\d+: (SIG\w+) after .*, saving: (\w+), (\d+) steps", said, re.MULTILINE)
-    assert len(kills) == 20 and {"SIGKILL", "SIGTERM", "SIGINT"} == {by for by, _, _ in kills}
-    assert sum(saving == "True" for _, saving, _ in kills) >= 10 and any(int(steps) > 0 for _, _, steps in kills)
-    assert "every run ended bit for bit as the undisturbed one" in said
-    # 1 device, then fsdp=4, then data=4: the sums round otherwise, and Adam divides by small numbers
-    far = json.loads(re.search(r"largest differences: (.*)", said)[1])
-    assert far["they moved, at most"] > 0.1 and far["parameters, at most"] < 1e-3
-    assert far["objective/scores"] == 0 and far["objective/kl"] < 1e-3 and far["loss/value_avg"] < 1e-3
+    printed = campaign.stdout
+    assert campaign.returncode == 0, printed[-2000:] + campaign.stderr[-4000:]
+    kills = re.findall(r"^\d+: (SIG\w+) after .*, saving: (\w+), (\d+) steps", printed, re.MULTILINE)
+    assert [by for by, _, _ in kills] == ["SIGKILL", "SIGTERM", "SIGINT", "SIGKILL"]
+    assert [saving for _, saving, _ in kills[::2]] == ["True", "True"] and any(int(steps) > 0 for _, _, steps in kills)
+    assert "every run ended bit for bit as the undisturbed one" in printed
