@@ -13,8 +13,9 @@ import pgjax as pg
 from experiments import ppo as script
 from pgjax.run import logs
 from pgjax.run.checkpoint.checkpoints import Checkpoints
-from pgjax.run.peaks import Peaks
 from tests.tiny_task import save_tiny_model
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 SCORES = [0.1, 0.9, 0.3, 0.2]  # of each step: the best snapshot is neither the first nor among the last two
 CALLS: list[int] = []
@@ -30,16 +31,8 @@ def change(config, **fields):
     return dataclasses.replace(config, **fields)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def unmeasured():
-    measure, draw = script.machine_peaks, script.plot_curves
-    script.machine_peaks, script.plot_curves = lambda dtype: Peaks(1e9, 1e9, 1e9), lambda folder: None
-    yield
-    script.machine_peaks, script.plot_curves = measure, draw
-
-
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def done(no_pictures, tmp_path_factory):
     """A run of four steps, each saved, and where it lies; tests work on copies."""
     root = tmp_path_factory.mktemp("done")
     save_tiny_model(root / "model")
