@@ -1,6 +1,6 @@
 """Chapter 5, PPO (Schulman et al. 2017): several steps on one rollout, on a leash: the ratio, the clip, and the KL.
 
-    python -m experiments.chapters.ch5_ppo                  # 55 s on 2 quiet cores; the model: experiments/chapters/small_lm.py
+    python -m experiments.chapters.ch5_ppo                  # 55 s on 2 quiet cores; the model: small_lm.py
     python -m experiments.chapters.ch5_ppo --model smollm2  # SmolLM2-135M-Instruct, 3 rollouts: 2.5 min of processor time
 
 Chapter 4's log pi becomes a ratio r_t = pi / pi_old, so that a rollout can be used more than once. The minimum takes away
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ import numpy as np
 
 import pgjax as pg
 from experiments.chapters import small_lm
-from experiments.chapters.ch4_actor_critic import fit_critic, forward
+from experiments.chapters.ch4_actor_critic import fit_critic
 from experiments.study.pictures import picture_path
-from pgjax.learning.optimizer import Metrics, Optimizer, TrainState, apply_gradient
+from experiments.tasks.haiku import haiku_reward
+from pgjax.data.prompts import completion_texts
+from pgjax.models.io.tokenizer import stop_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,37 +62,42 @@ LARGE = {
 }  # fmt: skip
 
 
-def loss_fn(
-    params: Any, lm: pg.CausalLM, rollout: pg.Rollout, old_logprobs: jax.Array, advantages: jax.Array, returns: jax.Array,
-    value_coef: jax.typing.ArrayLike, clip_eps: jax.typing.ArrayLike,
-) -> jax.Array:  # fmt: skip
-    """Compute the actor's loss, with the clipped ratio in the place of the log-probability, and the critic's."""
-    logprobs, values = forward(params, lm, rollout)
-    policy_loss = pg.clipped_surrogate_loss(
-        logprobs, old_logprobs, advantages, rollout.mask, clip_eps=clip_eps, reduce="sequence_sum"
-    )
-    return policy_loss + value_coef * pg.value_loss(values, returns, rollout.mask)
+def ppo(*, clip_eps: float, kl_coef: float, value_coef: float) -> pg.Algorithm:
+    """Say what is new: returns with the KL in them, less the critic's value; and the ratio, clipped, in place of log pi."""
 
-
-@functools.partial(jax.jit, static_argnames=("lm", "optimizer"))
-def update(
-    lm: pg.CausalLM, reference: Any, optimizer: Optimizer, state: TrainState, rollout: pg.Rollout,
-    scores: jax.Array, *, epochs: int, value_coef: float, clip_eps: float, kl_coef: float,
-) -> tuple[TrainState, Metrics]:  # fmt: skip
-    """Take several steps on one rollout, no further than the clip allows."""
-    old_logprobs, values = forward(state.params, lm, rollout)
-    kl = pg.kl_k1(old_logprobs, forward(reference, lm, rollout)[0])
-    rewards = pg.kl_shaped_rewards(scores, kl, rollout.mask, kl_coef=kl_coef)
-    returns = pg.monte_carlo_returns(rewards, rollout.mask)
-    advantages = returns - values
-
-    def epoch(_: Any, state: TrainState) -> TrainState:
-        loss, grad = jax.value_and_grad(loss_fn)(
-            state.params, lm, rollout, old_logprobs, advantages, returns, value_coef, clip_eps
+    def token_loss(logprobs: jax.Array, batch: pg.Batch) -> jax.Array:
+        return pg.clipped_surrogate_loss(
+            logprobs, batch.old_logprobs, batch.advantages, batch.mask, clip_eps=clip_eps, reduce="none"
         )
-        return apply_gradient(state, grad, loss, optimizer)[0]
 
-    return jax.lax.fori_loop(0, epochs, epoch, state), {"kl": jnp.where(rollout.mask, kl, 0.0).sum(1).mean()}
+    return pg.Algorithm(
+        advantages=lambda experience: experience.returns - experience.values, token_loss=token_loss,
+        reduce="sequence_sum", value_coef=value_coef, kl_coef=kl_coef,
+    )  # fmt: skip
+
+
+def learn(
+    config: Config,
+    lm: pg.CausalLM,
+    params: Any,
+    tokenizer: Any,
+    asked: small_lm.Prompts,
+    algorithm: pg.Algorithm,
+    seed: int,
+) -> tuple[Any, list[dict[str, float]]]:
+    """Train by the library's iteration: sample, score, and take several steps on one rollout."""
+    it = pg.iteration(
+        lm, algorithm, pg.adamw(config.learning_rate, updates=config.steps * config.epochs), reference=params["lm"],
+        max_new_tokens=config.max_new_tokens, eos_ids=stop_ids(tokenizer), pad_id=tokenizer.pad_token_id, epochs=config.epochs,
+    )  # fmt: skip
+    state, history = it.init(params["lm"], jax.random.key(seed), critic=params["value"]), []
+    for _ in range(config.steps):
+        rollout = it.sample(state, asked.tokens, asked.mask)
+        poems = completion_texts(rollout.tokens, rollout.mask, tokenizer)
+        scores = haiku_reward(asked.texts, poems)
+        state, metrics = it.learn(state, rollout, scores)
+        history.append({"score": float(np.mean(scores)), "kl": float(metrics["objective/kl"])})
+    return state.learner.params, history
 
 
 def surrogate(ratio: jax.Array, advantage: jax.Array, clip_eps: float) -> jax.Array:
@@ -138,16 +146,11 @@ def main(config: Config) -> dict[str, Any]:
 
     asked = small_lm.prompts(tokenizer, config.topics, repeat=config.repeat)
     histories: dict[str, list[list[dict[str, float]]]] = {}
-    for name, clip_eps, kl_coef in (("no clip, no KL", jnp.inf, 0.0), ("PPO", config.clip_eps, config.kl_coef)):
-        step = functools.partial(
-            update, lm, params, epochs=config.epochs, value_coef=config.value_coef, clip_eps=clip_eps, kl_coef=kl_coef
-        )
+    for name, clip_eps, kl_coef in (("no clip, no KL", math.inf, 0.0), ("PPO", config.clip_eps, config.kl_coef)):
+        algorithm = ppo(clip_eps=clip_eps, kl_coef=kl_coef, value_coef=config.value_coef)
         histories[name] = []
         for seed in range(config.seed, config.seed + config.runs):
-            trained, history = small_lm.learn(
-                lm, params, tokenizer, asked, jax.random.key(seed), step,
-                learning_rate=config.learning_rate, steps=config.steps, max_new_tokens=config.max_new_tokens,
-            )  # fmt: skip
+            trained, history = learn(config, lm, params, tokenizer, asked, algorithm, seed)
             histories[name].append(history)
             print(f"{name}, run {seed}: {small_lm.progress(history)}, KL {history[-1]['kl']:.1f} nats a poem")
         _, completions, scores = play(trained["lm"], tokenizer, asked, jax.random.key(config.seed + 2000))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
     tokens: jax.Array  # [B, T] int32
     attention_mask: jax.Array  # [B, T]
     mask: jax.Array  # [B, W] bool, True on sampled tokens; all that follow are [B, W] float32
-    old_logprobs: jax.Array | None  # of the policy that sampled; None: it is the present one, whose ratio is 1
+    old_logprobs: Any  # of the policy that sampled; None (to `policy_loss` alone): the present one, whose ratio is 1
     old_values: jax.Array
     returns: jax.Array
     advantages: jax.Array
@@ -190,9 +190,8 @@ def clipped_token_loss(
     Returns:
         [B, W] float32.
     """
-    old_logprobs = logprobs if batch.old_logprobs is None else batch.old_logprobs
     return clipped_surrogate_loss(
-        logprobs, old_logprobs, batch.advantages, batch.mask,
+        logprobs, batch.old_logprobs, batch.advantages, batch.mask,
         clip_eps=clip_eps, clip_eps_high=clip_eps_high, dual_clip=dual_clip, reduce="none",
     )  # fmt: skip
 

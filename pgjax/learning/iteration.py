@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ from pgjax.models.heads import init_value_head
 from pgjax.models.lora import with_lora
 from pgjax.parallel.sharding import check_batch, entered, fold_in, place, replicated, whole_groups
 from pgjax.rollout.sample import Rollout, Scored, sample, sample_scored
+
+Scores: TypeAlias = jax.typing.ArrayLike | Sequence[float]  # [B] of the black box
 
 
 class State(NamedTuple):
@@ -48,9 +50,9 @@ class Sampled(NamedTuple):
 class Iteration(NamedTuple):
     """An algorithm on a model as three functions; state and rollout carry everything else."""
 
-    init: Callable[[Params, jax.Array], State]
+    init: Callable[..., State]
     sample: Callable[[State, jax.typing.ArrayLike, jax.typing.ArrayLike], Sampled]
-    learn: Callable[[State, Sampled, jax.typing.ArrayLike], tuple[State, Metrics]]
+    learn: Callable[[State, Sampled, Scores], tuple[State, Metrics]]
 
 
 def iteration(
@@ -86,7 +88,8 @@ def iteration(
         mesh: that the parameters lie on; None: one device.
 
     Returns:
-        init: (params, key) -> state; the parameters are copied, the critic starts at 0.
+        init: (params, key, critic=None) -> state; the parameters are copied; the critic, a head as of `init_value_head`,
+            starts at 0 unless one is given.
         sample: (state, prompts [B, P], prompt_mask [B, P]) -> rollout; of `algorithm.group_size` adjacent rows, all hold the
             same prompt.
         learn: (state, rollout, scores [B]) -> state, metrics; each a scalar, averaged over the updates.
@@ -142,8 +145,9 @@ def iteration(
         sample_key, shuffle_key = jax.random.split(jax.random.fold_in(state.key, state.iterations))
         return sample_key, shuffle_key
 
-    def init(params: Params, key: jax.Array) -> State:
-        policy = {"lm": jax.tree.map(jnp.copy, params), "value": place(init_value_head(lm.arch.width), whole)}
+    def init(params: Params, key: jax.Array, *, critic: Params | None = None) -> State:
+        head = init_value_head(lm.arch.width) if critic is None else jax.tree.map(jnp.copy, critic)
+        policy = {"lm": jax.tree.map(jnp.copy, params), "value": place(head, whole)}
         learner = updates.init_state(policy, optimizer)
         return State(learner, place(np.float32(algorithm.kl_coef), whole), place(np.int32(0), whole), key)
 
@@ -163,7 +167,7 @@ def iteration(
         ref = None if reference is None else programs.reference_logprobs(lm, reference, *ids, **options)
         return Sampled(*rollout, policy, ref)
 
-    def learn(state: State, rollout: Sampled, scores: jax.typing.ArrayLike) -> tuple[State, Metrics]:
+    def learn(state: State, rollout: Sampled, scores: Scores) -> tuple[State, Metrics]:
         rows = len(rollout.tokens)
         scores = scores if isinstance(scores, jax.Array) else place(np.asarray(scores, np.float32), whole)
         batch, kl_coef, metrics = prepare(
@@ -201,9 +205,9 @@ def iteration(
 
     def on_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
-        def run(*args: Any) -> Any:
+        def run(*args: Any, **options: Any) -> Any:
             with entered(mesh):
-                return function(*args)
+                return function(*args, **options)
 
         return run if mesh is not None else function
 
