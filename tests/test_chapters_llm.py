@@ -1,7 +1,9 @@
 """Chapters 3 to 5 and their small language model: they run, their worked numbers hold, and each new line does what is said."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 from pathlib import Path
 
 import jax
@@ -19,8 +21,14 @@ from experiments.study.pictures import picture_path
 from experiments.tasks import haiku
 from pgjax.learning import programs
 from pgjax.learning.optimizer import adamw, init_state
+from tests.tiny_task import save_tiny_model
 
 SIZES = {"pretrain_steps": 60, "steps": 3, "topics": 2, "repeat": 4, "max_new_tokens": 24}
+MORE_SIZES = {
+    ch3: {"noise_repeat": 16, "pairs": 2, "runs": 1},
+    ch4: {"noise_repeat": 16, "runs": 1},
+    ch5: {"fit_repeat": 4, "runs": 1, "epochs": 3},
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,6 +37,20 @@ def pretrained_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(small_lm, "load", functools.cache(small_lm.load))
         yield
+
+
+@pytest.fixture(scope="module")
+def ran(pretrained_once, tmp_path_factory):
+    """Run a chapter, once for all tests: chapter -> (its picture, what it returns, what it prints)."""
+
+    @functools.cache
+    def run(chapter):
+        picture = tmp_path_factory.mktemp("chapter") / "new" / "picture.png"
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            result = chapter.main(chapter.Config(picture=picture, **SIZES, **MORE_SIZES[chapter]))
+        return picture, result, printed.getvalue()
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -214,21 +236,12 @@ def test_the_kl_penalty_makes_what_the_reference_would_not_say_less_likely(small
     assert all((a == b).all() for a, b in zip(*(jax.tree.leaves(x["lm"]) for x in (still.params, moved)), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("chapter", "extra"),
-    [
-        (ch3, {"noise_repeat": 2, "pairs": 2, "runs": 1}),
-        (ch4, {"noise_repeat": 4, "runs": 1}),
-        (ch5, {"fit_repeat": 4, "runs": 1, "epochs": 3}),
-    ],
-    ids=["ch3", "ch4", "ch5"],
-)
-def test_chapter_runs_and_draws(chapter, extra, tmp_path, capsys):
-    config = chapter.Config(picture=tmp_path / "new" / "picture.png", **SIZES, **extra)
-    result = chapter.main(config)
-    assert config.picture.read_bytes().startswith(b"\x89PNG")
-    assert config.picture.stat().st_size < 150_000
-    assert "mean score" in capsys.readouterr().out
+@pytest.mark.parametrize("chapter", [ch3, ch4, ch5], ids=["ch3", "ch4", "ch5"])
+def test_chapter_runs_and_draws(chapter, ran):
+    picture, result, printed = ran(chapter)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size < 150_000
+    assert "mean score" in printed
     numbers = np.concatenate([np.ravel(x) for x in jax.tree.leaves(result)])
     assert np.isfinite(numbers).all()
     scores = {
@@ -239,28 +252,35 @@ def test_chapter_runs_and_draws(chapter, extra, tmp_path, capsys):
     assert all(len(curve) == SIZES["steps"] and 0 < min(curve) <= max(curve) <= 1 for curve in scores)
 
 
-def test_chapter_4_without_a_baseline_is_chapter_3(small, tmp_path, capsys):
-    sizes = {**SIZES, "runs": 1, "noise_repeat": 16}
-    first = ch3.main(ch3.Config(picture=tmp_path / "3.png", pairs=1, **sizes))
-    told = capsys.readouterr().out
+def test_chapter_4_without_a_baseline_is_chapter_3(ran):
+    (_, first, told), (_, second, _) = ran(ch3), ran(ch4)
     assert ch3.TABLE in told
     assert "log pi" in told and "credit" in told
-    second = ch4.main(ch4.Config(picture=tmp_path / "4.png", **sizes))
     np.testing.assert_allclose(second["curves"]["R"][0], first["curves"][0], atol=1e-6)
     assert second["advantages"] == [0.2, 0.05, -0.65]
     for name in ("R - b", "R - V(s_t)"):
         assert second["variances"][name] < 0.5 * second["variances"]["R"]
 
 
+def on_another_model(tmp_path, model):
+    """Run chapter 3 on a model that it does not make itself."""
+    sizes = {"steps": 1, "runs": 1, "topics": 1, "repeat": 2, "noise_repeat": 2, "pairs": 1, "max_new_tokens": 4}
+    result = ch3.main(ch3.Config(model=model, picture=tmp_path / "3.png", **sizes))
+    assert list(result["cosines"]) == [1]
+    assert np.isfinite(result["curves"][0]).all()
+
+
+def test_chapter_3_on_a_saved_model(tmp_path):
+    on_another_model(tmp_path, str(save_tiny_model(tmp_path / "tiny", max_positions=256)))
+
+
+@pytest.mark.campaign
 def test_chapter_3_on_the_first_layers_of_the_real_model(smollm2, tmp_path, monkeypatch):
     lm, params, tokenizer = smollm2
     shallow = pg.causal_lm(dataclasses.replace(lm.arch, depth=2))
     first = params | {"layers": jax.tree.map(lambda x: x[:2], params["layers"])}
     monkeypatch.setattr(pg, "load", {"smollm2": (shallow, first, tokenizer)}.__getitem__)
-    sizes = {"steps": 1, "runs": 1, "topics": 1, "repeat": 2, "noise_repeat": 2, "pairs": 1, "max_new_tokens": 4}
-    result = ch3.main(ch3.Config(model="smollm2", picture=tmp_path / "3.png", **sizes))
-    assert list(result["cosines"]) == [1]
-    assert np.isfinite(result["curves"][0]).all()
+    on_another_model(tmp_path, "smollm2")
 
 
 def test_the_small_model_shows_its_poems(capsys):

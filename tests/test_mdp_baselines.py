@@ -19,7 +19,7 @@ from pgjax.core.advantages import (
 from pgjax.core.kl import kl_k1
 from pgjax.core.losses import clipped_surrogate_loss, policy_gradient_loss
 from pgjax.core.masking import masked_mean, masked_whiten
-from pgjax.learning.programs import baselined
+from pgjax.learning.algorithms import Experience, leave_one_out_advantages
 from tests import expected_gradients as lab
 from tests.compare import assert_close
 from tests.expected_gradients import expected_gradient, in_both_precisions
@@ -116,9 +116,9 @@ def test_leave_one_out_with_k1_in_the_reward_is_exact(place, atol):
         if place == "from each token on":
             rewards = kl_shaped_rewards(scores, kl, PAIR, kl_coef=mdp.BETA)
             returns = monte_carlo_returns(rewards, PAIR)
-            return baselined(
-                "leave-one-out", returns, returns, scores, rewards.sum(1), PAIR, group_size=2, normalize=True
-            )
+            unread = jnp.full(PAIR.shape, jnp.nan)
+            experience = Experience(scores, unread, returns, unread, unread, unread, PAIR)
+            return leave_one_out_advantages(experience, group_size=2)
         return monte_carlo_returns(kl_shaped_rewards(leave_one_out(scores), kl, PAIR, kl_coef=mdp.BETA), PAIR)
 
     found = jax.jit(jax.vmap(advantages))(jnp.asarray(mdp.REWARD)[lab.PAIRS], kl[lab.PAIRS])

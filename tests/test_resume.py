@@ -13,33 +13,31 @@ import pgjax as pg
 from experiments import ppo as script
 from pgjax.run import logs
 from pgjax.run.checkpoint.checkpoints import Checkpoints
-from pgjax.run.peaks import Peaks
 from tests.tiny_task import save_tiny_model
 
-SCORES = [0.1, 0.9, 0.3, 0.2]  # of each step: the best snapshot is neither the first nor among the last two
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+SCORES = [0.1, 0.9, 0.3, 0.2]  # after each step: the best snapshot is neither the first nor among the last two
+EVALUATION, STEP = (
+    2,
+    3,
+)  # calls of the reward: five held-out prompts in batches of four; a step's batch, then an evaluation
 CALLS: list[int] = []
 
 
 def scripted(prompts, completions, **columns):
-    """A black box that says how good each step is; the first two calls are the evaluation's."""
+    """A black box that says how good each step is, on its batch and on the held-out prompts after it."""
+    step = (len(CALLS) - EVALUATION) // STEP  # from 0, and -1 in the evaluation before the first
     CALLS.append(len(completions))
-    return [SCORES[(len(CALLS) - 3) % 4] + 0.01 * (i % 2) for i in range(len(completions))]
+    return [SCORES[step] + 0.01 * (i % 2) for i in range(len(completions))]
 
 
 def change(config, **fields):
     return dataclasses.replace(config, **fields)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def unmeasured():
-    measure, draw = script.machine_peaks, script.plot_curves
-    script.machine_peaks, script.plot_curves = lambda dtype: Peaks(1e9, 1e9, 1e9), lambda folder: None
-    yield
-    script.machine_peaks, script.plot_curves = measure, draw
-
-
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def done(no_pictures, tmp_path_factory):
     """A run of four steps, each saved, and where it lies; tests work on copies."""
     root = tmp_path_factory.mktemp("done")
     save_tiny_model(root / "model")
@@ -73,7 +71,7 @@ def test_the_best_snapshot_and_its_policy_are_kept_beside_the_latest(done):
     with Checkpoints(done.output / "checkpoints", keep_best=True) as checkpoints:
         assert checkpoints.steps() == [2, 3, 4] and checkpoints.best() == 2
     record = json.loads((done.output / "checkpoints" / "2" / "record.json").read_text())
-    assert record["score"] == pytest.approx(0.905) and record["made_from"]["config"]["learning_rate"] == 1e-2
+    assert record["score"] == pytest.approx(0.904) and record["made_from"]["config"]["learning_rate"] == 1e-2
     best, last = (pg.load(done.output / name)[1] for name in ("policy_best", "policy"))
     assert not np.array_equal(best["embed"]["tokens"], last["embed"]["tokens"])
 
@@ -82,7 +80,7 @@ def test_a_damaged_snapshot_is_left_out_only_where_asked_and_the_run_ends_as_bef
     flip(copied.output / "checkpoints" / "4")
     with pytest.raises(ValueError, match=r"step 4 in .* is damaged.*last-good"):
         script.main(copied)
-    CALLS[:] = [0] * 5  # the evaluation and three steps
+    CALLS[:] = [0] * (EVALUATION + 3 * STEP)
     rows = logs.read_metrics(copied.output)
     script.main(change(copied, resume=False, resume_from="last-good"))
     said = capsys.readouterr().out
