@@ -113,7 +113,7 @@ def test_idle_devices_are_told_once(capsys):
     for _ in range(2):
         with devices.on_devices(devices.Flags()) as mesh:
             assert mesh is None
-    assert capsys.readouterr().out.count("one of 4 devices is used: --mesh data=-1") == 1
+    assert capsys.readouterr().out.count("one of 4 devices is used: a mesh of data=-1") == 1
 
 
 def test_the_mesh_is_left_behind(folder):

@@ -253,17 +253,15 @@ def test_two_processes_read_a_half_each_and_save_one_model(tmp_path):
         # A half, the norms whole, and three rows of every tensor, which are compared: the tensors are small.
         assert not result["whole"] and 0.5 <= result["numbers"] / result["of"] < 0.7
         assert (
-            result["another model"].startswith("ValueError") and "ForSequenceClassification" in result["another model"]
+            result["another model"].startswith("UserError") and "ForSequenceClassification" in result["another model"]
         )
         assert (
-            result["other weights"].startswith("ValueError: the weights of")
+            result["other weights"].startswith("UserError: the weights of")
             and "digest of some rows" in result["other weights"]
         )
-        assert (
-            result["other depth"].startswith("ValueError: the configuration of") and "family" in result["other depth"]
-        )
+        assert result["other depth"].startswith("UserError: the configuration of") and "family" in result["other depth"]
     assert first["absent here"].startswith("FailedElsewhere: process 1 failed") and "none" in first["absent here"]
-    assert second["absent here"].startswith("ValueError")
+    assert second["absent here"].startswith("UserError")
     assert first["not a folder"].startswith("UserError") and "is a file" in second["not a folder"]
     assert first["cannot write"].startswith(("NotADirectoryError", "UserError"))
     assert second["cannot write"].startswith("FailedElsewhere: process 0 failed")
