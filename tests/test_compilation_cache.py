@@ -99,7 +99,7 @@ SHARE = """
 import sys
 from pathlib import Path
 import jax
-from experiments import devices
+from pgjax.run import devices
 port, process, root = sys.argv[1:]
 
 def start(folder):
