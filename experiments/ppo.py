@@ -8,16 +8,13 @@
     python -m experiments.ppo --mesh fsdp=-1    # on all devices; --distributed: of several hosts (pgjax/run/devices.py)
 
 prompts > rollout > scores > rewards > returns > advantages > loss > update > checkpoint
-
-With a reward model (`--reward-model FOLDER`, trained with the same --chat) in place of the preset's Python rewards, or beside
-`--rewards`, it is RLHF's last stage.
+With `--reward-model FOLDER` (trained with the same --chat) in place of Python rewards, or beside them, it is RLHF's last stage.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -28,8 +25,8 @@ from jax.sharding import Mesh
 
 import pgjax as pg
 from pgjax.data.batches import batches
+from pgjax.learning import flags
 from pgjax.learning.evaluation import check_start, evaluate
-from pgjax.learning.flags import LearningFlags, algorithm_of, check_policy, iteration_options, optimizer_of
 from pgjax.learning.optimizer import revived
 from pgjax.models.lora import freeze
 from pgjax.parallel import batch_rows, processes
@@ -45,7 +42,7 @@ from pgjax.run.summary import before_and_after, has_metric, told
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(LearningFlags, RunFlags):
+class Config(flags.LearningFlags, RunFlags):
     """One run. Every number that decides it stands here."""
 
     model: str = "SmolLM2-135M-Instruct"  # folder, .gguf file, hub id, or a model that an installed package ships
@@ -60,10 +57,6 @@ class Config(LearningFlags, RunFlags):
     output: Path = Path("runs/haiku")  # the run folder: config, metrics, samples, curves, checkpoints, policy
     steps: int = 16  # iterations of rollout and update
     batch_size: int = 32  # completions sampled in an iteration
-    max_new_tokens: int = 32  # the longest completion, in tokens
-    temperature: float = 1.0  # of the policy: in sampling and in every log-probability
-    top_k: int | None = None  # sample from this many likeliest tokens; None: from all, as on-policy learning asks
-    top_p: float | None = None  # sample from the likeliest tokens up to this probability; None: from all, likewise
     truncation_penalty: float = 0.0  # taken off the score of a completion that did not end by itself
     eval_samples: int = 8  # completions of each held-out prompt in an evaluation
     eval_every: int | None = None  # iterations between evaluations; None: before and after alone
@@ -93,36 +86,30 @@ def main(config: Config) -> dict[str, float]:
 
 def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
-    algorithm = algorithm_of(config)
-    options = iteration_options(config, algorithm)
-    counts = {name: options[name] for name in ("minibatches", "microbatches")}
-    devices.check_batch_divides(mesh, config.batch_size, **counts)
-    parts = math.prod(counts.values())  # that a batch is learned in
+    algorithm = flags.algorithm_of(config)
+    options = flags.iteration_options(config, algorithm)
+    parts = options["minibatches"] * config.microbatches  # that a batch is learned in
+    devices.check_batch_divides(mesh, config.batch_size, parts=parts)
     config = dataclasses.replace(config, output=devices.shared_folder(config.output))
     judges, row_sets = read_task(config.rewards, config.prompts, config.held_out, config.held_out_rows)
     lm, params, tokenizer = pg.load(config.model, dtype=config.dtype, mesh=mesh, remat=config.remat)
-    reward_model = None
-    if config.reward_model is not None:
-        weight = config.reward_model_weight
-        reward_model = load_judge(config.reward_model, weight, lm, tokenizer, chat=config.chat, mesh=mesh)
-    sampling: Any = {name: vars(config)[name] for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
+    weight = config.reward_model_weight
+    reward_model = load_judge(config.reward_model, weight, lm, tokenizer, chat=config.chat, mesh=mesh)
     task = make_task(
         lm, tokenizer, judges, config.reward_weights or None, row_sets, chat=config.chat, reward_model=reward_model,
-        mesh=mesh, group_size=whole_groups(mesh, config.batch_size, algorithm.group_size), **sampling,
+        mesh=mesh, group_size=whole_groups(mesh, config.batch_size, algorithm.group_size), **flags.sampling_options(config),
     )  # fmt: skip
     train_prompts, held_out = task.prompt_sets
     fed = batch_rows.rows_to_feed(mesh, config.batch_size)
     deal = batches(train_prompts, config.batch_size, seed=config.seed, group_size=algorithm.group_size, own=fed)
-
-    optimizer = optimizer_of(config, config.steps, options["minibatches"])
+    optimizer = flags.optimizer_of(config, config.steps, options["minibatches"])
     frozen, trained = freeze(params, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed, mesh=mesh)
     it = pg.iteration(
         lm, algorithm, optimizer, reference=params, frozen=frozen, mesh=mesh, eos_ids=task.eos_ids, pad_id=task.pad_id,
-        **sampling, **options,
+        **flags.sampling_options(config), **options,
     )  # fmt: skip
     key, timer = jax.random.key(config.seed), clock.DeviceClock()
     state = it.init(trained, key)._replace(key=None)  # a snapshot's config holds the seed
-    del trained
 
     policy = lambda state: pg.with_lora(frozen, state.learner.params["lm"])
     evaluated = lambda state: evaluate(
@@ -187,9 +174,8 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
             check=loop.check_finite, report=report, checkpoints=checkpoints, save_every=config.save_every,
             score=lambda metrics: metrics.get("eval/scores"),
         )  # fmt: skip
-        if not processes.on_process_0(
-            lambda: has_metric(folder, config.steps, "eval/scores")
-        ):  # stopped right there before
+        evaluated_there = processes.on_process_0(lambda: has_metric(folder, config.steps, "eval/scores"))
+        if not evaluated_there:  # the run was stopped after what is now its last step
             figures = evaluated(state)
             processes.all_or_none(lambda: writer.write(config.steps, figures))
         pg.save_pretrained(folder / "policy", lm, policy(state), tokenizer)
@@ -204,7 +190,7 @@ def check(config: Config) -> None:
     """Refuse a run that cannot work, before anything is read or computed."""
     checks.check_run(config)
     checks.at_least_one(config, "eval_samples", "samples_every", "eval_every")
-    check_policy(config)
+    flags.check_policy(config)
     rewards.check_weights(config.rewards, config.reward_weights, config.reward_model, config.reward_model_weight)
 
 

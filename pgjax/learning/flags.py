@@ -17,8 +17,12 @@ _COLDEST = 1e-6  # the lowest temperature: far below it logits / temperature lea
 
 @dataclasses.dataclass(frozen=True)
 class LearningFlags:
-    """An algorithm, its options and its optimizer; None leaves an option as the algorithm has it (learning/algorithms.py)."""
+    """Sampling, an algorithm with its options, and its optimizer; None leaves an option as the algorithm has it."""
 
+    max_new_tokens: int = 32  # the longest completion, in tokens
+    temperature: float = 1.0  # of the policy: in sampling and in every log-probability
+    top_k: int | None = None  # sample from this many likeliest tokens; None: from all, as on-policy learning asks
+    top_p: float | None = None  # sample from the likeliest tokens up to this probability; None: from all, likewise
     algorithm: str = "ppo"  # ppo, rloo, grpo, dr_grpo, reinforce, or your own as module:name
     group_size: int | None = None  # completions of each prompt; they share its computation
     reduce: Literal["token_mean", "sequence_mean", "sequence_sum"] | None = None  # how the policy loss is averaged
@@ -98,6 +102,22 @@ def optimizer_of(config: Any, steps: int, minibatches: int) -> Optimizer:
     )  # fmt: skip
 
 
+def sampling_options(config: Any) -> dict[str, Any]:
+    """Give the arguments of `pg.sample` that a config holds.
+
+    Args:
+        config: with the fields of `LearningFlags`.
+
+    Returns:
+        The arguments by name.
+
+    Example:
+        >>> sampling_options(LearningFlags())
+        {'max_new_tokens': 32, 'temperature': 1.0, 'top_k': None, 'top_p': None}
+    """
+    return {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
+
+
 def iteration_options(config: Any, algorithm: Algorithm) -> dict[str, Any]:
     """Give the arguments of `iteration` that a config holds.
 
@@ -120,7 +140,7 @@ def check_policy(config: Any) -> None:
     """Refuse values of a config that no sampler and no algorithm can use, before anything is loaded.
 
     Args:
-        config: with the fields of `LearningFlags`, and steps, batch_size, max_new_tokens, temperature, top_k, top_p.
+        config: with the fields of `LearningFlags`, steps, batch_size and truncation_penalty.
 
     Raises:
         UserError: with the field and its value.

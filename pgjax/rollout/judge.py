@@ -114,9 +114,11 @@ def _scores(rm: RewardModel, params: Any, tokens: jax.Array, attention_mask: jax
 
 
 def load_judge(
-    source: str, weight: float, lm: CausalLM, tokenizer: Any, *, chat: bool, mesh: Mesh | None = None
-) -> ModelJudge:
-    """Load a reward model for a policy; say so once where texts have to be encoded again for it."""
+    source: str | None, weight: float, lm: CausalLM, tokenizer: Any, *, chat: bool, mesh: Mesh | None = None
+) -> ModelJudge | None:
+    """Load a reward model for a policy; say so once where texts have to be encoded again for it. No source, no judge."""
+    if source is None:
+        return None
     rm, params, own = load_reward_model(source, mesh=mesh)
     if own is None:
         raise UserError(
