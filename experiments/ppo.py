@@ -134,8 +134,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         timer.free()
         timing["timing/update"] = update_seconds = timer.queued()
         paid = judged.scores - np.float32(config.truncation_penalty) * ~judged.ended
-        state, learned = it.learn(state._replace(key=key), rollout, paid)
-        state, metrics = state._replace(key=None), dict[str, Any](learned)
+        state, metrics = it.learn(state._replace(key=key), rollout, paid)
         counts = {"episode": (i + 1) * config.batch_size, "completions/padded_length": rollout.tokens.shape[1]}
         metrics |= {**judged.metrics(), **timing, **counts}
         every = [config.steps, *([config.save_every] if config.keep_best else []), *filter(None, [config.eval_every])]
@@ -143,7 +142,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
             jax.block_until_ready(state)
             metrics |= {"timing/update": update_seconds(), **evaluated(state)}
             timer.free()
-        return state, metrics, judged.samples()
+        return state._replace(key=None), metrics, judged.samples()
 
     speed = functools.partial(
         policy_speed, arch=lm.arch, dtype=lm.dtype, mesh=mesh, batch_size=config.batch_size, adapters=frozen is not None,
@@ -174,8 +173,8 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
             check=loop.check_finite, report=report, checkpoints=checkpoints, save_every=config.save_every,
             score=lambda metrics: metrics.get("eval/scores"),
         )  # fmt: skip
-        evaluated_there = processes.on_process_0(lambda: has_metric(folder, config.steps, "eval/scores"))
-        if not evaluated_there:  # the run was stopped after what is now its last step
+        seen = processes.on_process_0(lambda: has_metric(folder, config.steps, "eval/scores"))
+        if not seen:  # the run was stopped after what is now its last step
             figures = evaluated(state)
             processes.all_or_none(lambda: writer.write(config.steps, figures))
         pg.save_pretrained(folder / "policy", lm, policy(state), tokenizer)

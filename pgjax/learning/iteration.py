@@ -52,7 +52,7 @@ class Iteration(NamedTuple):
 
     init: Callable[..., State]
     sample: Callable[[State, jax.typing.ArrayLike, jax.typing.ArrayLike], Sampled]
-    learn: Callable[[State, Sampled, Scores], tuple[State, Metrics]]
+    learn: Callable[[State, Sampled, Scores], tuple[State, dict[str, Any]]]
 
 
 def iteration(
@@ -167,7 +167,7 @@ def iteration(
         ref = None if reference is None else programs.reference_logprobs(lm, reference, *ids, **options)
         return Sampled(*rollout, policy, ref)
 
-    def learn(state: State, rollout: Sampled, scores: Scores) -> tuple[State, Metrics]:
+    def learn(state: State, rollout: Sampled, scores: Scores) -> tuple[State, dict[str, Any]]:
         rows = len(rollout.tokens)
         scores = scores if isinstance(scores, jax.Array) else place(np.asarray(scores, np.float32), whole)
         batch, kl_coef, metrics = prepare(
