@@ -231,7 +231,7 @@ def test_a_reward_model_that_saw_other_prompts_is_refused(folders, tmp_path):
     pg.save_reward_model(tmp_path / "plain", rm, params, own)
     load_judge(str(tmp_path / "plain"), 1.0, lm, tokenizer, chat=False)
     with pytest.raises(
-        ValueError, match=r"was trained with chat=False, but the policy's prompts have chat=True.*--no-chat"
+        ValueError, match=r"was trained with chat=False, but the policy's prompts have chat=True.*set chat=False"
     ):
         load_judge(str(tmp_path / "plain"), 1.0, lm, tokenizer, chat=True)
 

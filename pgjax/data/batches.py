@@ -64,9 +64,9 @@ def batches(
     steps = grain.MapDataset.range(len(order) // batch_size)
 
     def dealt(step: int) -> list[Any]:
-        asked = [(step * batch_size + place) // group_size for place in places]
-        found = {index: order[index] for index in dict.fromkeys(asked)}  # once a group: an index takes milliseconds
-        return [found[index] for index in asked]
+        wanted = [(step * batch_size + place) // group_size for place in places]
+        found = {index: order[index] for index in dict.fromkeys(wanted)}  # once a group: an index takes milliseconds
+        return [found[index] for index in wanted]
 
     return steps.map(dealt)
 

@@ -63,8 +63,8 @@ def update(
     gradient, metrics = accumulate(loss_fn, state.params, packed, counts, microbatches)
     state, stepped = apply_gradient(state, gradient, metrics["loss"], optimizer)
     positions = (packed.segment_ids > 0).sum()
-    said = {"loss/cross_entropy": metrics["loss"], "train/tokens": counts.sum(), "train/positions": positions}
-    return state, said | stepped
+    counted = {"loss/cross_entropy": metrics["loss"], "train/tokens": counts.sum(), "train/positions": positions}
+    return state, counted | stepped
 
 
 @functools.partial(jax.jit, static_argnames="lm")

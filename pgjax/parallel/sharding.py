@@ -340,5 +340,5 @@ def _param_spec(
 
 
 def fold_in(key: jax.Array, number: int) -> jax.Array:
-    """Derive a key from a number of the host, sent to the device in the open."""
+    """Derive a key from a number of the host, by an explicit transfer to the device."""
     return jax.random.fold_in(key, jax.device_put(np.uint32(number)))

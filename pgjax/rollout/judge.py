@@ -45,7 +45,7 @@ class ModelJudge(NamedTuple):
         if self.tokenizer is not None:
             if self.chat and self.tokenizer.chat_template is None:
                 raise UserError(
-                    "the reward model's tokenizer has no chat template, and prompts go through one: use --no-chat, or a reward "
+                    "the reward model's tokenizer has no chat template, and prompts go through one: set chat=False, or use a reward "
                     "model for conversations"
                 )
             length = max(map(len, encode_prompts(prompts, self.tokenizer, chat=self.chat, max_length=None)))
@@ -86,12 +86,12 @@ class ModelJudge(NamedTuple):
         length = min(bucket_length(longest), limit)  # buckets: few lengths, few programs
         return left_pad(ids, 0, length=length)
 
-    def fetch(self, asked: jax.Array, texts: Callable[[int], tuple[Prompt, str]], own: Sequence[int]) -> np.ndarray:
+    def fetch(self, queued: jax.Array, texts: Callable[[int], tuple[Prompt, str]], own: Sequence[int]) -> np.ndarray:
         """Bring its scores to the host, refusing any that is not finite: [B] float32.
 
         Of a refused row the process that it is an own row of tells prompt and completion, as `texts` gives them.
         """
-        scores = np.asarray(processes.fetch(asked), np.float32)
+        scores = np.asarray(processes.fetch(queued), np.float32)
         bad = np.flatnonzero(~np.isfinite(scores))
 
         def refuse() -> None:
@@ -129,7 +129,7 @@ def load_judge(
     if own.init_kwargs.get(TEMPLATED, chat) != chat:
         raise UserError(
             f"the reward model {source} was trained with chat={not chat}, but the policy's prompts have chat={chat}: it would "
-            f"judge what it has never seen; give {'--no-chat' if chat else '--chat'}, or train it likewise"
+            f"score what it has never seen; set chat={not chat}, or train it likewise"
         )
     differing = differences(tokenizer, own, chat=chat)
     if lm.arch.vocab_size > rm.arch.vocab_size:

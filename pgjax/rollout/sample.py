@@ -30,7 +30,7 @@ from pgjax.rollout.filters import draw, kept_logits
 
 
 class Scored(NamedTuple):
-    """What one model says of a batch, each [B, W]: of the last W entries of the token frame."""
+    """A model's outputs for given tokens, each [B, W]: the last W entries of the token frame."""
 
     logprobs: jax.Array  # log pi(token_t | before), nats
     values: jax.Array  # V(before t), units of reward
@@ -77,7 +77,7 @@ def sample(
         prompt_mask: [B, P] True on real tokens; at least one a row.
         key: a typed key.
         max_new_tokens: the longest completion, in tokens.
-        temperature: 0 is greedy; its log-probabilities are 0, those of a sure thing.
+        temperature: 0 is greedy; log-probabilities are then 0, since the token is certain.
         top_k, top_p, min_p: see `sampling.filter_logits`; None is off.
         eos_ids: ids that end a sequence; none: every completion has the full length.
         pad_id: written where there is no token.
@@ -116,17 +116,17 @@ def sample_scored(
     pad_id: int = 0,
     group_size: int = 1,
 ) -> tuple[Rollout, Scored]:
-    """Sample as `sample` does, and keep what the policy said on the way: no second pass over its own completions.
+    """Sample as `sample` does, and return the log-probabilities, values and entropies that the sampler computes anyway.
 
-    The log-probabilities, values and entropies of `ppo.score` with the same parameters, up to the rounding between decoding
-    and a whole forward pass: 2e-5 nats in float32, more in 16 bits. No filters, as these would change the distribution.
+    They are those of `programs.teacher_force` with the same parameters, up to the rounding between decoding and a whole
+    forward pass: 2e-5 nats in float32, more in 16 bits. There are no filters, which would change the distribution.
 
     Args:
         params: {"lm": parameters, "value": a value head}.
         lm, prompts, prompt_mask, key, max_new_tokens, temperature, eos_ids, pad_id, group_size: as of `sample`.
 
     Returns:
-        The rollout of `sample` with the same key, and what the policy said of its last max_new_tokens + 1 entries; 0 where
+        The rollout of `sample` with the same key, and the policy's outputs for its last max_new_tokens + 1 entries; 0 where
         nothing was sampled.
 
     Raises:
@@ -137,8 +137,8 @@ def sample_scored(
     >>> config = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 32}
     >>> lm = pg.causal_lm(architecture_of(config))
     >>> params = {"lm": lm.init(jax.random.key(0)), "value": pg.init_value_head(8)}
-    >>> _, said = sample_scored(lm, params, [[0, 5]], [[False, True]], jax.random.key(1), max_new_tokens=3)
-    >>> said.entropy.shape
+    >>> _, outputs = sample_scored(lm, params, [[0, 5]], [[False, True]], jax.random.key(1), max_new_tokens=3)
+    >>> outputs.entropy.shape
     (1, 4)
     """
     options = {"temperature": temperature, "top_k": None, "top_p": None, "min_p": None}
@@ -147,7 +147,7 @@ def sample_scored(
 
 
 def _run(lm, params, value_head, prompts, prompt_mask, key, max_new_tokens, options, eos_ids, pad_id, group_size):
-    """Check what was asked, and run the one program of it."""
+    """Check the arguments and run the compiled program."""
     prompts, prompt_mask = (x if isinstance(x, jax.Array) else np.asarray(x) for x in (prompts, prompt_mask))
     if prompts.dtype.kind not in "iu":
         raise ValueError(f"prompts must be token ids, whole numbers, got {prompts.dtype}")
@@ -168,14 +168,16 @@ def _run(lm, params, value_head, prompts, prompt_mask, key, max_new_tokens, opti
     eos = np.full(room, -1, np.int32)
     eos[: len(eos_ids)] = list(eos_ids)
     prompts, prompt_mask = _with_columns(prompts, extra), _with_columns(prompt_mask, extra)
-    batch = place((prompts, prompt_mask), batch_sharding(mesh))  # in the open: no transfer is hidden
+    batch = place(
+        (prompts, prompt_mask), batch_sharding(mesh)
+    )  # explicit transfers, so that a transfer guard allows them
     others = place((options, eos, np.int32(pad_id)), replicated(mesh))
     with entered(mesh):
-        rollout, said = _generate(
+        rollout, outputs = _generate(
             lm, params, *batch, key, *others,
             max_new_tokens=max_new_tokens, value_head=value_head, group_size=group_size,
         )  # fmt: skip
-        return _without_columns(rollout, extra) if extra else rollout, said
+        return _without_columns(rollout, extra) if extra else rollout, outputs
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "max_new_tokens", "group_size"))
@@ -212,8 +214,8 @@ def _generate(
         return constrain_batch((token, logprob, (state_values(value_head, hidden), entropy)))
 
     def write(step: jax.Array, alive: jax.Array, chosen: tuple[Any, ...], written: tuple[Rollout, Any]) -> Any:
-        token, *said = chosen
-        logprob, more = jax.tree.map(lambda x: jnp.where(alive, x, 0.0), said)
+        token, *outputs = chosen
+        logprob, more = jax.tree.map(lambda x: jnp.where(alive, x, 0.0), outputs)
         column = Rollout(jnp.where(alive, token, pad_id), alive, alive, logprob), more
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start + step, axis=1)
         return constrain_batch(jax.tree.map(lambda x, y: put(x, y[:, None]), written, column))
@@ -254,7 +256,7 @@ def _with_columns(x: jax.Array | np.ndarray, count: int) -> jax.Array | np.ndarr
     return _pad_left(x, count) if isinstance(x, jax.Array) else np.pad(x, ((0, 0), (count, 0)))
 
 
-# Outside jit, a pad or a slice would send its numbers to the device in the dark.
+# Outside jit, a pad or a slice would transfer its numbers to the device implicitly.
 @functools.partial(jax.jit, static_argnames="count")
 def _pad_left(x: jax.Array, count: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (count, 0)))
@@ -304,7 +306,7 @@ def _check_prompts(
 
 
 def _known(x: Any) -> np.ndarray | None:
-    """Bring a value to the host, in the open; None for one that is not known yet, or not here."""
+    """Bring a value to the host by an explicit transfer; None for a tracer or one that lies on other processes."""
     if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
         return None
     return np.asarray(jax.device_get(x))

@@ -56,7 +56,7 @@ def plain_errors(go_on: str = "the same command with --resume goes on") -> Itera
 
 
 def _line(error: BaseException, go_on: str) -> str | None:
-    """Say in one line what the user can mend; None where the traceback says it."""
+    """Give the one line that is printed in place of a traceback; None where the traceback is printed."""
     match error:
         case loop.Interrupted():
             return f"{error}: {go_on}"

@@ -115,7 +115,7 @@ def run(
                 settle()  # the state holds the step before already, so it counts, if its metrics let it
             raise
 
-    with stop_signals() as asked_to_stop:
+    with stop_signals() as stop_requested:
         for i in range(start, steps):
             try:
                 work = prepared(i)
@@ -123,7 +123,7 @@ def run(
                 checkpoints.poll()  # here, where `done` is the number of steps that the state has made
                 state, metrics, samples = step(state, i, work)
                 pending = i + 1, metrics, samples
-                stopping = processes.any_process(asked_to_stop())
+                stopping = processes.any_process(stop_requested())
                 if stopping or (i + 1) % save_every == 0 or i + 1 == steps:
                     settle()
                     checkpoints.save(done, state, {"step": done}, score=latest_score)
@@ -159,29 +159,29 @@ def check_finite(done: int, metrics: Mapping[str, float]) -> None:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a question that the caller asks; a second SIGINT raises KeyboardInterrupt.
+    """Note the first SIGINT or SIGTERM for the caller to look up; a second SIGINT raises KeyboardInterrupt.
 
-    >>> with stop_signals() as asked_to_stop:
-    ...     asked_to_stop()
+    >>> with stop_signals() as stop_requested:
+    ...     stop_requested()
     False
     """
-    asked = False
+    requested = False
     if threading.current_thread() is not threading.main_thread():  # where Python takes no handlers
         yield lambda: False
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked and number == signal.SIGINT:
+        nonlocal requested
+        if requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked = True
+        requested = True
         print(
             "stopping: this step is finished and saved first (Ctrl-C again stops at once, without saving)", flush=True
         )
 
     old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: asked
+        yield lambda: requested
     finally:
         for number, handler in old.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that Python did not set
@@ -196,7 +196,7 @@ def _fetched(done: int, metrics: Mapping[str, Any], samples: Any) -> tuple[int, 
 def _rescue(checkpoints: Checkpoints, done: int, state: Any) -> None:
     """Save what can be saved; an update that failed halfway has given its buffers away already.
 
-    A save that fails is told in one line and no more: what ended the run is to be seen.
+    A save that fails prints one line, so that the error that ended the run stays visible.
     """
     alive = all(not leaf.is_deleted() for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array))
     latest = checkpoints.latest()
