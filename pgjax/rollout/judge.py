@@ -45,8 +45,8 @@ class ModelJudge(NamedTuple):
         if self.tokenizer is not None:
             if self.chat and self.tokenizer.chat_template is None:
                 raise UserError(
-                    "the reward model's tokenizer has no chat template, and prompts go through one: set chat=False, or use a reward "
-                    "model for conversations"
+                    "the reward model's tokenizer has no chat template, and prompts go through one: set chat=False, or use a "
+                    "reward model for conversations"
                 )
             length = max(map(len, encode_prompts(prompts, self.tokenizer, chat=self.chat, max_length=None)))
         if length + max_new_tokens > self.rm.arch.max_positions:
