@@ -13,7 +13,7 @@ import numpy as np
 from pgjax.core.losses import preference_loss
 from pgjax.data.padding import bucket_length, right_pad
 from pgjax.data.preferences import EncodedPair
-from pgjax.learning.optimizer import Metrics, Optimizer, TrainState, accumulate, apply_gradient
+from pgjax.learning.optimizer import Metrics, TrainState, Transformation, accumulate, apply_gradient
 from pgjax.models.lora import with_lora
 from pgjax.models.reward_model import RewardModel, normalized
 from pgjax.parallel.processes import fetch
@@ -55,7 +55,7 @@ def pair_batch(pairs: Sequence[EncodedPair], *, most: int, longest: int | None =
 @functools.partial(jax.jit, static_argnames=("rm", "optimizer", "microbatches"), donate_argnames="state")
 def update(
     state: TrainState, batch: PairBatch, center_coef: jax.Array, frozen: dict[str, Any] | None = None,
-    *, rm: RewardModel, optimizer: Optimizer, microbatches: int,
+    *, rm: RewardModel, optimizer: Transformation, microbatches: int,
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
     """Take one step down the Bradley-Terry loss of a batch; both answers of a pair go through the model in one batch.
 

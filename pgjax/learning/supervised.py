@@ -11,7 +11,7 @@ import numpy as np
 
 from pgjax.core.losses import cross_entropy_loss
 from pgjax.data.packing import Packed
-from pgjax.learning.optimizer import Metrics, Optimizer, TrainState, accumulate, apply_gradient
+from pgjax.learning.optimizer import Metrics, TrainState, Transformation, accumulate, apply_gradient
 from pgjax.models.causal_lm import CausalLM, Params
 from pgjax.models.heads import head_logprobs
 from pgjax.models.lora import with_lora
@@ -36,7 +36,7 @@ def logprobs(lm: CausalLM, params: Any, packed: Packed) -> jax.Array:
 @functools.partial(jax.jit, static_argnames=("lm", "optimizer", "microbatches"), donate_argnames="state")
 def update(
     state: TrainState, packed: Packed, frozen: Params | None = None,
-    *, lm: CausalLM, optimizer: Optimizer, microbatches: int,
+    *, lm: CausalLM, optimizer: Transformation, microbatches: int,
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
     """Take one step down the mean cross-entropy of the learned tokens of a batch.
 

@@ -127,6 +127,8 @@ def run(
                 if stopping or (i + 1) % save_every == 0 or i + 1 == steps:
                     settle()
                     checkpoints.save(done, state, {"step": done}, score=latest_score)
+                    if jax.default_backend() == "cpu":  # the copy that is written lies in the memory of the next update
+                        checkpoints.wait()
             except Exception as error:
                 if processes.is_raised_on_all(error):
                     _rescue(checkpoints, done, state)
