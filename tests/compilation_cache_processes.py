@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 
 from experiments import ppo
-from pgjax.run.peaks import Peaks
+from pgjax.run import session
 from tests import kill_campaign
 from tests.tiny_task import save_tiny_model
 
@@ -27,8 +27,7 @@ def train(root: Path, name: str) -> None:
     """Train for two steps and write down jax's own counts."""
     counts: collections.Counter[str] = collections.Counter()
     jax.monitoring.register_event_listener(lambda event, **_: counts.update([event.rpartition("/")[2]]))
-    ppo.machine_peaks = lambda dtype: Peaks(1e9, 1e9, 1e9)
-    ppo.plot_curves = lambda folder: None
+    session.plot_curves = lambda folder: None
     if name == "without":
         save_tiny_model(root / "model")
     programs = None if name == "without" else root / "programs"

@@ -92,10 +92,8 @@ def full_compiles():
 @pytest.fixture(scope="module")
 def no_pictures():
     """Leave out the picture of a run's curves: for tests of whole scripts that look at something else."""
-    from experiments import ppo
     from pgjax.run import session
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (ppo, session):
-            patch.setattr(module, "plot_curves", lambda folder: None)
+        patch.setattr(session, "plot_curves", lambda folder: None)
         yield

@@ -27,8 +27,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pgjax.run.peaks import Peaks
-
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import grain  # noqa: F401  what a child would import, as far as it takes time
@@ -39,7 +37,7 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer  # noqa: F401
 
 from experiments import ppo
-from pgjax.run import logs
+from pgjax.run import logs, session
 from pgjax.run.checkpoint.resume import last_step
 from pgjax.run.exits import plain_errors
 from tests.compile_options import xla_flags
@@ -109,8 +107,7 @@ def start(config: ppo.Config, log: Path) -> int:
 
     def work() -> None:
         os.environ["XLA_FLAGS"] = xla_flags(1 if config.mesh is None else 4)
-        ppo.machine_peaks = lambda dtype: Peaks(1e9, 1e9, 1e9)  # measuring takes seconds, and so does drawing
-        ppo.plot_curves = lambda folder: None
+        session.plot_curves = lambda folder: None  # drawing takes seconds
         begun = (config.output / logs.CONFIG).exists()
         with plain_errors():
             ppo.main(dataclasses.replace(config, resume=begun))

@@ -22,7 +22,6 @@ from pgjax.core.errors import UserError
 from pgjax.parallel import batch_rows, processes, sharding
 from pgjax.rollout.judge import ModelJudge
 from pgjax.run import devices
-from pgjax.run.peaks import Peaks
 from tests.compile_options import xla_flags
 
 MESH = "data=2,fsdp=2"
@@ -137,11 +136,6 @@ def one_infinite_score() -> None:
     judge.fetch(scores, lambda row: (f"row {row}", f"on {jax.process_index()}"), own)
 
 
-def without_measuring() -> None:
-    """Take peaks out of the air: measuring them costs seconds, and no test here looks at them."""
-    script.machine_peaks = lambda dtype: Peaks(1e9, 1e9, 1e9)
-
-
 def caught(work) -> list[Any]:
     """The kind and the text of what a function raises, and whether all processes know of it."""
     try:
@@ -173,7 +167,6 @@ def exact(process: int) -> bool:
 
 def main(process: int, port: int, folder: Path) -> None:
     """Try the agreements, train, then train with a reward that fails on one process; write down what happened."""
-    without_measuring()
     found: dict[str, Any] = {}
     flags = {"distributed": True, "coordinator": f"localhost:{port}", "num_processes": 2, "process_id": process}
     processes.initialize(f"localhost:{port}", 2, process)

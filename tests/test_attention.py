@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from pgjax.learning.policy_loss import Batch, ppo_loss
+from pgjax.learning.algorithms import Batch, ppo
+from pgjax.learning.policy_loss import policy_loss
 from pgjax.models import attention, causal_lm
 from pgjax.parallel.sharding import make_mesh, param_shardings, place
 from tests.compare import assert_close
@@ -166,8 +167,7 @@ def learner(lm):
     ones = jnp.ones((8, 5), jnp.float32)
     batch = Batch(TOKENS, MASK, MASK[:, -5:], ones - 3, ones, ones, ones)
     params = {"lm": params_of("llama"), "value": {"kernel": jnp.ones(lm.arch.width), "bias": jnp.float32(0)}}
-    options = {"temperature": 1.0, "clip_eps": 0.2, "value_clip_eps": None, "value_coef": 0.5, "entropy_coef": 0.0}
-    return jax.grad(lambda params: ppo_loss(params, batch, lm=lm, **options)[0]), params
+    return jax.grad(lambda params: policy_loss(params, batch, lm=lm, algorithm=ppo(), temperature=1.0)[0]), params
 
 
 SQUARE = re.compile(rf"x({T}|{T + 1})x(?:\d+x)?({T}|{T + 1})x")  # a tensor with queries and keys for axes
@@ -182,7 +182,7 @@ def test_the_learner_on_a_gpu_holds_no_scores(nvidia, remat, forward):
     assert "mask_type\\22: \\22CAUSAL" in text
 
 
-def test_scoring_and_prefill_on_a_gpu_use_the_kernel_and_other_programs_do_not(nvidia):
+def test_teacher_forcing_and_prefill_on_a_gpu_use_the_kernel_and_other_programs_do_not(nvidia):
     params, half = params_of("llama"), {"dtype": jnp.bfloat16}
     states = lambda lm: for_cuda(lm.hidden, params, TOKENS, MASK)
     assert kernels(states(lm_of("llama", **half))) == ["Softmax"]

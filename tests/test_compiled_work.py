@@ -92,23 +92,23 @@ def lower_scored_sampler(lm: pg.CausalLM) -> jax.stages.Lowered:
     return jax.jit(program).lower(with_head(lm), prompts(jnp.int32), prompts(jnp.bool_), key)
 
 
-def lower_scores(lm: pg.CausalLM, parts: int) -> jax.stages.Lowered:
-    frame = functools.partial(jax.ShapeDtypeStruct, (SCORED_ROWS, SIZES.length))
+def lower_teacher_forcing(lm: pg.CausalLM, parts: int) -> jax.stages.Lowered:
+    frame = functools.partial(jax.ShapeDtypeStruct, (FORCED_ROWS, SIZES.length))
     temperature = jax.ShapeDtypeStruct((), jnp.float32)
-    return programs.score.lower(
+    return programs.teacher_force.lower(
         lm, with_head(lm), frame(jnp.int32), frame(jnp.bool_), temperature, window=SIZES.window, parts=parts
     )
 
 
 LM = pg.causal_lm(ARCHITECTURES["llama"])
 LARGE = pg.causal_lm(dataclasses.replace(ARCHITECTURES["llama"], vocab_size=4096))  # logits outweigh all else
-SCORED_ROWS = 8
+FORCED_ROWS = 8
 LOWERED = {
     "sample": lambda: lower_sampler(LM, SIZES),
     "sample_scored": lambda: lower_scored_sampler(LM),
     "update": lambda: lower_learner(LM, SIZES),
-    "score": lambda: lower_scores(LARGE, 4),
-    "score at once": lambda: lower_scores(LARGE, 1),
+    "teacher_force": lambda: lower_teacher_forcing(LARGE, 4),
+    "teacher_force at once": lambda: lower_teacher_forcing(LARGE, 1),
 }
 
 
@@ -117,17 +117,19 @@ def program(name: str) -> jax.stages.Compiled:
     return LOWERED[name]().compile(AS_FOR_USERS)
 
 
-@pytest.mark.parametrize("name", ["sample", "sample_scored", "update", "score"])
+@pytest.mark.parametrize("name", ["sample", "sample_scored", "update", "teacher_force"])
 def test_a_compiled_program_never_turns_to_the_host(name):
     text = program(name).as_text()
     assert re.search(r"= .* while\(", text)  # there is a loop that could
     assert not re.search(r"callback|outfeed|infeed|\bsend\(|\brecv\(|MoveToHost", text)
 
 
-def test_scores_hold_the_logits_of_one_part_at_a_time():
-    memory = {name: program(name).memory_analysis().temp_size_in_bytes for name in ("score at once", "score")}
-    assert memory["score at once"] >= 4 * SCORED_ROWS * SIZES.window * LARGE.arch.vocab_size
-    assert memory["score"] < memory["score at once"] / 2
+def test_a_teacher_forced_pass_holds_the_logits_of_one_part_at_a_time():
+    memory = {
+        name: program(name).memory_analysis().temp_size_in_bytes for name in ("teacher_force at once", "teacher_force")
+    }
+    assert memory["teacher_force at once"] >= 4 * FORCED_ROWS * SIZES.window * LARGE.arch.vocab_size
+    assert memory["teacher_force"] < memory["teacher_force at once"] / 2
 
 
 def test_an_update_takes_the_states_memory_over():

@@ -40,7 +40,7 @@ def run_by_two_and_by_one(folder):
     for i, (code, printed, errors) in enumerate(pair.finish(processes)):
         assert code == 0, errors[-3000:]
         (folder / f"printed{i}.txt").write_text(printed)
-    run(pair.make_config(folder, "one", steps=4))
+    script.main(pair.make_config(folder, "one", steps=4))
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +52,6 @@ def found(folder):
 @pytest.fixture(scope="module")
 def single(folder):
     return folder / "one"
-
-
-def run(config):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "machine_peaks", lambda dtype: pair.Peaks(1e9, 1e9, 1e9))
-        return script.main(config)
 
 
 def trained(folder):
@@ -103,12 +97,12 @@ def test_two_processes_fine_tune_and_learn_from_pairs_as_one(found, folder):
 def test_one_process_goes_on_where_two_stopped(found, single, folder):
     """The snapshot and the folder of two processes are those of one."""
     shutil.copytree(folder / "two", folder / "onward")
-    run(pair.make_config(folder, "onward", steps=4, resume=True))
+    script.main(pair.make_config(folder, "onward", steps=4, resume=True))
     assert_same_metrics(trained(folder / "onward"), trained(single), rtol=1e-5)
 
 
 def test_a_mesh_gives_the_numbers_of_one_device(single, folder):
-    run(pair.make_config(folder, "alone", mesh=None))
+    script.main(pair.make_config(folder, "alone", mesh=None))
     assert_same_metrics(trained(folder / "alone"), trained(single)[:3], rtol=1e-5)
     ours, theirs = samples(folder / "alone"), [row for row in samples(single) if row["step"] <= 3]
     assert [row["completion"] for row in ours] == [row["completion"] for row in theirs]

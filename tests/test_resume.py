@@ -13,7 +13,6 @@ import pgjax as pg
 from experiments import ppo as script
 from pgjax.run import logs
 from pgjax.run.checkpoint.checkpoints import Checkpoints
-from pgjax.run.peaks import Peaks
 from tests.tiny_task import save_tiny_model
 
 SCORES = [0.1, 0.9, 0.3, 0.2]  # of each step: the best snapshot is neither the first nor among the last two
@@ -30,12 +29,7 @@ def change(config, **fields):
     return dataclasses.replace(config, **fields)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def unmeasured():
-    measure, draw = script.machine_peaks, script.plot_curves
-    script.machine_peaks, script.plot_curves = lambda dtype: Peaks(1e9, 1e9, 1e9), lambda folder: None
-    yield
-    script.machine_peaks, script.plot_curves = measure, draw
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")
