@@ -110,7 +110,7 @@ def start(config: ppo.Config, log: Path) -> int:
 
     def work() -> None:
         os.environ["XLA_FLAGS"] = xla_flags(1 if config.mesh is None else 4)
-        session.plot_curves = lambda folder: None  # it takes seconds
+        session.plot_curves = lambda folder: None  # drawing takes seconds
         begun = (config.output / logs.CONFIG).exists()
         with plain_errors():
             ppo.main(dataclasses.replace(config, resume=begun))

@@ -10,8 +10,8 @@ import numpy as np
 
 import pgjax as pg
 from pgjax.learning import programs
+from pgjax.learning.algorithms import Batch
 from pgjax.learning.optimizer import adamw, init_state
-from pgjax.learning.policy_loss import Batch
 from pgjax.parallel.sharding import make_mesh, param_shardings, place
 from tests.tiny import ARCHITECTURES, left_padded, noise_on_every_leaf
 
@@ -56,16 +56,13 @@ def sample(lm: pg.CausalLM, params, temperature: float) -> pg.Rollout:
     return pg.sample(lm, params["lm"], PROMPTS, PROMPT_MASK, jax.random.key(5), **options)
 
 
-def score(lm: pg.CausalLM, params, rollout: pg.Rollout) -> programs.Scored:
-    """Score a rollout in two parts."""
-    options = {"temperature": jnp.float32(1.0), "window": NEW + 1, "parts": 2}
-    return programs.score(lm, params, rollout.tokens, rollout.attention_mask, **options)
-
-
 def acted(lm: pg.CausalLM, params) -> dict:
-    """Sample greedily and not, and score."""
+    """Sample greedily and not, and teacher-force what was sampled in two parts, as the policy and as a reference."""
     greedy, rollout = sample(lm, params, 0.0), sample(lm, params, 1.0)
-    return jax.device_get({"greedy": greedy, "rollout": rollout, "scored": score(lm, params, rollout)})
+    given = rollout.tokens, rollout.attention_mask, jnp.float32(1.0)
+    policy = programs.teacher_force(lm, params, *given, window=NEW + 1, parts=2)
+    ref_logprobs = programs.reference_logprobs(lm, params["lm"], *given, window=NEW + 1, parts=2)
+    return jax.device_get({"greedy": greedy, "rollout": rollout, "policy": policy, "ref_logprobs": ref_logprobs})
 
 
 @functools.cache
@@ -84,8 +81,8 @@ def update(lm: pg.CausalLM, state, number: int):
     """Learn from one of the two minibatches of `experience`, in two microbatches."""
     batch, order = experience()
     return programs.update(
-        state, batch, order, jnp.int32(number), lm=lm, optimizer=OPTIMIZER, microbatches=2, temperature=1.0,
-        clip_eps=0.2, value_clip_eps=None, value_coef=0.5, entropy_coef=0.0, kl_loss_coef=0.1,
+        state, batch, order, jnp.int32(number), lm=lm, optimizer=OPTIMIZER, microbatches=2,
+        algorithm=pg.ppo(kl_loss_coef=0.1, entropy_coef=0.1),
     )  # fmt: skip
 
 

@@ -182,7 +182,7 @@ def test_the_learner_on_a_gpu_holds_no_scores(nvidia, remat, forward):
     assert "mask_type\\22: \\22CAUSAL" in text
 
 
-def test_scoring_and_prefill_on_a_gpu_use_the_kernel_and_other_programs_do_not(nvidia):
+def test_teacher_forcing_and_prefill_on_a_gpu_use_the_kernel_and_other_programs_do_not(nvidia):
     params, half = params_of("llama"), {"dtype": jnp.bfloat16}
     states = lambda lm: for_cuda(lm.hidden, params, TOKENS, MASK)
     assert kernels(states(lm_of("llama", **half))) == ["Softmax"]

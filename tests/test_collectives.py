@@ -10,8 +10,8 @@ import pytest
 import pgjax as pg
 from benchmarks.hlo import collectives
 from pgjax.learning import programs
+from pgjax.learning.algorithms import Batch
 from pgjax.learning.optimizer import adamw, init_state
-from pgjax.learning.policy_loss import Batch
 from pgjax.models.causal_lm import causal_lm
 from pgjax.parallel.sharding import batch_sharding, make_mesh, param_shardings, replicated
 from pgjax.rollout import sample
@@ -62,8 +62,8 @@ def compiled(program: str, arch: pg.Architecture, rows: int, *, group_size: int 
             inside, x = (split((rows, NEW + 1), dtype) for dtype in (jnp.bool_, jnp.float32))
             batch, order = Batch(tokens, mask, inside, x, x, x, x, x), whole((2, rows // 2), jnp.int32)
             lowered = programs.update.lower(
-                state, batch, order, index, lm=lm, optimizer=OPTIMIZER, microbatches=2, temperature=1.0, clip_eps=0.2,
-                value_clip_eps=None, value_coef=0.5, entropy_coef=0.0, group_size=group_size,
+                state, batch, order, index, lm=lm, optimizer=OPTIMIZER, microbatches=2, algorithm=pg.ppo(),
+                group_size=group_size,
             )  # fmt: skip
         return lowered.compile(AS_FOR_USERS)
 

@@ -10,7 +10,6 @@ import pytest
 
 import pgjax as pg
 from pgjax.learning import programs
-from pgjax.learning.optimizer import adamw, init_state
 from pgjax.models.attention import cuda_capability
 from pgjax.models.decode_attention import slot_attention
 from tests.compare import assert_close
@@ -77,33 +76,33 @@ def test_the_decode_kernel_equals_attention_under_a_mask(heads, kv_heads, length
 
 
 @pytest.mark.parametrize(("dtype", "precision", "bound"), [("float32", "highest", 1e-4), ("bfloat16", None, 0.1)])
-def test_what_the_sampler_says_is_what_scoring_says(dtype, precision, bound):
+def test_the_samplers_logprobs_are_those_of_a_teacher_forced_pass(dtype, precision, bound):
     lm, both = lm_of(dtype=jnp.dtype(dtype)), {"lm": params(), "value": pg.init_value_head(ARCH.width)}
     with jax.default_matmul_precision(precision):
-        rolled, said = pg.sample_scored(lm, both, PROMPTS, PROMPT_MASK, jax.random.key(1), max_new_tokens=NEW)
+        rolled, policy = pg.sample_scored(lm, both, PROMPTS, PROMPT_MASK, jax.random.key(1), max_new_tokens=NEW)
         again = pg.sample(lm, params(), PROMPTS, PROMPT_MASK, jax.random.key(1), max_new_tokens=NEW)
-        scored = programs.score(lm, both, rolled.tokens, rolled.attention_mask, 1.0, window=NEW + 1, parts=2)
+        given = rolled.tokens, rolled.attention_mask, jnp.float32(1.0)
+        forced = programs.teacher_force(lm, both, *given, window=NEW + 1, parts=2)
+        ref_logprobs = programs.reference_logprobs(lm, params(), *given, window=NEW + 1, parts=2)
     assert np.array_equal(rolled.tokens, again.tokens)
     mask = np.asarray(rolled.mask)[:, -NEW - 1 :]
-    assert_close(np.asarray(said.logprobs)[mask], np.asarray(scored.logprobs)[mask], bound)
-    assert_close(np.asarray(said.entropy)[mask], np.asarray(scored.entropy)[mask], bound)
+    assert_close(np.asarray(policy.logprobs)[mask], np.asarray(forced.logprobs)[mask], bound)
+    assert_close(np.asarray(policy.entropy)[mask], np.asarray(forced.entropy)[mask], bound)
+    assert np.array_equal(np.asarray(ref_logprobs)[mask], np.asarray(forced.logprobs)[mask]), "the KL to itself is 0"
 
 
 def test_training_climbs_its_reward_and_compiles_once():
-    lm, optimizer = lm_of(dtype=jnp.bfloat16), adamw(2e-2, updates=1000)
-    start = {"lm": params(), "value": pg.init_value_head(ARCH.width)}
-    state, scores = init_state(jax.tree.map(jnp.copy, start), optimizer), []
+    lm, scores = lm_of(dtype=jnp.bfloat16), []
+    it = pg.iteration(
+        lm, pg.ppo(kl_coef=0.01, value_coef=0.1), pg.adamw(2e-2, updates=1000), reference=params(), max_new_tokens=NEW,
+        microbatches=2,
+    )  # fmt: skip
+    state = it.init(params(), jax.random.key(0))
     prompts, mask = np.repeat(PROMPTS, 16, axis=0), np.repeat(PROMPT_MASK, 16, axis=0)
-    for step in range(30):
-        rolled, said = pg.sample_scored(lm, state.params, prompts, mask, jax.random.key(step), max_new_tokens=NEW)
-        score = (np.asarray(rolled.tokens)[:, -NEW:] % 2).mean(1, dtype=np.float32)
-        batch, _, _ = programs.experience(
-            rolled, said, said, jnp.asarray(score), jnp.float32(0.0), discount=1.0, kl_target=None, kl_horizon=1.0
-        )
-        state, _ = programs.update(
-            state, batch, jnp.arange(64)[None], jnp.int32(0), lm=lm, optimizer=optimizer, microbatches=2, temperature=1.0,
-            clip_eps=0.2, value_clip_eps=None, value_coef=0.1, entropy_coef=0.0,
-        )  # fmt: skip
+    for _ in range(30):
+        rollout = it.sample(state, prompts, mask)
+        score = (np.asarray(rollout.tokens)[:, -NEW:] % 2).mean(1, dtype=np.float32)
+        state, _ = it.learn(state, rollout, score)
         scores.append(float(score.mean()))
     assert scores[0] < 0.6 and np.mean(scores[-3:]) > 0.8
     assert programs.update._cache_size() == 1

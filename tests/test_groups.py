@@ -12,8 +12,10 @@ import pytest
 
 import pgjax as pg
 from experiments import ppo as script
-from pgjax.learning import policy_loss, programs
-from pgjax.learning.optimizer import minibatches
+from pgjax.learning import evaluation, iteration, programs
+from pgjax.learning.algorithms import Batch
+from pgjax.learning.optimizer import accumulate, minibatches
+from pgjax.learning.policy_loss import policy_loss
 from pgjax.parallel.sharding import whole_groups
 from pgjax.rollout import task
 from pgjax.run import logs
@@ -82,30 +84,30 @@ def test_a_prompt_unlike_its_groups_is_never_wrong_in_silence():
         lm.hidden(params, tokens, mask, prompt_length=13, group_size=G)
 
 
-def test_scores_loss_and_gradient_of_groups_are_those_of_rows():
+def test_logprobs_loss_and_gradient_of_groups_are_those_of_rows():
     lm = tiny_lm("gpt2")
     params = {"lm": tiny_params("gpt2"), "value": {"kernel": jnp.ones(16), "bias": jnp.float32(0.5)}}
     tokens, mask = rows(1)
     window = N + 1
     inside = np.concatenate([np.zeros((ROWS, 1), bool), mask[:, P:]], axis=1)
 
-    def scored(group_size):
-        found = programs.score(
-            lm, params, tokens, mask, jnp.float32(0.7), window=window, parts=2, group_size=group_size
-        )
-        return jax.tree.map(lambda x: jnp.where(inside, x, 0.0), found)
+    given = tokens, mask, jnp.float32(0.7)
+
+    def forced(group_size):
+        options = {"window": window, "parts": 2, "group_size": group_size}
+        policy = programs.teacher_force(lm, params, *given, **options)
+        ref_logprobs = programs.reference_logprobs(lm, params["lm"], *given, **options)
+        return jax.tree.map(lambda x: jnp.where(inside, x, 0.0), (policy, ref_logprobs))
 
     def learned(group_size):
         x, y, z = np.random.default_rng(0).normal(size=(3, ROWS, window)).astype(np.float32)
-        batch = policy_loss.Batch(tokens, mask, inside, x - 3, y, z, x)
-        options = {"clip_eps": 0.2, "value_clip_eps": None, "value_coef": 0.5, "entropy_coef": 0.1}
-        loss_fn = functools.partial(policy_loss.ppo_loss, lm=lm, temperature=0.7, group_size=group_size, **options)
-        accumulate = jax.jit(lambda params: accumulate(loss_fn, params, batch, inside.sum(1), 2))
-        return accumulate(params)
+        batch, algorithm = Batch(tokens, mask, inside, x - 3, y, z, x), pg.ppo(entropy_coef=0.1)
+        loss_fn = functools.partial(policy_loss, lm=lm, algorithm=algorithm, temperature=0.7, group_size=group_size)
+        return jax.jit(lambda params: accumulate(loss_fn, params, batch, inside.sum(1), 2))(params)
 
     with pytest.raises(ValueError, match="12 rows do not divide into 5 parts"):
-        programs.score(lm, params, tokens, mask, jnp.float32(0.7), window=window, parts=5)
-    assert_close(scored(G), scored(1), of_max=1e-5)
+        programs.teacher_force(lm, params, *given, window=window, parts=5)
+    assert_close(forced(G), forced(1), of_max=1e-5)
     (gradient, metrics), (expected, expected_metrics) = learned(G), learned(1)
     same_gradient(gradient, expected)
     assert_close(metrics, expected_metrics, of_max=1e-5)
@@ -121,9 +123,9 @@ def test_completions_are_those_of_rows_alone(temperature):
     jax.tree.map(np.testing.assert_array_equal, grouped[:3], alone[:3])
     assert_close(grouped.logprobs, alone.logprobs, 2e-5)
     assert len({tuple(row) for row in np.asarray(grouped.tokens)[:G, P:]}) == (1 if temperature == 0 else G)
-    _, said = pg.rollout.sample_scored(lm, params, *arguments[2:], **options)
-    _, shared = pg.rollout.sample_scored(lm, params, *arguments[2:], **options, group_size=G)
-    assert_close(shared, said, of_max=2e-5)
+    _, alone = pg.sample_scored(lm, params, *arguments[2:], **options)
+    _, grouped = pg.sample_scored(lm, params, *arguments[2:], **options, group_size=G)
+    assert_close(grouped, alone, of_max=2e-5)
 
 
 def test_a_sampler_refuses_groups_that_are_none():
@@ -175,15 +177,14 @@ def test_groups_over_a_mesh_give_what_one_device_gives(axes):
             rolled = pg.sample(lm, params["lm"], prompts, prompt_mask, jax.random.key(5), **options)
             loss = lambda params: lm.hidden(params, rolled.tokens, rolled.attention_mask, prompt_length=7, group_size=2)
             gradient = jax.jit(jax.grad(lambda params: jnp.square(loss(params)).mean()))(params["lm"])
-            scores = {"window": 5, "parts": 2, "group_size": 2}
-            return jax.device_get((rolled, gradient)), jax.device_get(
-                programs.score(lm, params, rolled.tokens, rolled.attention_mask, jnp.float32(1.0), **scores)
-            )
+            given, options = (rolled.tokens, rolled.attention_mask, jnp.float32(1.0)), {"window": 5, "parts": 2}
+            forced = programs.teacher_force(lm, params, *given, **options, group_size=2)
+            return jax.device_get((rolled, gradient, forced))
 
-    (rolled, gradient), scored = run(axes)
-    (expected, expected_gradient), expected_scored = run(None)
+    rolled, gradient, forced = run(axes)
+    expected, expected_gradient, expected_forced = run(None)
     jax.tree.map(np.testing.assert_array_equal, rolled[:3], expected[:3])
-    assert_close((rolled.logprobs, scored), (expected.logprobs, expected_scored), of_max=1e-5)
+    assert_close((rolled.logprobs, forced), (expected.logprobs, expected_forced), of_max=1e-5)
     assert_close(gradient, expected_gradient, of_max=1e-5)
 
 
@@ -205,11 +206,11 @@ def test_a_script_that_shares_prompts_learns_what_one_learns_that_does_not(tmp_p
         model=str(save_tiny_model(tmp_path / "tiny")), prompts=str(prompts), held_out=str(prompts), steps=2,
         rewards=("tests.test_groups:letters",), output=tmp_path / "shared", batch_size=8, max_new_tokens=6, minibatches=1,
         microbatches=2, learning_rate=1e-2, warmup_updates=0, kl_coef=0.5, eval_samples=eval_samples, samples_every=1,
-        save_every=100, advantage="group", group_size=2, kl_loss_coef=0.1,
+        save_every=100, algorithm="grpo", group_size=2, kl_loss_coef=0.1,
     )  # fmt: skip
     script.main(config)
     one = logs.read_metrics(config.output)
-    for module in (script, task):
+    for module in (script, iteration, evaluation, task):
         monkeypatch.setattr(module, "whole_groups", lambda mesh, rows, group_size: 1)
     script.main(dataclasses.replace(config, output=tmp_path / "alone"))
     other = logs.read_metrics(tmp_path / "alone")

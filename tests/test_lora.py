@@ -11,8 +11,8 @@ import pytest
 
 import pgjax as pg
 from pgjax.learning import programs
+from pgjax.learning.algorithms import Batch
 from pgjax.learning.optimizer import adamw, init_state
-from pgjax.learning.policy_loss import Batch
 from pgjax.models.lora import KERNELS
 from pgjax.parallel import sharding
 from tests.compare import assert_close
@@ -133,21 +133,17 @@ def test_logits_and_gradients_are_those_of_peft(name):
             np.testing.assert_allclose(leaves[f"lora_{part.lower()}"], wanted, atol=1e-3 * np.abs(wanted).max())
 
 
-def test_sampling_and_scoring_speak_of_one_policy():
+def test_the_sampler_and_a_teacher_forced_pass_have_one_policy():
     lm, adapted = tiny_lm("qwen3"), pg.with_lora(tiny_params("qwen3"), adapters("qwen3", alpha=1.5))
     params = {"lm": adapted, "value": pg.init_value_head(lm.arch.width)}
     options = {"max_new_tokens": 6, "temperature": 0.9}
-    rollout, said = pg.sample_scored(lm, params, TOKENS[:, :5], MASK[:, 4:], jax.random.key(3), **options)
-    scored = programs.score(
-        lm, params, rollout.tokens, rollout.attention_mask, jnp.float32(0.9), window=7, parts=2
-    )  # fmt: skip
+    rollout, policy = pg.sample_scored(lm, params, TOKENS[:, :5], MASK[:, 4:], jax.random.key(3), **options)
+    given = rollout.tokens, rollout.attention_mask, jnp.float32(0.9)
+    forced = programs.teacher_force(lm, params, *given, window=7, parts=2)
     inside = rollout.mask[:, -7:]
-    np.testing.assert_allclose(said.logprobs[inside], scored.logprobs[inside], atol=1e-4)
-    frozen = programs.score(
-        lm, {**params, "lm": tiny_params("qwen3")}, rollout.tokens, rollout.attention_mask, jnp.float32(0.9),
-        window=7, parts=2,
-    )  # fmt: skip
-    assert np.abs(frozen.logprobs - scored.logprobs).max() > 0.1
+    np.testing.assert_allclose(policy.logprobs[inside], forced.logprobs[inside], atol=1e-4)
+    frozen = programs.reference_logprobs(lm, tiny_params("qwen3"), *given, window=7, parts=2)
+    assert np.abs(frozen - forced.logprobs).max() > 0.1
 
 
 def batch_of(rows=4, width=4):
@@ -172,13 +168,12 @@ def updated(frozen, trained, *, microbatches=1, mesh=None):
         params, frozen = (sharding.place(x, sharding.param_shardings(mesh, x)) for x in (params, frozen))
         batch = sharding.place(batch, sharding.batch_sharding(mesh))
     state, order = init_state(params, optimizer), jnp.array([[2, 0, 3, 1]])
-    options = {
-        "temperature": 1.0, "clip_eps": 0.2, "value_clip_eps": None, "value_coef": 0.5, "entropy_coef": 0.01,
-    }  # fmt: skip
+    algorithm = pg.ppo(entropy_coef=0.01)
     for _ in range(3):
         state, metrics = programs.update(
-            state, batch, order, jnp.int32(0), frozen, lm=lm, optimizer=optimizer, microbatches=microbatches, **options
-        )
+            state, batch, order, jnp.int32(0), frozen, lm=lm, algorithm=algorithm, optimizer=optimizer,
+            microbatches=microbatches,
+        )  # fmt: skip
     return state, metrics
 
 

@@ -19,7 +19,7 @@ from pgjax.core.advantages import (
 from pgjax.core.kl import kl_k1
 from pgjax.core.losses import clipped_surrogate_loss, policy_gradient_loss
 from pgjax.core.masking import masked_mean, masked_whiten
-from pgjax.learning.algorithms import Experience, leave_one_out_advantages
+from pgjax.learning.algorithms import Experience, group_relative_advantages, leave_one_out_advantages
 from tests import expected_gradients as lab
 from tests.compare import assert_close
 from tests.expected_gradients import expected_gradient, in_both_precisions
@@ -115,14 +115,49 @@ def test_leave_one_out_with_k1_in_the_reward_is_exact(place, atol):
             return at_every_token(leave_one_out(scores - mdp.BETA * kl.sum(1)))
         if place == "from each token on":
             rewards = kl_shaped_rewards(scores, kl, PAIR, kl_coef=mdp.BETA)
-            returns = monte_carlo_returns(rewards, PAIR)
-            unread = jnp.full(PAIR.shape, jnp.nan)
-            experience = Experience(scores, unread, returns, unread, unread, unread, PAIR)
-            return leave_one_out_advantages(experience, group_size=2)
+            return leave_one_out_advantages(known(scores, kl, rewards), group_size=2)
         return monte_carlo_returns(kl_shaped_rewards(leave_one_out(scores), kl, PAIR, kl_coef=mdp.BETA), PAIR)
 
     found = jax.jit(jax.vmap(advantages))(jnp.asarray(mdp.REWARD)[lab.PAIRS], kl[lab.PAIRS])
     assert_close(pairs_gradient(found), mdp.exact_gradient(mdp.POLICY), atol)
+
+
+def known(scores, kl, rewards):
+    """What an algorithm is told of a pair of sequences."""
+    returns, zeros = monte_carlo_returns(rewards, PAIR), jnp.zeros_like(kl)
+    return Experience(scores, -mdp.BETA * kl, returns, zeros, zeros, zeros, PAIR)
+
+
+SCORE_PARTS = {True: GROUPED, False: lab.SCORE_GRADIENT / 2}  # of the group's advantages, normalised or not
+
+
+@pytest.mark.parametrize("normalize", SCORE_PARTS)
+@in_both_precisions
+def test_a_group_is_normalised_by_scores_alone_and_the_penalty_keeps_its_exact_gradient(normalize, atol):
+    """The bug: the spread of scores and penalties together divided the penalty."""
+    kl = kl_k1(lab.logprobs_of(mdp.POLICY), lab.logprobs_of(mdp.REFERENCE))
+
+    def advantages(scores, kl):
+        rewards = kl_shaped_rewards(scores, kl, PAIR, kl_coef=mdp.BETA)
+        return group_relative_advantages(known(scores, kl, rewards), group_size=2, normalize=normalize)
+
+    found = jax.jit(jax.vmap(advantages))(jnp.asarray(mdp.REWARD)[lab.PAIRS], kl[lab.PAIRS])
+    assert_close(pairs_gradient(found), SCORE_PARTS[normalize] - mdp.BETA * lab.KL_GRADIENT, atol)
+
+
+@pytest.mark.parametrize("normalize", SCORE_PARTS)
+def test_equal_scores_leave_the_penalty_alone_which_is_no_larger_than_the_kl(normalize):
+    kl = np.asarray(kl_k1(lab.logprobs_of(mdp.POLICY), lab.logprobs_of(mdp.REFERENCE)))[lab.PAIRS]
+    scores = jnp.full(lab.PAIRS.shape, 3.7)
+
+    def advantages(scores, kl, beta):
+        experience = known(scores, kl, kl)._replace(penalties=-beta * kl)
+        return group_relative_advantages(experience, group_size=2, normalize=normalize)
+
+    found = jax.jit(jax.vmap(advantages, in_axes=(0, 0, None)))
+    to_come = np.cumsum(kl[:, :, ::-1], axis=2)[:, :, ::-1] * mdp.MASK[0]
+    assert_close(found(scores, kl, 0.005), -0.005 * (to_come - to_come[:, ::-1]), 1e-6)
+    assert not np.any(found(scores, kl, 0.0))
 
 
 @in_both_precisions

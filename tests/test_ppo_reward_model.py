@@ -9,21 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tyro
 
 import pgjax as pg
 from experiments import ppo as script
 from pgjax.data.preferences import TEMPLATED
+from pgjax.learning import iteration, programs
 from pgjax.models.reward_model import from_causal_lm
 from pgjax.rollout import judge, task
 from pgjax.rollout.judge import differences, load_judge
 from pgjax.rollout.rewards import RewardError
-from pgjax.run import logs
+from pgjax.run import logs, presets
 from tests.tiny_task import EARLY_LETTERS, early_letters, other_letters, save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
-
-RLOO = {"advantage": "leave-one-out", "algorithm": "reinforce", "reduce": "sequence_sum"}
 
 
 class Box:
@@ -85,15 +83,15 @@ def change(config: script.Config, **fields) -> script.Config:
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The rollouts and scores that `ppo.experience` gets."""
+    """The rollouts and scores that `programs.experience` gets."""
     calls = []
-    original = script.ppo.experience
+    original = programs.experience
 
-    def recorded(rollout, policy, frozen, scores, kl_coef, **options):
+    def recorded(rollout, policy, ref_logprobs, scores, kl_coef, **options):
         calls.append(jax.device_get((rollout, scores)))
-        return original(rollout, policy, frozen, scores, kl_coef, **options)
+        return original(rollout, policy, ref_logprobs, scores, kl_coef, **options)
 
-    monkeypatch.setattr(script.ppo, "experience", recorded)
+    monkeypatch.setattr(iteration.programs, "experience", recorded)
     return calls
 
 
@@ -128,7 +126,7 @@ def test_it_is_mixed_with_black_boxes_by_weight(config, seen, folders):
         model = [alone(rm, params, row[m]) for row, m in zip(rollout.tokens, rollout.attention_mask, strict=True)]
         known = 2 * np.array(early_letters(texts, texts)) - 0.5 * np.array(model)
         np.testing.assert_allclose(scores, known, rtol=1e-4, atol=1e-5)
-    row = logs.read_metrics(config.output)[-2]
+    row = logs.read_metrics(config.output)[-1]
     assert {"rewards/early_letters", "rewards/boxed", "rewards/reward_model"} <= row.keys()
 
 
@@ -138,8 +136,8 @@ def pg_texts(rollout, tokenizer):
     ]
 
 
-@pytest.mark.parametrize("variant", ["ppo", "rloo"])
-def test_reference_and_reward_model_are_bit_identical_afterwards(config, monkeypatch, variant):
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
+def test_reference_and_reward_model_are_bit_identical_afterwards(config, monkeypatch, algorithm):
     kept = []
 
     def keeping(load):
@@ -152,7 +150,7 @@ def test_reference_and_reward_model_are_bit_identical_afterwards(config, monkeyp
 
     monkeypatch.setattr(script.pg, "load", keeping(pg.load))
     monkeypatch.setattr(judge.pg, "load_reward_model", keeping(pg.load_reward_model))
-    script.main(change(config, **(RLOO if variant == "rloo" else {"epochs": 2})))
+    script.main(change(config, algorithm=algorithm, epochs=2 if algorithm == "ppo" else 1))
     assert len(kept) == 2, "the policy's start, which is the reference, and the reward model"
     for params, before in kept:
         jax.tree.map(np.testing.assert_array_equal, params, before)
@@ -167,18 +165,18 @@ def test_from_the_second_step_on_nothing_compiles_and_no_transfer_is_hidden(conf
         if call == 2:  # in step 2: everything has been compiled, the report of step 1 included
             jax.config.update("jax_transfer_guard", "disallow")
             jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
-        if call == 5:  # the evaluation at the end: saving and drawing come next
+        if call == 5:  # the evaluation of the last step: saving and drawing come next
             jax.config.update("jax_transfer_guard", "allow")
             jax.monitoring.clear_event_listeners()
 
     BOX.__init__()
     BOX.act = guard
     try:
-        script.main(change(config, **RLOO, steps=3, eval_every=2, rewards=(f"{__name__}:boxed",)))
+        script.main(change(config, algorithm="rloo", steps=3, eval_every=2, rewards=(f"{__name__}:boxed",)))
     finally:
         jax.config.update("jax_transfer_guard", "allow")
         jax.monitoring.clear_event_listeners()
-    assert BOX.calls == 6, "before, two steps, an evaluation between, the last step, and after"
+    assert BOX.calls == 6, "before, two steps, an evaluation, the last step and its evaluation"
     assert not [name for name in compiled if "backend_compile" in name]
 
 
@@ -306,8 +304,7 @@ def test_a_language_model_is_no_reward_model(config, folders):
     ],
 )
 def test_a_reward_model_takes_the_place_of_the_presets_black_box_unless_rewards_are_named(arguments, rewards, held_out):
-    default, rest = script.preset(arguments)
-    found = tyro.cli(script.Config, default=default, args=rest)
+    found = presets.parse(script.PRESETS, goes_with=script.GOES_WITH, args=arguments)
     assert found.rewards == rewards and (found.held_out is not None) == held_out
 
 

@@ -1,4 +1,4 @@
-"""Sampling, scoring and learning give one device's numbers on every layout of four, and leave the layout as it was."""
+"""Sampling, teacher forcing and learning give one device's numbers on every layout of four, and leave the layout as it was."""
 
 import functools
 import logging
@@ -52,7 +52,7 @@ def case(name, axes):
 
 
 @pytest.mark.parametrize(("name", "axes"), [case("llama", axes) for axes in LAYOUTS])
-def test_samples_and_scores_are_the_same_on_every_layout(name, axes):
+def test_samples_and_their_logprobs_are_the_same_on_every_layout(name, axes):
     lm, expected = tiny_lm(name), on_one_device(acted, name)
     with placed(axes, host_params(lm)) as params:
         found = acted(lm, params)
@@ -60,7 +60,8 @@ def test_samples_and_scores_are_the_same_on_every_layout(name, axes):
         assert np.array_equal(found[kind].tokens, expected[kind].tokens)
         assert np.array_equal(found[kind].mask, expected[kind].mask)
         assert_close(found[kind].logprobs, expected[kind].logprobs, of_max=1e-5)
-    assert_close(found["scored"], expected["scored"], of_max=1e-5)
+    for kind in ("policy", "ref_logprobs"):
+        assert_close(found[kind], expected[kind], of_max=1e-5)
 
 
 @pytest.mark.parametrize(("name", "axes"), [*(case("llama", axes) for axes in LAYOUTS), case("gpt2", LAYOUTS[-1])])

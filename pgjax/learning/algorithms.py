@@ -209,8 +209,6 @@ def policy_gradient_token_loss(logprobs: jax.Array, batch: Batch) -> jax.Array:
     return policy_gradient_loss(logprobs, batch.advantages, batch.mask, reduce="none")
 
 
-# Equal arguments give the same value, and so the same compiled programs.
-@functools.lru_cache(maxsize=64)
 def ppo(
     *, clip_eps: float = 0.2, clip_eps_high: float | None = None, dual_clip: float | None = None,
     value_coef: float = 0.5, value_clip_eps: float | None = None, whiten: bool = True, entropy_coef: float = 0.0,
@@ -232,13 +230,12 @@ def ppo(
     (0.3, 0.3)
     """
     return Algorithm(
-        functools.partial(value_advantages, whiten=whiten), reduce=reduce, value_coef=value_coef, kl_coef=kl_coef,
+        _bound(value_advantages, whiten=whiten), reduce=reduce, value_coef=value_coef, kl_coef=kl_coef,
         kl_loss_coef=kl_loss_coef, entropy_coef=entropy_coef, discount=discount, value_clip_eps=value_clip_eps,
         **_clipped(clip_eps, clip_eps_high, dual_clip),
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=64)
 def rloo(
     *, group_size: int = 4, clip_eps: float | None = None, clip_eps_high: float | None = None,
     dual_clip: float | None = None, entropy_coef: float = 0.0, kl_coef: float = 0.005, kl_loss_coef: float = 0.0,
@@ -258,7 +255,12 @@ def rloo(
     >>> rloo(group_size=8).group_size, rloo().on_policy, rloo(clip_eps=0.2).on_policy
     (8, True, False)
     """
-    advantages = functools.partial(leave_one_out_advantages, group_size=_group(group_size))
+    for name, x in {"clip_eps_high": clip_eps_high, "dual_clip": dual_clip}.items():
+        if clip_eps is None and x is not None:
+            raise UserError(
+                f"{name}={x} belongs to a clipped ratio, which needs clip_eps: without it the loss is REINFORCE's"
+            )
+    advantages = _bound(leave_one_out_advantages, group_size=_group(group_size))
     loss = _plain() if clip_eps is None else _clipped(clip_eps, clip_eps_high, dual_clip)
     return Algorithm(
         advantages, reduce=reduce, group_size=group_size, kl_coef=kl_coef, kl_loss_coef=kl_loss_coef,
@@ -266,7 +268,6 @@ def rloo(
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=64)
 def grpo(
     *, group_size: int = 4, clip_eps: float = 0.2, clip_eps_high: float | None = None, dual_clip: float | None = None,
     normalize: bool = True, entropy_coef: float = 0.0, kl_coef: float = 0.0, kl_loss_coef: float = 0.04,
@@ -286,7 +287,7 @@ def grpo(
     >>> grpo(group_size=8).kl_loss_coef
     0.04
     """
-    advantages = functools.partial(group_relative_advantages, group_size=_group(group_size), normalize=normalize)
+    advantages = _bound(group_relative_advantages, group_size=_group(group_size), normalize=normalize)
     return Algorithm(
         advantages, reduce=reduce, group_size=group_size, kl_coef=kl_coef, kl_loss_coef=kl_loss_coef,
         entropy_coef=entropy_coef, **_clipped(clip_eps, clip_eps_high, dual_clip),
@@ -316,7 +317,6 @@ def dr_grpo(
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=64)
 def reinforce(
     *, entropy_coef: float = 0.0, kl_coef: float = 0.005, kl_loss_coef: float = 0.0, discount: float = 1.0,
     reduce: str = "sequence_sum",
@@ -343,6 +343,12 @@ def _of_others(x: jax.Array, group_size: int) -> jax.Array:
     return jax.vmap(functools.partial(leave_one_out_baseline, group_size=group_size), in_axes=1, out_axes=1)(x)
 
 
+@functools.lru_cache(maxsize=256)
+def _bound(function: Callable, **options: Any) -> Callable:
+    """Bind options; equal ones give the same function, so that equal algorithms share their compiled programs."""
+    return functools.partial(function, **options)
+
+
 def _group(size: int) -> int:
     if size < 2:
         raise UserError(f"completions of one prompt are compared: group_size must be at least 2, got {size}")
@@ -355,7 +361,7 @@ def _clipped(clip_eps: float, clip_eps_high: float | None, dual_clip: float | No
             raise UserError(f"{name} must be at least 0, got {eps}")
     if dual_clip is not None and not 1 < dual_clip < math.inf:
         raise UserError(f"dual_clip must be above 1, got {dual_clip} (None sets no bound)")
-    loss = functools.partial(clipped_token_loss, clip_eps=clip_eps, clip_eps_high=clip_eps_high, dual_clip=dual_clip)
+    loss = _bound(clipped_token_loss, clip_eps=clip_eps, clip_eps_high=clip_eps_high, dual_clip=dual_clip)
     return {"token_loss": loss, "clip_range": (clip_eps, clip_eps if clip_eps_high is None else clip_eps_high)}
 
 

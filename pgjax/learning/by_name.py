@@ -38,14 +38,24 @@ def load_algorithm(spec: str, **options: Any) -> Algorithm:
     if unknown:
         raise UserError(f"the algorithm {spec} has no option {', '.join(unknown)}")
     if isinstance(found, Algorithm):
-        return found._replace(**given)
+        return _replaced(spec, found, given)
     arguments = {name: value for name, value in given.items() if name in takes}
     made = found(**arguments)
     if not isinstance(made, Algorithm):
         raise UserError(
             f"the algorithm {spec} must be a pgjax.Algorithm or a function that gives one, and gives {made!r}"
         )
-    return made._replace(**{name: value for name, value in given.items() if name not in takes})
+    return _replaced(spec, made, {name: value for name, value in given.items() if name not in takes})
+
+
+def _replaced(spec: str, algorithm: Algorithm, fields: dict[str, Any]) -> Algorithm:
+    size, wanted = algorithm.group_size, fields.get("group_size", algorithm.group_size)
+    if size > 1 and wanted != size:  # `advantages` would go on to compare groups of the old size
+        raise UserError(
+            f"the algorithm {spec} compares groups of {size} in its advantages, not of group_size={wanted}: make it a "
+            "function of group_size"
+        )
+    return algorithm._replace(**fields)
 
 
 def _find(spec: str) -> Any:

@@ -154,13 +154,13 @@ def iteration(
     def sample_(state: State, prompts: jax.typing.ArrayLike, prompt_mask: jax.typing.ArrayLike) -> Sampled:
         params = with_lora(base, state.learner.params)
         rows = len(prompts)  # type: ignore[arg-type]
+        options = {"window": window, "parts": parts(rows), "group_size": shared(rows)}
         sampler = {**sampling, "group_size": whole_groups(mesh, rows, group)}
         if sampler_knows:
             rollout, policy = sample_scored(lm, params, prompts, prompt_mask, keys(state)[0], **sampler)
         else:
             sampler |= {"top_k": top_k, "top_p": top_p, "min_p": min_p}
             rollout = sample(lm, params["lm"], prompts, prompt_mask, keys(state)[0], **sampler)
-        options = {"window": window, "parts": parts(rows), "group_size": shared(rows)}
         ids = rollout.tokens, rollout.attention_mask, scale
         if not sampler_knows:
             policy = programs.teacher_force(lm, params, *ids, **options)
@@ -195,6 +195,11 @@ def iteration(
             raise UserError(
                 f"a batch of {rows} does not divide into minibatches={minibatches} times microbatches={microbatches}: make "
                 f"it a multiple of {minibatches * microbatches}"
+            )
+        if rows % group:
+            raise UserError(
+                f"a batch of {rows} does not divide into groups of {group} completions of a prompt: make it a multiple of "
+                f"{group}"
             )
         return minibatches * microbatches
 
