@@ -12,19 +12,28 @@ CLOCKED = ("timing/", "perf/")  # the figures of a run that no two runs share
 
 
 def assert_close(
-    actual: Any, expected: Any, atol: float = 0.0, *, rtol: float = 0.0, of_max: float = 0.0, name: str = ""
+    actual: Any,
+    expected: Any,
+    atol: float = 0.0,
+    *,
+    rtol: float = 0.0,
+    of_max: float = 0.0,
+    name: str = "",
+    equal_nan: bool = False,
 ) -> None:
     """Assert that two trees have one structure and shapes, and that no entry x of a leaf differs from its y by more than
 
         atol + rtol |y| + of_max max |y| of the leaf.
 
-    NaN is outside of any tolerance; dtypes may differ.
+    NaN is outside of any tolerance, unless `equal_nan` and both are NaN; dtypes may differ.
     """
 
     def check(path: Any, x: Any, y: Any) -> None:
         where = f"{name}{jax.tree_util.keystr(path)} ".lstrip()
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         assert x.shape == y.shape, f"{where}has shape {x.shape}, expected {y.shape}"
+        if equal_nan:
+            x, y = (np.where(np.isnan(x) & np.isnan(y), 0.0, z) for z in (x, y))
         off, size = np.abs(x - y), np.abs(y)
         excess = off - (atol + rtol * size + of_max * size.max(initial=0))
         assert (excess <= 0).all(), f"{where}is off by {off.max()}, by {excess.max()} more than allowed"

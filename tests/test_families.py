@@ -110,7 +110,7 @@ def test_biases_belong_to_their_families():
         ({**LLAMA, "rope_parameters": {"rope_type": "linear", "rope_theta": 1.0}}, "linear", "default"),
         ({**LLAMA, "rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor", ""),
         ({**LLAMA, "rope_parameters": {"rope_theta": 7.0}, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear", ""),
-        ({**LLAMA, "rope_parameters": {"rope_theta": 7.0}, "rope_scaling": {"type": "default"}}, "not say the same", "7.0"),
+        ({**LLAMA, "rope_parameters": {"rope_theta": 7.0}, "rope_scaling": {"type": "default"}}, "differ", "7.0"),
         ({**LLAMA, "rope_parameters": "linear"}, "rope_parameters = 'linear'", "object"),
         ({**LLAMA, "rope_scaling": {"rope_type": "llama3", **LLAMA3, "factor": None}}, "factor = None", "above 0"),
         ({**LLAMA, "rope_scaling": {"rope_type": "llama3", **LLAMA3, "factor": 0}}, "factor = 0", "above 0"),

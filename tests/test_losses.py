@@ -247,7 +247,7 @@ def test_the_diagnostics_of_an_empty_batch_are_zero(shape):
         ({"clip_eps": np.float32(-1)}, "clip_eps must be at least 0, got -1.0"),
         ({"clip_eps_high": -1}, "clip_eps_high must be at least 0, got -1"),
         ({"dual_clip": 1.0}, "dual_clip must be above 1, got 1.0"),
-        ({"reduce": "mean"}, "token_mean, sequence_mean, sequence_sum, got 'mean'"),
+        ({"reduce": "mean"}, "token_mean, sequence_mean, sequence_sum, none, got 'mean'"),
     ],
 )
 def test_numbers_out_of_range_are_refused(options, message):

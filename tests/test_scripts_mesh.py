@@ -82,7 +82,7 @@ def test_every_stage_runs_where_the_whole_does(folder, monkeypatch):
         ({"mesh": "data=4", "batch_size": 6, "minibatches": 1}, "batch_size: 6 rows"),
         (
             {"mesh": "data=4", "batch_size": 8, "minibatches": 2, "microbatches": 2},
-            "batch_size=8 / minibatches=2 / micro",
+            "batch_size=8 / parts=4",
         ),
         ({"mesh": "tensor=4", "batch_size": 8}, "tensor=4"),  # of two heads
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import logging
 import os
 import sys
@@ -41,18 +42,20 @@ def plain_errors(go_on: str = "the same command with --resume goes on") -> Itera
       Traceback (most recent call last):
       SystemExit: error: steps must be at least 1, got 0
     """
-    try:
-        with _no_notes_of_orbax():
+    with _no_notes_of_orbax():
+        try:
             yield
-    except SystemExit:
-        raise
-    except BaseException as error:
-        line = _line(error, go_on)
-        if not processes.is_raised_on_all(error):
-            _end(error, line, go_on)
-        if line is None:
+        except SystemExit:
             raise
-        sys.exit(line)
+        except BaseException as error:
+            line = _line(error, go_on)
+            if not processes.is_raised_on_all(error):
+                _end(error, line, go_on)
+            if line is None:
+                raise
+            error.__traceback__ = error.__context__ = error.__cause__ = None
+            gc.collect()  # what orbax had begun hangs on those, and would report its own failures later
+            sys.exit(line)
 
 
 def _line(error: BaseException, go_on: str) -> str | None:

@@ -125,7 +125,7 @@ def open_session(
         ...     with open_session(Path(folder, "run"), {"w": jnp.zeros(2)}, config={"seed": 0}, steps=3) as run:
         ...         run.writer.write(0, {"loss": 0.5})
         ...     run.start, sorted(path.name for path in run.folder.iterdir() if "events" not in path.name)
-        (0, ['checkpoints', 'config.json', 'metrics.jsonl', 'samples.jsonl'])
+        (0, ['config.json', 'metrics.jsonl', 'samples.jsonl'])
     """
     resume = resume or resume_from is not None
 
