@@ -93,7 +93,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
             max_length=rm.arch.max_positions if config.max_length is None else config.max_length,
         )
     )  # fmt: skip
-    print("\n".join(notes))
+    processes.print_once("\n".join(notes))
     differ = config.reference is None or len(set(map(tuple, references))) > 1
     checks.require(differ, f"{config.reference}: all references are the same: normalising needs at least 2 that differ")
     devices.agree_on(f"what the tokenizer makes of {config.pairs}", (train_pairs, held_out, references))

@@ -89,7 +89,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         {"training": rows, "held-out": held_out_rows}, tokenizer, chat=config.chat, max_length=config.max_length,
         learn_prompt=config.learn_prompt,
     )  # fmt: skip
-    print("\n".join(notes))
+    processes.print_once("\n".join(notes))
     fingerprint = digest(packed._asdict())
     devices.agree_on("what the tokenizer makes of the rows", fingerprint)
 
@@ -166,7 +166,7 @@ def load_or_make(config: Config, rows: Placed, mesh: Mesh | None) -> tuple[pg.Ca
         texts_of(rows), jax.random.key(config.seed), config=config.config, vocab_size=config.vocab_size,
         tokenizer=folder_tokenizer(config.output / "tokenizer") if config.goes_on else None, dtype=config.dtype, mesh=mesh,
     )  # fmt: skip
-    print(f"a new {lm.arch.family} of {sum(x.size for x in jax.tree.leaves(params)):,} parameters")
+    processes.print_once(f"a new {lm.arch.family} of {sum(x.size for x in jax.tree.leaves(params)):,} parameters")
     return lm, params, tokenizer
 
 

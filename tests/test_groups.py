@@ -16,7 +16,7 @@ from pgjax.learning import evaluation, iteration, programs
 from pgjax.learning.algorithms import Batch
 from pgjax.learning.optimizer import accumulate, minibatches
 from pgjax.learning.policy_loss import policy_loss
-from pgjax.parallel.sharding import whole_groups
+from pgjax.parallel.sharding import make_mesh, whole_groups
 from pgjax.rollout import task
 from pgjax.run import logs
 from tests import ppo_on_mesh
@@ -189,7 +189,7 @@ def test_groups_over_a_mesh_give_what_one_device_gives(axes):
 
 
 def test_devices_that_would_get_parts_of_groups_compute_rows():
-    mesh = pg.sharding.make_mesh(data=2, fsdp=2)
+    mesh = make_mesh(data=2, fsdp=2)
     assert whole_groups(mesh, 16, 4) == 4 and whole_groups(mesh, 16, 8) == 1 and whole_groups(None, 12, 8) == 1
 
 

@@ -133,7 +133,9 @@ def test_early_stopping_and_the_adaptive_coefficient():
     )  # fmt: skip
     _, state, metrics = once(it, params())
     assert int(metrics["train/updates"]) == 2, "the first epoch's policy is the one that sampled"
-    assert metrics["objective/kl"] > 1.2e-3 and float(state.kl_coef) == pytest.approx(0.5 * (1 + 0.2 * 16 / 160))
+    sign = 1 if metrics["objective/kl"] > 1e-3 else -1  # the estimate of a batch may be below 0
+    assert abs(metrics["objective/kl"] - 1e-3) > 2e-4, "far enough from the target for the largest step"
+    assert float(state.kl_coef) == pytest.approx(0.5 * (1 + sign * 0.2 * 16 / 160))
 
 
 def test_a_mesh_gives_the_numbers_of_one_device():
@@ -210,7 +212,7 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_is_sampled(rows
         (pg.reinforce(kl_coef=0.0), {"epochs": 2}, "epochs=2 would learn from samples of an older policy"),
         (pg.ppo(kl_coef=0.0), {"epochs": 0}, "epochs must be at least 1, got 0"),
         (pg.ppo(kl_coef=0.0), {"microbatches": 1.5}, "microbatches must be a whole number, got 1.5"),
-        (pg.ppo(kl_coef=0.0), {"temperature": 0.0}, "temperature must be .* above 0, got 0.0"),
+        (pg.ppo(kl_coef=0.0), {"temperature": 0.0}, "temperature must be above 0 and finite, got 0.0"),
         (pg.ppo(kl_coef=0.0), {"top_p": 0.9, "teacher_force": False}, "teacher_force=False takes the sampler's"),
     ],
 )

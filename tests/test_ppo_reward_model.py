@@ -149,7 +149,7 @@ def test_reference_and_reward_model_are_bit_identical_afterwards(config, monkeyp
         return loaded
 
     monkeypatch.setattr(script.pg, "load", keeping(pg.load))
-    monkeypatch.setattr(judge.pg, "load_reward_model", keeping(pg.load_reward_model))
+    monkeypatch.setattr(judge, "load_reward_model", keeping(pg.load_reward_model))
     script.main(change(config, algorithm=algorithm, epochs=2 if algorithm == "ppo" else 1))
     assert len(kept) == 2, "the policy's start, which is the reference, and the reward model"
     for params, before in kept:
@@ -266,7 +266,7 @@ def test_a_score_that_is_not_finite_stops_the_run_and_names_the_row(config, monk
         rm, params, tokenizer = original(source, **options)
         return rm, params | {"score": {"kernel": params["score"]["kernel"] * jnp.nan}}, tokenizer
 
-    monkeypatch.setattr(judge.pg, "load_reward_model", broken)
+    monkeypatch.setattr(judge, "load_reward_model", broken)
     with pytest.raises(RewardError, match=r"reward 'reward_model' returned nan in row 0") as stopped:
         script.main(config)
     assert stopped.value.prompt.startswith("say ")

@@ -188,7 +188,7 @@ def iteration(
                 break
         averaged = _averaged(taken) | {"train/healthy": of_update["train/healthy"]}  # once False, it stays so
         metrics = {**metrics, **averaged, "train/updates": np.int32(len(taken))}
-        return State(learner, kl_coef, state.iterations + 1, state.key), metrics
+        return State(learner, kl_coef, _one_more(state.iterations), state.key), metrics
 
     def parts(rows: int) -> int:
         if rows % (minibatches * microbatches):
@@ -217,6 +217,11 @@ def iteration(
         return run if mesh is not None else function
 
     return Iteration(on_mesh(init), on_mesh(sample_), on_mesh(learn))
+
+
+@jax.jit
+def _one_more(count: jax.Array) -> jax.Array:
+    return count + 1  # in a program: outside, the 1 would be transferred implicitly
 
 
 @jax.jit

@@ -136,7 +136,7 @@ def run_stages(
         if name == redo_from:  # not before: a stage in front of it may be refused, and then nothing has moved
             later = [root / other for other in names[names.index(name) :]]
             for moved in processes.on_process_0(functools.partial(_names_of_moved, later)):
-                print(f"moved the old stage to {moved}")
+                processes.print_once(f"moved the old stage to {moved}")
         inputs = [done[other] for other in stage.made_from]
         done[name] = run_stage(root / name, stage.config, stage.work, made_from=inputs, redo=redo(name))
     return done
