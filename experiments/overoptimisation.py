@@ -85,7 +85,7 @@ def made_rlhf(folder: Path) -> dict[str, Done]:
     """Find the stages of a finished RLHF run, or make it with its default numbers."""
     stages = {name: finished(folder / name) for name in rlhf_stages.MADE_FROM}
     if stages["sft"] is None or stages["reward_model"] is None or stages["ppo"] is None:
-        processes.print_once(f"{folder} holds no complete RLHF run: making it first")
+        print(f"{folder} holds no complete RLHF run: making it first")
         rlhf.main(rlhf.Config(output=folder))
     return {name: stage for name in rlhf_stages.MADE_FROM if (stage := finished(folder / name)) is not None}
 

@@ -467,7 +467,7 @@ def test_equal_scores_teach_grpo_the_kl_alone_and_gently(config, fresh_box):
         found.append(float(jnp.abs(batch.advantages).sum() / batch.mask.sum().astype(jnp.float32)))
         return batch, *rest
 
-    experience = iteration.programs.experience
+    experience = iteration.programs.experience  # with one update a rollout the sampler's rounding is in the KL
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(iteration.programs, "experience", recorded)
         script.main(

@@ -51,7 +51,7 @@ def sample(base: ppo.Config, sizes: Sequence[int], samples: int, folder: Path, r
     rows = [row for row in load_rows(base.held_out, check_rows) for _ in range(samples)]
     proxy: list[float] = []
     texts: list[str] = []
-    processes.print_once(f"sampling {samples} completions for each of {len(rows) // samples} held-out prompts")
+    print(f"sampling {samples} completions for each of {len(rows) // samples} held-out prompts")
     task = make_task(
         lm, tokenizer, [], None, [rows], chat=base.chat, max_new_tokens=base.max_new_tokens, temperature=base.temperature,
     )  # fmt: skip

@@ -39,9 +39,7 @@ class LearningFlags:
     kl_horizon: float = 10_000.0  # completions; how slowly kl_coef adapts
     importance_cap: float | None = None  # bound of the weights policy / sampler where they differ; None: no weights
     max_approx_kl: float | None = None  # stop an iteration's epochs when the policy has moved further, nats a token
-    teacher_force: bool | None = (
-        None  # a pass for the policy's log-probabilities; None: where the sampler's are not exact
-    )
+    teacher_force: bool | None = None  # a pass for the policy's log-probabilities; None: where one is needed
     epochs: int = 1  # passes over an iteration's completions
     minibatches: int | None = None  # optimizer updates in an epoch; None: 2, or 1 where the loss is for on-policy data
     microbatches: int = 2  # parts of a minibatch, for memory; the gradient is the same
