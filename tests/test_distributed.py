@@ -66,7 +66,7 @@ def samples(folder):
 
 def test_two_processes_train_as_one(found, single, folder):
     assert found[0]["figures"] == found[1]["figures"]
-    assert_same_metrics(trained(folder / "two"), trained(single)[:3], rtol=5e-5)
+    assert_same_metrics(trained(folder / "two"), trained(single)[:3], rtol=5e-5, atol=1e-5)
     before = [next(row for row in logs.read_metrics(x) if "eval/scores" in row) for x in (folder / "two", single)]
     assert_same_metrics(before[:1], before[1:], rtol=1e-5)
     ours, theirs = samples(folder / "two"), [row for row in samples(single) if row["step"] <= 3]
@@ -80,7 +80,7 @@ def test_each_process_judges_its_own_rows(found):
 
 def test_where_tensor_spans_the_processes_they_share_out_the_judging(found, single, folder):
     assert found[0]["crossed_calls"] == found[1]["crossed_calls"] == [4] * 3
-    assert_same_metrics(trained(folder / "crossed"), trained(single)[:1], rtol=5e-5)
+    assert_same_metrics(trained(folder / "crossed"), trained(single)[:1], rtol=5e-5, atol=1e-5)
     ours, theirs = samples(folder / "crossed"), [row for row in samples(single) if row["step"] == 1]
     assert len(ours) == 8
     assert [(row["prompt"], row["completion"]) for row in ours] == [(x["prompt"], x["completion"]) for x in theirs]
@@ -100,12 +100,12 @@ def test_one_process_goes_on_where_two_stopped(found, single, folder):
     """The snapshot and the folder of two processes are those of one."""
     shutil.copytree(folder / "two", folder / "onward")
     script.main(pair.make_config(folder, "onward", steps=4, resume=True))
-    assert_same_metrics(trained(folder / "onward"), trained(single), rtol=5e-5)
+    assert_same_metrics(trained(folder / "onward"), trained(single), rtol=5e-5, atol=1e-5)
 
 
 def test_a_mesh_gives_the_numbers_of_one_device(single, folder):
     script.main(pair.make_config(folder, "alone", mesh=None))
-    assert_same_metrics(trained(folder / "alone"), trained(single)[:3], rtol=5e-5)
+    assert_same_metrics(trained(folder / "alone"), trained(single)[:3], rtol=5e-5, atol=1e-5)
     ours, theirs = samples(folder / "alone"), [row for row in samples(single) if row["step"] <= 3]
     assert [row["completion"] for row in ours] == [row["completion"] for row in theirs]
 
