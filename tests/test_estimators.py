@@ -119,6 +119,7 @@ def test_the_running_mean_never_looks_at_its_own_batch():
     assert float(moved[4]) > float(estimators.running_mean(means)[4])
 
 
+@pytest.mark.campaign
 def test_the_script_measures_a_language_model_too_and_draws(exact, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(estimators, "on_the_mdp", lambda config: exact)  # measured above, at the same settings
     config = dataclasses.replace(CONFIG, picture=tmp_path / "estimators.png")

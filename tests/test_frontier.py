@@ -61,6 +61,7 @@ def report(finished):
     return json.loads(finished.json.read_text())
 
 
+@pytest.mark.campaign
 def test_every_kind_of_run_is_there_and_the_report_is_written(finished, report):
     kinds = [(row["method"], row["episodes"], row["kl_coef"], row["seed"]) for row in report["rows"]]
     assert kinds == [("RLOO", 16, 0.05, 0), ("PPO", 16, 0.05, 0)]
@@ -77,6 +78,7 @@ def test_other_coefficients_are_run_with_the_fewest_episodes_only():
     assert frontier.peer_plan(dataclasses.replace(config, peer_episodes=(64,))) == [(64, 0)]
 
 
+@pytest.mark.campaign
 def test_a_finished_run_is_not_trained_again_and_evaluates_to_the_same(finished, report):
     config = dataclasses.replace(finished, methods=("PPO",), json=None, picture=finished.output / "again.png")
     again = frontier.main(config)["rows"]

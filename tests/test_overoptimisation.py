@@ -145,6 +145,7 @@ def tiny_rlhf(tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.campaign
 def test_rlhf_and_its_study_from_one_end_to_the_other(tmp_path, capsys):
     config = tiny_rlhf(tmp_path)
     figures = rlhf.main(config)

@@ -172,7 +172,9 @@ def test_it_goes_on_from_a_checkpoint_and_learns_all_tokens_where_asked(config, 
     assert everything["train/tokens"] > figures["train/tokens"]
 
 
-@pytest.mark.parametrize("kind", ["text", "messages", "chat", "csv", "txt"])
+@pytest.mark.parametrize(
+    "kind", ["messages", *(pytest.param(kind, marks=pytest.mark.campaign) for kind in ("text", "chat", "csv", "txt"))]
+)
 def test_every_kind_of_rows_trains_from_scratch(config, tmp_path, kind):
     texts = [row["prompt"] + row["completion"] for row in pairs()]
     rows = {
