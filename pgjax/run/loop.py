@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
@@ -199,8 +200,7 @@ def _fetched(done: int, metrics: Mapping[str, Any], samples: Any) -> tuple[int, 
 
 def _give_memory_back() -> None:
     """Let glibc return what it keeps of freed memory: after a snapshot that is most of a copy of the state."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
 
