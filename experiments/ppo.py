@@ -38,7 +38,7 @@ from pgjax.run import checks, clock, devices, exits, loop, presets
 from pgjax.run.checkpoint.resume import frozen_model, rows_digest, to_best
 from pgjax.run.session import INCIDENTAL, RunFlags, open_session, session_options
 from pgjax.run.speed import policy_speed
-from pgjax.run.summary import before_and_after, has_metric, told
+from pgjax.run.summary import before_and_after, comparison, has_metric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,4 +197,4 @@ if __name__ == "__main__":
     with exits.plain_errors():
         figures = main(presets.parse(PRESETS, description=__doc__, goes_with=GOES_WITH))
     if processes.is_process_0():
-        print(told(figures))
+        print(comparison(figures))

@@ -30,9 +30,9 @@ from pgjax.core.masking import masked_mean as masked_mean
 from pgjax.core.masking import masked_whiten as masked_whiten
 from pgjax.core.trust_region import fisher_vector_product as fisher_vector_product
 from pgjax.core.trust_region import trust_region_step as trust_region_step
-from pgjax.learning.algorithms import Algorithm as Algorithm
-from pgjax.learning.algorithms import Batch as Batch
-from pgjax.learning.algorithms import Experience as Experience
+from pgjax.learning.algorithm import Algorithm as Algorithm
+from pgjax.learning.algorithm import Batch as Batch
+from pgjax.learning.algorithm import Experience as Experience
 from pgjax.learning.algorithms import dr_grpo as dr_grpo
 from pgjax.learning.algorithms import grpo as grpo
 from pgjax.learning.algorithms import ppo as ppo

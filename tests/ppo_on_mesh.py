@@ -10,7 +10,7 @@ import numpy as np
 
 import pgjax as pg
 from pgjax.learning import programs
-from pgjax.learning.algorithms import Batch
+from pgjax.learning.algorithm import Batch
 from pgjax.learning.optimizer import adamw, init_state
 from pgjax.parallel.sharding import make_mesh, param_shardings, place
 from tests.tiny import ARCHITECTURES, left_padded, noise_on_every_leaf

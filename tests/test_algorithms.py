@@ -10,8 +10,9 @@ import pytest
 
 import pgjax as pg
 from pgjax.core.errors import UserError
-from pgjax.learning import algorithms, programs
-from pgjax.learning.algorithms import Algorithm, Batch, check_algorithm
+from pgjax.core.losses import REDUCTIONS
+from pgjax.learning import programs
+from pgjax.learning.algorithm import Algorithm, Batch, check_algorithm
 from pgjax.learning.by_name import load_algorithm
 from pgjax.learning.policy_loss import policy_loss
 from tests import core_in_numpy
@@ -112,7 +113,7 @@ def test_the_reductions_weigh_the_tokens_of_the_loss():
     rollout, x = rollout_of(TOKENS), jnp.asarray(NOISE)
     logits = lm.apply(params["lm"], TOKENS, rollout.attention_mask)
     logprobs = core_in_numpy.token_logprobs(np.asarray(logits), np.asarray(TOKENS))[:, -(N + 1) :]
-    for reduce in algorithms.REDUCTIONS:
+    for reduce in REDUCTIONS:
         algorithm = pg.reinforce(reduce=reduce)
         weights = programs.token_weights(jnp.asarray(MASK), reduce)
         batch = Batch(TOKENS, rollout.attention_mask, jnp.asarray(MASK), x, x, x, x, weights=weights)

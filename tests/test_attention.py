@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from pgjax.learning.algorithms import Batch, ppo
+from pgjax.learning.algorithm import Batch
+from pgjax.learning.algorithms import ppo
 from pgjax.learning.policy_loss import policy_loss
 from pgjax.models import attention, causal_lm
 from pgjax.parallel.sharding import make_mesh, param_shardings, place

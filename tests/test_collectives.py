@@ -10,7 +10,7 @@ import pytest
 import pgjax as pg
 from benchmarks.hlo import collectives
 from pgjax.learning import programs
-from pgjax.learning.algorithms import Batch
+from pgjax.learning.algorithm import Batch
 from pgjax.learning.optimizer import adamw, init_state
 from pgjax.models.causal_lm import causal_lm
 from pgjax.parallel.sharding import batch_sharding, make_mesh, param_shardings, replicated

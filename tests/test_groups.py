@@ -13,7 +13,7 @@ import pytest
 import pgjax as pg
 from experiments import ppo as script
 from pgjax.learning import evaluation, iteration, programs
-from pgjax.learning.algorithms import Batch
+from pgjax.learning.algorithm import Batch
 from pgjax.learning.optimizer import accumulate, minibatches
 from pgjax.learning.policy_loss import policy_loss
 from pgjax.parallel.sharding import make_mesh, whole_groups

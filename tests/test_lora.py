@@ -11,7 +11,7 @@ import pytest
 
 import pgjax as pg
 from pgjax.learning import programs
-from pgjax.learning.algorithms import Batch
+from pgjax.learning.algorithm import Batch
 from pgjax.learning.optimizer import adamw, init_state
 from pgjax.models.lora import KERNELS
 from pgjax.parallel import sharding

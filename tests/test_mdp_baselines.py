@@ -19,7 +19,8 @@ from pgjax.core.advantages import (
 from pgjax.core.kl import kl_k1
 from pgjax.core.losses import clipped_surrogate_loss, policy_gradient_loss
 from pgjax.core.masking import masked_mean, masked_whiten
-from pgjax.learning.algorithms import Experience, group_relative_advantages, leave_one_out_advantages
+from pgjax.learning.algorithm import Experience
+from pgjax.learning.algorithms import group_relative_advantages, leave_one_out_advantages
 from tests import expected_gradients as lab
 from tests.compare import assert_close
 from tests.expected_gradients import expected_gradient, in_both_precisions

@@ -15,7 +15,7 @@ import pytest
 import pgjax as pg
 from experiments import ppo as script
 from pgjax.learning import flags, iteration, programs
-from pgjax.learning.algorithms import Batch
+from pgjax.learning.algorithm import Batch
 from pgjax.learning.optimizer import Optimizer, init_state
 from pgjax.learning.policy_loss import policy_loss, token_weights
 from pgjax.run import logs

@@ -8,6 +8,7 @@ import pytest
 
 from pgjax.core.errors import UserError
 from pgjax.parallel import processes
+from pgjax.parallel.encoding import decode, encode
 from pgjax.run import devices
 from pgjax.run.exits import plain_errors
 from tests import pair
@@ -48,10 +49,10 @@ def test_what_processes_exchange_comes_back_exactly():
     floats = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
     floats[:3] = np.nan, np.inf, -0.0
     for x in (floats, floats.astype(np.float64), np.zeros((0, 3), bool), np.array([2**62], np.int64), np.float32(0.1)):
-        found = processes.decode(processes.encode({"x": x}))["x"]
+        found = decode(encode({"x": x}))["x"]
         assert np.asarray(found, x.dtype).tobytes() == x.tobytes() and np.shape(found) == x.shape
         assert not isinstance(x, np.ndarray) or found.dtype == x.dtype
-    assert processes.decode(processes.encode(("a", None, True, 0.1, {"b": (1, "ü")}))) == [
+    assert decode(encode(("a", None, True, 0.1, {"b": (1, "ü")}))) == [
         "a",
         None,
         True,
@@ -59,7 +60,7 @@ def test_what_processes_exchange_comes_back_exactly():
         {"b": [1, "ü"]},
     ]
     with pytest.raises(TypeError, match="not a set"):
-        processes.encode({1, 2})
+        encode({1, 2})
 
 
 @pytest.mark.parametrize(
@@ -108,6 +109,7 @@ def test_processes_with_other_numbers_of_devices_are_told_so(monkeypatch):
 JOIN = """
 import sys
 from pgjax.parallel import processes
+from pgjax.parallel.encoding import decode, encode
 try:
     processes.initialize()
 except processes.UserError as error:

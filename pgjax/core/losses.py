@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from pgjax.core.checks import check_number
 from pgjax.core.masking import AxisName, as_floats, as_mask, global_sum, masked_mean, where_mask
 
-_REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum", "none")
+REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum")  # of a loss to one number
 
 
 def _aligned(mask: ArrayLike | None, *xs: ArrayLike) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -25,10 +25,10 @@ def _aligned(mask: ArrayLike | None, *xs: ArrayLike) -> tuple[jax.Array, tuple[j
 
 
 def _reduce(losses: jax.Array, mask: jax.Array, reduce: str, axis_name: AxisName) -> jax.Array:
-    if reduce not in _REDUCTIONS:
-        raise ValueError(f"reduce must be one of {', '.join(_REDUCTIONS)}, got {reduce!r}")
     if reduce == "none":
         return where_mask(mask, losses).astype(jnp.float32)
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, none, got {reduce!r}")
     if reduce == "token_mean" or losses.ndim < 2:
         return masked_mean(losses, mask, axis_name=axis_name)
     sums = jnp.sum(where_mask(mask, losses), axis=-1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -17,95 +17,7 @@ from pgjax.core.advantages import group_advantages, leave_one_out_baseline, mont
 from pgjax.core.errors import UserError
 from pgjax.core.losses import clipped_surrogate_loss, policy_gradient_loss
 from pgjax.core.masking import masked_whiten, where_mask
-
-REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum")  # of a loss over tokens
-
-
-class Experience(NamedTuple):
-    """What is known of a batch of completions before anything is learned: W = max_new_tokens + 1 entries a row.
-
-    rewards_t = [t is the last token] score - kl_coef * (log pi - log ref)_t; returns_t = the discounted sum from t on.
-    """
-
-    scores: jax.Array  # [B] reward units; rows of one prompt are adjacent
-    penalties: jax.Array  # [B, W] reward units, -kl_coef * (log pi - log ref) of each token
-    returns: jax.Array  # [B, W] reward units, score and penalties still to come
-    values: jax.Array  # [B, W] reward units, the critic's estimate of the return before each token
-    logprobs: jax.Array  # [B, W] nats, of the policy that sampled
-    sampler_logprobs: jax.Array  # [B, W] nats, as the sampler computed them, filters included
-    mask: jax.Array  # [B, W] bool, True on sampled tokens
-
-
-class Batch(NamedTuple):
-    """What an update learns from; W as in `Experience`: the window from the last prompt token on."""
-
-    tokens: jax.Array  # [B, T] int32
-    attention_mask: jax.Array  # [B, T]
-    mask: jax.Array  # [B, W] bool, True on sampled tokens; all that follow are [B, W] float32
-    old_logprobs: Any  # of the policy that sampled; None (to `policy_loss` alone): the present one, whose ratio is 1
-    old_values: jax.Array
-    returns: jax.Array
-    advantages: jax.Array
-    ref_logprobs: jax.Array | None = None  # of the frozen reference, for a KL in the loss
-    weights: jax.Array | None = None  # what each token counts in the policy's losses; None: 1
-
-
-class Algorithm(NamedTuple):
-    """A policy-gradient algorithm: loss = sum of its terms, each token weighed as `reduce` says.
-
-        policy + value_coef * value - entropy_coef * entropy + kl_loss_coef * k3
-
-    Example:
-      >>> import pgjax as pg
-      >>> centred = pg.reinforce()._replace(advantages=lambda experience: experience.returns - experience.scores.mean())
-      >>> centred.reduce
-      'sequence_sum'
-    """
-
-    advantages: Callable[[Experience], jax.Array]  # -> [B, W] the advantage of each token
-    token_loss: Callable[[jax.Array, Batch], jax.Array]  # (logprobs [B, W], batch) -> [B, W], before any reduction
-    reduce: str  # "token_mean", "sequence_mean" or "sequence_sum", as in `pg.policy_gradient_loss`
-    group_size: int = 1  # completions of each prompt, in adjacent rows
-    value_coef: float = 0.0  # of the critic's squared error; 0: there is no critic
-    kl_coef: float = 0.0  # reward units a nat, of the penalty in the reward
-    kl_loss_coef: float = 0.0  # of k3 to the reference in the loss
-    entropy_coef: float = 0.0  # of the entropy bonus
-    discount: float = 1.0  # of a reward one token later
-    value_clip_eps: float | None = None  # range of the value around its old one; None: no clipping
-    clip_range: tuple[float, float] = (math.inf, math.inf)  # below and above 1: what the clip fraction counts
-    on_policy: bool = False  # the loss holds for the policy that sampled alone: one update a rollout
-
-
-def check_algorithm(algorithm: Algorithm) -> None:
-    """Refuse an algorithm whose numbers cannot work.
-
-    Args:
-        algorithm: any.
-
-    Raises:
-        UserError: with the field, its value and its range.
-
-    Example:
-        >>> check_algorithm(reinforce(kl_coef=-1.0))
-        Traceback (most recent call last):
-        pgjax.UserError: kl_coef must be finite and at least 0, got -1.0
-    """
-    if algorithm.reduce not in REDUCTIONS:
-        raise UserError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {algorithm.reduce!r}")
-    for name in ("value_coef", "kl_coef", "kl_loss_coef", "entropy_coef"):
-        number = getattr(algorithm, name)
-        if not 0 <= number < math.inf:
-            raise UserError(f"{name} must be finite and at least 0, got {number}")
-    if not 0 < algorithm.discount <= 1:
-        raise UserError(f"discount must be above 0 and at most 1, got {algorithm.discount}")
-    if algorithm.value_clip_eps is not None and not 0 < algorithm.value_clip_eps < math.inf:
-        raise UserError(f"value_clip_eps must be above 0, got {algorithm.value_clip_eps}")
-    if algorithm.group_size < 1:
-        raise UserError(f"group_size must be at least 1, got {algorithm.group_size}")
-    if algorithm.group_size > 1 and algorithm.discount != 1:
-        raise UserError(
-            f"groups of {algorithm.group_size} compare whole sequences: leave discount at 1, got {algorithm.discount}"
-        )
+from pgjax.learning.algorithm import Algorithm, Batch, Experience
 
 
 def value_advantages(experience: Experience, *, whiten: bool = True) -> jax.Array:
@@ -367,3 +279,6 @@ def _clipped(clip_eps: float, clip_eps_high: float | None, dual_clip: float | No
 
 def _plain() -> dict:
     return {"token_loss": policy_gradient_token_loss, "on_policy": True}
+
+
+NAMED = (ppo, rloo, grpo, dr_grpo, reinforce)  # those that `by_name.load_algorithm` finds by their names

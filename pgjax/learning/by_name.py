@@ -7,8 +7,8 @@ import inspect
 from typing import Any
 
 from pgjax.core.errors import UserError
-from pgjax.learning import algorithms
-from pgjax.learning.algorithms import Algorithm
+from pgjax.learning.algorithm import Algorithm
+from pgjax.learning.algorithms import NAMED
 
 
 def load_algorithm(spec: str, **options: Any) -> Algorithm:
@@ -61,14 +61,11 @@ def _replaced(spec: str, algorithm: Algorithm, fields: dict[str, Any]) -> Algori
 def _find(spec: str) -> Any:
     module, colon, name = spec.rpartition(":")
     if not colon:
-        named = {
-            key: x
-            for key, x in vars(algorithms).items()
-            if getattr(x, "__annotations__", {}).get("return") == "Algorithm"
-        }
-        if name not in named or name.startswith("_"):
-            known = ", ".join(key for key in named if not key.startswith("_"))
-            raise UserError(f"there is no algorithm {spec!r}: it is one of {known}, or module:name for your own")
+        named = {function.__name__: function for function in NAMED}
+        if name not in named:
+            raise UserError(
+                f"there is no algorithm {spec!r}: it is one of {', '.join(named)}, or module:name for your own"
+            )
         return named[name]
     try:
         found = vars(importlib.import_module(module))[name]

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-from pgjax.learning.algorithms import Algorithm
+from pgjax.learning.algorithm import Algorithm
 from pgjax.learning.by_name import load_algorithm
 from pgjax.learning.iteration import check_options
 from pgjax.learning.optimizer import Optimizer, adamw

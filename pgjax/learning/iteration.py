@@ -16,7 +16,7 @@ from pgjax.core.checks import check_number, check_whole
 from pgjax.core.errors import UserError
 from pgjax.learning import optimizer as updates
 from pgjax.learning import programs
-from pgjax.learning.algorithms import Algorithm, check_algorithm
+from pgjax.learning.algorithm import Algorithm, check_algorithm
 from pgjax.learning.optimizer import Metrics, TrainState
 from pgjax.models.causal_lm import CausalLM, Params
 from pgjax.models.heads import init_value_head
@@ -121,6 +121,7 @@ def iteration(
     _check_reference(algorithm, reference)
     sampler_knows = plain and once if teacher_force is None else not teacher_force
     group, window, whole = algorithm.group_size, max_new_tokens + 1, replicated(mesh)
+    parts = minibatches * microbatches
     base = None if frozen is None else {"lm": frozen}
     scale = place(np.float32(temperature), whole)
     numbers = [place(np.int32(number), whole) for number in range(minibatches)]
@@ -154,7 +155,7 @@ def iteration(
     def sample_(state: State, prompts: jax.typing.ArrayLike, prompt_mask: jax.typing.ArrayLike) -> Sampled:
         params = with_lora(base, state.learner.params)
         rows = len(prompts)  # type: ignore[arg-type]
-        options = {"window": window, "parts": parts(rows), "group_size": shared(rows)}
+        options = {"window": window, "parts": parts, "group_size": shared(rows)}
         sampler = {**sampling, "group_size": whole_groups(mesh, rows, group)}
         if sampler_knows:
             rollout, policy = sample_scored(lm, params, prompts, prompt_mask, keys(state)[0], **sampler)
@@ -190,23 +191,11 @@ def iteration(
         metrics = {**metrics, **averaged, "train/updates": np.int32(len(taken))}
         return State(learner, kl_coef, _one_more(state.iterations), state.key), metrics
 
-    def parts(rows: int) -> int:
-        if rows % (minibatches * microbatches):
-            raise UserError(
-                f"a batch of {rows} does not divide into minibatches={minibatches} times microbatches={microbatches}: make "
-                f"it a multiple of {minibatches * microbatches}"
-            )
-        if rows % group:
-            raise UserError(
-                f"a batch of {rows} does not divide into groups of {group} completions of a prompt: make it a multiple of "
-                f"{group}"
-            )
-        return minibatches * microbatches
-
     def shared(rows: int) -> int:
         """Give the rows whose prompt is computed once, in each part."""
-        check_batch(mesh, rows // parts(rows), "each part of the batch")
-        return whole_groups(mesh, rows // parts(rows), group)
+        _check_rows(rows, minibatches, microbatches, group)
+        check_batch(mesh, rows // parts, "each part of the batch")
+        return whole_groups(mesh, rows // parts, group)
 
     def on_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -262,6 +251,19 @@ def check_options(
         raise UserError(
             "teacher_force=False takes the sampler's log-probabilities for the policy's, but top_k, top_p, min_p and "
             "importance_cap make them differ: leave it out"
+        )
+
+
+def _check_rows(rows: int, minibatches: int, microbatches: int, group: int) -> None:
+    if rows % (minibatches * microbatches):
+        raise UserError(
+            f"a batch of {rows} does not divide into minibatches={minibatches} times microbatches={microbatches}: make "
+            f"it a multiple of {minibatches * microbatches}"
+        )
+    if rows % group:
+        raise UserError(
+            f"a batch of {rows} does not divide into groups of {group} completions of a prompt: make it a multiple of "
+            f"{group}"
         )
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pgjax.core.kl import kl_k3
 from pgjax.core.losses import surrogate_diagnostics, value_loss
 from pgjax.core.masking import masked_mean, where_mask
-from pgjax.learning.algorithms import Algorithm, Batch
+from pgjax.learning.algorithm import Algorithm, Batch
 from pgjax.learning.optimizer import Metrics
 from pgjax.models.causal_lm import CausalLM
 from pgjax.models.heads import head_logprobs, head_logprobs_and_entropy, token_values

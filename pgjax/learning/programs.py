@@ -13,7 +13,7 @@ from pgjax.core.advantages import kl_shaped_rewards, monte_carlo_returns, trunca
 from pgjax.core.checks import check_whole
 from pgjax.core.kl import adaptive_kl_coef, kl_k1
 from pgjax.core.masking import masked_mean, where_mask
-from pgjax.learning.algorithms import Algorithm, Batch, Experience, check_algorithm
+from pgjax.learning.algorithm import Algorithm, Batch, Experience, check_algorithm
 from pgjax.learning.optimizer import Metrics, TrainState, Transformation, accumulate, apply_gradient
 from pgjax.learning.policy_loss import policy_loss, token_weights
 from pgjax.models.causal_lm import CausalLM

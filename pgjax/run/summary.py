@@ -51,11 +51,11 @@ def has_metric(folder: Path, step: int, name: str) -> bool:
     return any(row["step"] == step and name in row for row in logs.read_metrics(folder))
 
 
-def told(figures: dict[str, float]) -> str:
+def comparison(figures: dict[str, float]) -> str:
     """Write the comparison of `before_and_after` as a line.
 
     Example:
-        >>> told({"eval/before": 0.25, "eval/after": 0.5, "eval/rise_in_stderr": 8.0})
+        >>> comparison({"eval/before": 0.25, "eval/after": 0.5, "eval/rise_in_stderr": 8.0})
         'held-out score 0.250 -> 0.500, a rise of 8.0 standard errors'
     """
     line = f"held-out score {figures['eval/before']:.3f} -> {figures['eval/after']:.3f}"
