@@ -101,7 +101,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     )  # fmt: skip
     train_prompts, held_out = task.prompt_sets
     fed = batch_rows.rows_to_feed(mesh, config.batch_size)
-    deal = batches(train_prompts, config.batch_size, seed=config.seed, group_size=algorithm.group_size, own=fed)
+    deal = batches(train_prompts, config.batch_size, seed=config.seed, group_size=algorithm.group_size, places=fed)
     optimizer = flags.optimizer_of(config, config.steps, options["minibatches"])
     frozen, trained = freeze(params, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed, mesh=mesh)
     it = pg.iteration(

@@ -107,7 +107,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     state = init_state(trained, optimizer)
     del params, trained  # updates consume their buffers
     fed = batch_rows.rows_to_feed(mesh, config.batch_size)
-    deal = batches(train_pairs, config.batch_size, seed=config.seed, own=fed)
+    deal = batches(train_pairs, config.batch_size, seed=config.seed, places=fed)
     lengths = [max(len(pair.chosen), len(pair.rejected)) for pair in train_pairs]
     all_lengths = batches(lengths, config.batch_size, seed=config.seed)  # all processes take one program
     center_coef = devices.replicate(mesh, np.float32(config.center_coef))

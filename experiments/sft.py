@@ -103,7 +103,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     state = init_state(trained, optimizer)
     del params, trained  # updates consume their buffers
     fed = batch_rows.rows_to_feed(mesh, config.batch_size)
-    deal = batches(range(len(packed.tokens)), config.batch_size, seed=config.seed, own=fed)
+    deal = batches(range(len(packed.tokens)), config.batch_size, seed=config.seed, places=fed)
     timer = clock.DeviceClock()
 
     def evaluate(params: Any) -> dict[str, float]:

@@ -170,7 +170,7 @@ def results(run: Path) -> dict[str, Any]:
     }
 
 
-def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+def differing_results(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """Name what differs between two finished runs."""
     return [name for name in one if one[name] != other[name]]
 
@@ -187,7 +187,7 @@ def in_peace(root: Path, config: ppo.Config) -> tuple[dict[str, Any], float]:
     again = dataclasses.replace(config, output=root / "again")
     assert ended(start(again, root / "again.log"), wait=True) == 0  # programs come from the cache now
     seconds = time.monotonic() - begun
-    assert not differences(expected, results(again.output)), "two undisturbed runs differ"
+    assert not differing_results(expected, results(again.output)), "two undisturbed runs differ"
     print(f"{steps} steps undisturbed: {seconds:.1f} s", flush=True)
     return expected, seconds
 
@@ -222,7 +222,7 @@ def campaign(
         if code != 0:
             code = ended(start(run, log), wait=True)
         assert code == 0, log.read_text()
-        other = differences(expected, results(run.output))
+        other = differing_results(expected, results(run.output))
         assert not other, f"after {len(done)} kills the run ends otherwise: {', '.join(other)}"
         if len(done) >= kills:
             return done

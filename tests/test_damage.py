@@ -1,5 +1,6 @@
 """Damaged, foreign and unsaved checkpoints: each is named, none is used in silence, and the older one stays."""
 
+import asyncio
 import dataclasses
 import gc
 import json
@@ -266,6 +267,23 @@ def test_no_other_word_is_told_about_a_full_disk_by_a_script(tmp_path, monkeypat
         save_twice()
     gc.collect()
     assert told == [] and caplog.text == ""
+
+
+@pytest.mark.parametrize("library, told", [("orbax", False), ("of_the_user", True)])
+def test_of_failures_that_nobody_waits_for_orbaxs_alone_are_left_out(library, told, caplog):
+    # The bug: a save that failed in several gathered tasks was told by asyncio, in words that do not name orbax.
+    text, names = "async def write():\n    raise OSError('no space left')", {}
+    exec(compile(text, f"/site-packages/{library}/write.py", "exec"), names)
+
+    async def gather_and_forget():
+        pieces = asyncio.gather(names["write"](), names["write"]())
+        await asyncio.sleep(0.01)
+        del pieces
+        gc.collect()
+
+    with plain_errors():
+        asyncio.run(gather_and_forget())
+    assert ("no space left" in caplog.text) is told
 
 
 def test_logging_and_hooks_of_the_process_are_left_as_they_are(tmp_path):

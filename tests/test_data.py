@@ -160,10 +160,10 @@ def test_the_step_number_is_the_whole_state() -> None:
 @pytest.mark.parametrize("group_size", [1, 2, 4])
 def test_the_parts_of_the_processes_make_up_the_batch_of_one(parts: list[Any], group_size: int) -> None:
     whole = batches(list("abcdefg"), 8, seed=3, group_size=group_size)
-    dealt = [batches(list("abcdefg"), 8, seed=3, group_size=group_size, own=own) for own in parts]
+    dealt = [batches(list("abcdefg"), 8, seed=3, group_size=group_size, places=places) for places in parts]
     for step in range(4):
-        for own, ds in zip(parts, dealt, strict=True):
-            assert ds[step] == [whole[step][place] for place in own]
+        for places, ds in zip(parts, dealt, strict=True):
+            assert ds[step] == [whole[step][place] for place in places]
 
 
 def test_a_process_reads_no_rows_but_its_own() -> None:
@@ -175,7 +175,7 @@ def test_a_process_reads_no_rows_but_its_own() -> None:
             return super().__getitem__(index)
 
     whole = [row for step in range(3) for row in batches(list(range(100)), 10, seed=0)[step][2:5]]
-    ds = batches(Rows(range(100)), 10, seed=0, own=[2, 3, 4])
+    ds = batches(Rows(range(100)), 10, seed=0, places=[2, 3, 4])
     del Rows.read[:]
     assert [row for step in range(3) for row in ds[step]] == whole == Rows.read
 
@@ -191,7 +191,7 @@ def test_batches_refuse_groups_that_do_not_divide_and_places_outside() -> None:
         batches([1], 6, seed=0, group_size=4)
     for place in (-1, 6):
         with pytest.raises(ValueError, match=f"row {place} is not in a batch of 6, whose rows are 0 to 5"):
-            batches([1], 6, seed=0, own=[0, place])
+            batches([1], 6, seed=0, places=[0, place])
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2.0, True, "4"])

@@ -16,7 +16,7 @@ from pgjax.data.preferences import TEMPLATED
 from pgjax.learning import iteration, programs
 from pgjax.models.reward_model import from_causal_lm
 from pgjax.rollout import judge, task
-from pgjax.rollout.judge import differences, load_judge
+from pgjax.rollout.judge import load_judge, tokenizer_differences
 from pgjax.rollout.rewards import RewardError
 from pgjax.run import logs, presets
 from tests.tiny_task import EARLY_LETTERS, early_letters, other_letters, save_tiny_model
@@ -238,14 +238,15 @@ def test_how_a_tokenizer_pads_makes_no_difference_and_what_it_reads_does(folders
     _, _, policy = pg.load(folders[0])
     _, _, own = pg.load_reward_model(folders[1])
     assert own.pad_token != policy.pad_token and own.padding_side != policy.padding_side
-    assert differences(policy, own, chat=True) == []
-    assert differences(policy, pg.load_reward_model(foreign)[2], chat=True) == ["vocabulary"]
+    assert tokenizer_differences(policy, own, chat=True) == []
+    assert tokenizer_differences(policy, pg.load_reward_model(foreign)[2], chat=True) == ["vocabulary"]
     other = copy.deepcopy(own)
     other.chat_template = "{{ messages }}"
-    assert differences(policy, other, chat=False) == [] and differences(policy, other, chat=True) == ["chat template"]
+    assert tokenizer_differences(policy, other, chat=False) == []
+    assert tokenizer_differences(policy, other, chat=True) == ["chat template"]
     other = copy.deepcopy(own)
     other.add_tokens(["<|new|>"])
-    assert differences(policy, other, chat=False) == ["added tokens"]
+    assert tokenizer_differences(policy, other, chat=False) == ["added tokens"]
 
 
 def test_parameters_spread_over_a_mesh_give_the_same_scores(folders):

@@ -12,7 +12,7 @@ import pgjax as pg
 from experiments.chapters import small_lm
 
 
-class Judged(NamedTuple):
+class Scored(NamedTuple):
     """Completions and their rewards: every array [B, T]."""
 
     rollout: pg.Rollout
@@ -28,11 +28,11 @@ class Spread(NamedTuple):
 
 def roll_out(
     lm: pg.CausalLM, params: Any, tokenizer: Any, prompts: int, group_size: int, max_new_tokens: int, key: jax.Array
-) -> Judged:
+) -> Scored:
     """Sample completions of each prompt and score them."""
     asked = small_lm.prompts(tokenizer, prompts, repeat=group_size)
     rollout, _, scores = small_lm.play(lm, params, tokenizer, asked, key, max_new_tokens=max_new_tokens)
-    return Judged(rollout, pg.place_scores(scores, rollout.mask))
+    return Scored(rollout, pg.place_scores(scores, rollout.mask))
 
 
 @functools.partial(jax.jit, static_argnames="lm")

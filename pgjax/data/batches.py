@@ -16,7 +16,7 @@ _UINT32 = 2**32
 
 
 def batches(
-    rows: Sequence[Any], batch_size: int, *, seed: int, group_size: int = 1, own: Sequence[int] | None = None
+    rows: Sequence[Any], batch_size: int, *, seed: int, group_size: int = 1, places: Sequence[int] | None = None
 ) -> "grain.MapDataset[list[Any]]":
     """Make an endless data set of batches, in a new order each epoch; the step number is the only state.
 
@@ -29,11 +29,11 @@ def batches(
       batch_size: rows of a batch, B; may be larger than the number of rows given, which then come more than once.
       seed: chooses the orders, 0 <= seed < 2^32.
       group_size: so many adjacent rows of a batch are the same row; divides B.
-      own: the indices, in 0 to B - 1, of the batch's rows that this process gets, as `batch_rows.rows_to_feed` lists them; None:
-        all.
+      places: the indices, in 0 to B - 1, of the batch's rows that this process gets, as `batch_rows.rows_to_feed` lists them;
+        None: all.
 
     Returns:
-      A grain dataset: ``ds[step]`` is the list of that step's rows, one for each index in ``own``.
+      A grain dataset: ``ds[step]`` is the list of that step's rows, one for each index in ``places``.
 
     Raises:
       UserError: no rows, a batch size that isn't a positive integer, one that the group size doesn't divide, an index outside the
@@ -43,7 +43,7 @@ def batches(
       >>> ds = batches(["a", "b", "c", "d"], 2, seed=0)
       >>> sorted(ds[0] + ds[1]), ds[1000] == ds[1000]
       (['a', 'b', 'c', 'd'], True)
-      >>> batches(["a", "b", "c", "d"], 2, seed=0, own=[1])[0] == ds[0][1:]
+      >>> batches(["a", "b", "c", "d"], 2, seed=0, places=[1])[0] == ds[0][1:]
       True
     """
     if len(rows) == 0:
@@ -52,7 +52,7 @@ def batches(
     check_whole("group_size", group_size, 1)
     if batch_size % group_size:
         raise UserError(f"a batch of {batch_size} does not divide into groups of {group_size}")
-    places = range(batch_size) if own is None else list(own)
+    places = range(batch_size) if places is None else list(places)
     outside = [place for place in places if not 0 <= place < batch_size]
     if outside:
         raise UserError(f"row {outside[0]} is not in a batch of {batch_size}, whose rows are 0 to {batch_size - 1}")

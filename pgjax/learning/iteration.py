@@ -155,7 +155,7 @@ def iteration(
     def sample_(state: State, prompts: jax.typing.ArrayLike, prompt_mask: jax.typing.ArrayLike) -> Sampled:
         params = with_lora(base, state.learner.params)
         rows = len(prompts)  # type: ignore[arg-type]
-        options = {"window": window, "parts": parts, "group_size": shared(rows)}
+        options = {"window": window, "parts": parts, "group_size": rows_a_prompt(rows)}
         sampler = {**sampling, "group_size": whole_groups(mesh, rows, group)}
         if sampler_knows:
             rollout, policy = sample_scored(lm, params, prompts, prompt_mask, keys(state)[0], **sampler)
@@ -183,7 +183,7 @@ def iteration(
         for epoch in range(epochs):
             order = updates.minibatches(fold_in(shuffle_key, epoch), rows, minibatches, unsplit)
             for number in numbers:
-                learner, of_update = take_update(learner, batch, order, number, base, group_size=shared(rows))
+                learner, of_update = take_update(learner, batch, order, number, base, group_size=rows_a_prompt(rows))
                 taken.append(of_update)
             if max_approx_kl is not None and jax.device_get(of_update["policy/approxkl_avg"]) > max_approx_kl:
                 break
@@ -191,7 +191,7 @@ def iteration(
         metrics = {**metrics, **averaged, "train/updates": np.int32(len(taken))}
         return State(learner, kl_coef, _one_more(state.iterations), state.key), metrics
 
-    def shared(rows: int) -> int:
+    def rows_a_prompt(rows: int) -> int:
         """Give the rows whose prompt is computed once, in each part."""
         _check_rows(rows, minibatches, microbatches, group)
         check_batch(mesh, rows // parts, "each part of the batch")

@@ -86,17 +86,19 @@ class ModelJudge(NamedTuple):
         length = min(bucket_length(longest), limit)  # buckets: few lengths, few programs
         return left_pad(ids, 0, length=length)
 
-    def fetch(self, queued: jax.Array, texts: Callable[[int], tuple[Prompt, str]], own: Sequence[int]) -> np.ndarray:
+    def fetch(
+        self, queued: jax.Array, texts: Callable[[int], tuple[Prompt, str]], judged_here: Sequence[int]
+    ) -> np.ndarray:
         """Bring its scores to the host, refusing any that is not finite: [B] float32.
 
-        Of a refused row the process that it is an own row of tells prompt and completion, as `texts` gives them.
+        Of a refused row the process that judges it tells prompt and completion, as `texts` gives them.
         """
         scores = np.asarray(processes.fetch(queued), np.float32)
         bad = np.flatnonzero(~np.isfinite(scores))
 
         def refuse() -> None:
             row = int(bad[0])
-            if row in own:
+            if row in judged_here:
                 prompt, completion = texts(row)
                 raise RewardError(
                     f"returned {scores[row]} in row {row}", reward=REWARD_MODEL, row=row,
@@ -119,19 +121,19 @@ def load_judge(
     """Load a reward model for a policy; say so once where texts have to be encoded again for it. No source, no judge."""
     if source is None:
         return None
-    rm, params, own = load_reward_model(source, mesh=mesh)
-    if own is None:
+    rm, params, rm_tokenizer = load_reward_model(source, mesh=mesh)
+    if rm_tokenizer is None:
         raise UserError(
             f"the reward model {source} holds no tokenizer: nobody can tell what its ids mean; add its files"
         )
     if tokenizer is None:
         raise UserError("the policy's source holds no tokenizer, and prompts are text: add its tokenizer files")
-    if own.init_kwargs.get(TEMPLATED, chat) != chat:
+    if rm_tokenizer.init_kwargs.get(TEMPLATED, chat) != chat:
         raise UserError(
             f"the reward model {source} was trained with chat={not chat}, but the policy's prompts have chat={chat}: it would "
             f"score what it has never seen; set chat={not chat}, or train it likewise"
         )
-    differing = differences(tokenizer, own, chat=chat)
+    differing = tokenizer_differences(tokenizer, rm_tokenizer, chat=chat)
     if lm.arch.vocab_size > rm.arch.vocab_size:
         differing.append(f"vocabulary size ({lm.arch.vocab_size} and {rm.arch.vocab_size})")
     if differing:
@@ -139,10 +141,10 @@ def load_judge(
             f"the tokenizers of the policy and of the reward model {source} differ in {', '.join(differing)}: "
             "completions are decoded, and encoded again for it"
         )
-    return ModelJudge(rm, params, weight, own if differing else None, chat, mesh)
+    return ModelJudge(rm, params, weight, rm_tokenizer if differing else None, chat, mesh)
 
 
-def differences(tokenizer: Any, other: Any, *, chat: bool) -> list[str]:
+def tokenizer_differences(tokenizer: Any, other: Any, *, chat: bool) -> list[str]:
     """Name what makes another tokenizer give a text of this one other ids.
 
     How they pad does not count, and neither does a padding token that only the other one has.
@@ -160,8 +162,10 @@ def differences(tokenizer: Any, other: Any, *, chat: bool) -> list[str]:
       >>> from transformers import PreTrainedTokenizerFast
       >>> make = lambda *letters: PreTrainedTokenizerFast(tokenizer_object=Tokenizer(
       ...     models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])))
-      >>> differences(make("a", "b"), make("a", "b"), chat=False), differences(make("a", "b"), make("b", "a"), chat=False)
-      ([], ['vocabulary'])
+      >>> tokenizer_differences(make("a", "b"), make("a", "b"), chat=False)
+      []
+      >>> tokenizer_differences(make("a", "b"), make("b", "a"), chat=False)
+      ['vocabulary']
     """
     mine, its = (json.loads(x.backend_tokenizer.to_str()) for x in (tokenizer, other))
     model, its_model = dict(mine["model"]), dict(its["model"])

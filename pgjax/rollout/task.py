@@ -107,20 +107,21 @@ class Task(NamedTuple):
         Each process decodes and judges its own rows; where a black box fails on one, all stop.
         """
         size = len(rollout.tokens)
-        own = batch_rows.rows_to_judge(self.mesh, size)  # a part of those that are fed
+        judged_here = batch_rows.rows_to_judge(self.mesh, size)  # a part of those that are fed
         fed = dict(zip(batch_rows.rows_to_feed(self.mesh, size), prompts, strict=True))
 
-        def judge_own() -> tuple[list[int], Judged]:
-            rows = [fed[i].row for i in own]
-            completions, ended = self._texts(rollout, own)
-            shown = [(i, row["prompt"], text) for i, row, text in zip(own, rows, completions, strict=True) if i < SHOWN]
-            return own, Judged(*score_rows(self.judges, self.weights, rows, completions), ended, shown)
+        def judge_rows() -> tuple[list[int], Judged]:
+            rows = [fed[i].row for i in judged_here]
+            completions, ended = self._texts(rollout, judged_here)
+            numbered = zip(judged_here, rows, completions, strict=True)
+            shown = [(i, row["prompt"], text) for i, row, text in numbered if i < SHOWN]
+            return judged_here, Judged(*score_rows(self.judges, self.weights, rows, completions), ended, shown)
 
-        judged = _joined(processes.gather_results(judge_own))
+        judged = _joined(processes.gather_results(judge_rows))
         if model_scores is None or self.reward_model is None:
             return judged
         more = self.reward_model.fetch(
-            model_scores, lambda i: (fed[i].row["prompt"], *self._texts(rollout, [i])[0]), own
+            model_scores, lambda i: (fed[i].row["prompt"], *self._texts(rollout, [i])[0]), judged_here
         )
         scores = judged.scores + np.float32(self.reward_model.weight) * more
         return judged._replace(scores=scores, parts=judged.parts | {REWARD_MODEL: more})
@@ -148,8 +149,8 @@ class Task(NamedTuple):
         fed = batch_rows.rows_to_feed(self.mesh, batch_size)
         for begin in range(0, len(prompts), batch_size):
             wanted = prompts[begin : begin + batch_size]
-            own = [wanted[i % len(wanted)] for i in fed]
-            yield own, len(wanted), self.generate(params, own, fold_in(key, begin))
+            here = [wanted[i % len(wanted)] for i in fed]
+            yield here, len(wanted), self.generate(params, here, fold_in(key, begin))
 
     def evaluate(
         self,
@@ -167,8 +168,8 @@ class Task(NamedTuple):
         task = self._replace(group_size=whole_groups(None, samples, self.group_size))
         repeated = [prompt for prompt in prompts for _ in range(samples)]
         found: dict[str, list[np.ndarray]] = {}
-        for own, count, rollout in task.rollouts(params, repeated, batch_size, key):
-            judged = self.judge(own, rollout, self.queue_reward_model(own, rollout))
+        for fed, count, rollout in task.rollouts(params, repeated, batch_size, key):
+            judged = self.judge(fed, rollout, self.queue_reward_model(fed, rollout))
             figures = {"scores": judged.scores, **{f"rewards/{name}": part for name, part in judged.parts.items()}}
             if kl is not None:
                 figures["kl"] = processes.fetch(kl(rollout))

@@ -100,7 +100,8 @@ def _no_notes_of_orbax() -> Iterator[None]:
     """
 
     def of_others(record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname and "orbax" not in record.getMessage() + str(record.exc_info)
+        # the traceback is what names orbax where several gathered tasks failed
+        return "orbax" not in record.pathname + logging.Formatter().format(record)
 
     report = sys.unraisablehook
 

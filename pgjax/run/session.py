@@ -8,8 +8,6 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
-
 from pgjax.core.errors import UserError
 from pgjax.parallel import processes
 from pgjax.run import logs
@@ -139,15 +137,15 @@ def open_session(
     try:
         state, start = go_on(checkpoints, state, resume=resume, resume_from=resume_from)
         _check_steps(steps, start, folder)
-        first, log_from = jax.process_index() == 0, start + 1 if start else 0
+        writes, log_from = processes.is_process_0(), start + 1 if start else 0
         with (
-            processes.all_or_none(lambda: logs.Writer(folder, start_step=log_from, active=first)) as writer,
+            processes.all_or_none(lambda: logs.Writer(folder, start_step=log_from, active=writes)) as writer,
             Progress(steps, start=start) as progress,
         ):
             try:
                 yield Session(folder, state, start, checkpoints, writer, progress)
             finally:
-                if first:
+                if writes:
                     plot_curves(folder)
     finally:
         checkpoints.close()
