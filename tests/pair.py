@@ -165,11 +165,17 @@ def exact(process: int) -> bool:
     return all(x.dtype == np.float32 and x.tobytes() == y.tobytes() for x, y in zip(found, values, strict=True))
 
 
-def main(process: int, port: int, folder: Path) -> None:
-    """Try the agreements, train, then train with a reward that fails on one process; write down what happened."""
+def main(process: int, port: int, folder: Path, part: str) -> None:
+    """Try the agreements, train, then train with a reward that fails on one process; write down what happened.
+
+    As the part "stages": fine-tune and learn from pairs.
+    """
     found: dict[str, Any] = {}
     flags = {"distributed": True, "coordinator": f"localhost:{port}", "num_processes": 2, "process_id": process}
     processes.initialize(f"localhost:{port}", 2, process)
+    if part == "stages":
+        learn(folder, "learned", **flags)
+        return
     found["gathered"] = processes.gather({"process": process, "text": "x" * 3000 * process})
     found["any"] = [processes.any_process(process == 1), processes.any_process(False)]
     found["exact"] = exact(process)
@@ -192,7 +198,6 @@ def main(process: int, port: int, folder: Path) -> None:
     with mock.patch.object(devices.sharding, "make_mesh", crossed_mesh):
         script.main(make_config(folder, "crossed", steps=1, eval_samples=1, mesh="data=2,tensor=2", **flags))
     found["crossed_calls"], CALLS[:] = list(CALLS), []
-    learn(folder, "learned", **flags)
     broken = make_config(folder, "broken", rewards=(f"{__name__}:broken_on_one",), **flags)
     found["broken"], CALLS[:] = caught(lambda: script.main(broken)), []
     stopped = make_config(folder, "stopped", rewards=(f"{__name__}:stopping_one",), **flags)
@@ -203,4 +208,4 @@ def main(process: int, port: int, folder: Path) -> None:
 if __name__ == "__main__":
     from tests import pair  # the module that rewards are loaded from, not this copy of it
 
-    pair.main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    pair.main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

@@ -35,6 +35,7 @@ def test_log_probabilities_of_all_programs_agree_and_ours_hold_less(tmp_path):
     assert logprobs.NAIVE in rows["pgjax", "float32"]["times_as_fast_as"]
 
 
+@pytest.mark.campaign
 def test_a_second_process_finds_both_programs_in_the_cache():
     sizes = {"sampler_rows": 2, "prompt_length": 4, "new_tokens": 2, "learner_rows": 2, "length": 8, "window": 5}
     report = compile.main(compile.Config(depth=1, repeats=1, **sizes))

@@ -270,6 +270,7 @@ def on_another_model(tmp_path, model):
     assert np.isfinite(result["curves"][0]).all()
 
 
+@pytest.mark.campaign
 def test_chapter_3_on_a_saved_model(tmp_path):
     on_another_model(tmp_path, str(save_tiny_model(tmp_path / "tiny", max_positions=256)))
 
@@ -283,6 +284,7 @@ def test_chapter_3_on_the_first_layers_of_the_real_model(smollm2, tmp_path, monk
     on_another_model(tmp_path, "smollm2")
 
 
+@pytest.mark.campaign
 def test_the_small_model_shows_its_poems(capsys):
     found = small_lm.main(small_lm.Config(pretrain_steps=2, max_new_tokens=8))
     assert 0 <= found["score"] <= 1

@@ -16,6 +16,7 @@ from pgjax.models.causal_lm import causal_lm
 from pgjax.parallel.sharding import batch_sharding, make_mesh, param_shardings, replicated
 from pgjax.rollout import sample
 from tests.compile_options import AS_FOR_USERS
+from tests.sizes import campaign_but_for
 from tests.tiny import ARCHITECTURES
 
 pytestmark = pytest.mark.usefixtures("full_compiles")
@@ -68,7 +69,9 @@ def compiled(program: str, arch: pg.Architecture, rows: int, *, group_size: int 
         return lowered.compile(AS_FOR_USERS)
 
 
-@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2}, {"fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "axes", campaign_but_for([{"data": 2, "fsdp": 2}, {"fsdp": 2, "tensor": 2}], {"fsdp": 2, "tensor": 2}), ids=str
+)
 def test_the_sampler_gathers_its_parameters_once_and_none_inside_the_decode_loop(axes):
     found = collectives(compiled("sample", ARCH, ROWS, **axes).as_text())
     decoding = [x for x in found if any(loop.trips is None for loop in x.loops)]

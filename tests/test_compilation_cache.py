@@ -42,7 +42,7 @@ def test_nothing_of_a_result_depends_on_where_its_programs_came_from(trained):
     """The state, the exported policies, every figure but the clock's, and the samples: bit for bit."""
     without, writes, reads = (kill_campaign.results(trained / name) for name in compilation_cache_processes.NAMES)
     assert without["step"] == 2 and len(without["policy"]) > 1000
-    assert not kill_campaign.differences(without, writes) and not kill_campaign.differences(without, reads)
+    assert not kill_campaign.differing_results(without, writes) and not kill_campaign.differing_results(without, reads)
 
 
 @pytest.fixture
@@ -118,6 +118,7 @@ start(Path(root, "of " + process))
 """
 
 
+@pytest.mark.campaign
 def test_processes_share_a_folder_or_use_none(tmp_path, monkeypatch):
     """One wants none, then one cannot see the folder, as on another machine; then all use the folder of process 0."""
     for name in [name for name in os.environ if name.startswith(("JAX_COMPILATION", "JAX_PERSIST"))]:

@@ -25,8 +25,8 @@ def folder(once):
     return once("processes", run_by_two_and_by_one)
 
 
-def run_by_two_and_by_one(folder):
-    """Do all that two processes do, and their run in this process, on four devices, an iteration longer."""
+def write_inputs(folder):
+    """Write the model, the reward model, the prompts and the texts of all runs."""
     save_tiny_model(folder / "model", unused_ids=1)  # so that tensor=2 divides them
     lm, params, tokenizer = pg.load(folder / "model")
     judge = with_padding_token(*from_causal_lm(lm, params, jax.random.key(1)), other_letters(tokenizer))
@@ -36,11 +36,21 @@ def run_by_two_and_by_one(folder):
     words = [("abcdefgh" * 5)[:length] for length in (1, 2, 40, 3, 2, 1, 30, 2)]  # few of a batch's are long
     rows = [{"prompt": "say", "completion": word, "chosen": word, "rejected": word[::-1] + "."} for word in words]
     (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run_by_two(folder, part):
+    """Do a part of what two processes do, and keep what they print."""
     port = pair.free_port()
-    processes = [pair.start(["-m", "tests.pair", str(i), str(port), str(folder)]) for i in range(2)]
+    processes = [pair.start(["-m", "tests.pair", str(i), str(port), str(folder), part]) for i in range(2)]
     for i, (code, printed, errors) in enumerate(pair.finish(processes)):
         assert code == 0, errors[-3000:]
         (folder / f"printed{i}.txt").write_text(printed)
+
+
+def run_by_two_and_by_one(folder):
+    """Do all that two processes do, and their run in this process, on four devices, an iteration longer."""
+    write_inputs(folder)
+    run_by_two(folder, "training")
     script.main(pair.make_config(folder, "one", steps=4))
 
 
@@ -98,11 +108,17 @@ def test_where_tensor_spans_the_processes_they_share_out_the_judging(found, sing
     )
 
 
-def test_two_processes_fine_tune_and_learn_from_pairs_as_one(found, folder):
-    for alone in pair.learn(folder, "learned_alone"):
-        ours, theirs = (logs.read_metrics(folder / name / alone.name) for name in ("learned", "learned_alone"))
+@pytest.mark.campaign
+def test_two_processes_fine_tune_and_learn_from_pairs_as_one(tmp_path):
+    write_inputs(tmp_path)
+    run_by_two(tmp_path, "stages")
+    for alone in pair.learn(tmp_path, "learned_alone"):
+        ours, theirs = (logs.read_metrics(tmp_path / name / alone.name) for name in ("learned", "learned_alone"))
         assert sum("train/grad_norm" in row for row in ours) == 2
         assert_same_metrics(ours, theirs, rtol=1e-5)
+    for process in range(2):
+        printed = (tmp_path / f"printed{process}.txt").read_text()
+        assert ("held-out perplexity" in printed) == ("data: 8 examples" in printed) == (process == 0)
 
 
 def test_one_process_goes_on_where_two_stopped(found, single, folder):
@@ -151,7 +167,6 @@ def test_what_a_reward_prints_is_seen_on_each_process_and_what_the_library_print
         printed = (folder / f"printed{process}.txt").read_text()
         assert f"judging on {process}" in printed and f"judging on {1 - process}" not in printed
         assert ("step 1/1" in printed) == (process == 0)
-        assert ("held-out perplexity" in printed) == ("data: 8 examples" in printed) == (process == 0)
 
 
 def test_a_failure_of_one_stops_both(found):

@@ -15,6 +15,7 @@ from pgjax.core.masking import masked_mean
 from pgjax.core.trust_region import fisher_vector_product, trust_region_step
 from tests import tiny
 from tests.compare import assert_close, assert_same_bits
+from tests.sizes import campaign_but_for
 from tests.tanh_policy import (
     LENGTH,
     MASK,
@@ -133,7 +134,7 @@ def test_parameters_of_mixed_types_keep_them():
     assert info["accepted"] == 1 and moved["b"].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", campaign_but_for(["float32", "bfloat16"], "bfloat16"))
 def test_a_language_model_takes_a_step(dtype):
     # The bfloat16 model's products have a custom_vjp and so no forward mode.
     lm, params = tiny.tiny_lm("llama", dtype), tiny.tiny_params("llama")

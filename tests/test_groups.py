@@ -21,6 +21,7 @@ from pgjax.rollout import task
 from pgjax.run import logs
 from tests import ppo_on_mesh
 from tests.compare import assert_close
+from tests.sizes import campaign_but_for
 from tests.tiny import left_padded, tiny_lm, tiny_params
 from tests.tiny_task import save_tiny_model
 
@@ -166,7 +167,9 @@ def test_minibatches_hold_whole_groups():
         minibatches(jax.random.key(0), 24, 4, 4)
 
 
-@pytest.mark.parametrize("axes", [{"data": 4}, {"fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "axes", campaign_but_for([{"data": 4}, {"fsdp": 2, "tensor": 2}], {"fsdp": 2, "tensor": 2}), ids=str
+)
 def test_groups_over_a_mesh_give_what_one_device_gives(axes):
     lm = ppo_on_mesh.tiny_lm("llama")
     prompts, prompt_mask = (np.repeat(x, 2, axis=0) for x in left_padded((7, 4, 1, 5, 3, 6, 2, 7), 7))
@@ -198,7 +201,7 @@ def letters(prompts, completions, **columns):
     return [float(sum(c < "m" for c in text)) for text in completions]
 
 
-@pytest.mark.parametrize("eval_samples", [3, 4])  # of groups of two: not shared, shared
+@pytest.mark.parametrize("eval_samples", campaign_but_for([3, 4], 4))  # of groups of two: not shared, shared
 def test_a_script_that_shares_prompts_learns_what_one_learns_that_does_not(tmp_path, monkeypatch, eval_samples):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"say {word}"}) + "\n" for word in ("a", "bcd", "ef", "ghij")))

@@ -14,6 +14,7 @@ from pgjax.learning import programs
 from pgjax.parallel.sharding import make_mesh, param_shardings, place
 from tests import ppo_on_mesh
 from tests.compare import assert_close, assert_same_bits
+from tests.sizes import campaign_but_for
 from tests.tiny import left_padded
 
 NEW = 5
@@ -55,7 +56,7 @@ LEARNERS = {
 }
 
 
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("name", campaign_but_for(LEARNERS, "grpo"))
 def test_scores_rise(name):
     algorithm, options = LEARNERS[name]
     start = LM.init(jax.random.key(0))

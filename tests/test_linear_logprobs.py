@@ -18,6 +18,7 @@ from pgjax.models.heads import head_logprobs, head_logprobs_and_entropy
 from tests import core_in_numpy
 from tests.compare import assert_close
 from tests.compile_options import AS_FOR_USERS
+from tests.sizes import campaign_but_for
 
 pytestmark = pytest.mark.usefixtures("full_compiles")  # some look at memory and at what is sent
 
@@ -77,7 +78,10 @@ def both(loss, *arrays, **options):
 EXPECTED = both(plain_loss, HIDDEN, UNEMBEDDING)
 
 
-@pytest.mark.parametrize(("chunk_size", "temperature"), [(1, 0.7), (4, 1.0), (10, 0.7), (11, 1.0), (1000, 0.7)])
+@pytest.mark.parametrize(
+    ("chunk_size", "temperature"),
+    campaign_but_for([(1, 0.7), (4, 1.0), (10, 0.7), (11, 1.0), (1000, 0.7)], (4, 1.0), (1000, 0.7)),
+)
 def test_values_and_gradients_equal_the_plain_ones(chunk_size, temperature):
     expected = both(plain_loss, HIDDEN, UNEMBEDDING, temperature=temperature)
     assert_same(both(linear_loss, HIDDEN, UNEMBEDDING, temperature=temperature, chunk_size=chunk_size), expected)
@@ -282,7 +286,7 @@ def _temporaries(function, *shapes):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", campaign_but_for([jnp.float32, jnp.bfloat16], jnp.bfloat16))
 def test_temporaries_are_a_small_fraction_of_the_logits(dtype):
     batch, length, vocab, width = 4, 256, 49_152, 64
     shapes = (
@@ -318,7 +322,7 @@ def test_no_array_of_the_compiled_program_has_the_size_of_the_logits():
 
 
 @pytest.mark.parametrize("spec", [P("fsdp", None), P(None, "fsdp")])
-@pytest.mark.parametrize("with_mesh", [True, False])
+@pytest.mark.parametrize("with_mesh", campaign_but_for([True, False], False))
 def test_sharded_under_jit(spec, with_mesh):
     mesh = mesh_of(2, 2)
     unembedding = jnp.concatenate([UNEMBEDDING, UNEMBEDDING[:1]])[:, :2]  # 12 x 2 divides over fsdp either way
@@ -336,8 +340,11 @@ def test_sharded_under_jit(spec, with_mesh):
 
 @pytest.mark.parametrize(
     ("batch", "split"),
-    [((), ("tensor", None)), (("data",), ("tensor", None)), (("data", "fsdp"), ("tensor", "fsdp"))],
-    ids=["tensor", "rows", "both"],
+    [
+        pytest.param((), ("tensor", None), id="tensor", marks=pytest.mark.campaign),
+        pytest.param(("data",), ("tensor", None), id="rows", marks=pytest.mark.campaign),
+        pytest.param(("data", "fsdp"), ("tensor", "fsdp"), id="both"),
+    ],
 )
 def test_an_unembedding_that_stays_split_gives_the_same(batch, split):
     sizes = {"data": 1, "fsdp": 2, "tensor": 2} if split[1] else {"data": 2, "tensor": 2} if batch else {"tensor": 4}

@@ -16,7 +16,8 @@ from pgjax.learning.optimizer import adamw, init_state
 from pgjax.models.lora import KERNELS
 from pgjax.parallel import sharding
 from tests.compare import assert_close
-from tests.tiny import ARCHITECTURES, FAMILIES, tiny_apply, tiny_lm, tiny_params
+from tests.sizes import SOME_FAMILIES
+from tests.tiny import ARCHITECTURES, tiny_apply, tiny_lm, tiny_params
 
 GOLDENS = Path(__file__).parent / "goldens"
 PEFT = {name: f"self_attn.{name}_proj" for name in "qkvo"} | {
@@ -49,14 +50,14 @@ def merged_by_hand(name, factors):
     return jax.tree.map(np.float32, params)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SOME_FAMILIES)
 def test_before_the_first_step_the_model_is_the_one_it_was(name):
     apply, params = tiny_apply(name), tiny_params(name)
     found, wanted = (apply(x, TOKENS, MASK) for x in (pg.with_lora(params, adapters(name, moved=False)), params))
     np.testing.assert_allclose(found, wanted, atol=1e-5 * float(jnp.abs(wanted).max()))  # XLA may sum in another order
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SOME_FAMILIES)
 def test_adapters_beside_and_inside_the_kernels_are_one_function(name):
     apply, factors = tiny_apply(name), adapters(name, alpha=1.5)
     adapted = pg.with_lora(tiny_params(name), factors)

@@ -28,6 +28,7 @@ from pgjax.rollout.task import make_task, read_task
 from pgjax.run import devices, exits, logs, loop, session, summary
 from pgjax.run.checkpoint.checkpoints import Checkpoints
 from pgjax.run.curves import plot_curves
+from tests.sizes import campaign_but_for
 from tests.tiny_task import early_letters, save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -125,7 +126,7 @@ def test_it_learns_and_leaves_the_files_that_a_user_expects(config, model, monke
     assert not np.array_equal(params["embed"]["tokens"], pg.load(model)[1]["embed"]["tokens"])
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", campaign_but_for([1.0, 0.7], 0.7))
 def test_nothing_moves_at_rate_zero(config, temperature):
     """Ratio 1 and KL exactly 0 in every minibatch of every step: one temperature, no dropout, a frozen reference, one frame."""
     script.main(change(config, learning_rate=0.0, epochs=2, temperature=temperature))

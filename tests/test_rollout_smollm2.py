@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pgjax.core.linear_logprobs import linear_token_logprobs
 from pgjax.data.padding import left_pad
@@ -31,6 +32,7 @@ def test_greedy_equals_torch_token_by_token_for_a_padded_batch(smollm2):
     assert ours[-1][-1] == EOS and len(ours[-1]) < GOLDEN["max_new_tokens"]  # one row ends early
 
 
+@pytest.mark.campaign
 def test_sampled_logprobs_equal_teacher_forcing(smollm2):
     lm, params, _ = smollm2
     rollout = roll(smollm2, 0.7)

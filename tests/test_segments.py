@@ -7,14 +7,15 @@ import pytest
 
 from pgjax.models.forward import segment_positions
 from tests.compare import assert_close
-from tests.tiny import FAMILIES, tiny_apply, tiny_lm, tiny_params
+from tests.sizes import SOME_FAMILIES
+from tests.tiny import tiny_apply, tiny_lm, tiny_params
 
 LENGTHS = (5, 3, 4)
 SEGMENTS = np.array([[1] * 5 + [2] * 3 + [3] * 4 + [0] * 3], np.int32)
 TOKENS = np.random.default_rng(0).permutation(23)[None, :15].astype(np.int32)  # all different: a token is a position
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SOME_FAMILIES)
 def test_a_packed_text_is_computed_as_if_it_stood_alone(name):
     # The bug: positions that run on (seen with absolute positions), or texts that see the one before them.
     params, apply = tiny_params(name), tiny_apply(name)
