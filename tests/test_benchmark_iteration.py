@@ -27,6 +27,7 @@ def model():
     return lm, lm.init(jax.random.key(0))
 
 
+@pytest.mark.campaign
 def test_the_benchmark_runs_from_start_to_end_though_its_peers_do_not(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(timing, "measured_peaks", lambda dtype: PEAKS)
     pg.save_pretrained(tmp_path / "tiny", *model, None)

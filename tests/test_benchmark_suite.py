@@ -80,6 +80,7 @@ def test_an_exponent_of_nothing_is_refused():
             scaling.exponent(sizes, values)
 
 
+@pytest.mark.campaign
 def test_growth_is_told_and_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "DIMENSIONS", {"learner": ("batch", "microbatches"), "decode": ("vocabulary",)})
     report = scaling.main(scaling.Config(**TINY))

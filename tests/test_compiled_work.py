@@ -23,6 +23,7 @@ from pgjax.learning.optimizer import init_state
 from pgjax.rollout import sample
 from pgjax.run.flops import adapter_flops, forward_flops, training_flops
 from tests.compile_options import AS_FOR_USERS
+from tests.sizes import campaign_but_for
 from tests.tiny import ARCHITECTURES
 
 pytestmark = pytest.mark.usefixtures("full_compiles")
@@ -144,7 +145,10 @@ def program(name: str) -> jax.stages.Compiled:
     return LOWERED[name]().compile(AS_FOR_USERS)
 
 
-@pytest.mark.parametrize("name", ["sample", "sample_scored", "update", "teacher_force", "reference_logprobs"])
+@pytest.mark.parametrize(
+    "name",
+    campaign_but_for(["sample", "sample_scored", "update", "teacher_force", "reference_logprobs"], "sample", "update"),
+)
 def test_a_compiled_program_never_turns_to_the_host(name):
     text = program(name).as_text()
     assert re.search(r"= .* while\(", text)  # there is a loop that could

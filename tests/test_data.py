@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pgjax.data.batches import batches, split_rows
 from pgjax.data.padding import bucket_length, left_pad
 from pgjax.data.prompts import completion_texts, encode_prompts
+from tests.sizes import campaign_but_for
 
 TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }} {{ message['content'] }}<e>{% endfor %}"
@@ -157,7 +158,7 @@ def test_the_step_number_is_the_whole_state() -> None:
 @pytest.mark.parametrize(
     "parts", [[range(4), range(4, 8)], [(0, 1, 4, 5), (2, 3, 6, 7)], [(0, 3, 7), (3, 4), (1, 2, 5, 6)]]
 )
-@pytest.mark.parametrize("group_size", [1, 2, 4])
+@pytest.mark.parametrize("group_size", campaign_but_for([1, 2, 4], 2))
 def test_the_parts_of_the_processes_make_up_the_batch_of_one(parts: list[Any], group_size: int) -> None:
     whole = batches(list("abcdefg"), 8, seed=3, group_size=group_size)
     dealt = [batches(list("abcdefg"), 8, seed=3, group_size=group_size, places=places) for places in parts]

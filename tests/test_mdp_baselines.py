@@ -24,6 +24,7 @@ from pgjax.learning.algorithms import group_relative_advantages, leave_one_out_a
 from tests import expected_gradients as lab
 from tests.compare import assert_close
 from tests.expected_gradients import expected_gradient, in_both_precisions
+from tests.sizes import campaign_but_for
 
 SCALE = {"token_mean": 1 / 4, "sequence_mean": 1 / 4, "sequence_sum": 1.0}
 PAIR = mdp.MASK[:2]  # every sequence has the same mask
@@ -230,7 +231,10 @@ def test_leave_one_out_is_unbiased_and_a_batch_mean_shrinks_the_gradient(size):
     assert_close(bandit(lambda s: group_advantages(s, group_size=size, normalize=False), size), shrunk, 1e-12)
 
 
-@pytest.mark.parametrize(("size", "turn", "length"), [(2, 0.9891, 0.372), (4, 0.9998, 0.674), (8, 1.0, 0.818)])
+TURNED = [(2, 0.9891, 0.372), (4, 0.9998, 0.674), (8, 1.0, 0.818)]
+
+
+@pytest.mark.parametrize(("size", "turn", "length"), campaign_but_for(TURNED, *TURNED[:2]))
 def test_normalising_a_group_turns_the_gradient_and_forgets_its_length(size, turn, length):
     p, rewards = np.exp(mdp.POLICY[0]) / np.exp(mdp.POLICY[0]).sum(), mdp.REWARD[:4]
     known = np.zeros(4)

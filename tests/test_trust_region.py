@@ -18,6 +18,7 @@ from pgjax.core.losses import clipped_surrogate_loss
 from pgjax.core.masking import masked_mean
 from pgjax.core.trust_region import trust_region_step
 from tests.compare import assert_close, assert_same_bits
+from tests.sizes import campaign_but_for
 from tests.tanh_policy import MASK, draw, fisher_matrix, logits_of, product, step, surrogate
 
 
@@ -29,7 +30,7 @@ def steps(params, batch, max_kl, **options):
 PROBLEMS = jax.tree.map(lambda *x: jnp.stack(x), *[draw(seed) for seed in range(32)])
 
 
-@pytest.mark.parametrize("max_kl", [1e-4, 0.01, 0.3, 3.0])
+@pytest.mark.parametrize("max_kl", campaign_but_for([1e-4, 0.01, 0.3, 3.0], 0.01, 3.0))
 def test_the_constraint_holds_and_the_loss_falls(max_kl):
     moved, info = steps(*PROBLEMS, max_kl)
     assert (info["accepted"] == 1).all()
@@ -192,7 +193,7 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", campaign_but_for(TRANSFORMS, "one axis", "two axes"))
 def test_devices_take_the_step_of_the_whole_batch(name):
     # MASK is as uneven as it gets: 3, 4, 0 and 1 tokens a device.
     params, batch = draw(7)
