@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import pod, pod_judge
 from benchmarks.hlo import Collective, Loop, bytes_of
-from benchmarks.pod_programs import Case, lower
+from benchmarks.pod_programs import PROGRAMS, Case, lower
 from benchmarks.pod_report import KINDS, picture, show
 from pgjax.parallel.mesh import make_mesh
 from tests.tiny import tiny_lm
@@ -26,25 +26,34 @@ DECODE, LAYERS, CHUNKS = Loop("while.1", None, "jit(f)/while"), Loop("while.2", 
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU's compiler: pip install 'jax[tpu]'"
 )
-def test_the_programs_of_16_chips_fit_and_send_what_they_should(tmp_path):
+@pytest.mark.parametrize("programs", [("sampler", "learner"), pytest.param(PROGRAMS, marks=pytest.mark.campaign)])
+def test_the_programs_of_16_chips_fit_and_send_what_they_should(programs, tmp_path):
     # In a process of its own: the tests' process never loads libtpu. Nothing of how the tests compile reaches it.
     quick = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
     env = {name: value for name, value in os.environ.items() if name not in quick} | {"JAX_PLATFORMS": "cpu"}
     path = tmp_path / "pod.json"
     command = [sys.executable, "-m", "benchmarks.pod", "--topologies", "v5e:4x4", "--models", "135M", "--no-search"]
-    command += ["--prompt-length", "32", "--new-tokens", "32"]  # the same programs, compiled in half the time
+    command += [
+        "--programs",
+        *programs,
+        "--prompt-length",
+        "32",
+        "--new-tokens",
+        "32",
+    ]  # the same programs, compiled in half the time
     done = subprocess.run([*command, "--json", str(path)], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["program"]: row for row in json.loads(path.read_text())["rows"]}
-    assert set(rows) == {"sampler", "teacher_force", "reference", "learner"}
+    assert set(rows) == set(programs)
     for row in rows.values():
         assert row["chips"] == 16 and row["defects"] == [] and 0 < row["memory"]["used"] <= row["limit"]
     _, decode = rows["sampler"]["phases"]
     assert [(one["kind"], one["loops"], one["bytes"]) for one in decode["collectives"]] == [("all-reduce", [None], 4)]
-    (reference,), (learner,) = (rows[program]["phases"] for program in ("reference", "learner"))
+    (learner,) = rows["learner"]["phases"]
+    passes = [phase for program in rows.keys() - {"sampler"} for phase in rows[program]["phases"]]
     assert any(one["kind"] == "reduce-scatter" and 30 in one["loops"] for one in learner["collectives"])
     # The loop over the vocabulary is there (49152 = 48 * 1024), and sends nothing.
-    for phase in (reference, learner):
+    for phase in passes:
         assert any(48 in loops for loops in phase["loops"])
         assert not any(48 in one["loops"] for one in phase["collectives"])
 
