@@ -147,7 +147,7 @@ def check_messages(place: str, name: str, messages: Any) -> None:
     Example:
       >>> check_messages("line 2", "the prompt", [{"role": "user", "content": None}])
       Traceback (most recent call last):
-      pgjax.UserError: line 2: a message of the role 'user' has no content, which only one with tool_calls can do without
+      pgjax.UserError: line 2: a message is {'role': 'user', 'content': None}, and only one with tool_calls can do without content
     """
     if not isinstance(messages, list):
         raise UserError(f"{place}: {name} is {messages!r}, not a list of messages")
@@ -160,10 +160,7 @@ def check_messages(place: str, name: str, messages: Any) -> None:
         if calls is not None and not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
             raise UserError(f"{place}: a message's tool_calls are {calls!r}, not a list of {{'function': a dict}}")
         if content is None and not calls:
-            raise UserError(
-                f"{place}: a message of the role {message['role']!r} has no content, which only one with tool_calls can do "
-                "without"
-            )
+            raise UserError(f"{place}: a message is {message!r}, and only one with tool_calls can do without content")
         for text in [content] if content is None or isinstance(content, str) else _texts(place, message):
             check_text(place, "a message's content", text or "")
 
