@@ -9,6 +9,7 @@ import pytest
 
 import pgjax as pg
 from pgjax.parallel import batch_rows
+from pgjax.parallel.encoding import decode, encode
 from pgjax.rollout import task as tasks
 from pgjax.rollout.sample import Rollout
 from pgjax.rollout.task import make_task
@@ -36,9 +37,9 @@ def task_of(loaded, *lengths, **options):
 def test_one_long_prompt_widens_its_own_batches_alone(loaded):
     task = task_of(loaded, *[10] * 400, 2000)
     (prompts,) = task.prompt_sets
-    assert task.padded(prompts[:8])[0].shape == (8, 16)
+    assert task.padded(prompts[:8])[0].shape == (8, 10), "as without the long one"
     tokens, mask = task.padded(prompts[-8:])
-    assert tokens.shape == (8, 2000), "never wider than the longest prompt: positions were checked for that"
+    assert tokens.shape == (8, 2000)
     assert mask.sum(1).tolist() == [10] * 7 + [2000] and mask[:, -1].all()
 
 
@@ -72,7 +73,17 @@ def test_an_evaluation_pads_batch_by_batch_and_fills_up_the_last(loaded, monkeyp
     key = jax.random.key(0)
     counts = [count for _, count, _ in task.rollouts(None, prompts, 2, key)]
     assert counts == [2, 2, 1]
-    assert widths == [((2, 16), [3, 4]), ((2, 100), [3, 100]), ((2, 24), [20, 20])]
+    assert widths == [((2, 4), [3, 4]), ((2, 100), [3, 100]), ((2, 20), [20, 20])]
+
+
+def test_processes_can_exchange_what_is_shown_of_prompts_with_dates(loaded):
+    # The bug: with several processes, the first rollout of such a prompt ends the run.
+    lm, _, tokenizer = loaded
+    message = {"role": "user", "content": "a", "at": datetime.datetime(2026, 1, 2)}
+    task = make_task(lm, tokenizer, [], None, [[{"prompt": [message]}]], chat=True, max_new_tokens=1, temperature=1.0)
+    tokens = jax.numpy.int32([[5, 6]])
+    judged = task.judge(task.prompt_sets[0], Rollout(tokens, tokens > 0, tokens > 5, jax.numpy.zeros((1, 2))))
+    assert decode(encode(judged.shown))[0][1] == [{"role": "user", "content": "a", "at": "2026-01-02T00:00:00"}]
 
 
 class Thing:

@@ -75,7 +75,7 @@ class Task(NamedTuple):
     judges: Sequence[rewards.Reward]
     weights: Sequence[float] | None  # None: 1 each
     prompt_sets: list[list[Encoded]]  # of each row set
-    longest: int  # tokens of the longest prompt of all
+    widths: tuple[int, ...]  # rising, in tokens: of each bucket of lengths, the longest prompt in it
     max_new_tokens: int
     temperature: float
     top_k: int | None
@@ -97,13 +97,14 @@ class Task(NamedTuple):
     def padded(self, batch: Sequence[Encoded]) -> tuple[Any, Any]:
         """Pad prompts on the left, on the devices where there is a mesh: tokens and mask, [B, P] each.
 
-        P is the bucket of the batch's longest prompt: few shapes, few programs, and a prompt much longer than the others costs
-        its own batches alone. It is no wider than the longest prompt of all, so prompts of one bucket keep one shape.
+        P is that of the longest prompt of all in the same bucket as the batch's longest: few shapes, few programs, and a prompt
+        much longer than the others costs its own batches alone.
 
         Args:
             batch: all prompts of the batch, so that all processes choose the same P; each puts its own rows on its devices.
         """
-        length = min(bucket_length(max(len(prompt.ids) for prompt in batch)), self.longest)
+        longest = max(len(prompt.ids) for prompt in batch)
+        length = next(width for width in self.widths if width >= longest)
         fed = batch_rows.rows_to_feed(self.mesh, len(batch))
         tokens, mask = left_pad([batch[row].ids for row in fed], self.pad_id, length=length)
         return (tokens, mask) if self.mesh is None else batch_rows.feed(self.mesh, (tokens, mask))
@@ -259,15 +260,17 @@ def make_task(
         prompts = [row["prompt"] for row in rows]  # their numbers here are not those of the user's file
         ids = encode_prompts(prompts, tokenizer, chat=chat, max_length=limit, place="a prompt")
         encoded.append([Encoded(*pair) for pair in zip(rows, ids, strict=True)])
-    longest = max(len(prompt.ids) for prompts in encoded for prompt in prompts)
+    lengths = sorted({len(prompt.ids) for prompts in encoded for prompt in prompts})
+    longest_of = {bucket_length(length): length for length in lengths}  # rising: the last of each bucket stays
+    widths = tuple(longest_of.values())
     if reward_model is not None:
         texts = [prompt.row["prompt"] for prompts in encoded for prompt in prompts]
-        reward_model.check(texts, longest, max_new_tokens)
+        reward_model.check(texts, widths[-1], max_new_tokens)
     agree_on("what the tokenizer makes of the rows", encoded)
     pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     eos_ids = stop_ids(tokenizer)
     return Task(
-        lm, tokenizer, judges, weights, encoded, longest, max_new_tokens, temperature, top_k, top_p, eos_ids, pad_id,
+        lm, tokenizer, judges, weights, encoded, widths, max_new_tokens, temperature, top_k, top_p, eos_ids, pad_id,
         reward_model, mesh, group_size,
     )  # fmt: skip
 
