@@ -103,8 +103,9 @@ def ppo_config(config: Config, stages: Mapping[str, Done]) -> ppo.Config:
     pairs.write_lines(held_out, [rows[i] for i in evenly(len(rows), config.held_out_rows)])
     return dataclasses.replace(
         config.ppo, model=str(stages["sft"].folder / "model"), reward_model=str(stages["reward_model"].folder / "model"),
-        prompts=asked["prompts"], held_out=str(held_out), chat=asked["chat"], max_new_tokens=asked["max_new_tokens"],
-        rewards=(asked["gold"],), reward_weights=(0.0,),
+        prompts=asked["prompts"], held_out=str(held_out), max_new_tokens=asked["max_new_tokens"], rewards=(asked["gold"],),
+        reward_weights=(0.0,), **{name: asked[name] for name in ("chat", "template_args")},
+        template_date=asked["template_date"] or logs.recorded(stages["ppo"].folder, "template_date"),
     )  # fmt: skip
 
 

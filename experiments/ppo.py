@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 
 import pgjax as pg
 from pgjax.data.batches import batches
+from pgjax.data.templates import set_template
 from pgjax.learning import flags
 from pgjax.learning.evaluation import check_start, evaluate
 from pgjax.learning.optimizer import revived
@@ -36,7 +37,7 @@ from pgjax.rollout.judge import load_judge
 from pgjax.rollout.task import make_task, read_task
 from pgjax.run import checks, clock, devices, exits, loop, presets
 from pgjax.run.checkpoint.resume import frozen_model, rows_digest, to_best
-from pgjax.run.session import INCIDENTAL, RunFlags, open_session, session_options
+from pgjax.run.session import INCIDENTAL, RunFlags, open_session, session_options, settled, template_options
 from pgjax.run.speed import policy_speed
 from pgjax.run.summary import before_and_after, comparison, has_metric
 
@@ -90,14 +91,15 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     options = flags.iteration_options(config, algorithm)
     parts = options["minibatches"] * config.microbatches  # that a batch is learned in
     devices.check_batch_divides(mesh, config.batch_size, parts=parts)
-    config = dataclasses.replace(config, output=devices.shared_folder(config.output))
-    judges, row_sets = read_task(config.rewards, config.prompts, config.held_out, config.held_out_rows)
+    config = settled(config)
+    judges, row_sets, places = read_task(config.rewards, config.prompts, config.held_out, config.held_out_rows)
     lm, params, tokenizer = pg.load(config.model, dtype=config.dtype, mesh=mesh, remat=config.remat)
-    weight = config.reward_model_weight
+    tokenizer = set_template(tokenizer, **template_options(config))
+    weight, group_size = config.reward_model_weight, whole_groups(mesh, config.batch_size, algorithm.group_size)
     reward_model = load_judge(config.reward_model, weight, lm, tokenizer, chat=config.chat, mesh=mesh)
     task = make_task(
-        lm, tokenizer, judges, config.reward_weights or None, row_sets, chat=config.chat, reward_model=reward_model,
-        mesh=mesh, group_size=whole_groups(mesh, config.batch_size, algorithm.group_size), **flags.sampling_options(config),
+        lm, tokenizer, judges, config.reward_weights or None, row_sets, places=places, chat=config.chat, mesh=mesh,
+        reward_model=reward_model, group_size=group_size, **flags.sampling_options(config),
     )  # fmt: skip
     train_prompts, held_out = task.prompt_sets
     fed = batch_rows.rows_to_feed(mesh, config.batch_size)

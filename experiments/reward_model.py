@@ -30,6 +30,7 @@ from experiments.study.reward_picture import plot_calibration
 from pgjax.data import preferences
 from pgjax.data.batches import batches, steps_of
 from pgjax.data.sources import load_rows
+from pgjax.data.templates import set_template
 from pgjax.learning import reward_learning
 from pgjax.learning.optimizer import TrainState, adamw, init_state, revived
 from pgjax.models.io.classifier import with_padding_token
@@ -38,7 +39,7 @@ from pgjax.models.reward_model import from_causal_lm
 from pgjax.parallel import batch_rows, processes
 from pgjax.run import checks, devices, exits, logs, loop, presets
 from pgjax.run.checkpoint.resume import frozen_model, rows_digest, to_best
-from pgjax.run.session import INCIDENTAL, RunFlags, open_session, session_options
+from pgjax.run.session import INCIDENTAL, RunFlags, open_session, session_options, settled, template_options
 from pgjax.run.summary import has_metric
 
 
@@ -79,13 +80,13 @@ def main(config: Config) -> dict[str, float]:
 
 def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
-    config = dataclasses.replace(config, output=devices.shared_folder(config.output))
+    config = settled(config)
     devices.check_batch_divides(mesh, config.batch_size, microbatches=config.microbatches)
     pair_sets, answers = processes.all_or_none(lambda: read_rows(config))
     lm, params, tokenizer = pg.load(config.model, dtype=config.dtype, mesh=mesh, remat=config.remat)
     checks.require(tokenizer is not None, f"{config.model} holds no tokenizer, and pairs are text: add its files")
     rm, params = from_causal_lm(lm, params, jax.random.key(config.seed), remat=config.remat)
-    rm, params, tokenizer = with_padding_token(rm, params, tokenizer)
+    rm, params, tokenizer = with_padding_token(rm, params, set_template(tokenizer, **template_options(config)))
     checks.check_length(config.max_length, rm.arch.max_positions)
     (train_pairs, held_out), references, notes = processes.all_or_none(
         lambda: preferences.encode_sets(

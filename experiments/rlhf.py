@@ -62,6 +62,8 @@ class Config(devices.Flags):
     pairs: str | None = None  # your own rows of prompt, chosen, rejected; None: sampled, and judged by `gold`
     held_out_pairs: str | None = None  # likewise; None: rows of `pairs`, kept aside
     chat: bool = False  # put prompts through the tokenizer's chat template
+    template_args: str | None = None  # variables of the chat template in JSON, as {"enable_thinking": false}
+    template_date: str | None = None  # that chat templates write, as 2026-11-30; None: the day when `sft` starts
     gold: str | None = (
         "experiments.tasks.gold:gold_reward"  # module:function; judges sampled pairs, only watched in `ppo`
     )

@@ -28,6 +28,7 @@ from pgjax.data.examples import check_examples, texts_of
 from pgjax.data.packing import Packed, pack_rows
 from pgjax.data.sources import load_row_sets
 from pgjax.data.tables import Placed
+from pgjax.data.templates import set_template
 from pgjax.learning import supervised
 from pgjax.learning.optimizer import TrainState, adamw, init_state, revived
 from pgjax.models.io.scratch import new_model
@@ -37,7 +38,7 @@ from pgjax.parallel import batch_rows, processes
 from pgjax.run import checks, clock, devices, exits, logs, loop, presets
 from pgjax.run.checkpoint.digest import digest
 from pgjax.run.checkpoint.resume import frozen_model, to_best
-from pgjax.run.session import INCIDENTAL, RunFlags, open_session, session_options
+from pgjax.run.session import INCIDENTAL, RunFlags, open_session, session_options, settled, template_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ def main(config: Config) -> dict[str, float]:
 
 def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
-    config = dataclasses.replace(config, output=devices.shared_folder(config.output))
+    config = settled(config)
     devices.check_batch_divides(mesh, config.batch_size, microbatches=config.microbatches)
     rows, held_out_rows = processes.all_or_none(
         lambda: load_row_sets(config.data, config.held_out, config.held_out_rows, check_examples, text_column="text")
@@ -85,6 +86,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     devices.agree_on(f"the rows of {config.data}", (rows, held_out_rows))
     lm, params, tokenizer = load_or_make(config, rows, mesh)
     checks.check_length(config.max_length, lm.arch.max_positions)
+    tokenizer = set_template(tokenizer, **template_options(config))
     (packed, held_out), notes = pack_rows(
         {"training": rows, "held-out": held_out_rows}, tokenizer, chat=config.chat, max_length=config.max_length,
         learn_prompt=config.learn_prompt,

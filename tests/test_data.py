@@ -62,8 +62,8 @@ def test_a_long_prompt_is_refused_not_cut(tokenizer: Any) -> None:
     assert len(encode_prompts(["abcd"], tokenizer, chat=False, max_length=4)[0]) == 4
     with pytest.raises(ValueError, match=r"prompt 1 .*has 5 tokens, the limit is 4: shorten.*'abcde'"):
         encode_prompts(["abcd", "abcde"], tokenizer, chat=False, max_length=4)
-    with pytest.raises(ValueError, match=r"a prompt of yours has 5 tokens, the limit is 4.*begins 'abcde'"):
-        encode_prompts(["abcd", "abcde"], tokenizer, chat=False, max_length=4, place="a prompt of yours")
+    with pytest.raises(ValueError, match=r"line 7 has 5 tokens, the limit is 4.*begins 'abcde'"):
+        encode_prompts(["abcd", "abcde"], tokenizer, chat=False, max_length=4, places=["line 3", "line 7"])
 
 
 def test_prompts_that_cannot_be_encoded_are_refused(tokenizer: Any) -> None:
@@ -71,7 +71,8 @@ def test_prompts_that_cannot_be_encoded_are_refused(tokenizer: Any) -> None:
         encode_prompts(["hi"], make_tokenizer(None), chat=True, max_length=None)
     refusing = make_tokenizer("{{ raise_exception('no system role') }}")
     with pytest.raises(
-        ValueError, match=r"prompt 0 .*: the chat template refuses it \(no system role\); it begins 'hi'"
+        ValueError,
+        match=r"prompt 0 .*: the chat template refuses the messages \(no system role\); the last begins 'hi'",
     ):
         encode_prompts(["hi"], refusing, chat=True, max_length=None)
     with pytest.raises(ValueError, match=r"prompt 1 .*list of messages"):

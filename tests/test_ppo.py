@@ -449,7 +449,7 @@ def test_the_best_policy_is_the_one_whose_held_out_score_is_the_best(config):
         assert record["score"] == rows[step]["eval/scores"]
     # again, from the files alone
     lm, params, tokenizer = pg.load(config.output / "policy_best")
-    judges, row_sets = read_task(config.rewards, config.prompts, config.held_out, config.held_out_rows)
+    judges, row_sets, _ = read_task(config.rewards, config.prompts, config.held_out, config.held_out_rows)
     task = make_task(
         lm, tokenizer, judges, None, row_sets, chat=config.chat, max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,

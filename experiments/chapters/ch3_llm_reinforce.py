@@ -28,6 +28,7 @@ from jax.flatten_util import ravel_pytree
 import pgjax as pg
 from experiments.chapters import small_lm
 from experiments.study.pictures import picture_path
+from pgjax.data.tokens import added_text
 from pgjax.learning.optimizer import Metrics, Optimizer, TrainState, apply_gradient
 
 
@@ -117,8 +118,10 @@ def show_rollout(tokenizer: Any, rollout: pg.Rollout, scores: jax.Array) -> None
     print(f"\nOne rollout, R = {float(scores[0]):.2f}. Every token gets the same credit, the good and the bad:\n")
     print(f"  {'token':<14}{'log pi':>8}{'credit':>8}")
     arrays = rollout.tokens, rollout.logprobs, returns_of(scores, rollout.mask)
-    for token, logprob, credit in zip(*(np.asarray(x)[0][np.asarray(rollout.mask)[0]] for x in arrays), strict=True):
-        print(f"  {tokenizer.decode([int(token)])!r:<14}{logprob:>8.2f}{credit:>8.2f}")
+    tokens, logprobs, credits = (np.asarray(x)[0] for x in arrays)
+    for t in np.flatnonzero(np.asarray(rollout.mask)[0]):
+        text = added_text(tokens[:t].tolist(), [int(tokens[t])], tokenizer)
+        print(f"  {text!r:<14}{logprobs[t]:>8.2f}{credits[t]:>8.2f}")
 
 
 def draw(curves: list[list[float]], cosines: dict[int, list[float]], path: Path) -> None:

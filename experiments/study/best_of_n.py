@@ -13,10 +13,12 @@ import numpy as np
 import pgjax as pg
 from experiments import ppo
 from experiments.study.gao_forms import best_of, best_of_kl
-from pgjax.data.prompts import check_rows, completion_texts
+from pgjax.data.prompts import check_prompts
 from pgjax.data.sources import load_rows
+from pgjax.data.templates import set_template
 from pgjax.rollout import rewards
-from pgjax.rollout.task import make_task, score_rows
+from pgjax.rollout.task import make_task
+from pgjax.run.session import template_options
 from pgjax.run.stages import Done, run_stage, write_json
 from pgjax.run.statistics import clustered_stderr
 
@@ -48,19 +50,20 @@ def sample(base: ppo.Config, sizes: Sequence[int], samples: int, folder: Path, r
     lm, params, tokenizer = pg.load(base.model)
     rm, rm_params, _ = pg.load_reward_model(base.reward_model)
     scorer = jax.jit(rm.apply)
-    rows = [row for row in load_rows(base.held_out, check_rows) for _ in range(samples)]
+    placed = load_rows(base.held_out, check_prompts)
     proxy: list[float] = []
-    texts: list[str] = []
-    print(f"sampling {samples} completions for each of {len(rows) // samples} held-out prompts")
+    gold: list[float] = []
     task = make_task(
-        lm, tokenizer, [], None, [rows], chat=base.chat, max_new_tokens=base.max_new_tokens, temperature=base.temperature,
+        lm, set_template(tokenizer, **template_options(base)), [rewards.load_reward(base.rewards[0])], None,
+        [[row for _, row in placed]], places=[[place for place, _ in placed]], chat=base.chat,
+        max_new_tokens=base.max_new_tokens, temperature=base.temperature,
     )  # fmt: skip
-    size = min(base.batch_size, len(rows))
-    for _, count, rollout in task.rollouts(params, task.prompt_sets[0], size, jax.random.key(base.seed)):
+    prompts = [prompt for prompt in task.prompt_sets[0] for _ in range(samples)]
+    print(f"sampling {samples} completions for each of {len(task.prompt_sets[0])} held-out prompts")
+    size = min(base.batch_size, len(prompts))
+    for fed, count, rollout in task.rollouts(params, prompts, size, jax.random.key(base.seed)):
         proxy += jax.device_get(scorer(rm_params, rollout.tokens, rollout.attention_mask))[:count].tolist()
-        tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
-        texts += completion_texts(tokens, mask, tokenizer)[:count]
-    gold, _ = score_rows([rewards.load_reward(base.rewards[0])], None, rows, texts)
+        gold += task.judge(fed, rollout).scores[:count].tolist()
     both = {"proxy": np.reshape(proxy, (-1, samples)), "gold": np.reshape(gold, (-1, samples))}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "scores.json", {name: x.tolist() for name, x in both.items()})

@@ -6,9 +6,9 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,11 +16,13 @@ from jax.sharding import Mesh
 
 import pgjax as pg
 from experiments.tasks.gold import prefers_first
-from pgjax.data.prompts import completion_texts
-from pgjax.data.tables import Row
+from pgjax.data.prompts import completion_ids, completion_texts
+from pgjax.data.tables import Placed, Row
+from pgjax.data.templates import set_template
+from pgjax.data.tokens import added_text
 from pgjax.parallel import processes, sharding
 from pgjax.rollout import rewards
-from pgjax.rollout.task import Encoded, Task, last_sampled, make_task, score_rows
+from pgjax.rollout.task import Encoded, Task, make_task, score_rows
 from pgjax.run import checks
 from pgjax.run.checkpoint.records import write_whole
 from pgjax.run.statistics import clustered_stderr
@@ -52,8 +54,9 @@ def check_pairs(config: Pairs) -> None:
 
 
 def make_pairs(
-    config: Pairs, folder: Path, model: Path, row_sets: Sequence[Sequence[Row]],
-    *, gold: str, chat: bool, max_new_tokens: int, seed: int, dtype: str | None = None, mesh: Mesh | None = None,
+    config: Pairs, folder: Path, model: Path, placed_sets: Sequence[Placed],
+    *, gold: str, chat: bool, max_new_tokens: int, seed: int, template: Mapping[str, Any] | None = None,
+    dtype: str | None = None, mesh: Mesh | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Sample two completions of each prompt, let the judge prefer one, and write train.jsonl and held_out.jsonl.
 
@@ -61,11 +64,13 @@ def make_pairs(
       config: how many, and how.
       folder: where the files go.
       model: source of the model that is sampled from.
-      row_sets: the prompts to train on, and those kept aside; taken again from the start where there are too few.
+      placed_sets: the prompts to train on, and those kept aside, with their locations; taken again from the start where there
+        are too few.
       gold: the judge's score, as module:function.
       chat: put prompts through the chat template.
       max_new_tokens: the longest completion.
       seed: of the prompts' order, the samples and the judge's preferences.
+      template: what the chat template is given, as `set_template` takes it.
       dtype: of activations, as in `pgjax.load`.
       mesh: of the devices to sample on; None: one.
 
@@ -75,19 +80,22 @@ def make_pairs(
     """
     processes.on_process_0(lambda: folder.mkdir(parents=True, exist_ok=True))
     lm, params, tokenizer = pg.load(model, dtype=dtype, mesh=mesh)
+    set_template(tokenizer, **({} if template is None else template))
     figures: dict[str, float] = {}
     counts = {"train": config.train, "held_out": config.held_out}
-    for i, ((name, count), rows) in enumerate(zip(counts.items(), row_sets, strict=True)):
-        order = np.random.default_rng([seed, i]).permutation(len(rows))
-        prompts = [rows[order[k % len(rows)]] for k in range(count) for _ in range(2)]
-        processes.print_once(f"sampling two completions for each of {count} prompts ({name})")
+    for i, ((name, count), placed) in enumerate(zip(counts.items(), placed_sets, strict=True)):
         task = make_task(
-            lm, tokenizer, [], None, [prompts], chat=chat, max_new_tokens=max_new_tokens, temperature=config.temperature,
-            mesh=mesh,
+            lm, tokenizer, [], None, [[row for _, row in placed]], places=[[place for place, _ in placed]], chat=chat,
+            max_new_tokens=max_new_tokens, temperature=config.temperature, mesh=mesh,
         )  # fmt: skip
-        texts, ends = complete(task, params, task.prompt_sets[0], config.batch_size, jax.random.key(2 * seed + i))
+        known = task.prompt_sets[0]
+        order = np.random.default_rng([seed, i]).permutation(len(known))
+        prompts = [known[order[k % len(known)]] for k in range(count) for _ in range(2)]
+        processes.print_once(f"sampling two completions for each of {count} prompts ({name})")
+        written = complete(task, params, prompts, config.batch_size, jax.random.key(2 * seed + i))
+        rows = [prompt.row for prompt in prompts]
         work = functools.partial(
-            write_pairs, folder / f"{name}.jsonl", gold, prompts, texts, ends, scale=config.scale, seed=2 * seed + i
+            write_pairs, folder / f"{name}.jsonl", gold, rows, written, scale=config.scale, seed=2 * seed + i
         )
         found = processes.on_process_0(work)
         figures |= {f"{name}_{key}": x for key, x in {"pairs": float(count), **found}.items()}
@@ -95,44 +103,54 @@ def make_pairs(
 
 
 def write_pairs(
-    path: Path, gold: str, prompts: Sequence[Row], texts: Sequence[str], ends: Sequence[str], *, scale: float, seed: int
+    path: Path, gold: str, rows: Sequence[Row], written: Written, *, scale: float, seed: int
 ) -> dict[str, float]:
     """Judge completions by their gold score, write the pairs, and give the figures of `judge`."""
-    scores, _ = score_rows([rewards.load_reward(gold)], None, prompts, texts)
-    pairs, found = judge(scores, prompts, texts, ends, scale=scale, seed=seed)
+    more: dict[str, Sequence[Any]] = {"completion_ids": written.ids, "raw_completions": written.raw}
+    scores, _ = score_rows([rewards.load_reward(gold)], None, rows, written.texts, more)
+    answers = [raw + end for raw, end in zip(written.raw, written.ends, strict=True)]
+    pairs, found = judge(scores, rows, answers, scale=scale, seed=seed)
     write_lines(path, pairs)
     return found
 
 
-def complete(
-    task: Task, params: Any, prompts: Sequence[Encoded], batch_size: int, key: jax.Array
-) -> tuple[list[str], list[str]]:
-    """Sample a completion for each prompt: the texts, and the text of the token that ended each ("" where none did)."""
-    texts: list[str] = []
-    ends: list[str] = []
+class Written(NamedTuple):
+    """Completions, a value of each list for each."""
+
+    texts: list[str]
+    raw: list[str]  # with special tokens, but for the one that ended it
+    ends: list[str]  # the text of the token that ended it; "" where none did
+    ids: list[list[int]]  # what was sampled
+
+
+def complete(task: Task, params: Any, prompts: Sequence[Encoded], batch_size: int, key: jax.Array) -> Written:
+    """Sample a completion for each prompt."""
+    written = Written([], [], [], [])
     size = min(batch_size, len(prompts))
     sharding.check_batch(task.mesh, size, "the completions that are sampled at once")
     for _, count, rollout in task.rollouts(params, prompts, size, key):
         tokens, mask = (x[:count] for x in processes.fetch((rollout.tokens, rollout.mask)))
-        texts += completion_texts(tokens, mask, task.tokenizer)
-        last = last_sampled(tokens, mask).tolist()
-        ends += [task.tokenizer.decode([token]) if token in task.eos_ids else "" for token in last]
-    return texts, ends
+        ids = completion_ids(tokens, mask)
+        written.texts.extend(completion_texts(tokens, mask, task.tokenizer))
+        written.raw.extend(completion_texts(tokens, mask, task.tokenizer, keep_special=True))
+        written.ends.extend(added_text(x[:-1], x[-1:], task.tokenizer) if x[-1] in task.eos_ids else "" for x in ids)
+        written.ids.extend(ids)
+    return written
 
 
 def judge(
-    gold: np.ndarray, rows: Sequence[Row], texts: Sequence[str], ends: Sequence[str], *, scale: float, seed: int
+    gold: np.ndarray, rows: Sequence[Row], answers: Sequence[str], *, scale: float, seed: int
 ) -> tuple[list[Row], dict[str, float]]:
-    """Let the judge prefer one of each two neighbours; the token that ended a completion stays on it.
+    """Let the judge prefer one of each two neighbours; special tokens and the one that ended a completion stay in its answer.
 
-    PPO's reward model will see the token that ends a completion, so it must see it while it learns.
+    PPO's reward model will see them, so it must see them while it learns.
     """
     first_wins = prefers_first(gold[::2].tolist(), gold[1::2].tolist(), scale=scale, seed=seed)
     chosen = [2 * k + (not wins) for k, wins in enumerate(first_wins)]
     rejected = [2 * k + wins for k, wins in enumerate(first_wins)]
     pairs = [
         {
-            "prompt": rows[good]["prompt"], "chosen": texts[good] + ends[good], "rejected": texts[bad] + ends[bad],
+            "prompt": rows[good]["prompt"], "chosen": answers[good], "rejected": answers[bad],
             "gold_chosen": float(gold[good]), "gold_rejected": float(gold[bad]),
         }
         for good, bad in zip(chosen, rejected, strict=True)

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from experiments import ppo, reward_model, sft
 from experiments.study.pairs import make_pairs
-from pgjax.data.prompts import check_rows
+from pgjax.data.prompts import check_prompts
 from pgjax.data.sources import load_row_sets
-from pgjax.data.tables import Row
+from pgjax.data.tables import Placed, Row
+from pgjax.parallel import processes
 from pgjax.run import devices, stages
+from pgjax.run.logs import recorded
+from pgjax.run.session import template_options
 
 if TYPE_CHECKING:
     from experiments.rlhf import Config
@@ -22,12 +25,13 @@ StageName = Literal["sft", "pairs", "reward_model", "ppo"]
 MADE_FROM: dict[StageName, tuple[StageName, ...]] = {
     "sft": (), "pairs": ("sft",), "reward_model": ("sft", "pairs"), "ppo": ("sft", "reward_model"),
 }  # fmt: skip
-SHARED = ("chat", "seed", "dtype", *devices.MACHINE)  # fields of this script that every other one has too
+ALIKE = ("chat", "template_args", "template_date", "seed", "dtype")  # that decide the result of every stage
+SHARED = (*ALIKE, *devices.MACHINE)  # fields of this script that every other one has too
 DECIDING = {  # fields of this script that decide the result of a stage
-    "sft": ("model", "data", "held_out_data", "chat", "seed", "dtype"),
-    "pairs": ("prompts", "held_out_prompts", "chat", "gold", "max_new_tokens", "seed", "dtype"),
-    "reward_model": ("pairs", "held_out_pairs", "chat", "seed", "dtype"),
-    "ppo": ("prompts", "held_out_prompts", "chat", "gold", "max_new_tokens", "seed", "dtype"),
+    "sft": ("model", "data", "held_out_data", *ALIKE),
+    "pairs": ("prompts", "held_out_prompts", "gold", "max_new_tokens", *ALIKE),
+    "reward_model": ("pairs", "held_out_pairs", *ALIKE),
+    "ppo": ("prompts", "held_out_prompts", "gold", "max_new_tokens", *ALIKE),
 }
 
 
@@ -80,12 +84,14 @@ def script_config(config: Config, stage: str) -> Any:
 
 
 def run_script(stage: str, config: Config, folder: Path, resume: bool) -> dict[str, float]:
-    """Run the script of a stage, or go on with it."""
+    """Run the script of a stage, or go on with it; chat templates write the date that they wrote in the first stage."""
     mains: dict[str, Callable[[Any], dict[str, float]]] = {
         "sft": sft.main, "reward_model": reward_model.main, "ppo": ppo.main,
     }  # fmt: skip
     going_on = {"resume": resume, "resume_from": config.resume_from if resume else None}
-    return mains[stage](dataclasses.replace(script_config(config, stage), output=folder, **going_on))
+    date = config.template_date or processes.on_process_0(lambda: recorded(config.output / "sft", "template_date"))
+    script = dataclasses.replace(script_config(config, stage), output=folder, template_date=date, **going_on)
+    return mains[stage](script)
 
 
 def sample_pairs(config: Config, folder: Path, resume: bool) -> dict[str, float]:
@@ -94,7 +100,8 @@ def sample_pairs(config: Config, folder: Path, resume: bool) -> dict[str, float]
     with devices.on_devices(config) as mesh:
         return make_pairs(
             config.pair, folder, config.output / "sft" / "model", read_prompts(config), gold=str(config.gold), chat=config.chat,
-            max_new_tokens=config.max_new_tokens, seed=config.seed, dtype=config.dtype, mesh=mesh,
+            max_new_tokens=config.max_new_tokens, seed=config.seed, template=template_options(config), dtype=config.dtype,
+            mesh=mesh,
         )  # fmt: skip
 
 
@@ -103,6 +110,6 @@ WORK: dict[str, Callable[[Config, Path, bool], dict[str, float]]] = {
 } | {"pairs": sample_pairs}
 
 
-def read_prompts(config: Config) -> tuple[list[Row], list[Row]]:
-    """Read the prompts to train on and those kept aside, as experiments.ppo will."""
-    return load_row_sets(config.prompts, config.held_out_prompts, config.ppo.held_out_rows, check_rows)
+def read_prompts(config: Config) -> tuple[Placed, Placed]:
+    """Read the prompts to train on and those kept aside, as experiments.ppo will, with their locations."""
+    return load_row_sets(config.prompts, config.held_out_prompts, config.ppo.held_out_rows, check_prompts)

@@ -19,10 +19,10 @@ def set_template(tokenizer: Any, *, args: Mapping[str, Any] | None = None, date:
     """Fix what a tokenizer's chat template is given beside the messages: in the tokenizer, which saves it.
 
     Args:
-      tokenizer: a Hugging Face tokenizer, changed in place.
+      tokenizer: a Hugging Face tokenizer, changed in place; None, of a source without one, stays None.
       args: variables of the template, as ``{"enable_thinking": False}``; None leaves those that it carries.
       date: what templates that write today's date write instead, as 2026-11-30, so that a run that goes on tomorrow reads the
-        same prompts; None leaves the one that it carries.
+        same prompts; None leaves the one that it carries, and without a template there is none to carry.
 
     Returns:
       The same tokenizer.
@@ -38,6 +38,8 @@ def set_template(tokenizer: Any, *, args: Mapping[str, Any] | None = None, date:
       >>> render([{"role": "user", "content": "Hi"}], set_template(tokenizer, args={"shout": True}), place="row 0")
       'Hi!'
     """
+    if tokenizer is None:
+        return None
     if args is not None:
         template = tokenizer.chat_template
         if args and template is None:
@@ -49,7 +51,8 @@ def set_template(tokenizer: Any, *, args: Mapping[str, Any] | None = None, date:
         tokenizer.init_kwargs[TEMPLATE_ARGS] = dict(args)
     if date is not None:
         _as_date(date)
-        tokenizer.init_kwargs[TEMPLATE_DATE] = date
+        if tokenizer.chat_template is not None:
+            tokenizer.init_kwargs[TEMPLATE_DATE] = date
     return tokenizer
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pgjax.core.errors import UserError
+from pgjax.data import templates
 from pgjax.data.padding import bucket_length, left_pad
 from pgjax.data.preferences import TEMPLATED, Answered, encode_answers
 from pgjax.data.prompts import Prompt, encode_prompts
@@ -40,20 +41,16 @@ class ModelJudge(NamedTuple):
     chat: bool  # put prompts through its own tokenizer's chat template
     mesh: Mesh | None = None  # over which its parameters and the rows of a batch are spread
 
-    def check(self, prompts: Sequence[Prompt], length: int, max_new_tokens: int) -> None:
-        """Refuse prompts that its positions cannot hold with their completions; `length` is the longest, in policy tokens."""
-        if self.tokenizer is not None:
-            if self.chat and self.tokenizer.chat_template is None:
-                raise UserError(
-                    "the reward model's tokenizer has no chat template, and prompts go through one: set chat=False, or use a "
-                    "reward model for conversations"
-                )
-            length = max(map(len, encode_prompts(prompts, self.tokenizer, chat=self.chat, max_length=None)))
-        if length + max_new_tokens > self.rm.arch.max_positions:
+    def prompt_lengths(self, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> list[int]:
+        """Count the tokens of prompts as the reward model reads them; `ids` are the policy's."""
+        if self.tokenizer is None:
+            return list(map(len, ids))
+        if self.chat and self.tokenizer.chat_template is None:
             raise UserError(
-                f"prompts of up to {length} tokens with max_new_tokens={max_new_tokens} need {length + max_new_tokens} "
-                f"positions, but the reward model has {self.rm.arch.max_positions}: shorten the prompts or the completions"
+                "the reward model's tokenizer has no chat template, and prompts go through one: set chat=False, or use a "
+                "reward model for conversations"
             )
+        return list(map(len, encode_prompts(prompts, self.tokenizer, chat=self.chat)))
 
     def queue(self, prompts: Sequence[Prompt], rollout: Rollout, read: Read) -> jax.Array:
         """Put the scoring of a rollout on the device: [B], in reward units; without a translation nothing is waited for.
@@ -133,6 +130,8 @@ def load_judge(
             f"the reward model {source} was trained with chat={not chat}, but the policy's prompts have chat={chat}: it would "
             f"score what it has never seen; set chat={not chat}, or train it likewise"
         )
+    # of one day, where templates write the date
+    templates.set_template(rm_tokenizer, date=tokenizer.init_kwargs.get(templates.TEMPLATE_DATE))
     differing = tokenizer_differences(tokenizer, rm_tokenizer, chat=chat)
     if lm.arch.vocab_size > rm.arch.vocab_size:
         differing.append(f"vocabulary size ({lm.arch.vocab_size} and {rm.arch.vocab_size})")
@@ -180,6 +179,10 @@ def tokenizer_differences(tokenizer: Any, other: Any, *, chat: bool) -> list[str
         "normaliser": (mine["normalizer"], its["normalizer"]),
         "pre-tokeniser": (mine["pre_tokenizer"], its["pre_tokenizer"]),
         "first token": (tokenizer("")["input_ids"], other("")["input_ids"]),
-        "chat template": (tokenizer.chat_template, other.chat_template) if chat else (None, None),
     }
+    if chat:
+        parts["chat template"] = tokenizer.chat_template, other.chat_template
+        parts["chat template's arguments"] = (
+            *(x.init_kwargs.get(templates.TEMPLATE_ARGS, {}) for x in (tokenizer, other)),
+        )
     return [name for name, (x, y) in parts.items() if x != y]

@@ -1,7 +1,9 @@
 """Black-box rewards: Python callables, found by name, called on a batch, checked to the last number.
 
 A reward keeps the signature that users know: ``reward(prompts, completions, **columns) -> list[float]``,
-where ``columns`` are the other columns of the prompt file, one value a row.
+where ``columns`` are the other columns of the prompt file, one value a row. One that names the parameter ``completion_ids`` gets
+the ids that were sampled in each row too (a list of ints, the id that ended it included, no padding), and one that names
+``raw_completions`` the completions with their special tokens (``<think>no</think>yes``), but for the one that ended them.
 """
 
 import asyncio
@@ -18,7 +20,9 @@ import numpy as np
 from pgjax.core.errors import UserError
 
 Reward = Callable[..., Sequence[float]]
-RESERVED_COLUMNS = ("prompts", "completions")  # the names of a reward's own arguments
+ON_REQUEST = ("completion_ids", "raw_completions")  # what only a reward that names it gets
+RESERVED_COLUMNS = ("prompts", "completions", *ON_REQUEST)  # the names of a reward's own arguments
+_NOT_BY_NAME = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _SHOWN_CHARACTERS = 600
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _LARGEST_SCORE = 1e18  # whose square float32 holds, summed over a batch: else advantages would be 0 without a word
@@ -108,12 +112,37 @@ def reward_names(rewards: Sequence[Reward]) -> list[str]:
     return names
 
 
+def named_on_request(rewards: Iterable[Reward]) -> list[str]:
+    """List what of `ON_REQUEST` some reward names as a parameter; ``**columns`` names nothing.
+
+    Args:
+      rewards: the functions.
+
+    Returns:
+      Names, none twice.
+
+    Example:
+      >>> named_on_request([lambda prompts, completions, completion_ids, **columns: [], max])
+      ['completion_ids']
+    """
+    named = set().union(*map(_parameters, rewards))
+    return [name for name in ON_REQUEST if name in named]
+
+
+def _parameters(reward: Reward) -> set[str]:
+    try:
+        parameters = inspect.signature(reward).parameters.values()
+    except (TypeError, ValueError):  # a function written in C may have no signature
+        return set()
+    return {parameter.name for parameter in parameters if parameter.kind not in _NOT_BY_NAME}
+
+
 def check_reward(reward: Reward, columns: Iterable[str] = ()) -> None:
     """Check, without calling it, that a reward takes the arguments that it will get.
 
     Args:
       reward: the function.
-      columns: names of the columns that come beside prompts and completions.
+      columns: names of the columns that come beside prompts and completions, and beside what it names of `ON_REQUEST`.
 
     Raises:
       ValueError: the function's signature does not take ``prompts``, ``completions`` and these columns by
@@ -131,7 +160,7 @@ def check_reward(reward: Reward, columns: Iterable[str] = ()) -> None:
         signature = inspect.signature(reward)
     except (TypeError, ValueError):  # a function written in C may have none: the call itself will tell
         return
-    arguments = dict.fromkeys([*RESERVED_COLUMNS, *columns])
+    arguments = dict.fromkeys(["prompts", "completions", *columns, *named_on_request([reward])])
     try:
         signature.bind(**arguments)
     except TypeError as error:
@@ -147,6 +176,7 @@ def score(
     prompts: Sequence[Any],
     completions: Sequence[str],
     columns: Mapping[str, Sequence[Any]] | None = None,
+    on_request: Mapping[str, Sequence[Any]] | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Score a batch of completions as the weighted sum of black-box rewards.
 
@@ -159,6 +189,7 @@ def score(
       prompts: [B] the prompts as the user wrote them (text, or lists of messages).
       completions: [B] the texts to judge.
       columns: further columns of the prompt file, [B] values each.
+      on_request: what rewards name of `ON_REQUEST`, [B] values each; a reward gets what it names.
 
     Returns:
       scores [B] float32, and each reward's own values [B] float32 (without its weight), by the names of
@@ -178,11 +209,13 @@ def score(
     """
     columns = {} if columns is None else columns
     weights = [1.0] * len(rewards) if weights is None else list(weights)
+    on_request = {} if on_request is None else on_request
     _check_batch(rewards, weights, prompts, completions, columns)
     names = reward_names(rewards)
-    parts = {
-        name: _call(reward, name, prompts, completions, columns) for name, reward in zip(names, rewards, strict=True)
-    }
+    parts = {}
+    for name, reward in zip(names, rewards, strict=True):
+        wanted = {key: on_request[key] for key in named_on_request([reward]) if key in on_request}
+        parts[name] = _call(reward, name, prompts, completions, {**columns, **wanted})
     total = np.zeros(len(prompts), np.float64)
     for name, weight in zip(names, weights, strict=True):
         total += weight * parts[name].astype(np.float64)

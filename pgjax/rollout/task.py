@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 
 from pgjax.core.errors import UserError
 from pgjax.data.padding import bucket_length, left_pad
-from pgjax.data.prompts import check_rows, completion_texts, encode_prompts
+from pgjax.data.prompts import TOOLS, as_tools, check_prompts, completion_ids, completion_texts, encode_prompts
 from pgjax.data.sources import load_row_sets
-from pgjax.data.tables import Row
+from pgjax.data.tables import Row, left_out_notes
 from pgjax.models.causal_lm import CausalLM
 from pgjax.models.io.tokenizer import stop_ids
 from pgjax.parallel import batch_rows, processes
@@ -120,17 +120,19 @@ class Task(NamedTuple):
 
         def judge_rows() -> tuple[list[int], Judged]:
             rows = [fed[i].row for i in judged_here]
-            completions, ended = self._texts(rollout, judged_here)
+            sampled = self._sampled(rollout, judged_here)
+            completions = completion_texts(*sampled, self.tokenizer)
             numbered = zip(judged_here, rows, completions, strict=True)
             shown = [(i, plain(row["prompt"]), text) for i, row, text in numbered if i < SHOWN]
-            return judged_here, Judged(*score_rows(self.judges, self.weights, rows, completions), ended, shown)
+            more = on_request(self.judges, *sampled, self.tokenizer)
+            scored = score_rows(self.judges, self.weights, rows, completions, more)
+            return judged_here, Judged(*scored, self._ended(*sampled), shown)
 
         judged = _joined(processes.gather_results(judge_rows))
         if model_scores is None or self.reward_model is None:
             return judged
-        more = self.reward_model.fetch(
-            model_scores, lambda i: (fed[i].row["prompt"], *self._texts(rollout, [i])[0]), judged_here
-        )
+        text_of = lambda i: completion_texts(*self._sampled(rollout, [i]), self.tokenizer)[0]
+        more = self.reward_model.fetch(model_scores, lambda i: (fed[i].row["prompt"], text_of(i)), judged_here)
         scores = judged.scores + np.float32(self.reward_model.weight) * more
         return judged._replace(scores=scores, parts=judged.parts | {REWARD_MODEL: more})
 
@@ -140,12 +142,20 @@ class Task(NamedTuple):
             return None
         fed = batch_rows.rows_to_feed(self.mesh, len(rollout.tokens))
         texts = [prompt.row["prompt"] for prompt in prompts]
-        return self.reward_model.queue(texts, rollout, lambda: self._texts(rollout, fed))
 
-    def _texts(self, rollout: Rollout, rows: Sequence[int]) -> tuple[list[str], np.ndarray]:
-        """Read rows of a rollout that this process feeds: each completion, and whether it ended by itself."""
+        def read() -> tuple[list[str], np.ndarray]:  # with special tokens, which it sees where it takes ids too
+            sampled = self._sampled(rollout, fed)
+            return completion_texts(*sampled, self.tokenizer, keep_special=True), self._ended(*sampled)
+
+        return self.reward_model.queue(texts, rollout, read)
+
+    def _sampled(self, rollout: Rollout, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Read rows of a rollout that this process feeds: tokens, and which of them were sampled."""
         tokens, mask = (batch_rows.local_rows(x, rows) for x in (rollout.tokens, rollout.mask))
-        return completion_texts(tokens, mask, self.tokenizer), np.isin(last_sampled(tokens, mask), self.eos_ids)
+        return tokens, mask
+
+    def _ended(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return np.isin(last_sampled(tokens, mask), self.eos_ids)
 
     def rollouts(
         self, params: Any, prompts: Sequence[Encoded], batch_size: int, key: jax.Array
@@ -203,7 +213,7 @@ def _joined(pieces: Sequence[tuple[list[int], Judged]]) -> Judged:
 
 def read_task(
     specs: Sequence[str], prompts: str, held_out: str | None, held_out_rows: int
-) -> tuple[list[rewards.Reward], tuple[list[Row], list[Row]]]:
+) -> tuple[list[rewards.Reward], tuple[list[Row], list[Row]], tuple[list[str], list[str]]]:
     """Load the rewards and the rows of a task, and check that they go together, alike on all processes.
 
     Args:
@@ -213,22 +223,23 @@ def read_task(
         held_out_rows: how many are kept aside then.
 
     Returns:
-        The rewards; the rows to train on and the held-out ones.
+        The rewards; the rows to train on and the held-out ones; the locations of both.
 
     Raises:
         UserError: a source or a reward that cannot be loaded, rows that are not prompts, or columns that a reward lacks.
     """
 
-    def read() -> tuple[list[rewards.Reward], tuple[list[Row], list[Row]]]:
+    def read() -> tuple[list[rewards.Reward], tuple[list[Row], list[Row]], tuple[list[str], list[str]]]:
         judges = [rewards.load_reward(spec) for spec in specs]
-        row_sets = load_row_sets(prompts, held_out, held_out_rows, check_rows)
+        train, aside = load_row_sets(prompts, held_out, held_out_rows, check_prompts)
+        row_sets = [row for _, row in train], [row for _, row in aside]
         for rows in row_sets:
             check_columns(rows, judges)
-        return judges, row_sets
+        return judges, row_sets, ([place for place, _ in train], [place for place, _ in aside])
 
-    judges, row_sets = processes.all_or_none(read)
+    judges, row_sets, places = processes.all_or_none(read)
     agree_on(f"the rows of {prompts}", row_sets)
-    return judges, row_sets
+    return judges, row_sets, places
 
 
 def make_task(
@@ -238,6 +249,7 @@ def make_task(
     weights: Sequence[float] | None,
     row_sets: Sequence[Sequence[Row]],
     *,
+    places: Sequence[Sequence[str]] | None = None,
     chat: bool,
     max_new_tokens: int,
     temperature: float,
@@ -247,25 +259,55 @@ def make_task(
     mesh: Mesh | None = None,
     group_size: int = 1,
 ) -> Task:
-    """Encode the prompts of every row set, refusing any that the model's positions cannot hold."""
+    """Encode the prompts of every row set; those that leave too little room in the model's positions are left out, and told.
+
+    Args:
+        lm: the policy's model.
+        tokenizer: the policy's.
+        judges: the black boxes.
+        weights: one for each; None: 1 each.
+        row_sets: rows with prompts; a column ``tools`` goes to the chat template of its row's prompt.
+        places: the rows' locations, for messages; None: their numbers.
+        chat: put prompts through the chat template.
+        max_new_tokens: the longest completion.
+        temperature: as of `sample`, like top_k and top_p.
+        top_k: likewise.
+        top_p: likewise.
+        reward_model: one more judge.
+        mesh: over which the rows of a batch are spread.
+        group_size: so many adjacent rows of a batch have one prompt.
+
+    Returns:
+        The task.
+
+    Raises:
+        UserError: no tokenizer, a prompt that cannot be encoded, or a set of which no row is left.
+    """
     if tokenizer is None:
         raise UserError("the model's source holds no tokenizer, and prompts are text: add its tokenizer files")
-    limit = lm.arch.max_positions - max_new_tokens
-    if limit < 1:
-        raise UserError(
-            f"max_new_tokens={max_new_tokens} leaves no room for a prompt in {lm.arch.max_positions} positions"
-        )
-    encoded = []
-    for rows in row_sets:
-        prompts = [row["prompt"] for row in rows]  # their numbers here are not those of the user's file
-        ids = encode_prompts(prompts, tokenizer, chat=chat, max_length=limit, place="a prompt")
-        encoded.append([Encoded(*pair) for pair in zip(rows, ids, strict=True)])
-    lengths = sorted({len(prompt.ids) for prompts in encoded for prompt in prompts})
-    longest_of = {bucket_length(length): length for length in lengths}  # rising: the last of each bucket stays
-    widths = tuple(longest_of.values())
+    positions = {"the model": lm.arch.max_positions}
     if reward_model is not None:
-        texts = [prompt.row["prompt"] for prompts in encoded for prompt in prompts]
-        reward_model.check(texts, widths[-1], max_new_tokens)
+        positions["the reward model"] = reward_model.rm.arch.max_positions
+    for whose, most in positions.items():
+        if most - max_new_tokens < 1:
+            raise UserError(
+                f"max_new_tokens={max_new_tokens} leaves no room for a prompt in {most} positions of {whose}"
+            )
+    encoded = []
+    for number, rows in enumerate(row_sets):
+        prompts = [row["prompt"] for row in rows]
+        names = [f"row {i} (counted from 0)" for i in range(len(rows))] if places is None else places[number]
+        ids = encode_prompts(prompts, tokenizer, chat=chat, places=names, tools=[row.get(TOOLS) for row in rows])
+        lengths = {"the model": list(map(len, ids))}
+        if reward_model is not None:
+            lengths["the reward model"] = reward_model.prompt_lengths(prompts, ids)
+        fits = _fitting(names, lengths, positions, max_new_tokens)
+        encoded.append([Encoded(rows[i], ids[i]) for i in fits])
+    if chat:
+        _tell_unused_tools(tokenizer, [prompt.row for prompts in encoded for prompt in prompts])
+    rising = sorted({len(prompt.ids) for prompts in encoded for prompt in prompts})
+    longest_of = {bucket_length(length): length for length in rising}  # the last of each bucket stays
+    widths = tuple(longest_of.values())
     agree_on("what the tokenizer makes of the rows", encoded)
     pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     eos_ids = stop_ids(tokenizer)
@@ -273,6 +315,58 @@ def make_task(
         lm, tokenizer, judges, weights, encoded, widths, max_new_tokens, temperature, top_k, top_p, eos_ids, pad_id,
         reward_model, mesh, group_size,
     )  # fmt: skip
+
+
+def _fitting(
+    places: Sequence[str], lengths: Mapping[str, Sequence[int]], positions: Mapping[str, int], max_new_tokens: int
+) -> list[int]:
+    """Number the prompts that leave room for a completion in every model's positions, and tell which do not."""
+    left_out: dict[str, list[str]] = {}
+    fits = []
+    for i, place in enumerate(places):
+        short = [whose for whose, counts in lengths.items() if counts[i] + max_new_tokens > positions[whose]]
+        if not short:
+            fits.append(i)
+            continue
+        why = f"whose prompt leaves no room for max_new_tokens={max_new_tokens} in the {positions[short[0]]} positions of "
+        left_out.setdefault(why + short[0], []).append(f"{place} ({lengths[short[0]][i]:,} tokens)")
+    notes = left_out_notes(left_out)
+    if not fits:
+        raise UserError(
+            f"no row is left: {'; '.join(notes)}. Shorten the prompts, ask for fewer new tokens, or use a model with more "
+            "positions"
+        )
+    if notes:
+        processes.print_once("\n".join(notes))
+    return fits
+
+
+def _tell_unused_tools(tokenizer: Any, rows: Sequence[Row]) -> None:
+    """Tell that a chat template leaves the tools of prompts out."""
+    with_tools = [tools for row in rows if (tools := as_tools("a row", row.get(TOOLS))) is not None]
+    if with_tools and TOOLS not in tokenizer.get_chat_template(None, with_tools[0]):
+        processes.print_once(
+            f"the chat template names no tools: of the column 'tools', which {len(with_tools)} rows fill, prompts show nothing"
+        )
+
+
+def on_request(judges: Sequence[rewards.Reward], tokens: Any, mask: Any, tokenizer: Any) -> dict[str, list[Any]]:
+    """Give of sampled rows what rewards name beside their texts, and nothing that none of them names.
+
+    Args:
+        judges: the rewards.
+        tokens: [B, T] token ids, prompt and all.
+        mask: [B, T] bool, True where the policy sampled the token.
+        tokenizer: the policy's.
+
+    Returns:
+        [B] values for each name.
+    """
+    make: dict[str, Callable[[], list[Any]]] = {
+        "completion_ids": lambda: completion_ids(tokens, mask),
+        "raw_completions": lambda: completion_texts(tokens, mask, tokenizer, keep_special=True),
+    }
+    return {name: make[name]() for name in rewards.named_on_request(judges)}
 
 
 def last_sampled(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -286,11 +380,15 @@ def last_sampled(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def score_rows(
-    judges: Sequence[rewards.Reward], weights: Sequence[float] | None, rows: Sequence[Row], completions: Sequence[str]
+    judges: Sequence[rewards.Reward],
+    weights: Sequence[float] | None,
+    rows: Sequence[Row],
+    completions: Sequence[str],
+    more: Mapping[str, Sequence[Any]] | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Put completions and their rows' columns before the black boxes: weighted sums [B], and each one's own scores.
 
-    Without black boxes all sums are 0.
+    Without black boxes all sums are 0. `more` is what `on_request` gives.
 
     Example:
       >>> length = lambda prompts, completions, **columns: [float(len(text)) for text in completions]
@@ -301,7 +399,7 @@ def score_rows(
         nothing = np.zeros(len(rows), np.float32)
         return nothing, dict.fromkeys(rewards.reward_names(judges), nothing)
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    return rewards.score(judges, weights, columns.pop("prompt"), completions, columns)
+    return rewards.score(judges, weights, columns.pop("prompt"), completions, columns, more)
 
 
 def check_columns(rows: Sequence[Row], judges: Sequence[rewards.Reward]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import math
-from typing import Any
+from typing import Any, cast
 
 from pgjax.core.errors import UserError
 
@@ -98,6 +100,44 @@ def check_run(config: Any) -> None:
     divides(config, "batch_size", "microbatches")
     seed_fits(config)
     check_lora(config)
+    check_template(config)
+
+
+def check_template(config: Any) -> None:
+    """Refuse what no chat template can be given.
+
+    Example:
+      >>> from types import SimpleNamespace
+      >>> check_template(SimpleNamespace(template_args=None, template_date="30 Nov"))
+      Traceback (most recent call last):
+      pgjax.UserError: template_date must be a day like 2026-11-30, got '30 Nov'
+    """
+    json_object(config, "template_args")
+    try:
+        datetime.date.fromisoformat(config.template_date or "2026-11-30")
+    except ValueError:
+        raise UserError(f"template_date must be a day like 2026-11-30, got {config.template_date!r}") from None
+
+
+def json_object(config: Any, name: str) -> dict[str, Any] | None:
+    """Read a field of a config that holds a JSON object as text; None passes.
+
+    Example:
+      >>> from types import SimpleNamespace
+      >>> json_object(SimpleNamespace(template_args="{enable_thinking: false}"), "template_args")
+      Traceback (most recent call last):
+      pgjax.UserError: template_args must be a JSON object like {"enable_thinking": false}, got '{enable_thinking: false}'
+    """
+    text = vars(config)[name]
+    try:
+        found = None if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        found = text
+    require(
+        text is None or isinstance(found, dict),
+        f'{name} must be a JSON object like {{"enable_thinking": false}}, got {text!r}',
+    )
+    return cast("dict[str, Any] | None", found)
 
 
 def check_length(length: int | None, positions: int) -> None:

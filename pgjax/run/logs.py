@@ -64,6 +64,27 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool, may
     return folder
 
 
+def recorded(folder: str | Path, field: str) -> Any:
+    """Read a field of the config that a run was started with.
+
+    Args:
+        folder: the run folder.
+        field: its name.
+
+    Returns:
+        Its value; None where there is no run, or none with such a field.
+
+    Raises:
+        UserError: the file is damaged.
+
+    Example:
+        >>> recorded("a folder that is not there", "seed") is None
+        True
+    """
+    path = Path(folder) / CONFIG
+    return _read_config(path).get(field) if path.exists() else None
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pgjax.core.errors import UserError
 from pgjax.parallel import processes
-from pgjax.run import logs
+from pgjax.run import checks, devices, logs
 from pgjax.run.checkpoint.checkpoints import Checkpoints
 from pgjax.run.checkpoint.resume import From, go_on, last_step, open_checkpoints
 from pgjax.run.curves import plot_curves
@@ -27,6 +28,8 @@ class RunFlags(Flags):
     output: Path = Path("runs/run")  # the run folder: config, metrics, curves, checkpoints, model
     resume: bool = False  # go on with the run in `output`
     resume_from: From = None  # last-good: go on, from the newest snapshot that is whole where later ones are damaged
+    template_args: str | None = None  # variables of the chat template in JSON, as {"enable_thinking": false}
+    template_date: str | None = None  # that chat templates write, as 2026-11-30; None: the day when the run starts
     seed: int = 0  # of everything that is drawn at random
     dtype: Dtype = None  # of activations; None: bfloat16 on TPU and GPU, float32 on CPU and for a model from scratch
     lora_rank: int | None = None  # train adapters of this rank, at some ten times the rate; None: all parameters
@@ -39,6 +42,57 @@ class RunFlags(Flags):
     def goes_on(self) -> bool:
         """Whether the run in `output` is gone on with."""
         return self.resume or self.resume_from is not None
+
+
+ConfigT = TypeVar("ConfigT", bound=RunFlags)
+
+
+def settled(config: ConfigT) -> ConfigT:
+    """Settle what a config leaves open: where all processes find its folder, and which date chat templates write.
+
+    A run that goes on keeps the date of its beginning, so that it reads the same prompts on another day.
+
+    Args:
+        config: of the script.
+
+    Returns:
+        The config with `output` and `template_date` filled in.
+
+    Raises:
+        UserError: as in `devices.shared_folder`, or the config of the run that is gone on with is damaged.
+
+    Example:
+        >>> settled(RunFlags(template_date="2026-11-30")).template_date
+        '2026-11-30'
+    """
+    folder = devices.shared_folder(config.output)
+
+    def date() -> str:
+        before = logs.recorded(folder, "template_date") if config.goes_on else None
+        return before or datetime.date.today().isoformat()
+
+    return dataclasses.replace(
+        config, output=folder, template_date=config.template_date or processes.on_process_0(date)
+    )
+
+
+def template_options(config: Any) -> dict[str, Any]:
+    """Give `templates.set_template` what a script's config says of it.
+
+    Args:
+        config: with the fields template_args and template_date.
+
+    Returns:
+        Its arguments by name.
+
+    Raises:
+        UserError: as in `checks.json_object`.
+
+    Example:
+        >>> template_options(RunFlags(template_args='{"enable_thinking": false}'))
+        {'args': {'enable_thinking': False}, 'date': None}
+    """
+    return {"args": checks.json_object(config, "template_args"), "date": config.template_date}
 
 
 def session_options(config: RunFlags) -> dict[str, Any]:
