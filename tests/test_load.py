@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 from pgjax.models.io.load import load, save_pretrained
-from pgjax.models.io.tokenizer import STOP_IDS, gguf_tokenizer, stop_ids
+from pgjax.models.io.stops import STOP_IDS, stop_ids
+from pgjax.models.io.tokenizer import gguf_tokenizer
 from tests.compare import assert_same_bits
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -58,12 +59,12 @@ def test_tokenizer_its_template_and_every_stop_id_survive(tmp_path):
     assert generation == {"bos_token_id": 1, "eos_token_id": [2, 1], "pad_token_id": 2}
 
 
-def test_stop_ids_come_from_generation_config_where_they_differ_from_the_tokenizer(tmp_path):
+def test_stop_ids_of_generation_config_come_before_the_tokenizers_own(tmp_path):
     lm, params, _ = load(GOLDENS / "llama")
     save_pretrained(tmp_path / "a", lm, params, small_tokenizer(stops=(2,)))
     assert stop_ids(load(tmp_path / "a")[2]) == (2,)
     (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": 0}')
-    assert stop_ids(load(tmp_path / "a")[2]) == (0,)
+    assert stop_ids(load(tmp_path / "a")[2]) == (0, 2)
 
 
 def test_tokenizer_json_is_taken_as_it_stands_whatever_class_its_config_names(tmp_path):

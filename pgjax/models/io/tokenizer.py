@@ -1,4 +1,4 @@
-"""Load tokenizers from a model folder or a GGUF file's metadata; the ids that end a completion."""
+"""Load tokenizers from a model folder or a GGUF file's metadata."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pgjax.core.errors import UserError
-from pgjax.models.io.tensors import read_json
+from pgjax.models.io.stops import STOP_IDS, gathered_stops, read_stops, stop_ids
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -19,9 +19,9 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.jinja",
+    "additional_chat_templates",  # a folder, of named ones
 )
 _WHOLE = ("tokenizer.json", "vocab.json", "tokenizer.model")  # any one of them makes a tokenizer
-STOP_IDS = "stop_token_ids"  # a setting of the tokenizer, so that tokenizer_config.json saves it
 
 # How text is split before the byte-pair merges, by `tokenizer.ggml.pre`.
 _LLAMA3_SPLIT = (
@@ -56,11 +56,7 @@ def folder_tokenizer(folder: Path) -> Any | None:
         tokenizer = reader.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # damaged files raise errors of many types: of JSON, of Rust, KeyError, ...
         raise UserError(f"{folder}: its tokenizer's files cannot be read ({error})") from error
-    for name in ("generation_config.json", "config.json"):
-        stops = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
-        if stops is not None:
-            tokenizer.init_kwargs[STOP_IDS] = stops if isinstance(stops, list) else [stops]
-            break
+    tokenizer.init_kwargs[STOP_IDS] = list(read_stops(folder, tokenizer))
     return tokenizer
 
 
@@ -92,20 +88,6 @@ def prepare_tokenizer(tokenizer: Any, *, vocab_size: int, origin: str) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def stop_ids(tokenizer: Any) -> tuple[int, ...]:
-    """List the ids that end a completion: those of generation_config.json or config.json, else the tokenizer's own.
-
-    Args:
-        tokenizer: as `load` returns it.
-
-    Returns:
-        Ids in the model's order; empty if the tokenizer has no end of sequence.
-    """
-    if STOP_IDS in tokenizer.init_kwargs:
-        return tuple(int(i) for i in tokenizer.init_kwargs[STOP_IDS])
-    return () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
 
 
 def gguf_tokenizer(fields: Mapping[str, Any], *, max_length: int) -> Any | None:
@@ -144,14 +126,15 @@ def gguf_tokenizer(fields: Mapping[str, Any], *, max_length: int) -> Any | None:
         if f"tokenizer.ggml.{key}_token_id" in fields
     }
     stops = [fields[name] for name in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if name in fields]
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_byte_level_bpe(fields, pre),
         chat_template=fields.get("tokenizer.chat_template"),
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
-        **{STOP_IDS: sorted(set(stops), key=stops.index)},
         **named,
     )
+    tokenizer.init_kwargs[STOP_IDS] = list(gathered_stops(stops, tokenizer))
+    return tokenizer
 
 
 def _byte_level_bpe(fields: Mapping[str, Any], pre: str) -> Any:
