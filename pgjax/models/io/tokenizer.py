@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,18 +56,29 @@ def folder_tokenizer(folder: Path) -> Any | None:
     try:
         tokenizer = reader.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # damaged files raise errors of many types: of JSON, of Rust, KeyError, ...
+        if reader is AutoTokenizer and importlib.util.find_spec("sentencepiece") is None:
+            raise UserError(
+                f"{folder} holds no tokenizer.json, and its tokenizer is read by a package that is not installed: "
+                "pip install sentencepiece"
+            ) from error
         raise UserError(f"{folder}: its tokenizer's files cannot be read ({error})") from error
     tokenizer.init_kwargs[STOP_IDS] = list(read_stops(folder, tokenizer))
     return tokenizer
 
 
-def prepare_tokenizer(tokenizer: Any, *, vocab_size: int, origin: str) -> Any:
+def largest_id(tokenizer: Any) -> int:
+    """Find the largest id of a tokenizer, added tokens included."""
+    return max(tokenizer.get_vocab().values())
+
+
+def prepare_tokenizer(tokenizer: Any, *, vocab_size: int, origin: str, mend: str) -> Any:
     """Make a tokenizer pad on the left, with the end of sequence if it has no padding token.
 
     Args:
         tokenizer: changed in place.
         vocab_size: rows of the model's embedding.
         origin: the model's path, for messages.
+        mend: what to do about a tokenizer that is larger than the embedding, for messages.
 
     Returns:
         The same tokenizer.
@@ -74,10 +86,12 @@ def prepare_tokenizer(tokenizer: Any, *, vocab_size: int, origin: str) -> Any:
     Raises:
         UserError: when a token id or a stop id is beyond the model's vocabulary: an embedding would silently clamp it.
     """
-    largest = max(tokenizer.get_vocab().values())
+    largest = largest_id(tokenizer)
     if largest >= vocab_size:
+        token = tokenizer.convert_ids_to_tokens(largest)
         raise UserError(
-            f"{origin}: the tokenizer's largest id is {largest}, the model's vocabulary ends at {vocab_size - 1}"
+            f"{origin}: the tokenizer's largest id is {largest} ({token!r}), but the model's embedding ends at "
+            f"{vocab_size - 1}: take the tokenizer that it was trained with, or {mend}"
         )
     if odd := [i for i in stop_ids(tokenizer) if not 0 <= i < vocab_size]:
         raise UserError(
