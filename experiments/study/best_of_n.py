@@ -16,6 +16,7 @@ from experiments.study.gao_forms import best_of, best_of_kl
 from pgjax.data.prompts import check_prompts
 from pgjax.data.sources import load_rows
 from pgjax.data.templates import set_template
+from pgjax.models.io.stops import set_stops, told_stops
 from pgjax.rollout import rewards
 from pgjax.rollout.task import make_task
 from pgjax.run.session import template_options
@@ -48,6 +49,7 @@ def sample(base: ppo.Config, sizes: Sequence[int], samples: int, folder: Path, r
     del resume
     assert base.reward_model is not None and base.held_out is not None  # the study sets them
     lm, params, tokenizer = pg.load(base.model)
+    tokenizer = set_stops(tokenizer, base.stop_tokens)
     rm, rm_params, _ = pg.load_reward_model(base.reward_model)
     scorer = jax.jit(rm.apply)
     placed = load_rows(base.held_out, check_prompts)
@@ -60,6 +62,7 @@ def sample(base: ppo.Config, sizes: Sequence[int], samples: int, folder: Path, r
     )  # fmt: skip
     prompts = [prompt for prompt in task.prompt_sets[0] for _ in range(samples)]
     print(f"sampling {samples} completions for each of {len(task.prompt_sets[0])} held-out prompts")
+    print(told_stops(tokenizer))
     size = min(base.batch_size, len(prompts))
     for fed, count, rollout in task.rollouts(params, prompts, size, jax.random.key(base.seed)):
         proxy += jax.device_get(scorer(rm_params, rollout.tokens, rollout.attention_mask))[:count].tolist()

@@ -20,6 +20,7 @@ from pgjax.data.prompts import completion_ids, completion_texts
 from pgjax.data.tables import Placed, Row
 from pgjax.data.templates import set_template
 from pgjax.data.tokens import added_text
+from pgjax.models.io.stops import set_stops, told_stops
 from pgjax.parallel import processes, sharding
 from pgjax.rollout import rewards
 from pgjax.rollout.task import Encoded, Task, make_task, score_rows
@@ -56,7 +57,7 @@ def check_pairs(config: Pairs) -> None:
 def make_pairs(
     config: Pairs, folder: Path, model: Path, placed_sets: Sequence[Placed],
     *, gold: str, chat: bool, max_new_tokens: int, seed: int, template: Mapping[str, Any] | None = None,
-    dtype: str | None = None, mesh: Mesh | None = None,
+    stop_tokens: Sequence[str] = (), dtype: str | None = None, mesh: Mesh | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Sample two completions of each prompt, let the judge prefer one, and write train.jsonl and held_out.jsonl.
 
@@ -71,6 +72,7 @@ def make_pairs(
       max_new_tokens: the longest completion.
       seed: of the prompts' order, the samples and the judge's preferences.
       template: what the chat template is given, as `set_template` takes it.
+      stop_tokens: that end a completion, as of `set_stops`; none: the model's own.
       dtype: of activations, as in `pgjax.load`.
       mesh: of the devices to sample on; None: one.
 
@@ -80,7 +82,8 @@ def make_pairs(
     """
     processes.on_process_0(lambda: folder.mkdir(parents=True, exist_ok=True))
     lm, params, tokenizer = pg.load(model, dtype=dtype, mesh=mesh)
-    set_template(tokenizer, **({} if template is None else template))
+    tokenizer = set_stops(set_template(tokenizer, **({} if template is None else template)), stop_tokens)
+    processes.print_once(told_stops(tokenizer))
     figures: dict[str, float] = {}
     counts = {"train": config.train, "held_out": config.held_out}
     for i, ((name, count), placed) in enumerate(zip(counts.items(), placed_sets, strict=True)):

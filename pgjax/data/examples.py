@@ -19,7 +19,7 @@ from pgjax.data.tables import (
     left_out_notes,
     note,
 )
-from pgjax.models.io.tokenizer import stop_ids
+from pgjax.models.io.stops import stop_ids
 
 KINDS = (("prompt", "completion"), ("messages",), ("text",))  # the columns that make a row an example
 REWRITTEN = (

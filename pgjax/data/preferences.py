@@ -11,7 +11,7 @@ from pgjax.data.batches import split_rows
 from pgjax.data.prompts import Prompt, check_prompt, encode_prompt
 from pgjax.data.sources import load_rows
 from pgjax.data.tables import Placed, Row, as_messages, check_messages, check_same_columns, check_text, left_out_notes
-from pgjax.models.io.tokenizer import stop_ids
+from pgjax.models.io.stops import stop_ids
 
 TEMPLATED = "prompts_were_templated"  # a tokenizer's setting: was a reward model trained with its chat template?
 

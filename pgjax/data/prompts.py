@@ -10,7 +10,7 @@ from pgjax.core.errors import UserError
 from pgjax.data.tables import Placed, Row, as_messages, check_messages, check_same_columns, check_text
 from pgjax.data.templates import Message, render
 from pgjax.data.tokens import added_text, encode_texts, special_ids
-from pgjax.models.io.tokenizer import stop_ids
+from pgjax.models.io.stops import stop_ids
 
 Prompt = str | Sequence[Message]
 TOOLS = "tools"  # the column of a prompt's tools

@@ -15,7 +15,7 @@ from pgjax.data.prompts import TOOLS, as_tools, check_prompts, completion_ids, c
 from pgjax.data.sources import load_row_sets
 from pgjax.data.tables import Row, left_out_notes
 from pgjax.models.causal_lm import CausalLM
-from pgjax.models.io.tokenizer import stop_ids
+from pgjax.models.io.stops import stop_ids
 from pgjax.parallel import batch_rows, processes
 from pgjax.parallel.encoding import plain
 from pgjax.parallel.sharding import fold_in, whole_groups
