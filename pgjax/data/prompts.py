@@ -1,5 +1,6 @@
 """Prompts: rows that are checked, turned into token ids, and completions turned back into text."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,8 +8,10 @@ import numpy as np
 
 from pgjax.core.errors import UserError
 from pgjax.data.tables import Placed, Row, as_messages, check_messages, check_same_columns, check_text
+from pgjax.data.templates import Message
 
-Prompt = str | Sequence[Mapping[str, str]]
+Prompt = str | Sequence[Message]
+TOOLS = "tools"  # the column of a prompt's tools
 
 
 def check_rows(placed: Placed) -> list[Row]:
@@ -61,6 +64,45 @@ def check_prompt(place: str, prompt: object) -> None:
         check_text(place, "the prompt", prompt)
         if not prompt:
             raise UserError(f"{place}: the prompt is empty")
+
+
+def as_tools(place: str, value: Any) -> list[Any] | None:
+    """Read the tools of a prompt: a list of JSON schemas, or such a list in JSON text, as a CSV file holds one.
+
+    Args:
+      place: location of its row, for messages.
+      value: the value of the column ``tools``. Keys of a schema that are None are left out, but for those of a JSON text: data
+        sets put a key into all schemas that one has.
+
+    Returns:
+      The schemas; None where there are none.
+
+    Raises:
+      UserError: naming the row.
+
+    Example:
+      >>> as_tools("line 2", '[{"name": "clock", "default": null}]'), as_tools("line 3", [{"name": "clock", "default": None}])
+      ([{'name': 'clock', 'default': None}], [{'name': 'clock'}])
+    """
+    tools = value
+    if isinstance(value, str) and value.strip():
+        try:
+            tools = json.loads(value)
+        except (ValueError, RecursionError):
+            tools = None
+    if value is None or value == "" or (isinstance(tools, list) and not tools):
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise UserError(
+            f"{place}: the column 'tools' is {str(value)[:80]!r}, not a list of JSON schemas: write it so, or rename the column"
+        )
+    return tools if isinstance(value, str) else [_without_none(tool) for tool in tools]
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(x) for key, x in value.items() if x is not None}
+    return [_without_none(x) for x in value] if isinstance(value, list) else value
 
 
 def encode_prompts(
