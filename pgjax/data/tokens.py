@@ -35,6 +35,7 @@ def encode_texts(texts: Sequence[str], tokenizer: Any, *, special: bool = True) 
     unique = list(dict.fromkeys(texts))
     if not unique:
         return []
+    special = special and tokenizer.num_special_tokens_to_add() > 0
     found = tokenizer(
         unique, add_special_tokens=special, return_special_tokens_mask=special, return_attention_mask=False,
         return_token_type_ids=False, verbose=False,
@@ -48,10 +49,11 @@ def encode_texts(texts: Sequence[str], tokenizer: Any, *, special: bool = True) 
 
 def _open_ended(ids: list[int], added: list[int]) -> list[int]:
     """Leave out what was added behind a text, and what was added in front of one that begins with it itself."""
-    end = len(ids)
-    while end and added[end - 1]:
+    if 0 not in added:
+        return []
+    begin, end = added.index(0), len(ids)
+    while added[end - 1]:
         end -= 1
-    begin = next((i for i, is_added in enumerate(added[:end]) if not is_added), end)
     twice = begin > 0 and ids[begin : 2 * begin] == ids[:begin]
     return ids[begin if twice else 0 : end]
 
