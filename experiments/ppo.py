@@ -101,7 +101,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     )  # fmt: skip
     train_prompts, held_out = task.prompt_sets
     fed = batch_rows.rows_to_feed(mesh, config.batch_size)
-    deal = batches(train_prompts, config.batch_size, seed=config.seed, group_size=algorithm.group_size, places=fed)
+    deal = batches(train_prompts, config.batch_size, seed=config.seed, group_size=algorithm.group_size)
     optimizer = flags.optimizer_of(config, config.steps, options["minibatches"])
     frozen, trained = freeze(params, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed, mesh=mesh)
     it = pg.iteration(
@@ -119,8 +119,8 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
 
     def prepare(state: pg.State, i: int) -> Any:
         """Queue the rollout and what the models give to it; nothing is waited for."""
-        prompts, seconds = deal[i], timer.queued()  # prompts of the rows that this process feeds
-        return prompts, seconds, it.sample(state._replace(key=key), *task.padded(prompts))
+        batch, seconds = deal[i], timer.queued()
+        return [batch[row] for row in fed], seconds, it.sample(state._replace(key=key), *task.padded(batch))
 
     def step(state: pg.State, i: int, work: Any) -> tuple[pg.State, dict[str, Any], list[dict[str, Any]]]:
         """Judge on the host while the device works, then update."""

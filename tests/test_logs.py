@@ -1,5 +1,6 @@
 """A run folder is never mixed up with another, and no step is lost or written twice."""
 
+import datetime
 import json
 import math
 import threading
@@ -94,6 +95,19 @@ def test_metrics_are_strict_json_when_a_number_is_not_finite(tmp_path):
         assert None in row.values()
     row = read_metrics(tmp_path)[0]
     assert math.isnan(row["a"]) and math.isnan(row["b"]) and row["c"] == 1.0
+
+
+def test_samples_may_hold_what_json_has_not(tmp_path):
+    # The bug: a traceback after the first step where a message of the prompt has a date.
+    message = {"role": "user", "content": "hi", "at": datetime.datetime(2026, 1, 2), "weight": math.nan}
+    with Writer(tmp_path) as writer:
+        writer.write_samples(1, [{"prompt": [message], "completion": "c", "score": np.float32(0.5)}])
+    assert json.loads((tmp_path / "samples.jsonl").read_text()) == {
+        "step": 1,
+        "prompt": [{"role": "user", "content": "hi", "at": "2026-01-02T00:00:00", "weight": None}],
+        "completion": "c",
+        "score": 0.5,
+    }
 
 
 def test_resume_writes_no_step_twice(tmp_path):

@@ -1,6 +1,7 @@
 """The PPO script, whole, on a tiny model: what it learns, what it writes, what it refuses, and how it goes on."""
 
 import dataclasses
+import datetime
 import functools
 import inspect
 import itertools
@@ -13,7 +14,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 import pgjax as pg
 from experiments import ppo as script
@@ -238,6 +241,21 @@ def test_from_the_second_step_on_nothing_compiles_and_no_transfer_is_hidden(conf
         jax.config.update("jax_transfer_guard", "allow")
         jax.monitoring.clear_event_listeners()
     assert not [name for name in compiled if "backend_compile" in name]
+
+
+def test_prompts_with_dates_are_sampled_from_written_and_gone_on_with(config, tmp_path):
+    # The bug: a traceback after the first step, where its samples are written.
+    day = datetime.datetime(2026, 1, 2)
+    messages = [
+        [{"role": "user", "content": f"say {x}", "at": day, "odds": math.nan}] for x in ("a", "bcd", "ef", "ghij")
+    ]
+    table = pyarrow.Table.from_pylist([{"prompt": prompt, "day": day} for prompt in messages])
+    parquet.write_table(table, tmp_path / "prompts.parquet")
+    config = change(config, prompts=str(tmp_path / "prompts.parquet"), held_out=None, held_out_rows=1)
+    script.main(change(config, steps=1))
+    sample = json.loads((config.output / "samples.jsonl").read_text().splitlines()[0])
+    assert sample["prompt"][0]["at"] == "2026-01-02T00:00:00" and sample["prompt"][0]["odds"] is None
+    script.main(change(config, steps=2, resume=True))
 
 
 def test_early_stop_leaves_out_the_later_epochs(config):

@@ -1,5 +1,9 @@
 """How processes of a run join, and what they do where there is one: by flags, the environment or SLURM."""
 
+import datetime
+import decimal
+import json
+import pathlib
 from types import SimpleNamespace
 
 import jax
@@ -8,7 +12,7 @@ import pytest
 
 from pgjax.core.errors import UserError
 from pgjax.parallel import processes
-from pgjax.parallel.encoding import decode, encode
+from pgjax.parallel.encoding import decode, encode, plain
 from pgjax.run import devices
 from pgjax.run.exits import plain_errors
 from tests import pair
@@ -43,6 +47,29 @@ def test_a_subclass_of_user_error_is_one_line_in_a_script_and_another_value_erro
         script(ManyWords(row=3, column="prompt"))
     with pytest.raises(ValueError, match="no such axis"):
         script(ValueError("no such axis"))
+
+
+class Picture:
+    """One whose text holds its address."""
+
+
+def test_what_a_row_holds_becomes_plain_json():
+    day = datetime.datetime(2026, 1, 2, 3, 4, 5)
+    row = {
+        "day": day, "date": day.date(), "time": day.time(), "took": datetime.timedelta(seconds=3),
+        "price": decimal.Decimal("1.50"),
+        "raw": b"\xff", "tags": {"b", "a"}, "pairs": ((1, 2.5), None), 3: True, "path": pathlib.Path("a/b"), "picture": Picture(),
+        "array": np.float32([0.5, np.nan]), "one": np.int64(7), "at": np.datetime64("2026-01-02T03:04:05.123456789"),
+        "ats": np.array(["2026-01-02"], "M8[ns]"), "bad": [float("inf"), float("nan"), np.float32(1)],
+    }  # fmt: skip
+    assert json.loads(json.dumps(plain(row, finite=True), allow_nan=False)) == {
+        "day": "2026-01-02T03:04:05", "date": "2026-01-02", "time": "03:04:05", "took": "0:00:03", "price": "1.50",
+        "raw": "/w==", "tags": ["a", "b"], "pairs": [[1, 2.5], None], "3": True, "path": "a/b",
+        "picture": "<tests.test_processes.Picture object>",
+        "array": [0.5, None], "one": 7, "at": "2026-01-02T03:04:05.123456789",
+        "ats": ["2026-01-02T00:00:00.000000000"], "bad": [None, None, 1.0],
+    }  # fmt: skip
+    assert plain(float("inf")) == float("inf")
 
 
 def test_what_processes_exchange_comes_back_exactly():

@@ -1,5 +1,8 @@
 """Tables from files and from the package datasets: every row with its place, and a named error where there is none."""
 
+import copy
+import csv
+import datetime
 import json
 import sys
 from pathlib import Path
@@ -9,10 +12,15 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from pgjax.core.errors import UserError
 from pgjax.data import sources
 from pgjax.data.prompts import check_rows
 from pgjax.data.sources import load_rows
 from pgjax.data.tables import as_messages, check_messages, check_same_columns, read_table
+
+
+def read(value):
+    return as_messages("row 0", "the prompt", value)
 
 
 def rows_here():
@@ -54,23 +62,164 @@ def test_json_that_python_refuses_to_read_is_named_by_its_line(tmp_path: Path, b
 
 def test_a_text_is_read_as_messages_only_where_it_is_a_json_list_of_them() -> None:
     messages = [{"role": "user", "content": "hi"}]
-    assert as_messages(json.dumps(messages)) == as_messages(messages) == messages
+    assert read(json.dumps(messages)) == read(messages) == messages
     for text in (
         "hi",
         "[]",
         "[1]",
         '[{"a": 1}]',
         "[{'role': 'user'",
+        "[{'role': 'user', 'content': 'hi'}] is a list",
+        "[{'role': 'user', 'content': 'hi'}, 3]",
+        "[{'a': 1}]",
+        "['role', 'content']",
+        "[{role: user}]",
         '{"role": "user", "content": "hi"}',
         "[" * 200_000,
     ):
-        assert as_messages(text) == text
+        assert read(text) == text
+
+
+@pytest.mark.parametrize(
+    "printed",
+    [
+        "[{'role': 'user', 'content': 'a'}]",
+        " [{'content': 'a', 'role': 'user', 'at': datetime.datetime(2026, 1, 2), 'x': nan}]",
+        "[{'content': \"it's\", 'role': 'user'}\n {'content': 'b', 'role': 'assistant'}]",  # a NumPy array, as pandas saves it
+        '[{"role": "user", "content": "a",},]',
+        "[{'role': 'assistant', 'tool_calls': [{'name': 'f'}]}]",
+    ],
+)
+def test_messages_that_python_printed_are_refused_by_their_line(tmp_path: Path, printed: str) -> None:
+    # The bug: the policy learns from a prompt of brackets and quotes.
+    path = tmp_path / "t.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["prompt"], ["Hi"], [printed]])
+    with pytest.raises(UserError, match=r"t\.csv, line [34]: the prompt is a list of messages as Python .*json\.dumps"):
+        load_rows(path, check_rows)
+
+
+def test_messages_come_in_one_form() -> None:
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"x": None}}}]
+    parts = [{"type": "text", "text": "What is ", "image": None}, {"type": "text", "text": "this?"}]
+    given = [
+        {"role": "user", "content": parts, "tool_calls": None, "name": "Ann", "seen": 3},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "content": "4", "tool_call_id": "a", "tool_calls": None},
+    ]
+    before = copy.deepcopy(given)
+    found = read(given)
+    assert found == [
+        {"role": "user", "content": "What is this?", "name": "Ann", "seen": 3},
+        {"role": "assistant", "tool_calls": calls},  # what a call is given is the user's
+        {"role": "tool", "content": "4", "tool_call_id": "a"},
+    ]
+    assert given == before
+    for messages in (given, found):
+        check_messages("row 0", "the prompt", messages)
+    assert check_rows([("row 0", {"prompt": json.dumps(given)})]) == [{"prompt": found}]
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        ({"role": "user", "content": None}, "a message is .*'user'.* only one with tool_calls"),
+        (
+            {"role": "assistant", "content": None, "tool_calls": []},
+            "a message is .*'assistant'.* only one with tool_calls",
+        ),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]},
+            "a part .* is of the type 'image_url'",
+        ),
+        ({"role": "user", "content": [{"type": "text"}]}, "a part of a message's content is {'type': 'text'}"),
+        ({"role": "user", "content": ["a"]}, "a part of a message's content is 'a'"),
+        ({"role": "user", "content": [{"type": "text", "text": "\ud800"}]}, ".* half of a surrogate pair"),
+        ({"role": "user", "content": {"text": "a"}}, "a message is "),
+        ({"role": None, "content": "a"}, "a message is "),
+        ({"role": "assistant", "tool_calls": "[]"}, r"a message's tool_calls are '\[\]', not a list"),
+        ({"role": "assistant", "content": "a", "tool_calls": ["f"]}, r"a message's tool_calls are \['f'\], not a list"),
+    ],
+)
+def test_what_is_no_message_is_named(message, why: str) -> None:
+    for messages in ([message], read([message])):
+        with pytest.raises(UserError, match=f"row 3: {why}"):
+            check_messages("row 3", "the prompt", messages)
 
 
 def test_parquet_keeps_messages(tmp_path: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
     assert read_table(tmp_path / "t.parquet") == [(f"{tmp_path}/t.parquet, row 0 (counted from 0)", rows[0])]
+
+
+def test_what_arrow_puts_into_every_record_is_left_out_of_messages_and_tools(tmp_path: Path) -> None:
+    # The bug: a model learns to give every tool the arguments of all others, null.
+    def call(name, **arguments):
+        return {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "hi", "at": datetime.datetime(2026, 1, 2)},
+                call("a", x=1),
+                call("b", y="2"),
+            ],
+            "tools": [{"name": "a", "parameters": {"x": {"type": "integer"}}}, {"name": "b", "parameters": {}}],
+            "answer": {"unit": None},  # a reward's
+        }
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    for name in ("t.parquet", "saved"):
+        assert read_table(tmp_path / name)[0][1] == rows[0]
+
+
+def save_splits(folder: Path, **splits: datasets.Dataset) -> Path:
+    datasets.DatasetDict(splits).save_to_disk(str(folder))
+    return folder
+
+
+def numbers(source) -> list[int]:
+    return [row["n"] for _, row in read_table(source)]
+
+
+def test_a_folder_of_one_data_set_has_no_splits(tmp_path: Path) -> None:
+    # The bug: the same rows to learn from and to be judged by.
+    rows = datasets.Dataset.from_dict({"n": range(10)})
+    rows.save_to_disk(str(tmp_path / "d"))
+    assert numbers(tmp_path / "d") == list(range(10))
+    for split in ("train", "test", "test[:2]"):
+        with pytest.raises(UserError, match=rf"one data set, without splits, and no '{split[:4]}.*leave out the split"):
+            read_table(f"{tmp_path}/d:{split}")
+    with pytest.raises(UserError, match="a saved folder has no configurations: leave out 'main'"):
+        read_table(f"{tmp_path}/d:main:train")
+    datasets.Dataset.from_dict({"n": range(10)}, split="train").save_to_disk(str(tmp_path / "named"))
+    assert numbers(f"{tmp_path}/named:train") == numbers(f"{tmp_path}/named") == list(range(10))
+    assert numbers(f"{tmp_path}/named:train[8:]") == [8, 9]
+    for split in ("test", "train+test"):
+        with pytest.raises(UserError, match=r"one data set, the split 'train', and no "):
+            read_table(f"{tmp_path}/named:{split}")
+
+
+def test_a_split_may_be_cut_as_the_package_datasets_writes_it(tmp_path: Path) -> None:
+    train, test = (datasets.Dataset.from_dict({"n": range(begin, begin + 20)}) for begin in (0, 100))
+    folder = save_splits(tmp_path / "d", train=train, test=test, **{"dev-2": test})
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "train.jsonl").write_text("".join(f'{{"n": {i}}}\n' for i in range(20)))
+    for source in (folder, tmp_path / "files"):
+        assert numbers(f"{source}:train[:3]") == [0, 1, 2]
+        assert numbers(f"{source}:train[10%:20%]") == [2, 3]
+    assert numbers(f"{folder}:train[-1:]+test[:1]") == [19, 100]
+    assert numbers(f"{folder}:dev-2")[0] == 100
+    assert load_rows(f"{folder}:train[1:2]", lambda placed: placed) == [
+        (f"{folder}:train[1:2], row 0 (counted from 0)", {"n": 1})
+    ]
+    for wrong, why in (("train[:x]", "Unrecognized"), ("dev", r"Unknown split \"dev\".*'train'")):
+        with pytest.raises(UserError, match=rf"cannot give its split '.*{why}"):
+            read_table(f"{folder}:{wrong}")
+    with pytest.raises(UserError, match="holds no rows"):
+        read_table(f"{folder}:train[5:5]")
 
 
 def test_a_data_set_is_read_by_name_and_split(tmp_path: Path) -> None:

@@ -98,4 +98,4 @@ def prefers_first(first: Sequence[float], second: Sequence[float], *, scale: flo
 
 
 def _text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt) + "\n"
+    return prompt if isinstance(prompt, str) else "\n".join(message.get("content", "") for message in prompt) + "\n"

@@ -78,7 +78,10 @@ def check_examples(placed: Placed) -> list[tuple[str, Row]]:
     check_same_columns(placed, kind)
     checked = []
     for place, row in placed:
-        values = {name: row[name] if name == "text" else as_messages(row[name]) for name in kind}
+        values = {
+            name: row[name] if name == "text" else as_messages(place, f"the column {name!r}", row[name])
+            for name in kind
+        }
         if kind == ("text",):
             check_text(place, "the text", values["text"])
         elif kind == ("messages",):

@@ -402,7 +402,7 @@ def _some_left(found: Kept, what: str) -> Kept:
 
 def _answered(place: str, row: Row, name: str) -> Answered:
     """Split a row's column into the prompt and the answer."""
-    prompt, value = as_messages(row.get("prompt")), as_messages(row[name])
+    prompt, value = (as_messages(place, f"the column {x!r}", row.get(x)) for x in ("prompt", name))
     tools = as_tools(place, row.get(TOOLS))
     if not isinstance(value, list):
         check_text(place, f"the column {name!r}", value)

@@ -35,7 +35,7 @@ def check_rows(placed: Placed) -> list[Row]:
             listed = ", ".join(map(repr, row)) or "none"
             raise UserError(f"{place}: there is no column 'prompt'; the columns are {listed}")
     check_same_columns(placed)
-    rows = [{**row, "prompt": as_messages(row["prompt"])} for _, row in placed]
+    rows = [{**row, "prompt": as_messages(place, "the prompt", row["prompt"])} for place, row in placed]
     for (place, _), row in zip(placed, rows, strict=True):
         check_prompt(place, row["prompt"])
     return rows

@@ -1,9 +1,12 @@
 """Tables of rows from JSON lines, CSV, parquet, plain text, or the package `datasets`; each row with its location."""
 
+import ast
 import csv
 import io
+import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,14 +25,16 @@ def read_table(source: str | os.PathLike[str], *, text_column: str = "prompt") -
       source: a file that ends in ``.jsonl`` (an object a line, blank lines skipped), ``.csv`` (with a header
         line), ``.parquet`` (needs pyarrow) or ``.txt`` (a text a line, blank lines skipped), in UTF-8; or a
         folder or a name that the package ``datasets`` knows, as ``NAME``, ``NAME:SPLIT`` or
-        ``NAME:CONFIGURATION:SPLIT``; the split is ``train`` where none is given.
+        ``NAME:CONFIGURATION:SPLIT``; the split is ``train`` where none is given, and may be a part of one as
+        ``datasets`` writes it, ``train[:100]`` or ``train[10%:20%]+test``.
       text_column: the column that the lines of a ``.txt`` file come in.
 
     Returns:
-      The pairs (location, row) in order: ``("rows.jsonl, line 7", {...})``.
+      The pairs (location, row) in order: ``("rows.jsonl, line 7", {...})``. Parquet and data sets put every field into every
+      record, so from their messages and ``tools`` fields that are null are left out.
 
     Raises:
-      UserError: no such file or data set, an unknown suffix, no rows, or a malformed line; the message names the file
+      UserError: no such file, data set or split, an unknown suffix, no rows, or a malformed line; the message names the file
         and the line.
       MissingPackageError: the package that reads this kind of file is not installed; the message names it.
 
@@ -128,6 +133,9 @@ def check_text(place: str, name: str, text: Any) -> None:
 def check_messages(place: str, name: str, messages: Any) -> None:
     """Check that a value is a list of messages ``{"role": text, "content": text}``.
 
+    Content may be a list of parts ``{"type": "text", "text": text}``, of which `as_messages` makes a text. A message with
+    ``tool_calls``, a list of dicts, may have none. Other keys may hold anything: the chat template reads them.
+
     Args:
       place: location of its row, for messages.
       name: what the value is, for messages.
@@ -137,43 +145,113 @@ def check_messages(place: str, name: str, messages: Any) -> None:
       UserError: naming the row.
 
     Example:
-      >>> check_messages("line 2", "the prompt", [{"role": "user"}])
+      >>> check_messages("line 2", "the prompt", [{"role": "user", "content": None}])
       Traceback (most recent call last):
-      pgjax.UserError: line 2: a message is {'role': 'user'}, not {'role': a text, 'content': a text}
+      pgjax.UserError: line 2: a message is {'role': 'user', 'content': None}, and only one with tool_calls can do without content
     """
     if not isinstance(messages, list):
         raise UserError(f"{place}: {name} is {messages!r}, not a list of messages")
     if not messages:
         raise UserError(f"{place}: {name} is an empty list of messages")
     for message in messages:
-        if not isinstance(message, Mapping) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise UserError(f"{place}: a message is {message!r}, not {{'role': a text, 'content': a text}}")
-        check_text(place, "a message's content", message["content"])
+        calls, content = message.get("tool_calls"), message.get("content")
+        if calls is not None and not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
+            raise UserError(f"{place}: a message's tool_calls are {calls!r}, not a list of {{'function': a dict}}")
+        if content is None and not calls:
+            raise UserError(f"{place}: a message is {message!r}, and only one with tool_calls can do without content")
+        for text in [content] if content is None or isinstance(content, str) else _texts(place, message):
+            check_text(place, "a message's content", text or "")
 
 
-def as_messages(value: Any) -> Any:
-    """Parse a text that is a JSON list of messages, as a CSV file holds one.
+def as_messages(place: str, name: str, value: Any) -> Any:
+    """Read a value as messages where it is a list of them, or a text that is one in JSON, as a CSV file holds it.
 
     Args:
+      place: location of its row, for messages.
+      name: what the value is, for messages.
       value: the value of a column that may hold messages.
 
     Returns:
-      The list; any other value as it is.
+      The list, each message without keys that are None (data sets put a key into every message) and with one text in place of
+      parts of text; any other value as it is.
+
+    Raises:
+      UserError: a text that is a list of messages as Python prints it, naming the row.
 
     Example:
-      >>> as_messages('[{"role": "user", "content": "Hi"}]'), as_messages("[{x}]")
-      ([{'role': 'user', 'content': 'Hi'}], '[{x}]')
+      >>> as_messages("line 2", "the prompt", '[{"role": "user", "content": [{"type": "text", "text": "Hi"}], "name": null}]')
+      [{'role': 'user', 'content': 'Hi'}]
+      >>> as_messages("line 2", "the prompt", "[{x}]")
+      '[{x}]'
+      >>> as_messages("line 2", "the prompt", "[{'role': 'user', 'content': 'Hi'}]")
+      Traceback (most recent call last):
+      pgjax.UserError: line 2: the prompt is a list of messages as Python prints it: write it in JSON, as json.dumps does
     """
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
-        return value
-    try:
-        found = json.loads(value)
-    except (ValueError, RecursionError):
-        return value
-    like = bool(found) and all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in found)
-    return found if like else value
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
+            if _is_printed(value):
+                raise UserError(
+                    f"{place}: {name} is a list of messages as Python prints it: write it in JSON, as json.dumps does"
+                ) from None
+            return value
+        like = bool(found) and all(isinstance(message, dict) and _is_like(message) for message in found)
+        value = found if like else value
+    return [_in_one_form(message) for message in value] if isinstance(value, list) else value
+
+
+def _in_one_form(message: Any) -> Any:
+    if not isinstance(message, Mapping):
+        return message
+    given = {key: value for key, value in message.items() if value is not None}
+    parts = given.get("content")
+    if isinstance(parts, list) and all(map(_is_text, parts)):
+        given["content"] = "".join(part["text"] for part in parts)
+    return given
+
+
+def _is_like(keys: Collection[Any]) -> bool:
+    """Say whether these are the keys of a message."""
+    return "role" in keys and ("content" in keys or "tool_calls" in keys)
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _texts(place: str, message: Mapping[str, Any]) -> list[str]:
+    """Give the texts of a message's content, which is no text itself."""
+    parts = message["content"]
+    if not isinstance(parts, list):
+        raise UserError(f"{place}: a message is {message!r}, not {{'role': a text, 'content': a text}}")
+    for part in parts:
+        if not _is_text(part):
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            what = repr(part)[:200] if kind in (None, "text") else f"of the type {kind!r}"
+            raise UserError(
+                f"{place}: a part of a message's content is {what}, and only parts {{'type': 'text', 'text': a text}} can be "
+                "read: leave it out"
+            )
+    return [part["text"] for part in parts]
+
+
+def _is_printed(text: str) -> bool:
+    """Say whether a text is a list of messages as Python prints it, or NumPy, which leaves out the commas. Nothing is run."""
+    if not re.match(r"\s*\[\s*\{\s*['\"]", text):
+        return False
+    for source in (text, re.sub(r"\}\s+\{", "}, {", text)):
+        try:
+            found = ast.parse(source.strip(), mode="eval").body
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            continue
+        return isinstance(found, ast.List) and all(
+            isinstance(message, ast.Dict) and _is_like([getattr(key, "value", None) for key in message.keys])
+            for message in found.elts
+        )
+    return False
 
 
 def note(done: str, places: Sequence[str], noun: str, rest: str) -> str:
@@ -292,7 +370,7 @@ def _read_parquet(path: Path) -> list[tuple[str, Row]]:
             f"{path}: reading parquet needs pyarrow: pip install pyarrow, or save it as .jsonl"
         ) from error
     try:
-        records: Iterable[Row] = parquet.read_table(path).to_pylist()
+        records = parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these two
         raise UserError(f"{path}: not a parquet file ({error})") from error
     return _counted(records)
@@ -306,22 +384,60 @@ def _read_dataset(source: str, endings: Sequence[str]) -> list[tuple[str, Row]]:
         raise MissingPackageError(
             f"{source!r} is {kinds}; as a name for the package datasets it needs: pip install datasets"
         ) from error
-    name, *rest = source.split(":")
+    name, *rest = re.split(r":(?![^\[]*\])", source)  # those within brackets are a slice's
     if len(rest) > 2 or not name or not all(rest):
         raise UserError(f"{source!r} is {kinds}, nor NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT of datasets")
     split = rest[-1] if rest else "train"
     saved = any((Path(name) / file).is_file() for file in ("dataset_dict.json", "dataset_info.json"))
     try:
         if saved:
-            found = datasets.load_from_disk(name)
-            records: Iterable[Row] = found[split] if isinstance(found, datasets.DatasetDict) else found
-        else:
-            records = datasets.load_dataset(name, rest[0] if len(rest) == 2 else None, split=split)
-        return _counted(records)
+            return _counted(_saved_rows(source, datasets, datasets.load_from_disk(name), rest))
+        return _counted(datasets.load_dataset(name, rest[0] if len(rest) == 2 else None, split=split))
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = f"{type(error).__name__}: {error}"[:400]
         raise UserError(f"{source!r} is {kinds}, and datasets cannot give its split {split!r} ({reason})") from error
 
 
+def _saved_rows(source: str, datasets: Any, found: Any, rest: Sequence[str]) -> Iterable[Row]:
+    """Give the rows of a saved folder's split, or of a part of it."""
+    if len(rest) == 2:
+        raise UserError(f"{source!r}: a saved folder has no configurations: leave out {rest[0]!r}")
+    if isinstance(found, datasets.DatasetDict):
+        splits, split = dict(found), rest[0] if rest else "train"
+    elif not rest:
+        return found
+    else:
+        (split,) = rest
+        name = None if found.split is None else str(found.split).partition("[")[0]
+        if split.partition("[")[0] != name:
+            known = "without splits" if name is None else f"the split {name!r}"
+            raise UserError(
+                f"{source!r}: the folder holds one data set, {known}, and no {split!r}: leave out the split, or save a "
+                "DatasetDict that has it"
+            )
+        splits = {name: found}
+    if split in splits:
+        return splits[split]
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
+    return itertools.chain.from_iterable(splits[x.splitname].select(range(x.from_, x.to)) for x in parts)
+
+
 def _counted(records: Iterable[Row]) -> list[tuple[str, Row]]:
-    return [(f"row {number} (counted from 0)", dict(row)) for number, row in enumerate(records)]
+    return [
+        (f"row {number} (counted from 0)", {name: _records_as_given(name, value) for name, value in row.items()})
+        for number, row in enumerate(records)
+    ]
+
+
+def _records_as_given(name: str, value: Any) -> Any:
+    """Leave out of messages and tools what Arrow has put into every record; a null that was written there looks the same."""
+    records = isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+    return _without_nulls(value) if records and (name == "tools" or _is_like(value[0])) else value
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(x) for key, x in value.items() if x is not None}
+    return [_without_nulls(x) for x in value] if isinstance(value, list) else value

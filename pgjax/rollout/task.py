@@ -10,13 +10,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pgjax.core.errors import UserError
-from pgjax.data.padding import left_pad
+from pgjax.data.padding import bucket_length, left_pad
 from pgjax.data.prompts import check_rows, completion_texts, encode_prompts
 from pgjax.data.sources import load_row_sets
 from pgjax.data.tables import Row
 from pgjax.models.causal_lm import CausalLM
 from pgjax.models.io.tokenizer import stop_ids
 from pgjax.parallel import batch_rows, processes
+from pgjax.parallel.encoding import plain
 from pgjax.parallel.sharding import fold_in, whole_groups
 from pgjax.rollout import rewards
 from pgjax.rollout.judge import REWARD_MODEL, ModelJudge
@@ -67,14 +68,14 @@ SHOWN = 8  # rows of a batch that its samples show
 
 
 class Task(NamedTuple):
-    """How to sample and judge; parameters come with each call, and of a batch the prompts of the rows that this process feeds."""
+    """How to sample and judge; parameters come with each call. Batches are sampled whole, and judged by those who feed them."""
 
     lm: CausalLM
     tokenizer: Any
     judges: Sequence[rewards.Reward]
     weights: Sequence[float] | None  # None: 1 each
     prompt_sets: list[list[Encoded]]  # of each row set
-    longest: int  # tokens of the longest prompt of all
+    widths: tuple[int, ...]  # rising, in tokens: of each bucket of lengths, the longest prompt in it
     max_new_tokens: int
     temperature: float
     top_k: int | None
@@ -85,20 +86,27 @@ class Task(NamedTuple):
     mesh: Mesh | None = None  # over which the rows of a batch are spread
     group_size: int = 1  # so many adjacent rows of a batch have one prompt, whose prefill they share
 
-    def generate(self, params: Any, prompts: Sequence[Encoded], key: jax.Array) -> Rollout:
-        """Sample a completion for each prompt; returns while the device is still at it.
-
-        All prompts are padded to the longest of all: one shape, so that nothing compiles once training is under way.
-        """
+    def generate(self, params: Any, batch: Sequence[Encoded], key: jax.Array) -> Rollout:
+        """Sample a completion for each prompt of a batch, given as to `padded`; returns while the device is still at it."""
         return sample(
-            self.lm, params, *self.padded(prompts), key,
+            self.lm, params, *self.padded(batch), key,
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
             eos_ids=self.eos_ids, pad_id=self.pad_id, group_size=self.group_size,
         )  # fmt: skip
 
-    def padded(self, prompts: Sequence[Encoded]) -> tuple[Any, Any]:
-        """Pad prompts on the left, on the devices where there is a mesh: tokens and mask, [B, P] each."""
-        tokens, mask = left_pad([prompt.ids for prompt in prompts], self.pad_id, length=self.longest)
+    def padded(self, batch: Sequence[Encoded]) -> tuple[Any, Any]:
+        """Pad prompts on the left, on the devices where there is a mesh: tokens and mask, [B, P] each.
+
+        P is that of the longest prompt of all in the same bucket as the batch's longest: few shapes, few programs, and a prompt
+        much longer than the others costs its own batches alone.
+
+        Args:
+            batch: all prompts of the batch, so that all processes choose the same P; each puts its own rows on its devices.
+        """
+        longest = max(len(prompt.ids) for prompt in batch)
+        length = next(width for width in self.widths if width >= longest)
+        fed = batch_rows.rows_to_feed(self.mesh, len(batch))
+        tokens, mask = left_pad([batch[row].ids for row in fed], self.pad_id, length=length)
         return (tokens, mask) if self.mesh is None else batch_rows.feed(self.mesh, (tokens, mask))
 
     def judge(self, prompts: Sequence[Encoded], rollout: Rollout, model_scores: jax.Array | None = None) -> Judged:
@@ -114,7 +122,7 @@ class Task(NamedTuple):
             rows = [fed[i].row for i in judged_here]
             completions, ended = self._texts(rollout, judged_here)
             numbered = zip(judged_here, rows, completions, strict=True)
-            shown = [(i, row["prompt"], text) for i, row, text in numbered if i < SHOWN]
+            shown = [(i, plain(row["prompt"]), text) for i, row, text in numbered if i < SHOWN]
             return judged_here, Judged(*score_rows(self.judges, self.weights, rows, completions), ended, shown)
 
         judged = _joined(processes.gather_results(judge_rows))
@@ -144,13 +152,13 @@ class Task(NamedTuple):
     ) -> Iterator[tuple[list[Encoded], int, Rollout]]:
         """Sample a completion for each prompt, batch by batch: those fed here, how many rows count, and what came of the batch.
 
-        A short last batch is filled up with prompts of its own: one shape, one program.
+        A short last batch is filled up with prompts of its own, so that it needs no program of its own.
         """
         fed = batch_rows.rows_to_feed(self.mesh, batch_size)
         for begin in range(0, len(prompts), batch_size):
             wanted = prompts[begin : begin + batch_size]
-            here = [wanted[i % len(wanted)] for i in fed]
-            yield here, len(wanted), self.generate(params, here, fold_in(key, begin))
+            batch = [wanted[i % len(wanted)] for i in range(batch_size)]
+            yield [batch[i] for i in fed], len(wanted), self.generate(params, batch, fold_in(key, begin))
 
     def evaluate(
         self,
@@ -252,15 +260,17 @@ def make_task(
         prompts = [row["prompt"] for row in rows]  # their numbers here are not those of the user's file
         ids = encode_prompts(prompts, tokenizer, chat=chat, max_length=limit, place="a prompt")
         encoded.append([Encoded(*pair) for pair in zip(rows, ids, strict=True)])
-    longest = max(len(prompt.ids) for prompts in encoded for prompt in prompts)
+    lengths = sorted({len(prompt.ids) for prompts in encoded for prompt in prompts})
+    longest_of = {bucket_length(length): length for length in lengths}  # rising: the last of each bucket stays
+    widths = tuple(longest_of.values())
     if reward_model is not None:
         texts = [prompt.row["prompt"] for prompts in encoded for prompt in prompts]
-        reward_model.check(texts, longest, max_new_tokens)
+        reward_model.check(texts, widths[-1], max_new_tokens)
     agree_on("what the tokenizer makes of the rows", encoded)
     pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     eos_ids = stop_ids(tokenizer)
     return Task(
-        lm, tokenizer, judges, weights, encoded, longest, max_new_tokens, temperature, top_k, top_p, eos_ids, pad_id,
+        lm, tokenizer, judges, weights, encoded, widths, max_new_tokens, temperature, top_k, top_p, eos_ids, pad_id,
         reward_model, mesh, group_size,
     )  # fmt: skip
 

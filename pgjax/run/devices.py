@@ -177,7 +177,7 @@ def agree_on(what: str, value: Any) -> None:
 
     Args:
       what: it is.
-      value: of what JSON knows, or with texts that tell it apart.
+      value: as `rows_digest` takes it.
 
     Raises:
       ValueError: on all processes, where they have not.
@@ -186,7 +186,7 @@ def agree_on(what: str, value: Any) -> None:
       >>> agree_on("the rows", [{"prompt": "a"}])
     """
     if jax.process_count() > 1:
-        processes.agree(what, {"its digest": rows_digest(value, sort_keys=True)})
+        processes.agree(what, {"its digest": rows_digest(value)})
 
 
 def replicate(mesh: Mesh | None, tree: Any) -> Any:

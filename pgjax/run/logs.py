@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from pgjax.core.errors import UserError
+from pgjax.parallel.encoding import plain
 from pgjax.run.checkpoint.records import other_fields, write_whole
 
 CONFIG, METRICS, SAMPLES = "config.json", "metrics.jsonl", "samples.jsonl"
@@ -170,13 +171,13 @@ class Writer:
 
         Args:
             step: the training step.
-            rows: a prompt, a completion, a score, and what else the caller has of each sample.
+            rows: a prompt, a completion, a score, and what else the caller has of each sample: dates, decimals and others that
+                JSON has not are written as text (`encoding.plain`), NaN and infinities as null.
         """
         if not self.active:
             return
         for row in rows:
-            plain = {k: _finite(v) if isinstance(v, float) else v for k, v in row.items()}
-            self._samples.write(_dump({"step": int(step)} | plain))
+            self._samples.write(_dump({"step": int(step)} | plain(row, finite=True)))
         self._samples.flush()
 
     def close(self) -> None:

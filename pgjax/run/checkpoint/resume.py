@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 
+from pgjax.parallel.encoding import plain
 from pgjax.parallel.processes import print_once
 from pgjax.run.checkpoint.checkpoints import Checkpoints
 from pgjax.run.checkpoint.digest import digest
@@ -34,21 +35,24 @@ def frozen_model(source: Any, params: Any) -> str | None:
     return None if params is None else f"{source} (digest {digest(params)})"
 
 
-def rows_digest(rows: Any, *, sort_keys: bool = False) -> str:
+def rows_digest(rows: Any) -> str:
     """Fingerprint the rows that a run learns from, or is judged by, in their order: a step's number is its place among them.
 
     Args:
-      rows: as JSON would hold them.
-      sort_keys: whether the order of a row's columns is nothing of it.
+      rows: whatever users' rows hold, as `encoding.plain` writes it; the order of a row's columns is nothing of it.
 
     Returns:
-      16 hexadecimal digits.
+      16 hexadecimal digits, the same in every process and every run.
 
     Example:
       >>> rows_digest([{"prompt": "a"}]) == rows_digest([{"prompt": "b"}])
       False
     """
-    return hashlib.sha256(json.dumps(rows, default=str, sort_keys=sort_keys).encode()).hexdigest()[:16]
+    try:
+        text = json.dumps(rows, default=plain, sort_keys=True)
+    except TypeError:  # keys that are no texts
+        text = json.dumps(plain(rows), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def open_checkpoints(
@@ -81,8 +85,8 @@ def open_checkpoints(
       []
     """
     fields = {name: value for name, value in config.items() if name not in may_change}
-    plain = json.loads(json.dumps({"config": fields, **made_from}, default=str))
-    return Checkpoints(folder / "checkpoints", keep=keep, keep_best=keep_best, made_from=plain)
+    record = json.loads(json.dumps({"config": fields, **made_from}, default=str))
+    return Checkpoints(folder / "checkpoints", keep=keep, keep_best=keep_best, made_from=record)
 
 
 def last_step(folder: Path) -> int:
