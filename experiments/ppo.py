@@ -28,6 +28,7 @@ from pgjax.data.batches import batches
 from pgjax.learning import flags
 from pgjax.learning.evaluation import check_start, evaluate
 from pgjax.learning.optimizer import revived
+from pgjax.models.io.stops import set_stops, told_stops
 from pgjax.models.lora import freeze
 from pgjax.parallel import batch_rows, processes
 from pgjax.parallel.sharding import fold_in, whole_groups
@@ -93,12 +94,14 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     config = dataclasses.replace(config, output=devices.shared_folder(config.output))
     judges, row_sets = read_task(config.rewards, config.prompts, config.held_out, config.held_out_rows)
     lm, params, tokenizer = pg.load(config.model, dtype=config.dtype, mesh=mesh, remat=config.remat)
+    tokenizer = set_stops(tokenizer, config.stop_tokens)
     weight = config.reward_model_weight
     reward_model = load_judge(config.reward_model, weight, lm, tokenizer, chat=config.chat, mesh=mesh)
     task = make_task(
         lm, tokenizer, judges, config.reward_weights or None, row_sets, chat=config.chat, reward_model=reward_model,
         mesh=mesh, group_size=whole_groups(mesh, config.batch_size, algorithm.group_size), **flags.sampling_options(config),
     )  # fmt: skip
+    processes.print_once(told_stops(tokenizer))
     train_prompts, held_out = task.prompt_sets
     fed = batch_rows.rows_to_feed(mesh, config.batch_size)
     deal = batches(train_prompts, config.batch_size, seed=config.seed, group_size=algorithm.group_size)

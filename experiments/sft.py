@@ -45,6 +45,9 @@ class Config(RunFlags):
     """One run. Every number that decides it stands here."""
 
     model: str | None = None  # folder, .gguf file, hub id, or a model that a package ships; None: from scratch
+    resize_embedding: bool = (
+        False  # give tokens that the tokenizer has beyond the embedding rows: the mean of the others
+    )
     config: Path | None = None  # from scratch: config.json of the architecture; None: a Llama of 1.3 million parameters
     vocab_size: int | None = None  # from scratch: entries of the tokenizer; None: the config's, or 2,048
     # .jsonl, .csv, .parquet or .txt file, a data set as NAME:SPLIT, or module:function giving rows
@@ -159,7 +162,9 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
 def load_or_make(config: Config, rows: Placed, mesh: Mesh | None) -> tuple[pg.CausalLM, Any, Any]:
     """Load the model, or make one with a tokenizer trained on the rows: a run that goes on has that in its folder."""
     if config.model is not None:
-        lm, params, tokenizer = pg.load(config.model, dtype=config.dtype, mesh=mesh, remat=config.remat)
+        lm, params, tokenizer = pg.load(
+            config.model, dtype=config.dtype, mesh=mesh, remat=config.remat, resize_embedding=config.resize_embedding
+        )
         checks.require(tokenizer is not None, f"{config.model} holds no tokenizer, which texts need: add its files")
         return lm, params, tokenizer
     lm, params, tokenizer = new_model(

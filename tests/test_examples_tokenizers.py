@@ -6,7 +6,7 @@ from pgjax.data.drafts import EMPTY_TURN, LAST_ONLY, REWRITTEN, UNANSWERED, UNUS
 from pgjax.data.examples import check_examples, encode_examples, texts_of
 from pgjax.data.templates import set_template
 from pgjax.data.tokens import INSIDE, added_text, encode_texts
-from pgjax.models.io.tokenizer import STOP_IDS
+from pgjax.models.io.stops import STOP_IDS
 from tests.tokenizer_kinds import KINDS, TEMPLATES, THOUGHTS, with_template
 
 USER, BOT = {"role": "user", "content": "The film was"}, {"role": "assistant", "content": "I am great"}
@@ -120,7 +120,7 @@ def test_a_completion_goes_on_with_the_words_that_its_prompt_ends_in(kind, templ
     ).examples  # fmt: skip
     whole = [USER, {"role": "assistant", "content": "The answer is great"}]
     assert by_messages.ids == transformers_ids(whole, tokenizer)
-    assert by_text.ids[:-1] == by_messages.ids[:-1] and by_text.learned == by_messages.learned
+    assert by_text == by_messages  # ended as the template ends a turn
     assert learned(by_text, tokenizer)[0].startswith(" great<") and len(learned(by_text, tokenizer)) == 1
 
 
@@ -128,7 +128,7 @@ def test_space_that_a_template_cuts_off_behind_a_prompts_last_words_begins_the_c
     tokenizer = prepared("byte-level", "Llama 3")
     prompt = [USER, {"role": "assistant", "content": "The answer is "}]
     (example,) = encode(tokenizer, {"prompt": prompt, "completion": "great"}).examples
-    assert learned(example, tokenizer) == [" great</s>"]
+    assert learned(example, tokenizer) == [" great<|eot_id|>"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,8 @@ from safetensors.numpy import load_file
 
 from pgjax.models.io.gguf import unpermute
 from pgjax.models.io.load import load
-from pgjax.models.io.tokenizer import gguf_tokenizer, stop_ids
+from pgjax.models.io.stops import stop_ids
+from pgjax.models.io.tokenizer import gguf_tokenizer
 
 GOLDENS = Path(__file__).parent / "goldens"
 NAMES = {  # llama.cpp's names, written out again so that a slip in the table of the module shows

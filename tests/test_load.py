@@ -1,5 +1,6 @@
 """Sources, and the way out: what is saved opens again, nothing is lost, and a bad source is one clear error."""
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -7,10 +8,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pgjax.models.io.load import load, save_pretrained
-from pgjax.models.io.tokenizer import STOP_IDS, gguf_tokenizer, stop_ids
+from pgjax.models.io.stops import STOP_IDS, stop_ids
+from pgjax.models.io.tokenizer import folder_tokenizer, gguf_tokenizer
+from pgjax.parallel.mesh import make_mesh
 from tests.compare import assert_same_bits
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -58,12 +62,12 @@ def test_tokenizer_its_template_and_every_stop_id_survive(tmp_path):
     assert generation == {"bos_token_id": 1, "eos_token_id": [2, 1], "pad_token_id": 2}
 
 
-def test_stop_ids_come_from_generation_config_where_they_differ_from_the_tokenizer(tmp_path):
+def test_stop_ids_of_generation_config_come_before_the_tokenizers_own(tmp_path):
     lm, params, _ = load(GOLDENS / "llama")
     save_pretrained(tmp_path / "a", lm, params, small_tokenizer(stops=(2,)))
     assert stop_ids(load(tmp_path / "a")[2]) == (2,)
     (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": 0}')
-    assert stop_ids(load(tmp_path / "a")[2]) == (0,)
+    assert stop_ids(load(tmp_path / "a")[2]) == (0, 2)
 
 
 def test_tokenizer_json_is_taken_as_it_stands_whatever_class_its_config_names(tmp_path):
@@ -85,13 +89,45 @@ def test_damaged_tokenizer_files_and_stop_ids_beyond_the_vocabulary_are_named(tm
         load(tmp_path / "model")
 
 
-def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused(tmp_path):
-    lm, params, _ = load(GOLDENS / "llama")
+@pytest.mark.parametrize("model", MODELS)
+def test_a_tokenizer_larger_than_the_embedding_is_refused_or_gets_rows_that_are_the_mean(tmp_path, model):
+    lm, params, _ = load(GOLDENS / model)
     tokenizer = small_tokenizer()
     tokenizer.add_tokens([f"<{i}>" for i in range(60)])
     save_pretrained(tmp_path / "a", lm, params, tokenizer)
-    with pytest.raises(ValueError, match="largest id is 75, the model's vocabulary ends at 63"):
+    mend = r"largest id is 75 \('<59>'\), but the model's embedding ends at 63: .* rows by resize_embedding=True"
+    with pytest.raises(ValueError, match=mend):
         load(tmp_path / "a")
+    more, grown, same = load(tmp_path / "a", resize_embedding=True)
+    assert more.arch == dataclasses.replace(lm.arch, vocab_size=76) and len(same) == 76
+    for table, old in (
+        (more.unembedding(grown), lm.unembedding(params)),
+        *[(x["embed"]["tokens"] for x in (grown, params))],
+    ):
+        assert jnp.array_equal(table[:64], old)
+        np.testing.assert_allclose(table[64:], jnp.tile(old.mean(0), (12, 1)), atol=1e-6)
+    save_pretrained(tmp_path / "b", more, grown, same)
+    assert_same_bits(load(tmp_path / "b")[1], grown)
+    fitting = load(GOLDENS / model, resize_embedding=True)
+    assert_same_bits(fitting[1], params)
+
+
+def test_resized_rows_are_read_by_the_devices_that_hold_them(tmp_path):
+    lm, params, _ = load(GOLDENS / "llama3_rope")
+    tokenizer = small_tokenizer()
+    tokenizer.add_tokens([f"<{i}>" for i in range(56)])
+    save_pretrained(tmp_path / "a", lm, params, tokenizer)
+    mesh = make_mesh(fsdp=2, tensor=2)
+    spread = load(tmp_path / "a", resize_embedding=True, mesh=mesh)[1]
+    assert_same_bits(jax.device_get(spread), load(tmp_path / "a", resize_embedding=True)[1])
+
+
+def test_a_sentencepiece_file_alone_names_the_package_that_reads_it(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"no tokenizer\.json, and .* is not installed: pip install sentencepiece"):
+        folder_tokenizer(tmp_path)
 
 
 def test_saving_again_replaces_the_model_and_leaves_no_draft(tmp_path):

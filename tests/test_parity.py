@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pgjax.models.io.load import load, save_pretrained
-from pgjax.models.io.tokenizer import stop_ids
+from pgjax.models.io.stops import stop_ids
 from tests.compare import assert_close
 
 GOLDENS = Path(__file__).parent / "goldens"

@@ -21,7 +21,7 @@ from pgjax.data.preferences import (
 from pgjax.data.sources import load_rows
 from pgjax.learning.optimizer import adamw, init_state
 from pgjax.learning.reward_learning import calibration, features, pair_batch, pair_metrics, pair_scores, update
-from pgjax.models.io.tokenizer import STOP_IDS
+from pgjax.models.io.stops import STOP_IDS
 from tests.goldens.reward_cases import END, end_padded_tokenizer, random_params
 from tests.tiny import ARCHITECTURES
 

@@ -40,15 +40,18 @@ def test_an_answer_stands_behind_its_prompt_as_in_the_whole_text_and_ends_once(k
     assert answer.count(tokenizer.bos_token_id) <= 1 and eos not in answer
 
 
+@pytest.mark.parametrize(
+    ("template", "end"), [("plain headers", "</s>"), ("ChatML", "<|im_end|>"), ("Llama 3", "<|eot_id|>")]
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_chat_answer_is_what_a_policy_samples_behind_the_opened_turn(kind):
-    tokenizer = with_template(kind, "plain headers")
+def test_a_chat_answer_is_what_a_policy_samples_behind_the_opened_turn(kind, template, end):
+    tokenizer = with_template(kind, template)
     pair = encoded(tokenizer, {"prompt": [USER], "chosen": "I am", "rejected": "yes"}).kept[0]
     theirs = tokenizer.apply_chat_template([USER, bot("I am")], tokenize=True, return_dict=False)
-    assert pair.chosen == theirs[: len(pair.chosen)] and pair.chosen[-1] == tokenizer.eos_token_id
+    assert pair.chosen == theirs[: len(pair.chosen)]
     prompt = encode_texts([render([USER], tokenizer, place="")], tokenizer, special=False)[0]
     assert all(ids[: len(prompt)] == prompt for ids in pair[:2])
-    assert added_text(prompt, pair.chosen[len(prompt) :], tokenizer) == "I am</s>"
+    assert added_text(prompt, pair.chosen[len(prompt) :], tokenizer) == "I am" + end
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,7 +93,7 @@ def test_tools_reach_the_template_and_an_answer_may_be_a_call(kind):
     pair = encoded(tokenizer, row).kept[0]
     call = {name: x for name, x in CALL.items() if x is not None}
     theirs = tokenizer.apply_chat_template([USER, call], tools=TOOLS, tokenize=True, return_dict=False)
-    assert pair.chosen[:-1] == theirs[: len(pair.chosen) - 1] and pair.chosen[-1] == tokenizer.eos_token_id
+    assert pair.chosen == theirs[: len(pair.chosen)] and tokenizer.decode(pair.chosen[-1:]) == "<|im_end|>"
     bare = with_template(kind, "ChatML")
     with pytest.raises(ValueError, match="line 1: the chat template does not write the answer's tool calls"):
         encoded(bare, row)

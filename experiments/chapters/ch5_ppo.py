@@ -32,7 +32,7 @@ from experiments.chapters.ch4_actor_critic import fit_critic
 from experiments.study.pictures import picture_path
 from experiments.tasks.haiku import haiku_reward
 from pgjax.data.prompts import completion_texts
-from pgjax.models.io.tokenizer import stop_ids
+from pgjax.models.io.stops import stop_ids
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,7 @@ from experiments.tasks.haiku import haiku_reward, rows
 from pgjax.data.padding import left_pad
 from pgjax.data.prompts import completion_texts, encode_prompts
 from pgjax.learning.optimizer import Metrics, Optimizer, TrainState, adamw, apply_gradient, init_state
-from pgjax.models.io.tokenizer import stop_ids
+from pgjax.models.io.stops import stop_ids
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from experiments import ppo
 from experiments.study.gao_forms import best_of, best_of_kl
 from pgjax.data.prompts import check_rows, completion_texts
 from pgjax.data.sources import load_rows
+from pgjax.models.io.stops import set_stops, told_stops
 from pgjax.rollout import rewards
 from pgjax.rollout.task import make_task, score_rows
 from pgjax.run.stages import Done, run_stage, write_json
@@ -46,6 +47,7 @@ def sample(base: ppo.Config, sizes: Sequence[int], samples: int, folder: Path, r
     del resume
     assert base.reward_model is not None and base.held_out is not None  # the study sets them
     lm, params, tokenizer = pg.load(base.model)
+    tokenizer = set_stops(tokenizer, base.stop_tokens)
     rm, rm_params, _ = pg.load_reward_model(base.reward_model)
     scorer = jax.jit(rm.apply)
     rows = [row for row in load_rows(base.held_out, check_rows) for _ in range(samples)]
@@ -55,6 +57,7 @@ def sample(base: ppo.Config, sizes: Sequence[int], samples: int, folder: Path, r
     task = make_task(
         lm, tokenizer, [], None, [rows], chat=base.chat, max_new_tokens=base.max_new_tokens, temperature=base.temperature,
     )  # fmt: skip
+    print(told_stops(tokenizer))
     size = min(base.batch_size, len(rows))
     for _, count, rollout in task.rollouts(params, task.prompt_sets[0], size, jax.random.key(base.seed)):
         proxy += jax.device_get(scorer(rm_params, rollout.tokens, rollout.attention_mask))[:count].tolist()

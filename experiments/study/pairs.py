@@ -18,6 +18,7 @@ import pgjax as pg
 from experiments.tasks.gold import prefers_first
 from pgjax.data.prompts import completion_texts
 from pgjax.data.tables import Row
+from pgjax.models.io.stops import set_stops, told_stops
 from pgjax.parallel import processes, sharding
 from pgjax.rollout import rewards
 from pgjax.rollout.task import Encoded, Task, last_sampled, make_task, score_rows
@@ -53,7 +54,8 @@ def check_pairs(config: Pairs) -> None:
 
 def make_pairs(
     config: Pairs, folder: Path, model: Path, row_sets: Sequence[Sequence[Row]],
-    *, gold: str, chat: bool, max_new_tokens: int, seed: int, dtype: str | None = None, mesh: Mesh | None = None,
+    *, gold: str, chat: bool, max_new_tokens: int, seed: int, stop_tokens: Sequence[str] = (), dtype: str | None = None,
+    mesh: Mesh | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Sample two completions of each prompt, let the judge prefer one, and write train.jsonl and held_out.jsonl.
 
@@ -66,6 +68,7 @@ def make_pairs(
       chat: put prompts through the chat template.
       max_new_tokens: the longest completion.
       seed: of the prompts' order, the samples and the judge's preferences.
+      stop_tokens: that end a completion, as of `set_stops`; none: the model's own.
       dtype: of activations, as in `pgjax.load`.
       mesh: of the devices to sample on; None: one.
 
@@ -75,6 +78,8 @@ def make_pairs(
     """
     processes.on_process_0(lambda: folder.mkdir(parents=True, exist_ok=True))
     lm, params, tokenizer = pg.load(model, dtype=dtype, mesh=mesh)
+    tokenizer = set_stops(tokenizer, stop_tokens)
+    processes.print_once(told_stops(tokenizer))
     figures: dict[str, float] = {}
     counts = {"train": config.train, "held_out": config.held_out}
     for i, ((name, count), rows) in enumerate(zip(counts.items(), row_sets, strict=True)):

@@ -25,9 +25,9 @@ MADE_FROM: dict[StageName, tuple[StageName, ...]] = {
 SHARED = ("chat", "seed", "dtype", *devices.MACHINE)  # fields of this script that every other one has too
 DECIDING = {  # fields of this script that decide the result of a stage
     "sft": ("model", "data", "held_out_data", "chat", "seed", "dtype"),
-    "pairs": ("prompts", "held_out_prompts", "chat", "gold", "max_new_tokens", "seed", "dtype"),
+    "pairs": ("prompts", "held_out_prompts", "chat", "gold", "max_new_tokens", "stop_tokens", "seed", "dtype"),
     "reward_model": ("pairs", "held_out_pairs", "chat", "seed", "dtype"),
-    "ppo": ("prompts", "held_out_prompts", "chat", "gold", "max_new_tokens", "seed", "dtype"),
+    "ppo": ("prompts", "held_out_prompts", "chat", "gold", "max_new_tokens", "stop_tokens", "seed", "dtype"),
 }
 
 
@@ -64,7 +64,7 @@ def from_above(config: Config) -> dict[str, dict[str, Any]]:
         "ppo": {
             "model": model, "reward_model": str(config.output / "reward_model" / "model"), "prompts": config.prompts,
             "held_out": config.held_out_prompts, "rewards": watched, "reward_weights": (0.0,) * len(watched),
-            "max_new_tokens": config.max_new_tokens,
+            "max_new_tokens": config.max_new_tokens, "stop_tokens": config.stop_tokens,
         },
     }  # fmt: skip
     shared = {name: getattr(config, name) for name in SHARED}
@@ -94,7 +94,8 @@ def sample_pairs(config: Config, folder: Path, resume: bool) -> dict[str, float]
     with devices.on_devices(config) as mesh:
         return make_pairs(
             config.pair, folder, config.output / "sft" / "model", read_prompts(config), gold=str(config.gold), chat=config.chat,
-            max_new_tokens=config.max_new_tokens, seed=config.seed, dtype=config.dtype, mesh=mesh,
+            max_new_tokens=config.max_new_tokens, stop_tokens=config.stop_tokens, seed=config.seed, dtype=config.dtype,
+            mesh=mesh,
         )  # fmt: skip
 
 

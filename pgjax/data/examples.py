@@ -24,7 +24,7 @@ from pgjax.data.tables import (
     note,
 )
 from pgjax.data.tokens import INSIDE, added_text, encode_parts, encode_texts
-from pgjax.models.io.tokenizer import stop_ids
+from pgjax.models.io.stops import end_id, stop_ids
 
 KINDS = (("prompt", "completion"), ("messages",), ("text",))  # the columns that make a row an example
 
@@ -170,7 +170,7 @@ def encode_examples(
     check_whole("max_length", max_length, 2)
     _check_tokenizer(tokenizer, placed, chat)
     stops = stop_ids(tokenizer)
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id in stops else stops[0]
+    ends = {special: end for special in (True, False) if (end := end_id(tokenizer, chat=not special)) is not None}
     found = Examples([], {}, [], {})
     drafts: list[tuple[str, Draft]] = []
     for place, row in placed:
@@ -183,7 +183,7 @@ def encode_examples(
     pieces = encode_parts(texts, tokenizer, special=special)
     odd = _stopped_inside([answer for _, draft in drafts for answer in draft.answers], tokenizer, stops)
     for (place, draft), parts, inside in zip(drafts, *pieces, strict=True):
-        example = _example(draft, parts, stops, end, tokenizer)
+        example = _example(draft, parts, stops, ends[draft.special], tokenizer)
         if not any(example.learned):
             why = "without an answer to learn"
         elif not odd.isdisjoint(draft.answers):

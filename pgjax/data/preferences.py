@@ -23,7 +23,7 @@ from pgjax.data.tables import (
 )
 from pgjax.data.templates import Message, dropped_space, render
 from pgjax.data.tokens import INSIDE, encode_parts
-from pgjax.models.io.tokenizer import stop_ids
+from pgjax.models.io.stops import end_id, stop_ids
 
 DIALOGUE = "\n\nAssistant:"  # opens an answer in pairs that are written as two whole dialogues
 TEMPLATED = "prompts_were_templated"  # a tokenizer's setting: was a reward model trained with its chat template?
@@ -220,7 +220,6 @@ def _encode(
     stops = stop_ids(tokenizer)
     if eos and not stops:
         raise UserError("the tokenizer has no end-of-sequence token to end an answer with: add one, or use eos=False")
-    end = [] if not eos else [tokenizer.eos_token_id if tokenizer.eos_token_id in stops else stops[0]]
     plain = [not chat and isinstance(answered.prompt, str) for answered in answers]
     prompts: dict[str, str] = {}  # the two answers of a pair, and often many pairs, share one
     texts: list[tuple[Any, Any]] = []
@@ -233,14 +232,16 @@ def _encode(
             prompts[key] = render(_messages(answered), tokenizer, place=place, tools=answered.tools)
         texts.append((prompts[key], _behind(place, answered, prompts[key], tokenizer)))
     rows, inside = encode_parts(texts, tokenizer, special=plain)
+    ends = {x: end for x in set(plain) if eos and (end := end_id(tokenizer, chat=not x)) is not None}
     encoded = []
-    for place, answered, (prompt, ids), torn in zip(places, answers, rows, inside, strict=True):
+    for place, answered, is_plain, (prompt, ids), torn in zip(places, answers, plain, rows, inside, strict=True):
         if not prompt:
             raise UserError(f"{place} has no tokens: {answered.prompt!r}")
-        if not isinstance(answered.answer, str):  # the chat template ends it
-            ids = ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))]
-        ended = len(ids) > 0 and ids[-1] in stops
-        encoded.append(_Encoded(prompt, [*ids, *([] if ended else end)], torn))
+        if not isinstance(answered.answer, str):  # the chat template has ended it
+            stop = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+            ids = ids[: stop + 1 if eos else stop]
+        ending = [ends[is_plain]] if is_plain in ends and not (ids and ids[-1] in stops) else []
+        encoded.append(_Encoded(prompt, ids + ending, torn))
     return encoded
 
 

@@ -20,7 +20,7 @@ from pgjax.data.preferences import TEMPLATED, Answered, encode_answers
 from pgjax.data.prompts import Prompt, encode_prompts
 from pgjax.models.causal_lm import CausalLM
 from pgjax.models.io.classifier import load_reward_model
-from pgjax.models.io.tokenizer import stop_ids
+from pgjax.models.io.stops import stop_ids
 from pgjax.models.reward_model import RewardModel
 from pgjax.parallel import batch_rows, processes
 from pgjax.rollout.rewards import RewardError

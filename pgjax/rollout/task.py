@@ -15,7 +15,7 @@ from pgjax.data.prompts import check_rows, completion_texts, encode_prompts
 from pgjax.data.sources import load_row_sets
 from pgjax.data.tables import Row
 from pgjax.models.causal_lm import CausalLM
-from pgjax.models.io.tokenizer import stop_ids
+from pgjax.models.io.stops import stop_ids
 from pgjax.parallel import batch_rows, processes
 from pgjax.parallel.encoding import plain
 from pgjax.parallel.sharding import fold_in, whole_groups

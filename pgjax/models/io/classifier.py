@@ -167,7 +167,8 @@ def _prepare(tokenizer: Any, config: dict[str, Any], vocab_size: int, path: Path
     pad_id = config.get("pad_token_id")
     if tokenizer.pad_token is None and isinstance(pad_id, int) and 0 <= pad_id < len(tokenizer):
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
-    prepare_tokenizer(tokenizer, vocab_size=vocab_size, origin=str(path))
+    mend = "learn the reward from a language model with rows for all of its tokens"
+    prepare_tokenizer(tokenizer, vocab_size=vocab_size, origin=str(path), mend=mend)
     tokenizer.padding_side = "right"
     if pad_id is not None and pad_id in {*stop_ids(tokenizer), tokenizer.eos_token_id}:
         warnings.warn(

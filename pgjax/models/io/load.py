@@ -16,10 +16,11 @@ from pgjax.models.architecture import Architecture
 from pgjax.models.causal_lm import CausalLM, causal_lm
 from pgjax.models.io.config import architecture_of, config_of
 from pgjax.models.io.gguf import read_gguf
+from pgjax.models.io.resize import with_rows
 from pgjax.models.io.save import write_folder
 from pgjax.models.io.sources import find
 from pgjax.models.io.tensors import Tensors, read_json, read_params, safetensors_of, some_rows_digest
-from pgjax.models.io.tokenizer import folder_tokenizer, prepare_tokenizer
+from pgjax.models.io.tokenizer import folder_tokenizer, largest_id, prepare_tokenizer
 from pgjax.parallel.processes import agree, all_or_none
 from pgjax.parallel.sharding import param_shardings
 
@@ -33,6 +34,7 @@ def load(
     param_dtype: Any = jnp.float32,
     mesh: Any = None,
     remat: bool = False,
+    resize_embedding: bool = False,
 ) -> tuple[CausalLM, dict[str, Any], Any | None]:
     """Load a causal language model: its functions, its parameters and its tokenizer.
 
@@ -45,6 +47,8 @@ def load(
         mesh: spread the parameters over this mesh as they are read: every process calls this, and reads the slices of
             its own devices. None leaves them on the default device.
         remat: as in `causal_lm`.
+        resize_embedding: where the tokenizer has ids beyond the embedding, give them rows, each the mean of those there;
+            False refuses such a tokenizer.
 
     Returns:
         `(lm, params, tokenizer)`; the tokenizer pads on the left, and is None where the source holds none.
@@ -62,7 +66,10 @@ def load(
         path = find(source)
         arch, tensors, tokenizer = read_gguf(path) if path.is_file() else _read_folder(path)
         if tokenizer is not None:
-            prepare_tokenizer(tokenizer, vocab_size=arch.vocab_size, origin=str(path))
+            if resize_embedding and largest_id(tokenizer) >= arch.vocab_size:
+                arch, tensors = with_rows(arch, tensors, largest_id(tokenizer) + 1)
+            mend = "give it rows by resize_embedding=True"
+            prepare_tokenizer(tokenizer, vocab_size=arch.vocab_size, origin=str(path), mend=mend)
         lm = causal_lm(arch, dtype=compute_dtype(dtype), param_dtype=param_dtype, remat=remat)
         shapes = laid_out(mesh, jax.eval_shape(lm.init, jax.random.key(0)))
         return (lm, read_params(arch, shapes, tensors), tokenizer), tensors

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +19,9 @@ import numpy as np
 
 from pgjax.core.errors import UserError
 from pgjax.models.architecture import Architecture
-from pgjax.models.io.tensors import Slot, slot_of
-from pgjax.models.io.tokenizer import TOKENIZER_FILES, stop_ids
+from pgjax.models.io.stops import STOP_IDS, stop_ids
+from pgjax.models.io.tensors import Slot, read_json, slot_of
+from pgjax.models.io.tokenizer import TOKENIZER_FILES
 from pgjax.models.lora import merge_lora
 from pgjax.parallel.processes import all_or_none, on_process_0
 
@@ -187,10 +189,11 @@ def _write_files(
     draft.mkdir(parents=True)
     try:
         _write_json(draft / "config.json", config)
-        _write_json(draft / "generation_config.json", _generation_config(tokenizer))
+        known = {name: value for name, value in _token_ids(tokenizer).items() if value is not None}
+        _write_json(draft / "generation_config.json", known)
         _write_weights(draft, shards, values)
         if tokenizer is not None:
-            tokenizer.save_pretrained(draft)
+            _write_tokenizer(draft, tokenizer)
         _swap(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -214,24 +217,36 @@ def _write_weights(draft: Path, shards: list[list[str]], values: Iterator[tuple[
             if found is None:
                 raise
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(draft.parent)) from error
+        # safetensors keeps the file to its owner; the others have the mode that the umask asks for.
+        (draft / file).chmod(stat.S_IMODE((draft / "config.json").stat().st_mode))
         del held  # before the next file's tensors are fetched
     if len(shards) > 1:
         _write_json(draft / _INDEX, {"metadata": {"total_size": total}, "weight_map": owner})
+
+
+def _write_tokenizer(draft: Path, tokenizer: Any) -> None:
+    """Write the tokenizer's files, with all ids that completions end at, such that transformers 4 reads them as 5 does."""
+    tokenizer.save_pretrained(draft)
+    file = draft / "tokenizer_config.json"
+    config = {**read_json(file), STOP_IDS: list(stop_ids(tokenizer))}
+    if config["tokenizer_class"] == "TokenizersBackend":  # 5 alone has this name
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        before = tokenizer.backend_tokenizer.pre_tokenizer
+        state = {} if before is None else json.loads(before.__getstate__())
+        if "add_prefix_space" in state:  # 4 takes it from here, not from tokenizer.json
+            config["add_prefix_space"] = state["add_prefix_space"]
+    if isinstance(config.get("extra_special_tokens"), list):  # to 4 this is a table of named ones
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    _write_json(file, config)
 
 
 def _token_ids(tokenizer: Any | None) -> dict[str, Any]:
     """Give all three ids, null where unknown: transformers has defaults of its own for missing ones."""
     if tokenizer is None:
         return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    return {**ids, "pad_token_id": tokenizer.pad_token_id}
-
-
-def _generation_config(tokenizer: Any | None) -> dict[str, Any]:
-    config = {name: value for name, value in _token_ids(tokenizer).items() if value is not None}
-    if tokenizer is not None and len(stop_ids(tokenizer)) > 1:
-        config["eos_token_id"] = list(stop_ids(tokenizer))
-    return config
+    stops = stop_ids(tokenizer)
+    eos = list(stops) if len(stops) > 1 else stops[0] if stops else None
+    return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
 
 
 def _check_params(arch: Architecture, init: Callable[[jax.Array], Any], params: dict[str, Any]) -> None:

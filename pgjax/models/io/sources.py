@@ -22,6 +22,7 @@ _HUB_FILES = (
     "config.json",
     "generation_config.json",
     *TOKENIZER_FILES,
+    "additional_chat_templates/*.jinja",
 )
 
 

@@ -1,14 +1,15 @@
-"""Load tokenizers from a model folder or a GGUF file's metadata; the ids that end a completion."""
+"""Load tokenizers from a model folder or a GGUF file's metadata."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pgjax.core.errors import UserError
-from pgjax.models.io.tensors import read_json
+from pgjax.models.io.stops import STOP_IDS, gathered_stops, read_stops, stop_ids
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -19,9 +20,9 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.jinja",
+    "additional_chat_templates",  # a folder, of named ones
 )
 _WHOLE = ("tokenizer.json", "vocab.json", "tokenizer.model")  # any one of them makes a tokenizer
-STOP_IDS = "stop_token_ids"  # a setting of the tokenizer, so that tokenizer_config.json saves it
 
 # How text is split before the byte-pair merges, by `tokenizer.ggml.pre`.
 _LLAMA3_SPLIT = (
@@ -55,22 +56,29 @@ def folder_tokenizer(folder: Path) -> Any | None:
     try:
         tokenizer = reader.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # damaged files raise errors of many types: of JSON, of Rust, KeyError, ...
+        if reader is AutoTokenizer and importlib.util.find_spec("sentencepiece") is None:
+            raise UserError(
+                f"{folder} holds no tokenizer.json, and its tokenizer is read by a package that is not installed: "
+                "pip install sentencepiece"
+            ) from error
         raise UserError(f"{folder}: its tokenizer's files cannot be read ({error})") from error
-    for name in ("generation_config.json", "config.json"):
-        stops = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
-        if stops is not None:
-            tokenizer.init_kwargs[STOP_IDS] = stops if isinstance(stops, list) else [stops]
-            break
+    tokenizer.init_kwargs[STOP_IDS] = list(read_stops(folder, tokenizer))
     return tokenizer
 
 
-def prepare_tokenizer(tokenizer: Any, *, vocab_size: int, origin: str) -> Any:
+def largest_id(tokenizer: Any) -> int:
+    """Find the largest id of a tokenizer, added tokens included."""
+    return max(tokenizer.get_vocab().values())
+
+
+def prepare_tokenizer(tokenizer: Any, *, vocab_size: int, origin: str, mend: str) -> Any:
     """Make a tokenizer pad on the left, with the end of sequence if it has no padding token.
 
     Args:
         tokenizer: changed in place.
         vocab_size: rows of the model's embedding.
         origin: the model's path, for messages.
+        mend: what to do about a tokenizer that is larger than the embedding, for messages.
 
     Returns:
         The same tokenizer.
@@ -78,10 +86,12 @@ def prepare_tokenizer(tokenizer: Any, *, vocab_size: int, origin: str) -> Any:
     Raises:
         UserError: when a token id or a stop id is beyond the model's vocabulary: an embedding would silently clamp it.
     """
-    largest = max(tokenizer.get_vocab().values())
+    largest = largest_id(tokenizer)
     if largest >= vocab_size:
+        token = tokenizer.convert_ids_to_tokens(largest)
         raise UserError(
-            f"{origin}: the tokenizer's largest id is {largest}, the model's vocabulary ends at {vocab_size - 1}"
+            f"{origin}: the tokenizer's largest id is {largest} ({token!r}), but the model's embedding ends at "
+            f"{vocab_size - 1}: take the tokenizer that it was trained with, or {mend}"
         )
     if odd := [i for i in stop_ids(tokenizer) if not 0 <= i < vocab_size]:
         raise UserError(
@@ -92,20 +102,6 @@ def prepare_tokenizer(tokenizer: Any, *, vocab_size: int, origin: str) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def stop_ids(tokenizer: Any) -> tuple[int, ...]:
-    """List the ids that end a completion: those of generation_config.json or config.json, else the tokenizer's own.
-
-    Args:
-        tokenizer: as `load` returns it.
-
-    Returns:
-        Ids in the model's order; empty if the tokenizer has no end of sequence.
-    """
-    if STOP_IDS in tokenizer.init_kwargs:
-        return tuple(int(i) for i in tokenizer.init_kwargs[STOP_IDS])
-    return () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
 
 
 def gguf_tokenizer(fields: Mapping[str, Any], *, max_length: int) -> Any | None:
@@ -144,14 +140,15 @@ def gguf_tokenizer(fields: Mapping[str, Any], *, max_length: int) -> Any | None:
         if f"tokenizer.ggml.{key}_token_id" in fields
     }
     stops = [fields[name] for name in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if name in fields]
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_byte_level_bpe(fields, pre),
         chat_template=fields.get("tokenizer.chat_template"),
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
-        **{STOP_IDS: sorted(set(stops), key=stops.index)},
         **named,
     )
+    tokenizer.init_kwargs[STOP_IDS] = list(gathered_stops(stops, tokenizer))
+    return tokenizer
 
 
 def _byte_level_bpe(fields: Mapping[str, Any], pre: str) -> Any:
