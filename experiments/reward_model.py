@@ -7,7 +7,7 @@
 
 pairs > ids > scores at the last token > -log sigmoid(chosen - rejected - margin) > update > mean 0, std 1 > saved
 
-A row holds `prompt`, `chosen` and `rejected`, texts or lists of messages, and maybe `margin` (Touvron et al. 2023). In the
+A row holds `prompt`, `chosen` and `rejected`, texts or lists of messages, and maybe `tools` and `margin` (Touvron et al. 2023). In the
 end scores are shifted and scaled once, to mean 0 and standard deviation 1 over reference answers (Stiennon et al. 2020).
 OUTPUT/model opens in `transformers` as AutoModelForSequenceClassification, and in experiments.ppo as --reward-model.
 
