@@ -25,7 +25,6 @@ from jax.sharding import Mesh
 
 import pgjax as pg
 from pgjax.data.batches import batches
-from pgjax.data.templates import set_template
 from pgjax.learning import flags
 from pgjax.learning.evaluation import check_start, evaluate
 from pgjax.learning.optimizer import revived
@@ -38,7 +37,7 @@ from pgjax.rollout.judge import load_judge
 from pgjax.rollout.task import make_task, read_task
 from pgjax.run import checks, clock, devices, exits, loop, presets
 from pgjax.run.checkpoint.resume import frozen_model, rows_digest, to_best
-from pgjax.run.session import INCIDENTAL, RunFlags, open_session, session_options, settled, template_options
+from pgjax.run.session import INCIDENTAL, RunFlags, open_session, session_options, settled, templated
 from pgjax.run.speed import policy_speed
 from pgjax.run.summary import before_and_after, comparison, has_metric
 
@@ -83,7 +82,7 @@ def main(config: Config) -> dict[str, float]:
     """Run PPO; return the held-out score before and after with its standard errors, and the last step's metrics."""
     check(config)
     with devices.on_devices(config) as mesh:
-        return run(config, mesh)
+        return run(settled(config), mesh)
 
 
 def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
@@ -92,25 +91,24 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     options = flags.iteration_options(config, algorithm)
     parts = options["minibatches"] * config.microbatches  # that a batch is learned in
     devices.check_batch_divides(mesh, config.batch_size, parts=parts)
-    config = settled(config)
     judges, row_sets, places = read_task(config.rewards, config.prompts, config.held_out, config.held_out_rows)
     lm, params, tokenizer = pg.load(config.model, dtype=config.dtype, mesh=mesh, remat=config.remat)
-    tokenizer = set_stops(set_template(tokenizer, **template_options(config)), config.stop_tokens)
-    weight, group_size = config.reward_model_weight, whole_groups(mesh, config.batch_size, algorithm.group_size)
-    reward_model = load_judge(config.reward_model, weight, lm, tokenizer, chat=config.chat, mesh=mesh)
+    tokenizer = set_stops(templated(tokenizer, config), config.stop_tokens)
+    reward_model = load_judge(
+        config.reward_model, config.reward_model_weight, lm, tokenizer, chat=config.chat, mesh=mesh
+    )
     task = make_task(
-        lm, tokenizer, judges, config.reward_weights or None, row_sets, places=places, chat=config.chat, mesh=mesh,
-        reward_model=reward_model, group_size=group_size, **flags.sampling_options(config),
+        lm, tokenizer, judges, config.reward_weights or None, row_sets, places=places, chat=config.chat, reward_model=reward_model,
+        mesh=mesh, group_size=whole_groups(mesh, config.batch_size, algorithm.group_size), **flags.sampling_options(config),
     )  # fmt: skip
     processes.print_once(told_stops(tokenizer))
     train_prompts, held_out = task.prompt_sets
     fed = batch_rows.rows_to_feed(mesh, config.batch_size)
     deal = batches(train_prompts, config.batch_size, seed=config.seed, group_size=algorithm.group_size)
-    optimizer = flags.optimizer_of(config, config.steps, options["minibatches"])
     frozen, trained = freeze(params, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed, mesh=mesh)
     it = pg.iteration(
-        lm, algorithm, optimizer, reference=params, frozen=frozen, mesh=mesh, eos_ids=task.eos_ids, pad_id=task.pad_id,
-        **flags.sampling_options(config), **options,
+        lm, algorithm, flags.optimizer_of(config, config.steps, options["minibatches"]), reference=params, frozen=frozen,
+        mesh=mesh, eos_ids=task.eos_ids, pad_id=task.pad_id, **flags.sampling_options(config), **options,
     )  # fmt: skip
     key, timer = jax.random.key(config.seed), clock.DeviceClock()
     state = it.init(trained, key)._replace(key=None)  # a snapshot's config holds the seed

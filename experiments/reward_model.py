@@ -7,8 +7,8 @@
 
 pairs > ids > scores at the last token > -log sigmoid(chosen - rejected - margin) > update > mean 0, std 1 > saved
 
-A row holds `prompt`, `chosen` and `rejected`, texts or lists of messages, and maybe `margin` (Touvron et al. 2023). In the
-end scores are shifted and scaled once, to mean 0 and standard deviation 1 over reference answers (Stiennon et al. 2020).
+A row holds `prompt`, `chosen` and `rejected`, texts or lists of messages, maybe `tools` and `margin` (Touvron et al. 2023). At
+the end scores are shifted and scaled once, to mean 0 and standard deviation 1 over reference answers (Stiennon et al. 2020).
 OUTPUT/model opens in `transformers` as AutoModelForSequenceClassification, and in experiments.ppo as --reward-model.
 
 On held-out pairs of reviews (seed 0), where the random labels let no judge be right in more than 83%, SmolLM2-135M-Instruct
@@ -30,7 +30,6 @@ from experiments.study.reward_picture import plot_calibration
 from pgjax.data import preferences
 from pgjax.data.batches import batches, steps_of
 from pgjax.data.sources import load_rows
-from pgjax.data.templates import set_template
 from pgjax.learning import reward_learning
 from pgjax.learning.optimizer import TrainState, adamw, init_state, revived
 from pgjax.models.io.classifier import with_padding_token
@@ -39,7 +38,7 @@ from pgjax.models.reward_model import from_causal_lm
 from pgjax.parallel import batch_rows, processes
 from pgjax.run import checks, devices, exits, logs, loop, presets
 from pgjax.run.checkpoint.resume import frozen_model, rows_digest, to_best
-from pgjax.run.session import INCIDENTAL, RunFlags, open_session, session_options, settled, template_options
+from pgjax.run.session import INCIDENTAL, RunFlags, open_session, session_options, settled, templated
 from pgjax.run.summary import has_metric
 
 
@@ -75,18 +74,17 @@ def main(config: Config) -> dict[str, float]:
     """Learn; return the figures on held-out pairs before and after, and those of the normalisation."""
     check(config)
     with devices.on_devices(config) as mesh:
-        return run(config, mesh)
+        return run(settled(config), mesh)
 
 
 def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
-    config = settled(config)
     devices.check_batch_divides(mesh, config.batch_size, microbatches=config.microbatches)
     pair_sets, answers = processes.all_or_none(lambda: read_rows(config))
     lm, params, tokenizer = pg.load(config.model, dtype=config.dtype, mesh=mesh, remat=config.remat)
     checks.require(tokenizer is not None, f"{config.model} holds no tokenizer, and pairs are text: add its files")
     rm, params = from_causal_lm(lm, params, jax.random.key(config.seed), remat=config.remat)
-    rm, params, tokenizer = with_padding_token(rm, params, set_template(tokenizer, **template_options(config)))
+    rm, params, tokenizer = with_padding_token(rm, params, templated(tokenizer, config))
     checks.check_length(config.max_length, rm.arch.max_positions)
     (train_pairs, held_out), references, notes = processes.all_or_none(
         lambda: preferences.encode_sets(

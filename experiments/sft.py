@@ -7,9 +7,9 @@
 
 rows > examples > packed rows > loss of the learned tokens > update > checkpoint
 
-A row has `prompt` and `completion` (texts or messages), or `messages`, or `text`. OUTPUT/model is in Hugging Face layout,
-for `experiments.ppo --model OUTPUT/model`. The first command makes a Llama of 1.33 million parameters in 1,297 updates and
-4 minutes of CPU time; on 500 reviews that it never saw the perplexity falls from 2,109 to 63.5 (seed 0).
+A row has `prompt` and `completion` (texts or messages), or `messages`, or `text`; beside messages maybe `tools`. OUTPUT/model
+is in Hugging Face layout, for `experiments.ppo --model OUTPUT/model`. The first command makes a Llama of 1.33 million
+parameters in 1,297 updates and 4 minutes of CPU time; on 500 reviews that it never saw the perplexity falls from 2,109 to 63.5.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from pgjax.data.examples import check_examples, texts_of
 from pgjax.data.packing import Packed, pack_rows
 from pgjax.data.sources import load_row_sets
 from pgjax.data.tables import Placed
-from pgjax.data.templates import set_template
 from pgjax.learning import supervised
 from pgjax.learning.optimizer import TrainState, adamw, init_state, revived
 from pgjax.models.io.scratch import new_model
@@ -38,7 +37,7 @@ from pgjax.parallel import batch_rows, processes
 from pgjax.run import checks, clock, devices, exits, logs, loop, presets
 from pgjax.run.checkpoint.digest import digest
 from pgjax.run.checkpoint.resume import frozen_model, to_best
-from pgjax.run.session import INCIDENTAL, RunFlags, open_session, session_options, settled, template_options
+from pgjax.run.session import INCIDENTAL, RunFlags, open_session, session_options, settled, templated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +45,7 @@ class Config(RunFlags):
     """One run. Every number that decides it stands here."""
 
     model: str | None = None  # folder, .gguf file, hub id, or a model that a package ships; None: from scratch
-    resize_embedding: bool = (
-        False  # give tokens that the tokenizer has beyond the embedding rows: the mean of the others
-    )
+    resize_embedding: bool = False  # the tokenizer's tokens beyond the embedding get rows, the mean of the others
     config: Path | None = None  # from scratch: config.json of the architecture; None: a Llama of 1.3 million parameters
     vocab_size: int | None = None  # from scratch: entries of the tokenizer; None: the config's, or 2,048
     # .jsonl, .csv, .parquet or .txt file, a data set as NAME:SPLIT, or module:function giving rows
@@ -76,12 +73,11 @@ def main(config: Config) -> dict[str, float]:
     """Fine-tune; return the held-out perplexity before and after, and the last update's metrics."""
     check(config)
     with devices.on_devices(config) as mesh:
-        return run(config, mesh)
+        return run(settled(config), mesh)
 
 
 def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
-    config = settled(config)
     devices.check_batch_divides(mesh, config.batch_size, microbatches=config.microbatches)
     rows, held_out_rows = processes.all_or_none(
         lambda: load_row_sets(config.data, config.held_out, config.held_out_rows, check_examples, text_column="text")
@@ -89,15 +85,13 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     devices.agree_on(f"the rows of {config.data}", (rows, held_out_rows))
     lm, params, tokenizer = load_or_make(config, rows, mesh)
     checks.check_length(config.max_length, lm.arch.max_positions)
-    tokenizer = set_template(tokenizer, **template_options(config))
     (packed, held_out), notes = pack_rows(
-        {"training": rows, "held-out": held_out_rows}, tokenizer, chat=config.chat, max_length=config.max_length,
-        learn_prompt=config.learn_prompt,
+        {"training": rows, "held-out": held_out_rows}, templated(tokenizer, config), chat=config.chat,
+        max_length=config.max_length, learn_prompt=config.learn_prompt,
     )  # fmt: skip
     processes.print_once("\n".join(notes))
     fingerprint = digest(packed._asdict())
     devices.agree_on("what the tokenizer makes of the rows", fingerprint)
-
     steps = steps_of(config.epochs, len(packed.tokens), config.batch_size)
     rate = (3e-3 if config.model is None else 3e-5) if config.learning_rate is None else config.learning_rate
     optimizer = adamw(

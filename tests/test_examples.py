@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from pgjax.data import examples
+from pgjax.data.drafts import REWRITTEN
 from pgjax.data.examples import Example, check_examples, encode_examples
 from pgjax.data.prompts import encode_prompts
 from pgjax.models.io.scratch import train_tokenizer
@@ -90,7 +91,7 @@ def test_rows_that_a_template_does_not_write_turn_by_turn_are_left_out_and_the_r
     tokenizer.chat_template = TOKENIZER.chat_template.replace("{%", "{% if messages|length < 4 %}{%", 1) + "{% endif %}"
     rows = check_examples(placed({"messages": [USER, BOT]}, {"messages": [USER, BOT, USER, BOT]}))
     found = encode_examples(rows, tokenizer, chat=False, max_length=200)
-    assert len(found.examples) == 1 and found.left_out == {examples.REWRITTEN: ["line 2"]}
+    assert len(found.examples) == 1 and found.left_out == {REWRITTEN: ["line 2"]}
 
 
 def test_an_end_of_sequence_inside_an_answer_leaves_the_row_out_rather_than_cut_it():

@@ -205,10 +205,12 @@ def test_no_template_and_a_template_that_refuses_and_no_end_are_errors():
     with pytest.raises(ValueError, match="no chat template"):
         encode_answers([Answered([USER], "a")], bare, chat=False, eos=True)
     bare.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(ValueError, match=r"answer 0 .*: the chat template refuses it \(no system role\).*Sky"):
+    with pytest.raises(
+        ValueError, match=r"answer 0 .*: the chat template refuses the messages \(no system role\).*Sky"
+    ):
         encode_answers([Answered([USER], "a")], bare, chat=False, eos=True)
     bare.chat_template = "{{ 1 + messages[0]['content'] }}"
-    with pytest.raises(ValueError, match=r"line 1: the chat template refuses it \(unsupported operand.*Sky"):
+    with pytest.raises(ValueError, match=r"line 1: the chat template refuses the messages \(unsupported operand.*Sky"):
         encode_pairs(check_pairs(placed(row(prompt=[USER]))), bare, chat=False, eos=True, max_length=64)
     endless = end_padded_tokenizer()
     endless.eos_token = None

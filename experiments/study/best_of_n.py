@@ -15,11 +15,10 @@ from experiments import ppo
 from experiments.study.gao_forms import best_of, best_of_kl
 from pgjax.data.prompts import check_prompts
 from pgjax.data.sources import load_rows
-from pgjax.data.templates import set_template
 from pgjax.models.io.stops import set_stops, told_stops
 from pgjax.rollout import rewards
 from pgjax.rollout.task import make_task
-from pgjax.run.session import template_options
+from pgjax.run.session import templated
 from pgjax.run.stages import Done, run_stage, write_json
 from pgjax.run.statistics import clustered_stderr
 
@@ -56,7 +55,7 @@ def sample(base: ppo.Config, sizes: Sequence[int], samples: int, folder: Path, r
     proxy: list[float] = []
     gold: list[float] = []
     task = make_task(
-        lm, set_template(tokenizer, **template_options(base)), [rewards.load_reward(base.rewards[0])], None,
+        lm, templated(tokenizer, base), [rewards.load_reward(base.rewards[0])], None,
         [[row for _, row in placed]], places=[[place for place, _ in placed]], chat=base.chat,
         max_new_tokens=base.max_new_tokens, temperature=base.temperature,
     )  # fmt: skip

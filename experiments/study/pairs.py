@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,6 @@ import pgjax as pg
 from experiments.tasks.gold import prefers_first
 from pgjax.data.prompts import completion_ids, completion_texts
 from pgjax.data.tables import Placed, Row
-from pgjax.data.templates import set_template
 from pgjax.data.tokens import added_text
 from pgjax.models.io.stops import set_stops, told_stops
 from pgjax.parallel import processes, sharding
@@ -56,8 +55,8 @@ def check_pairs(config: Pairs) -> None:
 
 def make_pairs(
     config: Pairs, folder: Path, model: Path, placed_sets: Sequence[Placed],
-    *, gold: str, chat: bool, max_new_tokens: int, seed: int, template: Mapping[str, Any] | None = None,
-    stop_tokens: Sequence[str] = (), dtype: str | None = None, mesh: Mesh | None = None,
+    *, gold: str, chat: bool, max_new_tokens: int, seed: int, stop_tokens: Sequence[str] = (), dtype: str | None = None,
+    mesh: Mesh | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Sample two completions of each prompt, let the judge prefer one, and write train.jsonl and held_out.jsonl.
 
@@ -71,7 +70,6 @@ def make_pairs(
       chat: put prompts through the chat template.
       max_new_tokens: the longest completion.
       seed: of the prompts' order, the samples and the judge's preferences.
-      template: what the chat template is given, as `set_template` takes it.
       stop_tokens: that end a completion, as of `set_stops`; none: the model's own.
       dtype: of activations, as in `pgjax.load`.
       mesh: of the devices to sample on; None: one.
@@ -82,7 +80,7 @@ def make_pairs(
     """
     processes.on_process_0(lambda: folder.mkdir(parents=True, exist_ok=True))
     lm, params, tokenizer = pg.load(model, dtype=dtype, mesh=mesh)
-    tokenizer = set_stops(set_template(tokenizer, **({} if template is None else template)), stop_tokens)
+    tokenizer = set_stops(tokenizer, stop_tokens)
     processes.print_once(told_stops(tokenizer))
     figures: dict[str, float] = {}
     counts = {"train": config.train, "held_out": config.held_out}

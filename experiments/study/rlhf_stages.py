@@ -16,7 +16,6 @@ from pgjax.data.tables import Placed, Row
 from pgjax.parallel import processes
 from pgjax.run import devices, stages
 from pgjax.run.logs import recorded
-from pgjax.run.session import template_options
 
 if TYPE_CHECKING:
     from experiments.rlhf import Config
@@ -100,8 +99,7 @@ def sample_pairs(config: Config, folder: Path, resume: bool) -> dict[str, float]
     with devices.on_devices(config) as mesh:
         return make_pairs(
             config.pair, folder, config.output / "sft" / "model", read_prompts(config), gold=str(config.gold), chat=config.chat,
-            max_new_tokens=config.max_new_tokens, seed=config.seed, template=template_options(config),
-            stop_tokens=config.stop_tokens, dtype=config.dtype,
+            max_new_tokens=config.max_new_tokens, seed=config.seed, stop_tokens=config.stop_tokens, dtype=config.dtype,
             mesh=mesh,
         )  # fmt: skip
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import bisect
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from pgjax.core.checks import check_whole
 from pgjax.core.errors import UserError
-from pgjax.data.prompts import Prompt, check_prompt
+from pgjax.data.drafts import Draft, write_draft
+from pgjax.data.messages import words
+from pgjax.data.prompts import TOOLS, Prompt, as_tools, check_prompt
 from pgjax.data.tables import (
     Placed,
     Row,
@@ -19,13 +23,10 @@ from pgjax.data.tables import (
     left_out_notes,
     note,
 )
-from pgjax.models.io.stops import stop_ids
+from pgjax.data.tokens import INSIDE, added_text, encode_parts, encode_texts
+from pgjax.models.io.stops import end_id, stop_ids
 
 KINDS = (("prompt", "completion"), ("messages",), ("text",))  # the columns that make a row an example
-REWRITTEN = (
-    "the chat template rewrites earlier turns when a turn is added, so the tokens of that turn cannot be found "
-    "(give prompts and completions instead)"
-)
 
 
 class Example(NamedTuple):
@@ -36,40 +37,33 @@ class Example(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """The examples made from rows, and the rows that were left out or cut."""
+    """The examples made from rows, and the rows that were left out or cut, or of which there is something to say."""
 
     examples: list[Example]
     left_out: dict[str, list[str]]  # reason -> locations of the rows
     cut: list[str]  # locations of the plain texts that were cut into pieces
+    remarks: dict[str, list[str]]  # what is said of rows -> their locations
 
     def notes(self) -> list[str]:
-        """Report what was left out and cut, a line each; an empty list where nothing was."""
+        """Report what was left out, cut or not learned, a line each; an empty list where nothing was."""
         cut = [note("cut", self.cut, "long text", " into pieces")] if self.cut else []
-        return left_out_notes(self.left_out) + cut
-
-
-class _Chunk(NamedTuple):
-    """A piece of an example that is tokenised separately."""
-
-    text: str
-    special: bool  # whether the tokenizer adds its special tokens
-    learned: bool
-    ends: bool  # learn up to its first end-of-sequence token only, and add one where it is missing
-    answer: str = ""  # the part of it that comes from the row: may hold an end of sequence at its end only
+        remarks = [note("in", places, "row", f" {remark}") for remark, places in self.remarks.items()]
+        return left_out_notes(self.left_out) + cut + remarks
 
 
 def check_examples(placed: Placed) -> list[tuple[str, Row]]:
     """Check that rows are examples for fine-tuning, all of one kind.
 
     A row has the columns ``prompt`` and ``completion`` (texts, or lists of messages), or ``messages`` (a list of
-    messages), or ``text``. A list of messages may be written in JSON, as CSV has it. Columns of other names are ignored,
-    and so is a ``prompt`` beside ``messages``, which hold it.
+    messages), or ``text``. Beside messages there may be ``tools``, a list of JSON schemas that the chat template is told of.
+    Lists may be written in JSON, as CSV has them. Columns of other names are ignored, and so is a ``prompt`` beside
+    ``messages``, which hold it.
 
     Args:
       placed: rows with their locations, as `tables.read_table` gives them.
 
     Returns:
-      The same pairs, with the columns of the kind alone.
+      The same pairs, with the columns of the kind alone, and ``tools`` where a row has any.
 
     Raises:
       UserError: unknown columns, two kinds at once, rows without the columns of the first row's kind, or a value of
@@ -99,6 +93,8 @@ def check_examples(placed: Placed) -> list[tuple[str, Row]]:
         else:
             check_prompt(place, values["prompt"])
             _check_completion(place, values["prompt"], values["completion"])
+        if kind != ("text",) and (tools := as_tools(place, row.get(TOOLS))):
+            values[TOOLS] = tools
         checked.append((place, values))
     return checked
 
@@ -110,15 +106,18 @@ def texts_of(placed: Placed) -> Iterator[str]:
       placed: rows of `check_examples`.
 
     Yields:
-      A text for each column, or for each message of one.
+      A text for each column, or for each message of one that holds any.
 
     Example:
       >>> list(texts_of([("line 1", {"prompt": [{"role": "user", "content": "Hello"}], "completion": "Hi"})]))
       ['Hello', 'Hi']
     """
     for _, row in placed:
-        for value in row.values():
-            yield from [value] if isinstance(value, str) else (message["content"] for message in value)
+        for name, value in row.items():
+            if isinstance(value, str):
+                yield value
+            elif name != TOOLS:
+                yield from filter(None, map(words, value))
 
 
 def encode_examples(
@@ -126,70 +125,79 @@ def encode_examples(
 ) -> Examples:
     """Turn checked rows into token ids, with a mask of the tokens to learn.
 
-    A prompt and its completion are tokenised separately, as in sampling: the completion without special tokens,
-    then the end of sequence. Of messages, every turn of the assistant is learned with the token that ends it; the
-    chat template is rendered turn by turn. Of a plain text, every token but the first is learned, and the end of
-    sequence; one longer than ``max_length`` is cut into pieces that overlap by one token, so that each token is still
-    learned once.
+    The ids are those of the whole text, as `transformers` renders and tokenises it, and those before an answer are what a policy
+    is given there. What is learned:
+
+    - of a prompt with a completion, the completion and an end of sequence; where the prompt is a conversation that ends in the
+      assistant's words, they go on;
+    - of messages, every turn of the assistant with the token that ends it, tool calls included: what the chat template tags by
+      ``{% generation %}``, or without such tags all that it writes behind the opened turn. Where the template rewrites earlier
+      turns when one is added and has no tags, the last turn alone;
+    - of a plain text, every token but the first, and the end of sequence. One longer than ``max_length`` is cut into pieces
+      that overlap by one token, so that each token is still learned once.
+
+    Where an answer begins inside a token of the whole text ("The film was " + "great"), it is tokenised as what goes on from the
+    ids before it, and the row is listed.
 
     Args:
       placed: rows of `check_examples`.
-      tokenizer: a Hugging Face tokenizer.
+      tokenizer: a fast Hugging Face tokenizer.
       chat: render a text prompt with the chat template, as one message of the user.
       max_length: of an example, in tokens; at least 2, since the first token is never learned.
       learn_prompt: learn the prompt's tokens too: all of an example but its first.
 
     Returns:
       The examples in order. Rows with an empty completion or text, without an answer of the assistant, with an end of
-      sequence inside an answer, with turns that the chat template rewrites when another is added, or longer than
-      ``max_length`` (unless plain texts) are left out and listed.
+      sequence inside an answer, with a last turn that the chat template rewrites or tool calls that it does not write, or
+      longer than ``max_length`` (unless plain texts) are left out and listed. So are rows with turns that are not learned.
 
     Raises:
       UserError: a chat template is needed and missing, or it refuses a row; the tokenizer has no end of sequence; or no row
         is left.
 
     Example:
-      >>> class Letters:  # stands in for a tokenizer
-      ...     eos_token_id, init_kwargs, chat_template = 0, {}, None
-      ...     def __call__(self, texts, **options):
-      ...         return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+      >>> from tokenizers import Tokenizer, models
+      >>> from transformers import PreTrainedTokenizerFast
+      >>> letters = Tokenizer(models.BPE(vocab={"e": 0, "a": 1, "b": 2, "c": 3}, merges=[]))
+      >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="e")
       >>> rows = [("line 1", {"prompt": "ab", "completion": "c"}), ("line 2", {"prompt": "a", "completion": ""})]
-      >>> examples = encode_examples(rows, Letters(), chat=False, max_length=8)
+      >>> examples = encode_examples(rows, tokenizer, chat=False, max_length=8)
       >>> examples.examples
-      [Example(ids=[97, 98, 99, 0], learned=[False, False, True, True])]
+      [Example(ids=[1, 2, 3, 0], learned=[False, False, True, True])]
       >>> examples.notes()
       ['left out 1 row, empty: line 2']
     """
     check_whole("max_length", max_length, 2)
     _check_tokenizer(tokenizer, placed, chat)
-    chunked = [(place, _chunks(place, row, tokenizer, chat)) for place, row in placed]
-    flat = [chunk for _, chunks in chunked if not isinstance(chunks, str) for chunk in chunks]
-    ids = iter(_tokenised(tokenizer, flat))
-    answers = iter(_tokenised(tokenizer, [_Chunk(chunk.answer, False, True, True) for chunk in flat]))
     stops = stop_ids(tokenizer)
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id in stops else stops[0]
-    examples: list[Example] = []
-    left_out: dict[str, list[str]] = {}
-    cut = []
-    for (place, row), (_, chunks) in zip(placed, chunked, strict=True):
-        if isinstance(chunks, str):
-            left_out.setdefault(chunks, []).append(place)
-            continue
-        written = [next(answers) for _ in chunks]
-        example = _joined([(chunk, next(ids)) for chunk in chunks], stops, end)
-        if learn_prompt:
-            example = Example(example.ids, [False] + [True] * (len(example.ids) - 1))
-        if any(not set(stops).isdisjoint(answer[:-1]) for answer in written):
-            left_out.setdefault("an end of sequence inside the answer", []).append(place)
-        elif len(example.ids) <= max_length:
-            examples.append(example)
-        elif "text" in row:
-            cut.append(place)
-            examples += _pieces(example, max_length)
+    ends = {special: end for special in (True, False) if (end := end_id(tokenizer, chat=not special)) is not None}
+    found = Examples([], {}, [], {})
+    drafts: list[tuple[str, Draft]] = []
+    for place, row in placed:
+        draft = write_draft(place, row, tokenizer, chat)
+        if isinstance(draft, str):
+            found.left_out.setdefault(draft, []).append(place)
         else:
-            left_out.setdefault(f"longer than {max_length} tokens", []).append(place)
-    found = Examples(examples, left_out, cut)
-    if not any(any(example.learned[1:]) for example in examples):
+            drafts.append((place, draft))
+    texts, special = [draft.parts for _, draft in drafts], [draft.special for _, draft in drafts]
+    pieces = encode_parts(texts, tokenizer, special=special)
+    odd = _stopped_inside([answer for _, draft in drafts for answer in draft.answers], tokenizer, stops)
+    for (place, draft), parts, inside in zip(drafts, *pieces, strict=True):
+        example = _example(draft, parts, stops, ends[draft.special], tokenizer)
+        if not any(example.learned):
+            why = "without an answer to learn"
+        elif not odd.isdisjoint(draft.answers):
+            why = "an end of sequence inside the answer"
+        elif len(example.ids) > max_length and draft.answers:
+            why = f"longer than {max_length} tokens"
+        else:
+            for remark in [*draft.remarks, *([INSIDE] if inside else [])]:
+                found.remarks.setdefault(remark, []).append(place)
+            found.examples.extend(_fitted(example, max_length, learn_prompt))
+            found.cut.extend([place] if len(example.ids) > max_length else [])
+            continue
+        found.left_out.setdefault(why, []).append(place)
+    if not any(any(example.learned[1:]) for example in found.examples):
         raise UserError(f"no row is left to learn from: {'; '.join(found.notes()) or 'no token is learned'}")
     return found
 
@@ -229,85 +237,69 @@ def _check_tokenizer(tokenizer: Any, placed: Placed, chat: bool) -> None:
         raise UserError("the tokenizer has no end-of-sequence token, so a model could not learn to end: add one")
 
 
-def _chunks(place: str, row: Row, tokenizer: Any, chat: bool) -> list[_Chunk] | str:
-    """Cut a row into the pieces that are tokenised separately; a text is the reason why nothing can be learned from it."""
-    if "text" in row:
-        return [_Chunk(row["text"], special=True, learned=True, ends=True)] if row["text"].strip() else "empty"
-    if "messages" in row:
-        return _turns(place, [], row["messages"], tokenizer)
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(completion, list):
-        if not all(message["content"].strip() for message in completion if message["role"] == "assistant"):
-            return "empty"
-        return _turns(place, prompt, completion, tokenizer)
-    if not completion.strip():
-        return "empty"
-    answer = _Chunk(completion, special=False, learned=True, ends=True, answer=completion)
-    if isinstance(prompt, str) and not chat:
-        return [_Chunk(prompt, special=True, learned=False, ends=False), answer]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    rendered = _render(place, messages, tokenizer, opened=True)
-    return [_Chunk(rendered, special=False, learned=False, ends=False), answer]
+def _stopped_inside(answers: Sequence[str], tokenizer: Any, stops: Sequence[int]) -> set[str]:
+    """Find the answers that hold an end of sequence before their end."""
+    marks = [tokenizer.decode([stop], clean_up_tokenization_spaces=False) for stop in stops]
+    suspects = [answer for answer in dict.fromkeys(answers) if any(mark in answer for mark in marks)]
+    ids = encode_texts(suspects, tokenizer, special=False)
+    return {answer for answer, row in zip(suspects, ids, strict=True) if not set(stops).isdisjoint(row[:-1])}
 
 
-def _turns(
-    place: str, given: Sequence[Mapping[str, str]], learned: Sequence[Mapping[str, str]], tokenizer: Any
-) -> list[_Chunk] | str:
-    """Render a conversation turn by turn; the assistant's turns after the given ones are learned."""
-    messages, written = [*given, *learned], ""
-    chunks: list[_Chunk] = []
-    for number in range(max(len(given), 1), len(messages)):  # an assistant's first message answers nothing: not learned
-        answer = messages[number]["content"]
-        if messages[number]["role"] != "assistant" or not answer.strip():
-            continue
-        opened = _render(place, messages[:number], tokenizer, opened=True)
-        closed = _render(place, messages[: number + 1], tokenizer, opened=False)
-        if not (opened.startswith(written) and closed.startswith(opened)):
-            return REWRITTEN
-        if opened != written:
-            chunks.append(_Chunk(opened[len(written) :], special=False, learned=False, ends=False))
-        chunks.append(_Chunk(closed[len(opened) :], special=False, learned=True, ends=True, answer=answer))
-        written = closed
-    return chunks or "without an answer to learn"
+def _example(draft: Draft, pieces: Sequence[list[int]], stops: Sequence[int], end: int, tokenizer: Any) -> Example:
+    """Put an example together; what a template writes after the last end of a turn is left out."""
+    ids = list(itertools.chain.from_iterable(pieces))
+    if draft.tagged is not None and draft.tagged[0] == ids:
+        begin = draft.begin if len(pieces) == 1 else len(pieces[0])
+        return _as_tagged(ids, [i >= begin and tag for i, tag in enumerate(draft.tagged[1])], stops, end)
+    if len(pieces) == 1:
+        ids = ids if ids and ids[-1] in stops else [*ids, end]
+        return Example(ids, [True] * len(ids))
+    learned = [False] * len(pieces[0])
+    for part, text, characters in zip(pieces[1:-1], draft.parts[1:-1], draft.ends[:-1], strict=True):
+        until = _end_of_turn(ids[: len(learned)], part, text[:characters], stops, tokenizer)
+        learned += [True] * until + [False] * (len(part) - until)
+    stop = _first(stops, pieces[-1])
+    last = [*pieces[-1], end] if stop is None else pieces[-1][: stop + 1]
+    return Example(ids[: len(learned)] + last, learned + [True] * len(last))
 
 
-def _render(place: str, messages: Sequence[Mapping[str, str]], tokenizer: Any, *, opened: bool) -> str:
-    try:
-        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=opened, tokenize=False))
-    except Exception as error:  # a template is a program of its own: it may fail with anything
-        raise UserError(f"{place}: the chat template refuses the messages ({error})") from error
+def _first(stops: Sequence[int], ids: Sequence[int]) -> int | None:
+    return min((ids.index(stop) for stop in stops if stop in ids), default=None)
 
 
-def _tokenised(tokenizer: Any, chunks: Sequence[_Chunk]) -> list[list[int]]:
-    """Tokenise all chunks in two calls, one with the special tokens that the tokenizer adds and one without."""
-    ids: list[list[int]] = [[] for _ in chunks]
-    for special in (False, True):
-        numbers = [number for number, chunk in enumerate(chunks) if chunk.special == special]
-        if numbers:
-            texts = [chunks[number].text for number in numbers]
-            found = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
-            for number, row in zip(numbers, found, strict=True):
-                ids[number] = [int(i) for i in row]
-    return ids
+def _end_of_turn(before: Sequence[int], ids: Sequence[int], text: str, stops: Sequence[int], tokenizer: Any) -> int:
+    """Count the ids of a turn's text, up to an end of sequence in it; what stands between it and the next turn follows."""
+    stop = _first(stops, ids)
+    until = len(ids) if stop is None else stop + 1
+    added = tokenizer.added_tokens_decoder
+    if stop is not None and any(i in added and added[i].content in text for i in stops):
+        return until
+    counts = range(until + 1)
+    return bisect.bisect_right(counts, len(text), key=lambda n: len(added_text(before, ids[:n], tokenizer))) - 1
 
 
-def _joined(pieces: Sequence[tuple[_Chunk, list[int]]], stops: Sequence[int], end: int) -> Example:
-    """Join the pieces of an example; what a template writes after the last end of a turn is left out."""
-    example = Example([], [])
-    for number, (chunk, ids) in enumerate(pieces):
-        last = number == len(pieces) - 1
-        stop = next((i for i, token in enumerate(ids) if token in stops), None) if chunk.ends else None
-        if chunk.ends and chunk.special:  # a plain text: a special token in front of it does not end it
-            stop = len(ids) - 1 if ids and ids[-1] in stops else None
-        if chunk.ends and last:
-            ids = [*ids, end] if stop is None else ids[: stop + 1]
-        until = len(ids) if stop is None else stop + 1
-        example.ids.extend(ids)
-        example.learned.extend(chunk.learned and i < until for i in range(len(ids)))
-    return example
+def _as_tagged(ids: list[int], tagged: list[bool], stops: Sequence[int], end: int) -> Example:
+    """Learn the tagged tokens, and the end of sequence behind each run of them; a run of ends alone answers nothing."""
+    learned = [False] * len(ids)
+    for is_tagged, run in itertools.groupby(range(len(ids)), key=tagged.__getitem__):
+        places = list(run)
+        if is_tagged and not {ids[i] for i in places} <= set(stops):
+            learned[places[0] : places[-1] + 1] = [True] * len(places)
+            after = places[-1] + 1
+            if ids[after - 1] not in stops and after < len(ids) and ids[after] in stops:
+                learned[after] = True
+    if not any(learned):
+        return Example(ids, learned)
+    until = len(ids) - learned[::-1].index(True)
+    ending = [] if ids[until - 1] in stops else [end]
+    return Example(ids[:until] + ending, learned[:until] + [True] * len(ending))
 
 
-def _pieces(example: Example, length: int) -> Iterable[Example]:
-    for begin in range(0, len(example.ids) - 1, length - 1):
-        part = slice(begin, begin + length)
-        yield Example(example.ids[part], [False, *example.learned[part][1:]])
+def _fitted(example: Example, length: int, learn_prompt: bool) -> Iterable[Example]:
+    """Cut an example into pieces of a length that overlap by one token, so that each token but the first is learned once."""
+    if learn_prompt:
+        example = Example(example.ids, [False] + [True] * (len(example.ids) - 1))
+    if len(example.ids) <= length:
+        return [example]
+    parts = [slice(begin, begin + length) for begin in range(0, len(example.ids) - 1, length - 1)]
+    return [Example(example.ids[part], [False, *example.learned[part][1:]]) for part in parts]

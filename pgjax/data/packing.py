@@ -81,13 +81,13 @@ def pack_rows(
       UserError: as in `examples.encode_examples`, with the set's name in front.
 
     Example:
-      >>> class Letters:  # stands in for a tokenizer
-      ...     eos_token_id, init_kwargs, chat_template = 0, {}, None
-      ...     def __call__(self, texts, **options):
-      ...         return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
-      >>> (packed,), notes = pack_rows({"training": [("line 1", {"text": "ab"})]}, Letters(), chat=False, max_length=4)
+      >>> from tokenizers import Tokenizer, models
+      >>> from transformers import PreTrainedTokenizerFast
+      >>> letters = Tokenizer(models.BPE(vocab={"e": 0, "a": 1, "b": 2}, merges=[]))
+      >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="e")
+      >>> (packed,), notes = pack_rows({"training": [("line 1", {"text": "ab"})]}, tokenizer, chat=False, max_length=4)
       >>> packed.tokens.tolist(), notes
-      ([[97, 98, 0, 0]], ['training data: 1 examples, 2 tokens to learn, in 1 rows of 4 tokens, 75.0% full'])
+      ([[1, 2, 0, 0]], ['training data: 1 examples, 2 tokens to learn, in 1 rows of 4 tokens, 75.0% full'])
     """
     sets, notes = [], []
     for name, placed in row_sets.items():

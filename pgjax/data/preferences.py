@@ -8,11 +8,24 @@ from typing import Any, NamedTuple
 
 from pgjax.core.errors import UserError
 from pgjax.data.batches import split_rows
-from pgjax.data.prompts import Prompt, check_prompt, encode_prompt
+from pgjax.data.messages import says_anything, words, writes_calls
+from pgjax.data.prompts import TOOLS, Prompt, as_tools, check_prompt
 from pgjax.data.sources import load_rows
-from pgjax.data.tables import Placed, Row, as_messages, check_messages, check_same_columns, check_text, left_out_notes
-from pgjax.models.io.stops import stop_ids
+from pgjax.data.tables import (
+    Placed,
+    Row,
+    as_messages,
+    check_messages,
+    check_same_columns,
+    check_text,
+    left_out_notes,
+    note,
+)
+from pgjax.data.templates import Message, dropped_space, render
+from pgjax.data.tokens import INSIDE, encode_parts
+from pgjax.models.io.stops import end_id, stop_ids
 
+DIALOGUE = "\n\nAssistant:"  # opens an answer in pairs that are written as two whole dialogues
 TEMPLATED = "prompts_were_templated"  # a tokenizer's setting: was a reward model trained with its chat template?
 
 
@@ -20,7 +33,8 @@ class Answered(NamedTuple):
     """A prompt with an answer to it."""
 
     prompt: Prompt
-    answer: str
+    answer: str | Message  # a message where it calls tools: the chat template writes the calls
+    tools: Sequence[Any] | None = None  # what the chat template is told of tools, as JSON schemas
 
 
 class Pair(NamedTuple):
@@ -53,20 +67,24 @@ class Kept(NamedTuple):
 
     kept: list[Any]
     left_out: dict[str, list[str]]  # reason -> locations of the rows
+    inside: Sequence[str] = ()  # locations of kept rows with an answer that begins inside a token of the whole text
 
     def notes(self) -> list[str]:
-        """Report what was left out, a line for each reason; an empty list where nothing was."""
-        return left_out_notes(self.left_out)
+        """Report what was left out or tokenised apart, a line for each reason; an empty list where nothing was."""
+        apart = [note("in", self.inside, "row", f" {INSIDE}")] if self.inside else []
+        return left_out_notes(self.left_out) + apart
 
 
 def check_pairs(placed: Placed) -> Kept:
     """Check rows of preferences, leaving out those that express none.
 
     Columns: ``chosen`` and ``rejected``, each a text or a list of messages; ``prompt``, a text or a list of messages, which
-    may be missing where both answers are whole conversations; and, if there is one, ``margin``, a number of at least 0,
-    which is 0 where it is missing. A list of messages may be written in JSON, as CSV has it. Messages that begin with the
-    assistant's are an answer to the prompt; others contain the prompt. The last message is the answer. Other columns are ignored.
-    Rows with two equal answers or an empty one are left out.
+    may be missing where both answers are whole conversations; ``tools``, a list of JSON schemas that the chat template is told
+    of; and, if there is one, ``margin``, a number of at least 0, which is 0 where it is missing. Lists may be written in JSON,
+    as CSV has them. Messages that begin with the assistant's are an answer to the prompt; others contain the prompt. The last
+    message is the answer. Other columns are ignored. Without a prompt two texts may be dialogues that go alike up to their last
+    "\\n\\nAssistant:", which ends the prompt. Rows with two equal answers or an empty one are left out, and so are dialogues
+    that do not go alike.
 
     Args:
       placed: rows with their locations; at least one.
@@ -82,7 +100,7 @@ def check_pairs(placed: Placed) -> Kept:
       >>> rows = [{"prompt": "Hi", "chosen": "Hello", "rejected": "No"}, {"prompt": "Hi", "chosen": "a", "rejected": "a"}]
       >>> pairs = check_pairs([(f"line {i}", row) for i, row in enumerate(rows, start=1)])
       >>> pairs.kept[0].chosen, pairs.notes()
-      (Answered(prompt='Hi', answer='Hello'), ['left out 1 row, two equal answers: line 2'])
+      (Answered(prompt='Hi', answer='Hello', tools=None), ['left out 1 row, two equal answers: line 2'])
     """
     check_same_columns(placed, ("prompt", "chosen", "rejected"))
     missing = [name for name in ("chosen", "rejected") if name not in placed[0][1]]
@@ -96,9 +114,12 @@ def check_pairs(placed: Placed) -> Kept:
     for place, row in placed:
         chosen, rejected = (_answered(place, row, name) for name in ("chosen", "rejected"))
         pair = Pair(place, chosen, rejected, _margin(place, row))
+        if "prompt" not in row and isinstance(chosen.prompt, str) and chosen.prompt != rejected.prompt:
+            left_out.setdefault(f"two dialogues that differ before their last {DIALOGUE!r}", []).append(place)
+            continue
         if chosen.prompt != rejected.prompt:
             raise UserError(f"{place}: 'chosen' and 'rejected' answer different prompts, so they cannot be compared")
-        why = "an empty answer" if not (chosen.answer.strip() and rejected.answer.strip()) else "two equal answers"
+        why = "an empty answer" if _is_empty(chosen.answer) or _is_empty(rejected.answer) else "two equal answers"
         if why == "two equal answers" and chosen.answer != rejected.answer:
             kept.append(pair)
         else:
@@ -141,26 +162,27 @@ def check_answers(placed: Placed) -> Kept:
 
     Example:
       >>> check_answers([("line 1", {"prompt": "Hi", "completion": "Hello"})]).kept
-      [Reference(place='line 1', answered=Answered(prompt='Hi', answer='Hello'))]
+      [Reference(place='line 1', answered=Answered(prompt='Hi', answer='Hello', tools=None))]
     """
     check_same_columns(placed, ("prompt", "completion"))
     if "completion" not in placed[0][1]:
         listed = ", ".join(map(repr, placed[0][1])) or "none"
         raise UserError(f"{placed[0][0]}: there is no column 'completion'; the columns are {listed}")
     answers = [Reference(place, _answered(place, row, "completion")) for place, row in placed]
-    empty = [place for place, answered in answers if not answered.answer.strip()]
-    kept = [reference for reference in answers if reference.answered.answer.strip()]
+    empty = [place for place, answered in answers if _is_empty(answered.answer)]
+    kept = [reference for reference in answers if not _is_empty(reference.answered.answer)]
     return _some_left(Kept(kept, {"an empty answer": empty} if empty else {}), "reference is left")
 
 
 def encode_answers(answers: Sequence[Answered], tokenizer: Any, *, chat: bool, eos: bool) -> list[list[int]]:
     """Turn prompts with their answers into token ids, as a policy samples them: the prompt's ids, then the answer's.
 
-    The answer is tokenised separately, without the tokenizer's special tokens, and ends with the end of sequence.
+    An answer's ids are those that stand behind the prompt's in the whole text, and end with the end of sequence. Where the answer
+    begins inside a token of the whole text, it is tokenised as what goes on from the prompt.
 
     Args:
       answers: prompts with answers.
-      tokenizer: a Hugging Face tokenizer.
+      tokenizer: a fast Hugging Face tokenizer.
       chat: render prompts that are texts with the chat template too; lists of messages always are.
       eos: end each answer with the end of sequence, unless it ends with one already; False where the answers already
         show whether they ended.
@@ -172,38 +194,74 @@ def encode_answers(answers: Sequence[Answered], tokenizer: Any, *, chat: bool, e
       UserError: a chat template is needed and missing, it refuses the messages, or the tokenizer has no end of sequence to add.
 
     Example:
-      >>> class Letters:  # stands in for a tokenizer
-      ...     eos_token_id, init_kwargs = 0, {}
-      ...     def __call__(self, text, **options):
-      ...         ids = lambda text: [ord(letter) for letter in text]
-      ...         return {"input_ids": ids(text) if isinstance(text, str) else [ids(one) for one in text]}
-      >>> encode_answers([Answered("ab", "c")], Letters(), chat=False, eos=True)
-      [[97, 98, 99, 0]]
+      >>> from tokenizers import Tokenizer, models
+      >>> from transformers import PreTrainedTokenizerFast
+      >>> letters = Tokenizer(models.BPE(vocab={"e": 0, "a": 1, "b": 2, "c": 3}, merges=[]))
+      >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="e")
+      >>> encode_answers([Answered("ab", "c")], tokenizer, chat=False, eos=True)
+      [[1, 2, 3, 0]]
     """
     places = [f"answer {number} (counted from 0)" for number in range(len(answers))]
-    return [prompt + answer for prompt, answer in _encode(places, answers, tokenizer, chat=chat, eos=eos)]
+    return [coded.prompt + coded.answer for coded in _encode(places, answers, tokenizer, chat=chat, eos=eos)]
+
+
+class _Encoded(NamedTuple):
+    """A prompt and an answer in token ids."""
+
+    prompt: list[int]
+    answer: list[int]
+    inside: bool  # whether the answer begins inside a token of the whole text
 
 
 def _encode(
     places: Sequence[str], answers: Sequence[Answered], tokenizer: Any, *, chat: bool, eos: bool
-) -> list[tuple[list[int], list[int]]]:
+) -> list[_Encoded]:
     """Encode as `encode_answers` does, keeping the ids of a prompt and of its answer separate."""
     stops = stop_ids(tokenizer)
     if eos and not stops:
         raise UserError("the tokenizer has no end-of-sequence token to end an answer with: add one, or use eos=False")
-    end = [] if not eos else [tokenizer.eos_token_id if tokenizer.eos_token_id in stops else stops[0]]
-    texts = [answered.answer for answered in answers]
-    endings = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    prompts: dict[str, list[int]] = {}  # the two answers of a pair, and often many pairs, share one
-    encoded = []
-    for place, answered, ids in zip(places, answers, endings, strict=True):
-        key = repr(answered.prompt)
+    plain = [not chat and isinstance(answered.prompt, str) for answered in answers]
+    prompts: dict[str, str] = {}  # the two answers of a pair, and often many pairs, share one
+    texts: list[tuple[Any, Any]] = []
+    for place, answered, is_plain in zip(places, answers, plain, strict=True):
+        if is_plain:
+            texts.append((answered.prompt, answered.answer))
+            continue
+        key = repr((answered.prompt, answered.tools))
         if key not in prompts:
-            templated = chat or not isinstance(answered.prompt, str)
-            prompts[key] = encode_prompt(answered.prompt, tokenizer, chat=templated, place=place)
-        ended = len(ids) > 0 and int(ids[-1]) in stops
-        encoded.append((prompts[key], [*map(int, ids), *([] if ended else end)]))
+            prompts[key] = render(_messages(answered), tokenizer, place=place, tools=answered.tools)
+        texts.append((prompts[key], _behind(place, answered, prompts[key], tokenizer)))
+    rows, inside = encode_parts(texts, tokenizer, special=plain)
+    ends = {x: end for x in set(plain) if eos and (end := end_id(tokenizer, chat=not x)) is not None}
+    encoded = []
+    for place, answered, is_plain, (prompt, ids), torn in zip(places, answers, plain, rows, inside, strict=True):
+        if not prompt:
+            raise UserError(f"{place} has no tokens: {answered.prompt!r}")
+        if not isinstance(answered.answer, str):  # the chat template has ended it
+            stop = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+            ids = ids[: stop + 1 if eos else stop]
+        ending = [ends[is_plain]] if is_plain in ends and not (ids and ids[-1] in stops) else []
+        encoded.append(_Encoded(prompt, ids + ending, torn))
     return encoded
+
+
+def _messages(answered: Answered) -> Sequence[Message]:
+    prompt = answered.prompt
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _behind(place: str, answered: Answered, opened: str, tokenizer: Any) -> str:
+    """Write an answer as it stands behind the opened turn of its prompt."""
+    messages, answer = _messages(answered), answered.answer
+    if isinstance(answer, str):
+        return dropped_space(messages, opened) + answer
+    text = render([*messages, answer], tokenizer, place=place, open_turn=False, tools=answered.tools)
+    if not text.startswith(opened) or not writes_calls(answer, text[len(opened) :]):
+        raise UserError(
+            f"{place}: the chat template does not write the answer's tool calls behind its prompt: leave the row out, or use a "
+            "model for tool calls"
+        )
+    return text[len(opened) :]
 
 
 def encode_pairs(pairs: Kept, tokenizer: Any, *, chat: bool, eos: bool, max_length: int) -> Kept:
@@ -237,18 +295,22 @@ def encode_pairs(pairs: Kept, tokenizer: Any, *, chat: bool, eos: bool, max_leng
     answers = [answered for pair in pairs.kept for answered in (pair.chosen, pair.rejected)]
     places = [pair.place for pair in pairs.kept for _ in range(2)]
     ids = _encode(places, answers, tokenizer, chat=chat, eos=eos)
-    kept, left_out = [], {why: list(places) for why, places in pairs.left_out.items()}
+    stops = set(stop_ids(tokenizer))
+    found = Kept([], {why: list(places) for why, places in pairs.left_out.items()})
+    inside: list[str] = []
     prompts: dict[tuple[int, ...], int] = {}
     for pair, chosen, rejected in zip(pairs.kept, ids[::2], ids[1::2], strict=True):
-        why = _fault(chosen, tokenizer, max_length) or _fault(rejected, tokenizer, max_length)
-        if why is None and chosen == rejected:
+        why = _fault(chosen, stops, max_length) or _fault(rejected, stops, max_length)
+        if why is None and chosen.answer == rejected.answer:
             why = "two equal answers"
-        if why is None:
-            number = prompts.setdefault(tuple(chosen[0]), len(prompts))
-            kept.append(EncodedPair(chosen[0] + chosen[1], rejected[0] + rejected[1], pair.margin, number))
-        else:
-            left_out.setdefault(why, []).append(pair.place)
-    return _some_left(Kept(kept, left_out), "pair is left to learn from")
+        if why is not None:
+            found.left_out.setdefault(why, []).append(pair.place)
+            continue
+        number = prompts.setdefault(tuple(chosen.prompt), len(prompts))
+        both = (chosen.prompt + chosen.answer, rejected.prompt + rejected.answer)
+        found.kept.append(EncodedPair(*both, pair.margin, number))
+        inside.extend([pair.place] if chosen.inside or rejected.inside else [])
+    return _some_left(found._replace(inside=inside), "pair is left to learn from")
 
 
 def encode_references(references: Kept, tokenizer: Any, *, chat: bool, eos: bool, max_length: int) -> Kept:
@@ -268,25 +330,27 @@ def encode_references(references: Kept, tokenizer: Any, *, chat: bool, eos: bool
       UserError: no reference is left, or as in `encode_answers`.
 
     Example:
-      >>> class Letters:  # stands in for a tokenizer
-      ...     eos_token_id, init_kwargs = 0, {}
-      ...     def __call__(self, text, **options):
-      ...         ids = lambda text: [ord(letter) for letter in text]
-      ...         return {"input_ids": ids(text) if isinstance(text, str) else [ids(one) for one in text]}
-      >>> rows = [("line 1", {"prompt": "a", "completion": "b"}), ("line 2", {"prompt": "a", "completion": "bcd"})]
-      >>> found = encode_references(check_answers(rows), Letters(), chat=False, eos=True, max_length=3)
+      >>> from tokenizers import Tokenizer, models
+      >>> from transformers import PreTrainedTokenizerFast
+      >>> letters = Tokenizer(models.BPE(vocab={"e": 0, "a": 1, "b": 2, "c": 3}, merges=[]))
+      >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="e")
+      >>> rows = [("line 1", {"prompt": "a", "completion": "b"}), ("line 2", {"prompt": "a", "completion": "bca"})]
+      >>> found = encode_references(check_answers(rows), tokenizer, chat=False, eos=True, max_length=3)
       >>> found.kept, found.notes()
-      ([[97, 98, 0]], ['left out 1 row, longer than 3 tokens: line 2'])
+      ([[1, 2, 0]], ['left out 1 row, longer than 3 tokens: line 2'])
     """
     places, answers = zip(*references.kept, strict=True)
-    kept, left_out = [], {why: list(places) for why, places in references.left_out.items()}
-    for place, ids in zip(places, _encode(places, answers, tokenizer, chat=chat, eos=eos), strict=True):
-        why = _fault(ids, tokenizer, max_length)
-        if why is None:
-            kept.append(ids[0] + ids[1])
-        else:
-            left_out.setdefault(why, []).append(place)
-    return _some_left(Kept(kept, left_out), "reference is left")
+    stops = set(stop_ids(tokenizer))
+    found = Kept([], {why: list(places) for why, places in references.left_out.items()})
+    inside: list[str] = []
+    for place, coded in zip(places, _encode(places, answers, tokenizer, chat=chat, eos=eos), strict=True):
+        why = _fault(coded, stops, max_length)
+        if why is not None:
+            found.left_out.setdefault(why, []).append(place)
+            continue
+        found.kept.append(coded.prompt + coded.answer)
+        inside.extend([place] if coded.inside else [])
+    return _some_left(found._replace(inside=inside), "reference is left")
 
 
 def encode_sets(
@@ -324,12 +388,11 @@ def encode_sets(
     return sets, found.kept, notes + [f"references: {note}" for note in found.notes()]
 
 
-def _fault(ids: tuple[list[int], list[int]], tokenizer: Any, max_length: int) -> str | None:
+def _fault(coded: _Encoded, stops: set[int], max_length: int) -> str | None:
     """Give the reason why a prompt with its answer cannot be scored, or None."""
-    prompt, answer = ids
-    if not set(stop_ids(tokenizer)).isdisjoint(answer[:-1]):
+    if not stops.isdisjoint(coded.answer[:-1]):
         return "an end of sequence inside the answer"
-    return f"longer than {max_length} tokens" if len(prompt) + len(answer) > max_length else None
+    return f"longer than {max_length} tokens" if len(coded.prompt) + len(coded.answer) > max_length else None
 
 
 def _some_left(found: Kept, what: str) -> Kept:
@@ -341,21 +404,38 @@ def _some_left(found: Kept, what: str) -> Kept:
 def _answered(place: str, row: Row, name: str) -> Answered:
     """Split a row's column into the prompt and the answer."""
     prompt, value = (as_messages(place, f"the column {x!r}", row.get(x)) for x in ("prompt", name))
+    tools = as_tools(place, row.get(TOOLS))
     if not isinstance(value, list):
         check_text(place, f"the column {name!r}", value)
         if "prompt" not in row:
-            listed = ", ".join(map(repr, row))
-            raise UserError(f"{place}: there is no column 'prompt'; the columns are {listed}")
+            return _of_dialogue(place, row, name)
         check_prompt(place, prompt)
-        return Answered(prompt, value)
+        return Answered(prompt, value, tools)
     check_messages(place, f"the column {name!r}", value)
     if value[-1]["role"] != "assistant":
         raise UserError(f"{place}: {name!r} ends with the role {value[-1]['role']!r}, not 'assistant'")
-    before: list[Mapping[str, str]] = []
+    before: list[Message] = []
     if value[0]["role"] == "assistant":
         check_prompt(place, prompt)
         before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or ())
-    return Answered([*before, *value[:-1]], value[-1]["content"])
+    answer = value[-1] if value[-1].get("tool_calls") else words(value[-1])
+    return Answered([*before, *value[:-1]], answer, tools)
+
+
+def _of_dialogue(place: str, row: Row, name: str) -> Answered:
+    """Split a text behind its last "\\n\\nAssistant:"."""
+    before, opening, answer = row[name].rpartition(DIALOGUE)
+    if not opening:
+        listed = ", ".join(map(repr, row))
+        raise UserError(
+            f"{place}: there is no column 'prompt'; the columns are {listed}. Add it, or write {name!r} as a list of messages "
+            f"or as a dialogue whose last answer begins behind {DIALOGUE!r}"
+        )
+    return Answered(before + opening, answer)
+
+
+def _is_empty(answer: str | Message) -> bool:
+    return not (answer.strip() if isinstance(answer, str) else says_anything(answer))
 
 
 def _margin(place: str, row: Row) -> float:

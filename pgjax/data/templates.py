@@ -57,7 +57,13 @@ def set_template(tokenizer: Any, *, args: Mapping[str, Any] | None = None, date:
 
 
 def render(
-    messages: Sequence[Message], tokenizer: Any, *, place: str, open_turn: bool = True, tools: Any = None
+    messages: Sequence[Message],
+    tokenizer: Any,
+    *,
+    place: str,
+    open_turn: bool = True,
+    go_on: bool = True,
+    tools: Any = None,
 ) -> str:
     """Render messages with the tokenizer's chat template.
 
@@ -67,6 +73,7 @@ def render(
       place: where the messages stand, for errors.
       open_turn: end in an opened turn of the assistant: a new one, or the last message where that is the assistant's, whose
         words go on.
+      go_on: False opens a new turn there too.
       tools: descriptions of tools, as JSON schemas; None: no tools.
 
     Returns:
@@ -75,24 +82,82 @@ def render(
     Raises:
       UserError: there is no chat template, or it refuses the messages.
     """
+    goes_on = open_turn and go_on and messages[-1]["role"] == "assistant"
+    opens = {"add_generation_prompt": open_turn and not goes_on, "continue_final_message": goes_on}
+    return str(_applied(messages, tokenizer, place, tools, tokenize=False, **opens))
+
+
+def tagged_tokens(
+    messages: Sequence[Message], tokenizer: Any, *, place: str, tools: Any = None
+) -> tuple[list[int], list[bool]] | None:
+    """Render messages as ids, and tell which ones the template tags as the assistant's, by {% generation %}.
+
+    Args:
+      messages: as for `render`.
+      tokenizer: a fast Hugging Face tokenizer.
+      place: as for `render`.
+      tools: as for `render`.
+
+    Returns:
+      The ids, and whether each is tagged; None where the template has no tags.
+
+    Raises:
+      UserError: as in `render`.
+
+    Example:
+      >>> from tokenizers import Tokenizer, models
+      >>> from transformers import PreTrainedTokenizerFast
+      >>> letters = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "e": 2}, merges=[]))
+      >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters)
+      >>> tokenizer.chat_template = "a{% generation %}{{ messages[0]['content'] }}{% endgeneration %}e"
+      >>> tagged_tokens([{"role": "assistant", "content": "b"}], tokenizer, place="row 0")
+      ([0, 1, 2], [False, True, False])
+    """
+    if tokenizer.chat_template is None or not _TAG.search(tokenizer.get_chat_template(None, tools)):
+        return None
+    found = _applied(messages, tokenizer, place, tools, return_dict=True, return_assistant_tokens_mask=True)
+    return list(found["input_ids"]), [bool(x) for x in found["assistant_masks"]]
+
+
+_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def _applied(messages: Sequence[Message], tokenizer: Any, place: str, tools: Any, **how: Any) -> Any:
+    """Call the tokenizer's template with the settings that it carries."""
     if tokenizer.chat_template is None:
         raise UserError(f"{place}: the tokenizer has no chat template: use an instruct model, or chat=False")
     given = [{name: value for name, value in message.items() if value is not None} for message in messages]
-    goes_on = open_turn and given[-1]["role"] == "assistant"
+    settings = tokenizer.init_kwargs
     try:
-        template = tokenizer.get_chat_template(None, tools)
-        return str(
-            tokenizer.apply_chat_template(
-                given, chat_template=_dated(template, tokenizer.init_kwargs.get(TEMPLATE_DATE)), tools=tools or None,
-                add_generation_prompt=open_turn and not goes_on, continue_final_message=goes_on, tokenize=False,
-                **tokenizer.init_kwargs.get(TEMPLATE_ARGS, {}),
-            )
-        )  # fmt: skip
+        template = _dated(tokenizer.get_chat_template(None, tools), settings.get(TEMPLATE_DATE))
+        return tokenizer.apply_chat_template(
+            given, chat_template=template, tools=tools or None, **how, **settings.get(TEMPLATE_ARGS, {})
+        )
     except Exception as error:  # a template is a program of its own: it may fail with anything
         begins = str(messages[-1].get("content"))[:80]
         raise UserError(
             f"{place}: the chat template refuses the messages ({error}); the last begins {begins!r}"
         ) from error
+
+
+def dropped_space(messages: Sequence[Message], opened: str) -> str:
+    """Give the space that ends an assistant's last words where the template leaves it out: what goes on begins with it.
+
+    Args:
+      messages: as for `render`.
+      opened: what `render` makes of them.
+
+    Returns:
+      The space; an empty text where none is missing.
+
+    Example:
+      >>> dropped_space([{"role": "assistant", "content": "It is "}], "<|assistant|>It is")
+      ' '
+    """
+    last = messages[-1].get("content")
+    if messages[-1]["role"] != "assistant" or not isinstance(last, str) or opened.endswith(last):
+        return ""
+    return last[len(last.rstrip()) :]
 
 
 @functools.lru_cache

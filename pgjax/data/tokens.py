@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 # A tokenizer may write a space in front of a text. Behind one of these it writes none; the first that does not merge with the
 # text is taken.
 _BEFORE = ("\n", "a", "0", ".")
+INSIDE = "an answer begins inside a token of the whole text, and is tokenised as a policy would go on from the prompt"
+_AT_ONCE = 4_000_000  # characters that are tokenised in one call: a token takes some hundred bytes meanwhile
 
 
 def encode_texts(texts: Sequence[str], tokenizer: Any, *, special: bool = True) -> list[list[int]]:
@@ -33,7 +35,11 @@ def encode_texts(texts: Sequence[str], tokenizer: Any, *, special: bool = True) 
     unique = list(dict.fromkeys(texts))
     if not unique:
         return []
-    found = tokenizer(unique, add_special_tokens=special, return_special_tokens_mask=special, verbose=False)
+    special = special and tokenizer.num_special_tokens_to_add() > 0
+    found = tokenizer(
+        unique, add_special_tokens=special, return_special_tokens_mask=special, return_attention_mask=False,
+        return_token_type_ids=False, verbose=False,
+    )  # fmt: skip
     rows = found["input_ids"]
     if special:
         rows = map(_open_ended, rows, found["special_tokens_mask"])
@@ -43,16 +49,17 @@ def encode_texts(texts: Sequence[str], tokenizer: Any, *, special: bool = True) 
 
 def _open_ended(ids: list[int], added: list[int]) -> list[int]:
     """Leave out what was added behind a text, and what was added in front of one that begins with it itself."""
-    end = len(ids)
-    while end and added[end - 1]:
+    if 0 not in added:
+        return []
+    begin, end = added.index(0), len(ids)
+    while added[end - 1]:
         end -= 1
-    begin = next((i for i, is_added in enumerate(added[:end]) if not is_added), end)
     twice = begin > 0 and ids[begin : 2 * begin] == ids[:begin]
     return ids[begin if twice else 0 : end]
 
 
 def encode_parts(
-    rows: Sequence[Sequence[str]], tokenizer: Any, *, special: bool
+    rows: Sequence[Sequence[str]], tokenizer: Any, *, special: bool | Sequence[bool]
 ) -> tuple[list[list[list[int]]], list[bool]]:
     """Turn texts that stand in parts into the ids of each part, such that all parts' ids are those of the whole text.
 
@@ -63,7 +70,7 @@ def encode_parts(
     Args:
       rows: of each, the parts of a text; none of them empty.
       tokenizer: a fast Hugging Face tokenizer.
-      special: as of `encode_texts`.
+      special: as of `encode_texts`, of all rows or of each.
 
     Returns:
       The ids of each part of each row; and of each row, whether a boundary fell inside a token.
@@ -76,15 +83,33 @@ def encode_parts(
       >>> encode_parts([["a", "bc"], ["ab", "c"]], tokenizer, special=False)
       ([[[0], [3]], [[0, 1], [2]]], [False, True])
     """
-    begun = [["".join(parts[: end + 1]) for end in range(len(parts))] for parts in rows]
-    ids = iter(encode_texts([text for texts in begun for text in texts], tokenizer, special=special))
-    found, inside = [], []
-    for parts, texts in zip(rows, begun, strict=True):
-        prefixes = [next(ids) for _ in texts]
-        pieces = _cut(prefixes)
-        inside.append(pieces is None)
-        found.append(_cut_apart(parts, prefixes, tokenizer) if pieces is None else pieces)
+    flags = [special] * len(rows) if isinstance(special, bool) else special
+    found: list[list[list[int]]] = [[] for _ in rows]
+    inside = [False] * len(rows)
+    for flag in (False, True):
+        for numbers in _batches([number for number, x in enumerate(flags) if x == flag], rows):
+            begun = {number: list(itertools.accumulate(rows[number])) for number in numbers}
+            ids = iter(encode_texts(list(itertools.chain.from_iterable(begun.values())), tokenizer, special=flag))
+            for number, texts in begun.items():
+                prefixes = list(itertools.islice(ids, len(texts)))
+                pieces = _cut(prefixes)
+                inside[number] = pieces is None
+                found[number] = _cut_apart(rows[number], prefixes, tokenizer) if pieces is None else pieces
     return found, inside
+
+
+def _batches(numbers: Sequence[int], rows: Sequence[Sequence[str]]) -> Iterator[list[int]]:
+    """Split the numbers of rows into batches whose texts, begun at every part, have few enough characters for one call."""
+    batch: list[int] = []
+    characters = 0
+    for number in numbers:
+        batch.append(number)
+        characters += sum(itertools.accumulate(map(len, rows[number])))
+        if characters > _AT_ONCE:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _cut(prefixes: Sequence[list[int]]) -> list[list[int]] | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from pgjax.core.errors import UserError
+from pgjax.data.templates import set_template
 from pgjax.parallel import processes
 from pgjax.run import checks, devices, logs
 from pgjax.run.checkpoint.checkpoints import Checkpoints
@@ -76,23 +77,24 @@ def settled(config: ConfigT) -> ConfigT:
     )
 
 
-def template_options(config: Any) -> dict[str, Any]:
-    """Give `templates.set_template` what a script's config says of it.
+def templated(tokenizer: Any, config: Any) -> Any:
+    """Fix in a tokenizer what its chat template is given, by what a script's config says of it.
 
     Args:
+        tokenizer: changed in place; None: there is none.
         config: with the fields template_args and template_date.
 
     Returns:
-        Its arguments by name.
+        The same tokenizer.
 
     Raises:
-        UserError: as in `checks.json_object`.
+        UserError: as in `checks.json_object` and `templates.set_template`.
 
     Example:
-        >>> template_options(RunFlags(template_args='{"enable_thinking": false}'))
-        {'args': {'enable_thinking': False}, 'date': None}
+        >>> templated(None, RunFlags(template_date="2026-11-30")) is None
+        True
     """
-    return {"args": checks.json_object(config, "template_args"), "date": config.template_date}
+    return set_template(tokenizer, args=checks.json_object(config, "template_args"), date=config.template_date)
 
 
 def session_options(config: RunFlags) -> dict[str, Any]:

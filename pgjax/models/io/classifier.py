@@ -17,8 +17,8 @@ from pgjax.models.io.config import classifier_config_of, labels_of
 from pgjax.models.io.load import compute_dtype, laid_out, read_alike, read_config
 from pgjax.models.io.save import write_folder
 from pgjax.models.io.sources import find
-from pgjax.models.io.tensors import Tensors, read_params, safetensors_of
 from pgjax.models.io.stops import stop_ids
+from pgjax.models.io.tensors import Tensors, read_params, safetensors_of
 from pgjax.models.io.tokenizer import folder_tokenizer, prepare_tokenizer
 from pgjax.models.reward_model import Params, RewardModel, reward_model
 

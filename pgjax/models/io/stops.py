@@ -41,6 +41,32 @@ def stop_ids(tokenizer: Any) -> tuple[int, ...]:
     return gathered_stops((), tokenizer)
 
 
+def end_id(tokenizer: Any, *, chat: bool) -> int | None:
+    """Choose the stop id that ends an answer to learn.
+
+    Args:
+        tokenizer: as for `stop_ids`.
+        chat: whether the answer stands in a chat template, which ends turns in its own way.
+
+    Returns:
+        The end of a turn in the chat template where that is asked for, else the tokenizer's end of sequence, else the first of
+        the stop ids, of which it is one; None where there is none.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"<eos>": 0, "<end>": 1, "a": 2}, unk_token="a"))
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
+        >>> tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<end>{% endfor %}"
+        >>> _ = tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+        >>> end_id(tokenizer, chat=True), end_id(tokenizer, chat=False)
+        (1, 0)
+    """
+    stops = stop_ids(tokenizer)
+    liked = [turn_end(tokenizer) if chat else None, tokenizer.eos_token_id, *stops]
+    return next((i for i in liked if i in stops), None)
+
+
 def gathered_stops(configured: Iterable[int], tokenizer: Any) -> tuple[int, ...]:
     """Put the ids that a model's configuration ends at, the tokenizer's and the chat template's into one set, in this order.
 
