@@ -7,8 +7,8 @@
 
 pairs > ids > scores at the last token > -log sigmoid(chosen - rejected - margin) > update > mean 0, std 1 > saved
 
-A row holds `prompt`, `chosen` and `rejected`, texts or lists of messages, and maybe `tools` and `margin` (Touvron et al. 2023). In the
-end scores are shifted and scaled once, to mean 0 and standard deviation 1 over reference answers (Stiennon et al. 2020).
+A row holds `prompt`, `chosen` and `rejected`, texts or lists of messages, and maybe `tools` and `margin` (Touvron et al. 2023).
+In the end scores are shifted and scaled once, to mean 0 and standard deviation 1 over reference answers (Stiennon et al. 2020).
 OUTPUT/model opens in `transformers` as AutoModelForSequenceClassification, and in experiments.ppo as --reward-model.
 
 On held-out pairs of reviews (seed 0), where the random labels let no judge be right in more than 83%, SmolLM2-135M-Instruct
