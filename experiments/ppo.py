@@ -94,12 +94,11 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     judges, row_sets, places = read_task(config.rewards, config.prompts, config.held_out, config.held_out_rows)
     lm, params, tokenizer = pg.load(config.model, dtype=config.dtype, mesh=mesh, remat=config.remat)
     tokenizer = set_stops(templated(tokenizer, config), config.stop_tokens)
-    reward_model = load_judge(
-        config.reward_model, config.reward_model_weight, lm, tokenizer, chat=config.chat, mesh=mesh
-    )
+    weight, group_size = config.reward_model_weight, whole_groups(mesh, config.batch_size, algorithm.group_size)
+    reward_model = load_judge(config.reward_model, weight, lm, tokenizer, chat=config.chat, mesh=mesh)
     task = make_task(
-        lm, tokenizer, judges, config.reward_weights or None, row_sets, places=places, chat=config.chat, reward_model=reward_model,
-        mesh=mesh, group_size=whole_groups(mesh, config.batch_size, algorithm.group_size), **flags.sampling_options(config),
+        lm, tokenizer, judges, config.reward_weights or None, row_sets, places=places, chat=config.chat, mesh=mesh,
+        reward_model=reward_model, group_size=group_size, **flags.sampling_options(config),
     )  # fmt: skip
     processes.print_once(told_stops(tokenizer))
     train_prompts, held_out = task.prompt_sets
@@ -112,7 +111,6 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     )  # fmt: skip
     key, timer = jax.random.key(config.seed), clock.DeviceClock()
     state = it.init(trained, key)._replace(key=None)  # a snapshot's config holds the seed
-
     policy = lambda state: pg.with_lora(frozen, state.learner.params["lm"])
     evaluated = lambda state: evaluate(
         task, policy(state), params, held_out, samples=config.eval_samples, batch_size=config.batch_size,

@@ -4,8 +4,8 @@ import pytest
 
 from pgjax.data.drafts import EMPTY_TURN, LAST_ONLY, REWRITTEN, UNANSWERED, UNUSED_TOOLS, UNWRITTEN
 from pgjax.data.examples import check_examples, encode_examples, texts_of
-from pgjax.data.templates import set_template
 from pgjax.data.tokens import INSIDE, added_text, encode_texts
+from pgjax.models.io.chat_template import set_template
 from pgjax.models.io.stops import STOP_IDS
 from tests.tokenizer_kinds import KINDS, TEMPLATES, THOUGHTS, with_template
 

@@ -5,8 +5,9 @@ import itertools
 import pytest
 
 from pgjax.core.errors import UserError
-from pgjax.data.templates import render, set_template
+from pgjax.data.templates import render
 from pgjax.data.tokens import added_text, encode_parts, encode_texts
+from pgjax.models.io.chat_template import set_template
 from tests.tokenizer_kinds import DATED, KINDS, TEMPLATES, with_template
 
 MESSAGES = [

@@ -15,8 +15,8 @@ from experiments import ppo, sft
 from experiments.study.pairs import Written, write_pairs
 from pgjax.core.errors import UserError
 from pgjax.data.prompts import completion_texts, encode_prompts
-from pgjax.data.templates import set_template
 from pgjax.data.tokens import encode_parts
+from pgjax.models.io.chat_template import set_template
 from pgjax.rollout import judge
 from pgjax.rollout.rewards import RewardError, check_reward, score
 from pgjax.rollout.task import make_task
@@ -152,7 +152,7 @@ def test_an_overlong_prompt_leaves_out_its_row_and_says_which(capsys):
     tokenizer, positions = KINDS["byte-level"](), ARCHITECTURES["llama"].max_positions
     rows = [{"prompt": "no"}, {"prompt": "x" * positions}, {"prompt": "yes"}]
     task = new_task(tokenizer, rows, places=[["p.jsonl, line 1", "p.jsonl, line 2", "p.jsonl, line 3"]])
-    assert [prompt.row["prompt"] for prompt in task.prompt_sets[0]] == ["no", "yes"] and task.longest < 8
+    assert [prompt.row["prompt"] for prompt in task.prompt_sets[0]] == ["no", "yes"] and max(task.widths) < 8
     line = f"in the {positions} positions of the model: p.jsonl, line 2 ({positions} tokens)"
     assert capsys.readouterr().out.strip() == f"left out 1 row, whose prompt leaves no room for max_new_tokens=4 {line}"
     with pytest.raises(UserError, match=r"no row is left: left out 1 row, .*row 0 .*Shorten the prompts"):
@@ -184,7 +184,7 @@ def test_a_run_goes_on_another_day_with_the_prompts_of_its_first(tmp_path, monke
     [
         ({"template_args": "{enable_thinking: false}"}, "template_args must be a JSON object like"),
         ({"template_args": "[1]"}, "template_args must be a JSON object like"),
-        ({"template_date": "30 Nov"}, "template_date must be a day like 2026-11-30, got '30 Nov'"),
+        ({"template_date": "30 Nov"}, "the date of the chat template is '30 Nov', not one like 2026-11-30"),
     ],
 )
 def test_a_bad_template_flag_is_one_line_before_anything_is_loaded(fields, message):

@@ -15,11 +15,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pgjax.core.errors import UserError
-from pgjax.data import templates
 from pgjax.data.padding import bucket_length, left_pad
 from pgjax.data.preferences import TEMPLATED, Answered, encode_answers
 from pgjax.data.prompts import Prompt, encode_prompts
 from pgjax.models.causal_lm import CausalLM
+from pgjax.models.io import chat_template
 from pgjax.models.io.classifier import load_reward_model
 from pgjax.models.io.stops import stop_ids
 from pgjax.models.reward_model import RewardModel
@@ -131,7 +131,7 @@ def load_judge(
             f"score what it has never seen; set chat={not chat}, or train it likewise"
         )
     # of one day, where templates write the date
-    templates.set_template(rm_tokenizer, date=tokenizer.init_kwargs.get(templates.TEMPLATE_DATE))
+    chat_template.set_template(rm_tokenizer, date=tokenizer.init_kwargs.get(chat_template.DATE))
     differing = tokenizer_differences(tokenizer, rm_tokenizer, chat=chat)
     if lm.arch.vocab_size > rm.arch.vocab_size:
         differing.append(f"vocabulary size ({lm.arch.vocab_size} and {rm.arch.vocab_size})")
@@ -182,7 +182,5 @@ def tokenizer_differences(tokenizer: Any, other: Any, *, chat: bool) -> list[str
     }
     if chat:
         parts["chat template"] = tokenizer.chat_template, other.chat_template
-        parts["chat template's arguments"] = (
-            *(x.init_kwargs.get(templates.TEMPLATE_ARGS, {}) for x in (tokenizer, other)),
-        )
+        parts["chat template's arguments"] = (*(x.init_kwargs.get(chat_template.ARGS, {}) for x in (tokenizer, other)),)
     return [name for name, (x, y) in parts.items() if x != y]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 from typing import Any, cast
 
 from pgjax.core.errors import UserError
+from pgjax.models.io.chat_template import as_date
 
 
 def require(ok: bool, message: str) -> None:
@@ -110,13 +110,11 @@ def check_template(config: Any) -> None:
       >>> from types import SimpleNamespace
       >>> check_template(SimpleNamespace(template_args=None, template_date="30 Nov"))
       Traceback (most recent call last):
-      pgjax.UserError: template_date must be a day like 2026-11-30, got '30 Nov'
+      pgjax.UserError: the date of the chat template is '30 Nov', not one like 2026-11-30
     """
     json_object(config, "template_args")
-    try:
-        datetime.date.fromisoformat(config.template_date or "2026-11-30")
-    except ValueError:
-        raise UserError(f"template_date must be a day like 2026-11-30, got {config.template_date!r}") from None
+    if config.template_date is not None:
+        as_date(config.template_date)
 
 
 def json_object(config: Any, name: str) -> dict[str, Any] | None:

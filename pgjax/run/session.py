@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from pgjax.core.errors import UserError
-from pgjax.data.templates import set_template
+from pgjax.models.io.chat_template import set_template
 from pgjax.parallel import processes
 from pgjax.run import checks, devices, logs
 from pgjax.run.checkpoint.checkpoints import Checkpoints
@@ -88,7 +88,7 @@ def templated(tokenizer: Any, config: Any) -> Any:
         The same tokenizer.
 
     Raises:
-        UserError: as in `checks.json_object` and `templates.set_template`.
+        UserError: as in `checks.json_object` and `chat_template.set_template`.
 
     Example:
         >>> templated(None, RunFlags(template_date="2026-11-30")) is None
