@@ -13,6 +13,7 @@ import pgjax as pg
 from experiments import ppo as script
 from pgjax.run import logs
 from pgjax.run.checkpoint.checkpoints import Checkpoints
+from pgjax.run.session import settled
 from tests.tiny_task import save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -96,7 +97,7 @@ def test_a_damaged_snapshot_is_left_out_only_where_asked_and_the_run_ends_as_bef
 
 
 def test_snapshots_of_one_run_in_the_folder_of_another_are_refused(copied, tmp_path):
-    other = change(copied, output=tmp_path / "other", learning_rate=0.5)
+    other = settled(change(copied, output=tmp_path / "other", learning_rate=0.5))
     logs.open_run(other.output, dataclasses.asdict(other), resume=False)
     shutil.copytree(copied.output / "checkpoints", other.output / "checkpoints")
     with pytest.raises(ValueError, match=r"is of another run: config.learning_rate: 0.01 there, 0.5 here"):
