@@ -8,6 +8,8 @@ from pgjax.core.errors import UserError
 from pgjax.data.templates import render
 from pgjax.data.tokens import added_text, encode_parts, encode_texts
 from pgjax.models.io.chat_template import set_template
+from tests import tokenizer_table
+from tests.sizes import campaign_but_for
 from tests.tokenizer_kinds import DATED, KINDS, TEMPLATES, with_template
 
 MESSAGES = [
@@ -102,3 +104,9 @@ def test_arguments_reach_the_template_and_are_refused_where_it_names_none():
         set_template(tokenizer, args={"enable_thoughts": False})
     with pytest.raises(UserError, match="not one like 2026-11-30"):
         set_template(tokenizer, date="30 Nov")
+
+
+@pytest.mark.parametrize("kind", campaign_but_for(KINDS, "prepending normalizer, BOS and EOS"))
+def test_the_page_shows_what_holds_with_every_kind(kind):
+    assert tokenizer_table.row(kind) in tokenizer_table.of_page()
+    assert "**no**" not in tokenizer_table.of_page()
