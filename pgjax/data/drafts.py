@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pgjax.data.messages import all_text, joined, says_anything, writes_calls
 from pgjax.data.prompts import TOOLS
 from pgjax.data.tables import Row
-from pgjax.data.templates import Message, dropped_space, render, tagged_tokens
+from pgjax.data.templates import Message, dropped_space, names_tools, render, tagged_tokens
 from pgjax.data.tokens import encode_texts
 
 REWRITTEN = (
@@ -109,4 +109,4 @@ def _equal_until(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _unused(tools: Any, tokenizer: Any) -> list[str]:
-    return [UNUSED_TOOLS] if tools and "tools" not in tokenizer.get_chat_template(None, tools) else []
+    return [UNUSED_TOOLS] if tools and not names_tools(tokenizer, tools) else []

@@ -98,6 +98,11 @@ def _applied(messages: Sequence[Message], tokenizer: Any, place: str, tools: Any
         ) from error
 
 
+def names_tools(tokenizer: Any, tools: Any) -> bool:
+    """Say whether the chat template that tools would go to mentions them: many leave them out."""
+    return "tools" in tokenizer.get_chat_template(None, tools)
+
+
 def dropped_space(messages: Sequence[Message], opened: str) -> str:
     """Give the space that ends an assistant's last words where the template leaves it out: what goes on begins with it.
 

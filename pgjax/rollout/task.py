@@ -14,6 +14,7 @@ from pgjax.data.padding import bucket_length, left_pad
 from pgjax.data.prompts import TOOLS, as_tools, check_prompts, completion_ids, completion_texts, encode_prompts
 from pgjax.data.sources import load_row_sets
 from pgjax.data.tables import Row, left_out_notes
+from pgjax.data.templates import names_tools
 from pgjax.models.causal_lm import CausalLM
 from pgjax.models.io.stops import stop_ids
 from pgjax.parallel import batch_rows, processes
@@ -344,7 +345,7 @@ def _fitting(
 def _tell_unused_tools(tokenizer: Any, rows: Sequence[Row]) -> None:
     """Tell that a chat template leaves the tools of prompts out."""
     with_tools = [tools for row in rows if (tools := as_tools("a row", row.get(TOOLS))) is not None]
-    if with_tools and TOOLS not in tokenizer.get_chat_template(None, with_tools[0]):
+    if with_tools and not names_tools(tokenizer, with_tools[0]):
         processes.print_once(
             f"the chat template names no tools: of the column 'tools', which {len(with_tools)} rows fill, prompts show nothing"
         )
