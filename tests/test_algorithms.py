@@ -237,6 +237,7 @@ def likelihood_ratio(logprobs, batch):
     return -batch.advantages * jnp.exp(logprobs - batch.old_logprobs)
 
 
+@pytest.mark.campaign
 def test_an_algorithm_of_ones_own_learns():
     lm = tiny_lm("llama")
     mine = Algorithm(above_the_mean, likelihood_ratio, "token_mean")

@@ -131,6 +131,7 @@ def test_ratios_are_taken_with_the_peers_that_do_the_same_work():
     assert set(rows[0]["times_as_fast_as"]) == {"TRL PPO", "TRL RLOO"}
 
 
+@pytest.mark.campaign
 def test_rollout_reports_every_dtype_and_writes_what_it_returns(model, tmp_path, capsys):
     sizes = {"batch_size": 2, "prompt_length": 4, "new_tokens": 5, "repeats": 1}
     config = rollout.Config(model=model, peer=False, json=tmp_path / "new" / "report.json", **sizes)

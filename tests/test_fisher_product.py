@@ -134,6 +134,7 @@ def test_parameters_of_mixed_types_keep_them():
     assert info["accepted"] == 1 and moved["b"].dtype == jnp.bfloat16
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("dtype", campaign_but_for(["float32", "bfloat16"], "bfloat16"))
 def test_a_language_model_takes_a_step(dtype):
     # The bfloat16 model's products have a custom_vjp and so no forward mode.

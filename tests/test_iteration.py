@@ -139,6 +139,7 @@ def test_early_stopping_and_the_adaptive_coefficient():
     assert float(state.kl_coef) == pytest.approx(0.5 * (1 + sign * 0.2 * 16 / 160))
 
 
+@pytest.mark.campaign
 def test_a_mesh_gives_the_numbers_of_one_device():
     def run(mesh):
         put = jax.device_put if mesh is None else lambda x: place(x, param_shardings(mesh, x))

@@ -190,6 +190,7 @@ def test_an_update_moves_the_adapters_and_the_critic_and_nothing_else():
     assert size(state) < 4 * size(start)  # and no moments but theirs
 
 
+@pytest.mark.campaign
 def test_an_update_is_the_same_in_parts_and_over_every_axis_of_a_mesh():
     frozen, start = frozen_and_start()
     whole = updated(frozen, start)

@@ -65,6 +65,7 @@ def test_fine_tuning_trains_adapters_and_goes_on_beside_the_same_model_alone(fol
         sft.main(dataclasses.replace(config, resume=True))
 
 
+@pytest.mark.campaign
 def test_a_reward_model_learns_by_adapters_and_a_head(folder, tmp_path):
     config = config_of(reward_model, folder, tmp_path / "run", epochs=4.0, warmup_updates=0, learning_rate=3e-2)
     figures = reward_model.main(config)

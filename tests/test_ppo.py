@@ -141,6 +141,7 @@ def test_nothing_moves_at_rate_zero(config, temperature):
             assert row["val/sampler_gap"] < 1e-5
 
 
+@pytest.mark.campaign
 def test_the_key_moves_on_every_step_and_repeats_with_the_seed(config, fresh_box):
     one_prompt = Path(config.prompts)
     one_prompt.write_text('{"prompt": "say a"}\n')
@@ -432,6 +433,7 @@ def test_without_held_out_prompts_some_of_the_rows_are_kept_aside(config, fresh_
     assert set.union(*trained).isdisjoint(evaluated)
 
 
+@pytest.mark.campaign
 def test_the_best_policy_is_the_one_whose_held_out_score_is_the_best(config):
     """The bug: a state got the score of the policy before it, on the batch that it learned from."""
     config = change(

@@ -19,6 +19,7 @@ from pgjax.rollout import judge, task
 from pgjax.rollout.judge import load_judge, tokenizer_differences
 from pgjax.rollout.rewards import RewardError
 from pgjax.run import logs, presets
+from tests.sizes import campaign_but_for
 from tests.tiny_task import EARLY_LETTERS, early_letters, other_letters, save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -136,7 +137,7 @@ def pg_texts(rollout, tokenizer):
     ]
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
+@pytest.mark.parametrize("algorithm", campaign_but_for(["ppo", "rloo"], "rloo"))
 def test_reference_and_reward_model_are_bit_identical_afterwards(config, monkeypatch, algorithm):
     kept = []
 

@@ -119,7 +119,10 @@ def expected_advantages(config, group_size, rollout, policy, ref_logprobs, score
     return known
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+PLAIN = [name for name in VARIANTS if ", p" not in name]
+
+
+@pytest.mark.parametrize("name", campaign_but_for(VARIANTS, *PLAIN))  # without "penalised" and "pairs"
 def test_each_variant_learns_from_its_own_advantages(config, seen, name):
     config = change(config, **VARIANTS[name])
     group_size = flags.algorithm_of(config).group_size
@@ -144,6 +147,7 @@ def test_each_variant_learns_from_its_own_advantages(config, seen, name):
         assert figures["val/importance_capped"] == pytest.approx((log_ratio > np.log(0.602)).mean(), abs=1e-6)
 
 
+@pytest.mark.campaign
 def test_only_the_kind_with_a_critic_moves_the_value_head(config, monkeypatch):
     states = []
     original = programs.update
@@ -257,6 +261,7 @@ def test_an_update_is_the_gradient_of_the_whole_minibatchs_loss_in_however_many_
             assert metrics[name] == pytest.approx(float(term), rel=1e-4), name
 
 
+@pytest.mark.campaign
 def test_the_reductions_are_three_different_losses(model):
     lm, params = loaded(model)
     batch = uneven_batch(lm)

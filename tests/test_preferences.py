@@ -326,6 +326,7 @@ def test_training_and_scoring_read_the_same_token_whatever_the_padding_beside():
     np.testing.assert_allclose(again, one_by_one, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.campaign
 def test_features_come_back_in_the_order_of_the_rows():
     rows = [ids for pair in random_pairs(2, seed=2) for ids in pair[:2]]
     params = random_params(RM)

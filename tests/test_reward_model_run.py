@@ -138,6 +138,7 @@ def test_a_finished_run_is_read_off_and_not_overwritten(whole):
         reward_model.main(dataclasses.replace(config, resume=True, learning_rate=1e-3))
 
 
+@pytest.mark.campaign
 def test_a_run_stopped_after_training_and_before_saving_goes_on_to_the_same_end(whole, tmp_path, monkeypatch):
     config = dataclasses.replace(whole[0], output=tmp_path / "run")
 
@@ -228,6 +229,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(whole, tmp_path, monkeypatch):
     assert reward_model.main(dataclasses.replace(config, resume=True)) == whole[1]
 
 
+@pytest.mark.campaign
 def test_the_center_coefficient_reaches_the_loss_and_holds_scores_small(source, tmp_path):
     found = []
     for coef in (0.0, 1.0):

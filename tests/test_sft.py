@@ -131,6 +131,7 @@ def test_the_snapshot_of_the_lowest_held_out_loss_and_its_model_are_kept_beside_
     assert np.array_equal(pg.load(config.output / "model_best")[1]["embed"]["tokens"], seen[2]["embed"]["tokens"])
 
 
+@pytest.mark.campaign
 def test_more_updates_compile_nothing_more(config, monkeypatch):
     # The bug: a batch of another shape or type at the end of an epoch, and a new program for it.
     jax.clear_caches()  # another test may have compiled the first run's programs already
@@ -198,6 +199,7 @@ def test_every_kind_of_rows_trains_from_scratch(config, tmp_path, kind):
     assert figures["eval/perplexity"] < 0.7 * figures["eval/perplexity_before"]
 
 
+@pytest.mark.campaign
 def test_the_tokenizer_is_the_same_in_another_process(tmp_path):
     # The bug: merges that depend on the order of a hash map, so that a run cannot be repeated.
     code = (

@@ -122,6 +122,7 @@ def preferring(rm, params):
     return {"params": state.params, "moments": state.opt_state[1][0], "metrics": metrics, "scores": scores}
 
 
+@pytest.mark.campaign
 def test_fine_tuning_and_reward_models_are_the_same_on_a_mesh():
     axes, lm = LAYOUTS[-1], tiny_lm("llama")
     rm = reward_model(lm.arch)

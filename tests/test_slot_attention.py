@@ -40,7 +40,7 @@ def plainly(query, keys, values, slots, _):
     [
         (14, 2, 2 * BLOCK + 5, 16, 2 * BLOCK + 4),  # a last block that is short
         (9, 3, 3 * BLOCK, 32, BLOCK - 1),  # ends with a block
-        (4, 4, 2 * BLOCK, 16, BLOCK),  # begins one; one query a head
+        pytest.param(4, 4, 2 * BLOCK, 16, BLOCK, marks=pytest.mark.campaign),  # begins one; one query a head
         (40, 2, 7, 64, 3),  # a group of more rows than the least
     ],
 )
