@@ -9,6 +9,7 @@ import pytest
 
 from experiments.laboratory import optimum
 from experiments.laboratory import token_mdp as mdp
+from tests.sizes import campaign_but_for
 
 FULL = optimum.Config(seeds=2)
 SHORT = dataclasses.replace(FULL, steps=8)
@@ -21,9 +22,7 @@ def train(name, config):
 
 
 @pytest.mark.usefixtures("full_compiles")  # many steps with few programs
-@pytest.mark.parametrize(
-    "name", [name if name == "PPO" else pytest.param(name, marks=pytest.mark.campaign) for name in optimum.METHODS]
-)
+@pytest.mark.parametrize("name", campaign_but_for(optimum.METHODS, "PPO"))
 def test_every_method_comes_near_the_optimum(name):
     tables, distances = train(name, FULL)
     assert distances.shape == (2, 1200)

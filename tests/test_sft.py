@@ -24,6 +24,7 @@ from pgjax.models.io import scratch
 from pgjax.run import logs, loop
 from pgjax.run.checkpoint.checkpoints import Checkpoints
 from pgjax.run.logs import read_metrics
+from tests.sizes import campaign_but_for
 from tests.tiny_task import save_tiny_model
 
 ADJECTIVES = ("fine", "dull", "long", "short", "odd", "kind")
@@ -173,9 +174,7 @@ def test_it_goes_on_from_a_checkpoint_and_learns_all_tokens_where_asked(config, 
     assert everything["train/tokens"] > figures["train/tokens"]
 
 
-@pytest.mark.parametrize(
-    "kind", ["messages", *(pytest.param(kind, marks=pytest.mark.campaign) for kind in ("text", "chat", "csv", "txt"))]
-)
+@pytest.mark.parametrize("kind", campaign_but_for(["messages", "text", "chat", "csv", "txt"], "messages"))
 def test_every_kind_of_rows_trains_from_scratch(config, tmp_path, kind):
     texts = [row["prompt"] + row["completion"] for row in pairs()]
     rows = {

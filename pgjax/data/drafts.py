@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from pgjax.data.messages import all_text, joined, says_anything, writes_calls
+from pgjax.data.messages import all_text, conversation, joined, says_anything, writes_calls
 from pgjax.data.prompts import TOOLS
 from pgjax.data.tables import Row
 from pgjax.data.templates import Message, dropped_space, names_tools, render, tagged_tokens
@@ -54,7 +54,7 @@ def write_draft(place: str, row: Row, tokenizer: Any, chat: bool) -> Draft | str
     if isinstance(prompt, str) and not chat:
         remarks = [UNUSED_TOOLS] if tools else []
         return Draft([prompt, completion], [len(completion)], [completion], special=True, remarks=remarks)
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = conversation(prompt)
     opened = render(messages, tokenizer, place=place, tools=tools)
     answer = dropped_space(messages, opened) + completion
     return Draft([opened, answer], [len(answer)], [completion], special=False, remarks=_unused(tools, tokenizer))

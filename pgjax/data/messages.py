@@ -3,8 +3,60 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from pgjax.data.templates import Message
+
+
+def conversation(prompt: str | Sequence[Message]) -> Sequence[Message]:
+    """Give a prompt as messages: a text is the user's.
+
+    Args:
+      prompt: a text or a list of messages.
+
+    Returns:
+      The messages.
+
+    Example:
+      >>> conversation("Hi")
+      [{'role': 'user', 'content': 'Hi'}]
+    """
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def is_like(keys: Collection[Any]) -> bool:
+    """Say whether these are the keys of a message.
+
+    Args:
+      keys: of a dict.
+
+    Returns:
+      Whether they are.
+
+    Example:
+      >>> is_like({"role": "user", "content": "Hi"}), is_like({"role": "user"})
+      (True, False)
+    """
+    return "role" in keys and ("content" in keys or "tool_calls" in keys)
+
+
+def without_nulls(value: Any) -> Any:
+    """Leave out keys that are None, also inside: data sets put a key into all records that one has.
+
+    Args:
+      value: dicts and lists, and what else they hold.
+
+    Returns:
+      The same without them.
+
+    Example:
+      >>> without_nulls([{"name": "clock", "default": None}])
+      [{'name': 'clock'}]
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nulls(x) for key, x in value.items() if x is not None}
+    return [without_nulls(x) for x in value] if isinstance(value, list) else value
 
 
 def words(message: Message) -> str:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from pgjax.core.errors import UserError
 from pgjax.data.batches import split_rows
-from pgjax.data.messages import says_anything, words, writes_calls
+from pgjax.data.messages import conversation, says_anything, words, writes_calls
 from pgjax.data.prompts import TOOLS, Prompt, as_tools, check_prompt
 from pgjax.data.sources import load_rows
 from pgjax.data.tables import (
@@ -229,7 +229,7 @@ def _encode(
             continue
         key = repr((answered.prompt, answered.tools))
         if key not in prompts:
-            prompts[key] = render(_messages(answered), tokenizer, place=place, tools=answered.tools)
+            prompts[key] = render(conversation(answered.prompt), tokenizer, place=place, tools=answered.tools)
         texts.append((prompts[key], _behind(place, answered, prompts[key], tokenizer)))
     rows, inside = encode_parts(texts, tokenizer, special=plain)
     ends = {x: end for x in set(plain) if eos and (end := end_id(tokenizer, chat=not x)) is not None}
@@ -245,14 +245,9 @@ def _encode(
     return encoded
 
 
-def _messages(answered: Answered) -> Sequence[Message]:
-    prompt = answered.prompt
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
 def _behind(place: str, answered: Answered, opened: str, tokenizer: Any) -> str:
     """Write an answer as it stands behind the opened turn of its prompt."""
-    messages, answer = _messages(answered), answered.answer
+    messages, answer = conversation(answered.prompt), answered.answer
     if isinstance(answer, str):
         return dropped_space(messages, opened) + answer
     text = render([*messages, answer], tokenizer, place=place, open_turn=False, tools=answered.tools)
@@ -414,10 +409,10 @@ def _answered(place: str, row: Row, name: str) -> Answered:
     check_messages(place, f"the column {name!r}", value)
     if value[-1]["role"] != "assistant":
         raise UserError(f"{place}: {name!r} ends with the role {value[-1]['role']!r}, not 'assistant'")
-    before: list[Message] = []
+    before: Sequence[Message] = ()
     if value[0]["role"] == "assistant":
         check_prompt(place, prompt)
-        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or ())
+        before = conversation(prompt)
     answer = value[-1] if value[-1].get("tool_calls") else words(value[-1])
     return Answered([*before, *value[:-1]], answer, tools)
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from pgjax.core.errors import UserError
+from pgjax.data.messages import conversation, without_nulls
 from pgjax.data.tables import Placed, Row, as_messages, check_messages, check_same_columns, check_text
 from pgjax.data.templates import Message, render
 from pgjax.data.tokens import added_text, encode_texts, special_ids
@@ -117,13 +118,7 @@ def as_tools(place: str, value: Any) -> list[Any] | None:
         raise UserError(
             f"{place}: the column 'tools' is {str(value)[:80]!r}, not a list of JSON schemas: write it so, or rename the column"
         )
-    return tools if isinstance(value, str) else [_without_none(tool) for tool in tools]
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_none(x) for key, x in value.items() if x is not None}
-    return [_without_none(x) for x in value] if isinstance(value, list) else value
+    return tools if isinstance(value, str) else without_nulls(tools)
 
 
 def encode_prompts(
@@ -176,16 +171,10 @@ def encode_prompts(
     return encoded
 
 
-def encode_prompt(prompt: Prompt, tokenizer: Any, *, chat: bool, place: str) -> list[int]:
-    """Turn one prompt into token ids, as `encode_prompts` does; `place` is its name in messages."""
-    return encode_prompts([prompt], tokenizer, chat=chat, places=[place])[0]
-
-
 def _text(prompt: Prompt, tokenizer: Any, *, chat: bool, place: str, tools: Any) -> str:
     """Write a prompt as the text that is tokenised."""
     if chat:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return render(messages, tokenizer, place=place, tools=as_tools(place, tools))
+        return render(conversation(prompt), tokenizer, place=place, tools=as_tools(place, tools))
     if not isinstance(prompt, str):
         raise UserError(f"{place} is a list of messages: use chat=True, or write it as a text")
     return prompt

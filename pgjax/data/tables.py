@@ -3,15 +3,16 @@
 import ast
 import csv
 import io
-import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pgjax.core.errors import MissingPackageError, UserError
+from pgjax.core.errors import UserError
+from pgjax.data.messages import is_like
+from pgjax.data.records import read_dataset, read_parquet
 
 Row = dict[str, Any]
 Placed = Sequence[tuple[str, Row]]  # rows with their locations: ("rows.jsonl, line 7", row)
@@ -50,7 +51,7 @@ def read_table(source: str | os.PathLike[str], *, text_column: str = "prompt") -
         ".jsonl": _read_jsonl,
         ".csv": _read_csv,
         ".txt": lambda path: _read_text(path, text_column),
-        ".parquet": _read_parquet,
+        ".parquet": read_parquet,
     }
     if path.suffix.lower() in readers:
         if not path.is_file():
@@ -59,7 +60,7 @@ def read_table(source: str | os.PathLike[str], *, text_column: str = "prompt") -
     elif path.is_file():
         raise UserError(f"{path}: a table's file ends in {', '.join(readers)}, not {path.suffix or 'nothing'!r}")
     else:
-        numbered = _read_dataset(os.fspath(source), list(readers))
+        numbered = read_dataset(os.fspath(source), list(readers))
     if not numbered:
         raise UserError(f"{source}: the {'file' if path.is_file() else 'data set'} holds no rows")
     return [(f"{source}, {place}", row) for place, row in numbered]
@@ -198,7 +199,7 @@ def as_messages(place: str, name: str, value: Any) -> Any:
                     f"{place}: {name} is a list of messages as Python prints it: write it in JSON, as json.dumps does"
                 ) from None
             return value
-        like = bool(found) and all(isinstance(message, dict) and _is_like(message) for message in found)
+        like = bool(found) and all(isinstance(message, dict) and is_like(message) for message in found)
         value = found if like else value
     return [_in_one_form(message) for message in value] if isinstance(value, list) else value
 
@@ -211,11 +212,6 @@ def _in_one_form(message: Any) -> Any:
     if isinstance(parts, list) and all(map(_is_text, parts)):
         given["content"] = "".join(part["text"] for part in parts)
     return given
-
-
-def _is_like(keys: Collection[Any]) -> bool:
-    """Say whether these are the keys of a message."""
-    return "role" in keys and ("content" in keys or "tool_calls" in keys)
 
 
 def _is_text(part: Any) -> bool:
@@ -248,7 +244,7 @@ def _is_printed(text: str) -> bool:
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             continue
         return isinstance(found, ast.List) and all(
-            isinstance(message, ast.Dict) and _is_like([getattr(key, "value", None) for key in message.keys])
+            isinstance(message, ast.Dict) and is_like([getattr(key, "value", None) for key in message.keys])
             for message in found.elts
         )
     return False
@@ -360,84 +356,3 @@ def _check_header(path: Path, header: list[str]) -> list[str]:
     if twice:
         raise UserError(f"{path}, line 1: the column {twice[0]!r} occurs twice")
     return header
-
-
-def _read_parquet(path: Path) -> list[tuple[str, Row]]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise MissingPackageError(
-            f"{path}: reading parquet needs pyarrow: pip install pyarrow, or save it as .jsonl"
-        ) from error
-    try:
-        records = parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these two
-        raise UserError(f"{path}: not a parquet file ({error})") from error
-    return _counted(records)
-
-
-def _read_dataset(source: str, endings: Sequence[str]) -> list[tuple[str, Row]]:
-    kinds = f"no file (those end in {', '.join(endings)})"
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingPackageError(
-            f"{source!r} is {kinds}; as a name for the package datasets it needs: pip install datasets"
-        ) from error
-    name, *rest = re.split(r":(?![^\[]*\])", source)  # those within brackets are a slice's
-    if len(rest) > 2 or not name or not all(rest):
-        raise UserError(f"{source!r} is {kinds}, nor NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT of datasets")
-    split = rest[-1] if rest else "train"
-    saved = any((Path(name) / file).is_file() for file in ("dataset_dict.json", "dataset_info.json"))
-    try:
-        if saved:
-            return _counted(_saved_rows(source, datasets, datasets.load_from_disk(name), rest))
-        return _counted(datasets.load_dataset(name, rest[0] if len(rest) == 2 else None, split=split))
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = f"{type(error).__name__}: {error}"[:400]
-        raise UserError(f"{source!r} is {kinds}, and datasets cannot give its split {split!r} ({reason})") from error
-
-
-def _saved_rows(source: str, datasets: Any, found: Any, rest: Sequence[str]) -> Iterable[Row]:
-    """Give the rows of a saved folder's split, or of a part of it."""
-    if len(rest) == 2:
-        raise UserError(f"{source!r}: a saved folder has no configurations: leave out {rest[0]!r}")
-    if isinstance(found, datasets.DatasetDict):
-        splits, split = dict(found), rest[0] if rest else "train"
-    elif not rest:
-        return found
-    else:
-        (split,) = rest
-        name = None if found.split is None else str(found.split).partition("[")[0]
-        if split.partition("[")[0] != name:
-            known = "without splits" if name is None else f"the split {name!r}"
-            raise UserError(
-                f"{source!r}: the folder holds one data set, {known}, and no {split!r}: leave out the split, or save a "
-                "DatasetDict that has it"
-            )
-        splits = {name: found}
-    if split in splits:
-        return splits[split]
-    parts = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
-    return itertools.chain.from_iterable(splits[x.splitname].select(range(x.from_, x.to)) for x in parts)
-
-
-def _counted(records: Iterable[Row]) -> list[tuple[str, Row]]:
-    return [
-        (f"row {number} (counted from 0)", {name: _records_as_given(name, value) for name, value in row.items()})
-        for number, row in enumerate(records)
-    ]
-
-
-def _records_as_given(name: str, value: Any) -> Any:
-    """Leave out of messages and tools what Arrow has put into every record; a null that was written there looks the same."""
-    records = isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
-    return _without_nulls(value) if records and (name == "tools" or _is_like(value[0])) else value
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(x) for key, x in value.items() if x is not None}
-    return [_without_nulls(x) for x in value] if isinstance(value, list) else value

@@ -132,12 +132,11 @@ def _cut_apart(parts: Sequence[str], prefixes: Sequence[list[int]], tokenizer: A
 def _going_on(parts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """Tokenise parts as the middle of a text."""
     for before in _BEFORE:
-        texts = [before, *("".join((before, *parts[: end + 1])) for end in range(len(parts)))]
-        prefixes = encode_texts(texts, tokenizer, special=False)
+        prefixes = encode_texts(list(itertools.accumulate((before, *parts))), tokenizer, special=False)
         if prefixes[1][: len(prefixes[0])] == prefixes[0]:
             pieces = _cut(prefixes)
             return (_cut_apart([before, *parts], prefixes, tokenizer) if pieces is None else pieces)[1:]
-    prefixes = encode_texts(["".join(parts[: end + 1]) for end in range(len(parts))], tokenizer, special=False)
+    prefixes = encode_texts(list(itertools.accumulate(parts)), tokenizer, special=False)
     return _cut(prefixes) or _cut_apart(parts, prefixes, tokenizer)
 
 
