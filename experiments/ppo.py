@@ -93,7 +93,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     devices.check_batch_divides(mesh, config.batch_size, parts=parts)
     judges, row_sets, places = read_task(config.rewards, config.prompts, config.held_out, config.held_out_rows)
     lm, params, tokenizer = pg.load(config.model, dtype=config.dtype, mesh=mesh, remat=config.remat)
-    tokenizer = set_stops(templated(tokenizer, config), config.stop_tokens)
+    tokenizer = set_stops(templated(tokenizer, config), config.stop_tokens, config.stop_strings)
     weight, group_size = config.reward_model_weight, whole_groups(mesh, config.batch_size, algorithm.group_size)
     reward_model = load_judge(config.reward_model, weight, lm, tokenizer, chat=config.chat, mesh=mesh)
     task = make_task(
@@ -107,7 +107,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     frozen, trained = freeze(params, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed, mesh=mesh)
     it = pg.iteration(
         lm, algorithm, flags.optimizer_of(config, config.steps, options["minibatches"]), reference=params, frozen=frozen,
-        mesh=mesh, eos_ids=task.eos_ids, pad_id=task.pad_id, **flags.sampling_options(config), **options,
+        mesh=mesh, **task.ends(), **flags.sampling_options(config), **options,
     )  # fmt: skip
     key, timer = jax.random.key(config.seed), clock.DeviceClock()
     state = it.init(trained, key)._replace(key=None)  # a snapshot's config holds the seed

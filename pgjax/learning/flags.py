@@ -24,6 +24,7 @@ class LearningFlags:
     top_k: int | None = None  # sample from this many likeliest tokens; None: from all, as on-policy learning asks
     top_p: float | None = None  # sample from the likeliest tokens up to this probability; None: from all, likewise
     stop_tokens: tuple[str, ...] = ()  # texts or ids of the tokens that end a completion; none given: the model's own
+    stop_strings: tuple[str, ...] = ()  # texts, of any number of tokens, at which a completion ends too
     algorithm: str = "ppo"  # ppo, rloo, grpo, dr_grpo, reinforce, or your own as module:name
     group_size: int | None = None  # completions of each prompt; they share its computation
     reduce: Literal["token_mean", "sequence_mean", "sequence_sum"] | None = None  # how the policy loss is averaged

@@ -59,6 +59,7 @@ def sample(
     top_p: jax.typing.ArrayLike | None = None,
     min_p: jax.typing.ArrayLike | None = None,
     eos_ids: Sequence[int] = (),
+    stop_table: jax.typing.ArrayLike | None = None,
     pad_id: int = 0,
     group_size: int = 1,
 ) -> Rollout:
@@ -80,6 +81,8 @@ def sample(
         temperature: 0 is greedy; log-probabilities are then 0, since the token is certain.
         top_k, top_p, min_p: see `sampling.filter_logits`; None is off.
         eos_ids: ids that end a sequence; none: every completion has the full length.
+        stop_table: [S, V] of `data.stop_strings.stop_table`: texts that end a completion too, with the token that completes
+            them; None: there are none.
         pad_id: written where there is no token.
         group_size: completions a prompt: so many adjacent rows hold the same one, and its prefill is computed once.
 
@@ -100,7 +103,8 @@ def sample(
     [[False, False, True, True, True]]
     """
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    return _run(lm, params, None, prompts, prompt_mask, key, max_new_tokens, options, eos_ids, pad_id, group_size)[0]
+    ends = eos_ids, stop_table
+    return _run(lm, params, None, prompts, prompt_mask, key, max_new_tokens, options, ends, pad_id, group_size)[0]
 
 
 def sample_scored(
@@ -113,6 +117,7 @@ def sample_scored(
     max_new_tokens: int,
     temperature: jax.typing.ArrayLike = 1.0,
     eos_ids: Sequence[int] = (),
+    stop_table: jax.typing.ArrayLike | None = None,
     pad_id: int = 0,
     group_size: int = 1,
 ) -> tuple[Rollout, Scored]:
@@ -123,7 +128,8 @@ def sample_scored(
 
     Args:
         params: {"lm": parameters, "value": a value head}.
-        lm, prompts, prompt_mask, key, max_new_tokens, temperature, eos_ids, pad_id, group_size: as of `sample`.
+        lm, prompts, prompt_mask, key, max_new_tokens, temperature, eos_ids, stop_table, pad_id, group_size: as of
+            `sample`.
 
     Returns:
         The rollout of `sample` with the same key, and the policy's outputs for its last max_new_tokens + 1 entries; 0 where
@@ -142,18 +148,21 @@ def sample_scored(
     (1, 4)
     """
     options = {"temperature": temperature, "top_k": None, "top_p": None, "min_p": None}
-    head = params["value"]
-    return _run(lm, params["lm"], head, prompts, prompt_mask, key, max_new_tokens, options, eos_ids, pad_id, group_size)
+    head, ends = params["value"], (eos_ids, stop_table)
+    return _run(lm, params["lm"], head, prompts, prompt_mask, key, max_new_tokens, options, ends, pad_id, group_size)
 
 
-def _run(lm, params, value_head, prompts, prompt_mask, key, max_new_tokens, options, eos_ids, pad_id, group_size):
+def _run(lm, params, value_head, prompts, prompt_mask, key, max_new_tokens, options, ends, pad_id, group_size):
     """Check the arguments and run the compiled program."""
     prompts, prompt_mask = (x if isinstance(x, jax.Array) else np.asarray(x) for x in (prompts, prompt_mask))
     if prompts.dtype.kind not in "iu":
         raise ValueError(f"prompts must be token ids, whole numbers, got {prompts.dtype}")
     prompts, prompt_mask = prompts.astype(np.int32), prompt_mask.astype(np.bool_)
     _check_prompts(lm, prompts, prompt_mask, max_new_tokens, group_size)
+    eos_ids, stop_table = ends
     _check_options(lm.arch.vocab_size, **options, eos_ids=eos_ids)
+    if stop_table is not None and (stop_table.ndim != 2 or stop_table.shape[1] != lm.arch.vocab_size):
+        raise ValueError(f"stop_table must be [S, {lm.arch.vocab_size}], a column for each id, got {stop_table.shape}")
     check_whole("pad_id", pad_id, 0)
     mesh = mesh_of(params)
     check_batch(mesh, len(prompts) // group_size, "prompts")
@@ -171,7 +180,7 @@ def _run(lm, params, value_head, prompts, prompt_mask, key, max_new_tokens, opti
     batch = place(
         (prompts, prompt_mask), batch_sharding(mesh)
     )  # explicit transfers, so that a transfer guard allows them
-    others = place((options, eos, np.int32(pad_id)), replicated(mesh))
+    others = place((options, eos, np.int32(pad_id), stop_table), replicated(mesh))
     with entered(mesh):
         rollout, outputs = _generate(
             lm, params, *batch, key, *others,
@@ -190,6 +199,7 @@ def _generate(
     options,
     eos,
     pad_id,
+    stop_table,
     max_new_tokens: int,
     value_head=None,
     group_size: int = 1,
@@ -213,6 +223,13 @@ def _generate(
         entropy = -jnp.sum(jnp.exp(logprobs) * jnp.maximum(logprobs, jnp.finfo(jnp.float32).min), axis=1)
         return constrain_batch((token, logprob, (state_values(value_head, hidden), entropy)))
 
+    def ended(token: jax.Array, state: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        over = jnp.isin(token, eos)
+        if state is None:
+            return over, None
+        state = stop_table[state, token]
+        return over | (state < 0), state
+
     def write(step: jax.Array, alive: jax.Array, chosen: tuple[Any, ...], written: tuple[Rollout, Any]) -> Any:
         token, *outputs = chosen
         logprob, more = jax.tree.map(lambda x: jnp.where(alive, x, 0.0), outputs)
@@ -221,16 +238,17 @@ def _generate(
         return constrain_batch(jax.tree.map(lambda x, y: put(x, y[:, None]), written, column))
 
     def advance(carry):
-        step, token, alive, written, cache = carry
+        step, token, alive, state, written, cache = carry
         index = start + step  # where the token that is read now stands; the one drawn goes one further
         slots = jnp.where(columns < start, seen, columns <= index)
         hidden, cache = lm.decode(weights, token, prompt_lengths + step, index, slots, cache)
         chosen = token, *_ = choose(hidden, step + 1)
         written = write(step + 1, alive, chosen, written)
-        return step + 1, token, alive & ~jnp.isin(token, eos), written, cache
+        over, state = ended(token, state)
+        return step + 1, token, alive & ~over, state, written, cache
 
     def unfinished(carry):
-        step, _, alive, _, _ = carry
+        step, _, alive, *_ = carry
         return (step + 1 < max_new_tokens) & alive.any()
 
     columns = jnp.arange(length, dtype=jnp.int32)[None, :]
@@ -245,8 +263,9 @@ def _generate(
     step = jnp.int32(0)
     chosen = token, _, more = choose(hidden, step)
     written = write(step, alive, chosen, (rollout, jax.tree.map(lambda _: blank, more)))
-    carry = step, token, alive & ~jnp.isin(token, eos), written, cache
-    rollout, more = jax.lax.while_loop(unfinished, advance, carry)[3]
+    over, state = ended(token, None if stop_table is None else jnp.zeros(batch, jnp.int32))
+    carry = step, token, alive & ~over, state, written, cache
+    rollout, more = jax.lax.while_loop(unfinished, advance, carry)[4]
     if value_head is None:
         return rollout, None
     return rollout, Scored(*(x[:, -(max_new_tokens + 1) :] for x in (rollout.logprobs, *more)))

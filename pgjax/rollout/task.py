@@ -13,10 +13,11 @@ from pgjax.core.errors import UserError
 from pgjax.data.padding import bucket_length, left_pad
 from pgjax.data.prompts import TOOLS, as_tools, check_prompts, completion_ids, completion_texts, encode_prompts
 from pgjax.data.sources import load_row_sets
+from pgjax.data.stop_strings import ends_at_string, stop_table
 from pgjax.data.tables import Row, left_out_notes
 from pgjax.data.templates import names_tools
 from pgjax.models.causal_lm import CausalLM
-from pgjax.models.io.stops import stop_ids
+from pgjax.models.io.stops import stop_ids, stop_strings
 from pgjax.parallel import batch_rows, processes
 from pgjax.parallel.encoding import plain
 from pgjax.parallel.sharding import fold_in, whole_groups
@@ -82,6 +83,7 @@ class Task(NamedTuple):
     top_k: int | None
     top_p: float | None
     eos_ids: tuple[int, ...]
+    stop_table: np.ndarray | None  # of the texts that end a completion too
     pad_id: int  # never looked at: masks say what is padding
     reward_model: ModelJudge | None = None  # one more judge, on the device
     mesh: Mesh | None = None  # over which the rows of a batch are spread
@@ -92,8 +94,12 @@ class Task(NamedTuple):
         return sample(
             self.lm, params, *self.padded(batch), key,
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
-            eos_ids=self.eos_ids, pad_id=self.pad_id, group_size=self.group_size,
+            group_size=self.group_size, **self.ends(),
         )  # fmt: skip
+
+    def ends(self) -> dict[str, Any]:
+        """Give the arguments of `sample` that say where completions end."""
+        return {"eos_ids": self.eos_ids, "stop_table": self.stop_table, "pad_id": self.pad_id}
 
     def padded(self, batch: Sequence[Encoded]) -> tuple[Any, Any]:
         """Pad prompts on the left, on the devices where there is a mesh: tokens and mask, [B, P] each.
@@ -156,7 +162,8 @@ class Task(NamedTuple):
         return tokens, mask
 
     def _ended(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        return np.isin(last_sampled(tokens, mask), self.eos_ids)
+        at_token = np.isin(last_sampled(tokens, mask), self.eos_ids)
+        return at_token | ends_at_string(self.stop_table, completion_ids(tokens, mask))
 
     def rollouts(
         self, params: Any, prompts: Sequence[Encoded], batch_size: int, key: jax.Array
@@ -311,10 +318,10 @@ def make_task(
     widths = tuple(longest_of.values())
     agree_on("what the tokenizer makes of the rows", encoded)
     pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    eos_ids = stop_ids(tokenizer)
+    eos_ids, strings = stop_ids(tokenizer), stop_table(stop_strings(tokenizer), tokenizer, lm.arch.vocab_size)
     return Task(
-        lm, tokenizer, judges, weights, encoded, widths, max_new_tokens, temperature, top_k, top_p, eos_ids, pad_id,
-        reward_model, mesh, group_size,
+        lm, tokenizer, judges, weights, encoded, widths, max_new_tokens, temperature, top_k, top_p, eos_ids, strings,
+        pad_id, reward_model, mesh, group_size,
     )  # fmt: skip
 
 
