@@ -133,10 +133,10 @@ def ends_at_string(table: np.ndarray | None, completions: Sequence[Sequence[int]
       [True, False]
     """
 
-    def found(ids: Sequence[int]) -> bool:
+    def found(ids: Sequence[int], table: np.ndarray) -> bool:
         state = 0
         for i in ids:
             state = table[state, i] if state >= 0 else state
         return state < 0
 
-    return np.array([table is not None and found(ids) for ids in completions], bool)
+    return np.array([table is not None and found(ids, table) for ids in completions], bool)
