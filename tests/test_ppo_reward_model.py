@@ -115,6 +115,7 @@ def test_it_scores_the_policys_own_ids_read_at_the_last_sampled_token(config, se
     assert all(sample["rewards/reward_model"] == pytest.approx(sample["score"]) for sample in samples)
 
 
+@pytest.mark.campaign
 def test_it_is_mixed_with_black_boxes_by_weight(config, seen, folders):
     config = change(
         config, rewards=(EARLY_LETTERS, f"{__name__}:boxed"), reward_weights=(2.0, 0.0), reward_model_weight=-0.5
@@ -159,6 +160,7 @@ def test_reference_and_reward_model_are_bit_identical_afterwards(config, monkeyp
     assert not np.array_equal(trained["embed"]["tokens"], kept[0][1]["embed"]["tokens"])
 
 
+@pytest.mark.campaign
 def test_from_the_second_step_on_nothing_compiles_and_no_transfer_is_hidden(config):
     compiled: list[str] = []
 
@@ -181,6 +183,7 @@ def test_from_the_second_step_on_nothing_compiles_and_no_transfer_is_hidden(conf
     assert not [name for name in compiled if "backend_compile" in name]
 
 
+@pytest.mark.campaign
 def test_where_tokenizers_differ_texts_are_encoded_again_and_that_is_said_once(config, seen, foreign, folders, capsys):
     script.main(change(config, reward_model=str(foreign)))
     said = capsys.readouterr().out

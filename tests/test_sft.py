@@ -112,6 +112,7 @@ def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(config, mon
     assert numbers[0] == numbers[1] and len(numbers[0]) > 5
 
 
+@pytest.mark.campaign
 def test_the_snapshot_of_the_lowest_held_out_loss_and_its_model_are_kept_beside_the_latest(config, monkeypatch):
     seen = []
 
