@@ -206,7 +206,7 @@ def test_where_tokenizers_differ_texts_are_encoded_again_and_that_is_said_once(c
 def test_a_completion_that_ended_gets_the_reward_models_end_and_a_cut_one_does_not(foreign, folders):
     lm, _, tokenizer = pg.load(folders[0])
     judge = load_judge(str(foreign), 1.0, lm, tokenizer, chat=False)
-    tokens, mask = judge.translated(["ab", "ab"], ["cd", "cd"], np.array([True, False]))
+    tokens, mask = judge.translated([{"prompt": "ab"}] * 2, ["cd", "cd"], np.array([True, False]))
     assert mask.sum(1).tolist() == [5, 4] and tokens[0, -1] == judge.tokenizer.eos_token_id
     assert tokens[1][mask[1]].tolist() == judge.tokenizer("abcd")["input_ids"]
 
@@ -214,14 +214,14 @@ def test_a_completion_that_ended_gets_the_reward_models_end_and_a_cut_one_does_n
 def test_lengths_of_a_translation_come_in_buckets(foreign, folders):
     lm, _, tokenizer = pg.load(folders[0])
     judge = load_judge(str(foreign), 1.0, lm, tokenizer, chat=False)
-    widths = {judge.translated(["ab"], ["c" * n], np.array([True]))[0].shape[1] for n in range(1, 38)}
+    widths = {judge.translated([{"prompt": "ab"}], ["c" * n], np.array([True]))[0].shape[1] for n in range(1, 38)}
     assert widths == {16, 24, 32, 40}
 
 
 def test_one_completion_too_long_for_the_reward_model_does_not_end_the_run(foreign, folders):
     lm, _, tokenizer = pg.load(folders[0])
     judge = load_judge(str(foreign), 1.0, lm, tokenizer, chat=False)
-    tokens, mask = judge.translated(["ab"], ["c" * 60], np.array([True]))
+    tokens, mask = judge.translated([{"prompt": "ab"}], ["c" * 60], np.array([True]))
     assert mask.sum() == judge.rm.arch.max_positions == 40
     assert tokens[0].tolist() == judge.tokenizer("ab" + "c" * 38)["input_ids"]
 

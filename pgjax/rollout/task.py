@@ -148,13 +148,12 @@ class Task(NamedTuple):
         if self.reward_model is None:
             return None
         fed = batch_rows.rows_to_feed(self.mesh, len(rollout.tokens))
-        texts = [prompt.row["prompt"] for prompt in prompts]
 
         def read() -> tuple[list[str], np.ndarray]:  # with special tokens, which it sees where it takes ids too
             sampled = self._sampled(rollout, fed)
             return completion_texts(*sampled, self.tokenizer, keep_special=True), self._ended(*sampled)
 
-        return self.reward_model.queue(texts, rollout, read)
+        return self.reward_model.queue([prompt.row for prompt in prompts], rollout, read)
 
     def _sampled(self, rollout: Rollout, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Read rows of a rollout that this process feeds: tokens, and which of them were sampled."""
@@ -308,7 +307,7 @@ def make_task(
         ids = encode_prompts(prompts, tokenizer, chat=chat, places=names, tools=[row.get(TOOLS) for row in rows])
         lengths = {"the model": list(map(len, ids))}
         if reward_model is not None:
-            lengths["the reward model"] = reward_model.prompt_lengths(prompts, ids)
+            lengths["the reward model"] = reward_model.prompt_lengths(rows, ids)
         fits = _fitting(names, lengths, positions, max_new_tokens)
         encoded.append([Encoded(rows[i], ids[i]) for i in fits])
     if chat:
