@@ -37,7 +37,7 @@ from pgjax.rollout.judge import load_judge
 from pgjax.rollout.task import make_task, read_task
 from pgjax.run import checks, clock, devices, exits, loop, presets
 from pgjax.run.checkpoint.resume import frozen_model, rows_digest, to_best
-from pgjax.run.session import INCIDENTAL, RunFlags, open_session, session_options, settled, templated
+from pgjax.run.session import INCIDENTAL, RunFlags, load_options, open_session, session_options, settled, templated
 from pgjax.run.speed import policy_speed
 from pgjax.run.summary import before_and_after, comparison, has_metric
 
@@ -92,7 +92,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     parts = options["minibatches"] * config.microbatches  # that a batch is learned in
     devices.check_batch_divides(mesh, config.batch_size, parts=parts)
     judges, row_sets, places = read_task(config.rewards, config.prompts, config.held_out, config.held_out_rows)
-    lm, params, tokenizer = pg.load(config.model, dtype=config.dtype, mesh=mesh, remat=config.remat)
+    lm, params, tokenizer = pg.load(config.model, mesh=mesh, **load_options(config))
     tokenizer = set_stops(templated(tokenizer, config), config.stop_tokens, config.stop_strings)
     weight, group_size = config.reward_model_weight, whole_groups(mesh, config.batch_size, algorithm.group_size)
     reward_model = load_judge(config.reward_model, weight, lm, tokenizer, chat=config.chat, mesh=mesh)
