@@ -104,7 +104,7 @@ def test_no_lane_of_a_cache_is_sent_to_another_device(axes, full_compiles):
     params = place(params, param_shardings(mesh, params))
     batch = place((np.ones((32, 16), np.int32), np.ones((32, 16), bool)), batch_sharding(mesh))
     options = {"temperature": np.float32(1), "top_k": np.int32(24), "top_p": np.float32(1), "min_p": np.float32(0)}
-    others = place((options, np.full(8, -1, np.int32), np.int32(0), None), replicated(mesh))
+    others = place((options, np.full(8, -1, np.int32), np.int32(0)), replicated(mesh))
     with entered(mesh):
         text = _generate.lower(
             lm, params, *batch, jax.random.key(0), *others, max_new_tokens=16, few=(16, axes["data"])

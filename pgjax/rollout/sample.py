@@ -190,11 +190,12 @@ def _run(lm, params, value_head, prompts, prompt_mask, key, max_new_tokens, opti
     batch = place(
         (prompts, prompt_mask), batch_sharding(mesh)
     )  # explicit transfers, so that a transfer guard allows them
-    others = place((options, eos, np.int32(pad_id), stop_table), replicated(mesh))
+    *others, stop_table = place((options, eos, np.int32(pad_id), stop_table), replicated(mesh))
     with entered(mesh):
         rollout, outputs = _generate(
             lm, params, *batch, key, *others,
             max_new_tokens=max_new_tokens, value_head=value_head, group_size=group_size, few=few,
+            stop_table=stop_table,
         )  # fmt: skip
         return _without_columns(rollout, extra) if extra else rollout, outputs
 
@@ -209,11 +210,11 @@ def _generate(
     options,
     eos,
     pad_id,
-    stop_table,
     max_new_tokens: int,
     value_head=None,
     group_size: int = 1,
     few: tuple[int, int] | None = None,
+    stop_table=None,
 ) -> tuple[Rollout, Scored | None]:
     prompts, prompt_mask = constrain_batch((prompts, prompt_mask))
     if few is not None:
