@@ -111,3 +111,21 @@ def test_no_lane_of_a_cache_is_sent_to_another_device(axes, full_compiles):
         ).compile().as_text()  # fmt: skip
     sent = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)\(", text)
     assert all(np.prod([int(x) for x in shape.split(",") if x]) < 100 for shape in sent), sent
+
+
+def test_an_iteration_samples_in_lanes_what_it_samples_without():
+    lm, params = tiny_lm("llama"), tiny_params("llama")
+    found = []
+    for lanes in (None, 8):
+        it = pg.iteration(
+            lm,
+            pg.rloo(group_size=2),
+            pg.adamw(1e-2, updates=1),
+            reference=params,
+            max_new_tokens=NEW,
+            eos_ids=EOS,
+            lanes=lanes,
+        )
+        found.append(jax.device_get(it.sample(it.init(params, KEY), PROMPTS.repeat(2, 0)[:B], MASK.repeat(2, 0)[:B])))
+    for actual, expected in zip(jax.tree.leaves(found[1]), jax.tree.leaves(found[0]), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)

@@ -23,6 +23,9 @@ class LearningFlags:
     temperature: float = 1.0  # of the policy: in sampling and in every log-probability
     top_k: int | None = None  # sample from this many likeliest tokens; None: from all, as on-policy learning asks
     top_p: float | None = None  # sample from the likeliest tokens up to this probability; None: from all, likewise
+    lanes: int | None = (
+        None  # completions sampled at once, fewer than the batch: where one ends, the next begins; None: all
+    )
     stop_tokens: tuple[str, ...] = ()  # texts or ids of the tokens that end a completion; none given: the model's own
     stop_strings: tuple[str, ...] = ()  # texts, of any number of tokens, at which a completion ends too
     algorithm: str = "ppo"  # ppo, rloo, grpo, dr_grpo, reinforce, or your own as module:name
@@ -115,9 +118,9 @@ def sampling_options(config: Any) -> dict[str, Any]:
 
     Example:
         >>> sampling_options(LearningFlags())
-        {'max_new_tokens': 32, 'temperature': 1.0, 'top_k': None, 'top_p': None}
+        {'max_new_tokens': 32, 'temperature': 1.0, 'top_k': None, 'top_p': None, 'lanes': None}
     """
-    return {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
+    return {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "lanes")}
 
 
 def iteration_options(config: Any, algorithm: Algorithm) -> dict[str, Any]:
@@ -147,7 +150,7 @@ def check_policy(config: Any) -> None:
     Raises:
         UserError: with the field and its value.
     """
-    at_least_one(config, "steps", "batch_size", "max_new_tokens", "epochs", "minibatches", "microbatches")
+    at_least_one(config, "steps", "batch_size", "max_new_tokens", "lanes", "epochs", "minibatches", "microbatches")
     algorithm = algorithm_of(config)
     options = iteration_options(config, algorithm)
     parts = options["minibatches"] * config.microbatches

@@ -59,7 +59,7 @@ def iteration(
     lm: CausalLM, algorithm: Algorithm, optimizer: updates.Transformation, *,
     reference: Params | None = None, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
     top_p: float | None = None, min_p: float | None = None, eos_ids: Sequence[int] = (),
-    stop_table: jax.typing.ArrayLike | None = None, pad_id: int = 0,
+    stop_table: jax.typing.ArrayLike | None = None, pad_id: int = 0, lanes: int | None = None,
     epochs: int = 1, minibatches: int = 1, microbatches: int = 1, max_approx_kl: float | None = None,
     importance_cap: float | None = None, kl_target: float | None = None, kl_horizon: float = 10_000.0,
     teacher_force: bool | None = None, frozen: Params | None = None, mesh: Mesh | None = None,
@@ -77,7 +77,7 @@ def iteration(
         reference: parameters of the frozen model that the KL is measured to; None: there is no KL, and no pass for it.
         max_new_tokens: the longest completion, in tokens.
         temperature: of the policy, above 0: in sampling and in every log-probability.
-        top_k, top_p, min_p, eos_ids, stop_table, pad_id: as of `pg.sample`.
+        top_k, top_p, min_p, eos_ids, stop_table, pad_id, lanes: as of `pg.sample`.
         epochs: passes over an iteration's completions.
         minibatches: optimizer steps in an epoch.
         microbatches: parts of a minibatch, for memory; the gradient is the same.
@@ -128,7 +128,7 @@ def iteration(
     numbers = [place(np.int32(number), whole) for number in range(minibatches)]
     sampling: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "temperature": scale, "eos_ids": tuple(eos_ids), "pad_id": pad_id,
-        "stop_table": place(stop_table, whole),
+        "stop_table": place(stop_table, whole), "lanes": lanes,
     }  # fmt: skip
     prepare = functools.partial(
         programs.experience,

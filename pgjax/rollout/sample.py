@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pgjax.core.checks import check_whole
+from pgjax.core.errors import UserError
 from pgjax.data.padding import bucket_length
 from pgjax.models.causal_lm import CausalLM, Params, decode_params
 from pgjax.models.shared_prompts import check_groups, firsts, repeated
@@ -313,7 +314,7 @@ def _check_lanes(lanes: int | None, parts: int, group_size: int) -> None:
     check_whole("lanes", lanes, 1)
     if lanes % (parts * group_size):
         over = f" over {parts} parts of the mesh" if parts > 1 else ""
-        raise ValueError(
+        raise UserError(
             f"lanes={lanes} do not divide into groups of {group_size}{over}: make it a multiple of {parts * group_size}"
         )
 

@@ -88,13 +88,14 @@ class Task(NamedTuple):
     reward_model: ModelJudge | None = None  # one more judge, on the device
     mesh: Mesh | None = None  # over which the rows of a batch are spread
     group_size: int = 1  # so many adjacent rows of a batch have one prompt, whose prefill they share
+    lanes: int | None = None  # rows that are sampled at once
 
     def generate(self, params: Any, batch: Sequence[Encoded], key: jax.Array) -> Rollout:
         """Sample a completion for each prompt of a batch, given as to `padded`; returns while the device is still at it."""
         return sample(
             self.lm, params, *self.padded(batch), key,
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
-            group_size=self.group_size, **self.ends(),
+            group_size=self.group_size, lanes=self.lanes, **self.ends(),
         )  # fmt: skip
 
     def ends(self) -> dict[str, Any]:
@@ -265,6 +266,7 @@ def make_task(
     reward_model: ModelJudge | None = None,
     mesh: Mesh | None = None,
     group_size: int = 1,
+    lanes: int | None = None,
 ) -> Task:
     """Encode the prompts of every row set; those that leave too little room in the model's positions are left out, and told.
 
@@ -283,6 +285,7 @@ def make_task(
         reward_model: one more judge.
         mesh: over which the rows of a batch are spread.
         group_size: so many adjacent rows of a batch have one prompt.
+        lanes: as of `sample`.
 
     Returns:
         The task.
@@ -320,7 +323,7 @@ def make_task(
     eos_ids, strings = stop_ids(tokenizer), stop_table(stop_strings(tokenizer), tokenizer, lm.arch.vocab_size)
     return Task(
         lm, tokenizer, judges, weights, encoded, widths, max_new_tokens, temperature, top_k, top_p, eos_ids, strings,
-        pad_id, reward_model, mesh, group_size,
+        pad_id, reward_model, mesh, group_size, lanes,
     )  # fmt: skip
 
 
