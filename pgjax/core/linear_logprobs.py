@@ -1,34 +1,19 @@
 """Log-probabilities and entropies from hidden states, block by block of the vocabulary.
 
-Neither the forward nor the backward pass ever holds logits [B, T, V]. A loop over the vocabulary keeps running sums
-(online softmax: Milakov and Gimelshein 2018), and the backward pass computes each block of logits again.
+Neither the forward nor the backward pass ever holds logits [B, T, V]: the rule is in `vocabulary_blocks`. On a mesh, each device
+runs it on its own part (`linear_on_mesh`).
 """
-
-from functools import partial
-from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh
 
 from pgjax.core.checks import check_number, check_whole
-from pgjax.core.layouts import Axes, axes_of, explicit_axes, explicit_mesh, fitting, laid_out, spec_of
+from pgjax.core.linear_on_mesh import layout_of, logprobs_by_layout
 from pgjax.core.logprobs import next_tokens, token_frame
 from pgjax.core.masking import as_float
-from pgjax.core.vocabulary_blocks import Options, Outputs, linear_logprobs
-
-
-class _Layout(NamedTuple):
-    """Which axes of a mesh split what, where the rule runs."""
-
-    mesh: Mesh | AbstractMesh
-    names: frozenset[str]  # the axes that the rule takes over
-    rows: Axes  # B
-    time: Axes  # T
-    vocab: Axes  # V of the unembedding
-    width: Axes  # and its D
-    typed: bool  # whether the mesh has Explicit axes, so that the arguments' types name the layout
+from pgjax.core.vocabulary_blocks import Options, Outputs
 
 
 def linear_token_logprobs(
@@ -168,43 +153,9 @@ def _in_token_frame(
     chex.assert_axis_dimension(unembedding, 1, hidden.shape[2])
     options = _checked(options, unembedding.shape[0])
     scale = jnp.asarray(temperature).astype(as_float(hidden).dtype)
-    layout = _layout(hidden, unembedding, tokens, mesh, batch_axes, unembedding_axes)
-    if layout is None:
-        return _outputs(hidden, unembedding, tokens, scale, options)
-    options = options._replace(vocab_axes=layout.vocab, width_axes=layout.width)
-    return (_jitted_over_mesh if layout.typed else _over_mesh)(hidden, unembedding, tokens, scale, layout, options)
-
-
-def _outputs(
-    hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array, temperature: jax.Array, options: Options
-) -> Outputs:
-    found = _rows(hidden, unembedding, next_tokens(tokens), temperature, options=options)
+    layout = layout_of(hidden, unembedding, tokens, mesh, batch_axes, unembedding_axes)
+    found = logprobs_by_layout(hidden, unembedding, next_tokens(tokens), scale, layout, options)
     return jax.tree.map(token_frame, found)
-
-
-def _rows(h: jax.Array, w: jax.Array, ids: jax.Array, t: jax.Array, *, options: Options) -> Outputs:
-    return linear_logprobs(*_varying_alike(h, w, ids, t), options)
-
-
-def _over_mesh(
-    hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array, temperature: jax.Array,
-    layout: _Layout, options: Options,
-) -> Outputs:  # fmt: skip
-    ids = next_tokens(tokens)
-    if not layout.width:
-        unembedding = unembedding.astype(hidden.dtype)  # gathered in the narrower type
-    if layout.typed:
-        hidden, ids = (laid_out(x, layout.mesh, layout.rows, layout.time) for x in (hidden, ids))
-        unembedding = laid_out(unembedding, layout.mesh, layout.vocab, layout.width)
-    by_row = spec_of(layout.rows, layout.time)
-    specs = (by_row, spec_of(layout.vocab, layout.width), by_row, PartitionSpec())
-    rows = partial(_rows, options=options)
-    rows = jax.shard_map(rows, mesh=layout.mesh, in_specs=specs, out_specs=by_row, axis_names=layout.names)
-    return jax.tree.map(token_frame, rows(hidden, unembedding, ids, temperature))
-
-
-# Outside jit, and without `jax.set_mesh`, the gradient of an operation on a mesh with Explicit axes would not find its devices.
-_jitted_over_mesh = jax.jit(_over_mesh, static_argnames=("layout", "options"))
 
 
 def _checked(options: Options, rows: int) -> Options:
@@ -221,71 +172,3 @@ def _checked(options: Options, rows: int) -> Options:
             raise ValueError(f"vocab_size={known} is more than the {rows} rows of the unembedding")
         options = options._replace(vocab_size=None if known == rows else int(known))
     return options
-
-
-def _layout(
-    hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array, mesh: Mesh | AbstractMesh | None,
-    batch_axes: tuple[str, ...] | None, unembedding_axes: tuple[str | None, str | None] | None,
-) -> _Layout | None:  # fmt: skip
-    """Work out which axes split what: as the arguments' types say, or as told; None where nothing is split."""
-    there = explicit_mesh(hidden, unembedding, tokens)
-    if there is not None:
-        if mesh is not None or batch_axes is not None or unembedding_axes is not None:
-            raise ValueError(
-                f"the arguments lie on a mesh with Explicit axes {explicit_axes(there)}, and their types name the layout: "
-                "leave mesh, batch_axes and unembedding_axes out"
-            )
-        return _typed_layout(there, hidden, unembedding, tokens)
-    if mesh is None:
-        if batch_axes is not None or unembedding_axes is not None:
-            raise ValueError("batch_axes and unembedding_axes name axes of a mesh: pass mesh too")
-        return None
-    rows = _default_rows(mesh) if batch_axes is None else tuple(batch_axes)
-    vocab, width = (() if axis is None else (axis,) for axis in unembedding_axes or (None, None))
-    _check_axes(mesh, rows, vocab, width)
-    return _Layout(mesh, frozenset(mesh.axis_names), rows, (), vocab, width, typed=False)
-
-
-def _typed_layout(mesh: AbstractMesh, hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array) -> _Layout:
-    """Keep rows and time as `hidden` has them (else as `tokens` has), and split the vocabulary over what is left."""
-    rows, time, _ = axes_of(hidden)
-    if not rows and not time:
-        rows, time = axes_of(tokens)
-    held = axes_of(unembedding)
-    vocab = tuple(axis for axis in (*held[0], *held[1]) if axis not in (*rows, *time))
-    width = tuple(axis for axis in (*held[0], *held[1]) if axis in (*rows, *time))
-    # An axis of the mesh that does not divide what it is to split here splits nothing: the unembedding is gathered over it.
-    vocab = vocab if fitting(mesh, unembedding.shape[0], vocab) else ()
-    width = width if fitting(mesh, unembedding.shape[1], width) else ()
-    return _Layout(mesh, frozenset(explicit_axes(mesh)), rows, time, vocab, width, typed=True)
-
-
-def _default_rows(mesh: Mesh | AbstractMesh) -> Axes:
-    rows = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
-    if not rows and mesh.size > 1:
-        raise ValueError(
-            f"the mesh has the axes {mesh.axis_names}, none of them data or fsdp: name those that split the rows by batch_axes"
-        )
-    return rows
-
-
-def _check_axes(mesh: Mesh | AbstractMesh, rows: Axes, vocab: Axes, width: Axes) -> None:
-    absent = [axis for axis in (*rows, *vocab, *width) if axis not in mesh.axis_names]
-    if absent:
-        raise ValueError(
-            f"{absent} of batch_axes and unembedding_axes are not axes of the mesh, which has {mesh.axis_names}"
-        )
-    if set(vocab) & set(rows) or not set(width) <= set(rows):
-        raise ValueError(
-            f"unembedding_axes {(*vocab, *width)}: the axis of the vocabulary must not be one of batch_axes {rows}, and "
-            "that of the width must be one"
-        )
-
-
-def _varying_alike(*xs: jax.Array) -> tuple[jax.Array, ...]:
-    # Inside shard_map, all inputs of the custom rule must vary over the same axes. Its gradients then vary as its inputs do,
-    # and shard_map itself sums the gradient of a replicated input. Adding a zero made of the other inputs marks an input as
-    # varying, and compiles to nothing.
-    zeros = [jnp.zeros_like(x, shape=(), dtype=jnp.int32) for x in xs]
-    zero = sum(zeros[1:], zeros[0])
-    return tuple(x + zero.astype(x.dtype) for x in xs)

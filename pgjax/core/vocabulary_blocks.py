@@ -6,7 +6,7 @@ logits again. Where the vocabulary is split over devices, the sums are added up 
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,9 @@ from pgjax.core.masking import where_mask
 
 _State = TypeVar("_State")
 Outputs = tuple[jax.Array, jax.Array | None]  # logprobs and entropy [B, T]; None where the entropy is not wanted
+Saved = tuple[
+    jax.Array | None, ...
+]  # for the backward pass: the arguments, then normalizer, known ids and entropy [B, T]
 _Backward = tuple[jax.Array, jax.Array]  # gradients of hidden [B, T, D] and unembedding [V, D]
 
 
@@ -124,12 +127,13 @@ def linear_logprobs(
       >>> linear_logprobs(jnp.ones((1, 1, 2)), jnp.zeros((4, 2)), jnp.array([[3]]), jnp.float32(1.0), options)[0]
       Array([[-1.3862944]], dtype=float32)
     """
-    return _forward(hidden, unembedding, ids, temperature, options)[0]
+    return forward(hidden, unembedding, ids, temperature, options)[0]
 
 
-def _forward(
+def forward(
     hidden: jax.Array, unembedding: jax.Array, ids: jax.Array, temperature: jax.Array, options: Options
-) -> tuple[Outputs, tuple[jax.Array | None, ...]]:
+) -> tuple[Outputs, Saved]:
+    """Run the forward pass of `linear_logprobs`, and keep what its backward pass needs."""
     dtype = temperature.dtype
     part = _part(unembedding, ids, hidden.dtype, options)
 
@@ -161,9 +165,8 @@ def _forward(
     return (logprobs, entropy), (hidden, unembedding, ids, temperature, normalizer, known, entropy)
 
 
-def _backward(
-    options: Options, saved: tuple[jax.Array, ...], cotangents: Outputs
-) -> tuple[jax.Array, jax.Array, None, jax.Array]:
+def backward(options: Options, saved: Any, cotangents: Outputs) -> tuple[jax.Array, jax.Array, None, jax.Array]:
+    """Run its backward pass: the gradients of the four arguments, from this device's part."""
     hidden, unembedding, ids, temperature, normalizer, known, entropy = saved
     part = _part(unembedding, ids, hidden.dtype, options)
     d_logprobs, d_entropy = cotangents
@@ -205,4 +208,4 @@ def _backward(
     return d_hidden.astype(hidden.dtype), d_rows.astype(unembedding.dtype), None, jnp.zeros_like(temperature)
 
 
-linear_logprobs.defvjp(_forward, _backward)
+linear_logprobs.defvjp(forward, backward)
