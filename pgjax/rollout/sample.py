@@ -12,7 +12,7 @@ import numpy as np
 
 from pgjax.core.checks import check_whole
 from pgjax.data.padding import bucket_length
-from pgjax.models.causal_lm import CausalLM, Params, decode_params
+from pgjax.models.causal_lm import CausalLM, Params
 from pgjax.models.heads import state_values
 from pgjax.models.shared_prompts import check_groups, firsts, repeated
 from pgjax.models.transformer import columns_dot
@@ -199,7 +199,7 @@ def _generate(
     length = start + max_new_tokens
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     prompt_lengths = prompt_mask.sum(1, dtype=jnp.int32)
-    weights = decode_params(params, lm.dtype)
+    weights = lm.decode_params(params)
     unembedding = lm.unembedding(weights).astype(lm.dtype)
 
     def choose(hidden: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
