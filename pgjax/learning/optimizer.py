@@ -83,12 +83,12 @@ def adamw(
     >>> optimizer = adamw(1e-3, updates=10, warmup=2)
     >>> [round(float(optimizer.learning_rate(i)), 4) for i in range(3)]
     [0.0005, 0.001, 0.001]
-    >>> optimizer, moved = adamw(1.0, updates=11), []
-    >>> state = optimizer.init(jnp.ones(()))
+    >>> optimizer = adamw(1.0, updates=11)
+    >>> state, moved = init_state(jnp.float32(0.0), optimizer), []
     >>> for gradient in [1.0] + 10 * [0.0]:
-    ...     step, state = optimizer.update(jnp.float32(gradient), state, jnp.ones(()))
-    ...     moved.append(-float(step))
-    >>> round(moved[0], 1), round(sum(moved[1:]), 1)
+    ...     state, _ = apply_gradient(state, jnp.float32(gradient), jnp.float32(0.0), optimizer)
+    ...     moved.append(-float(state.params))
+    >>> round(moved[0], 1), round(moved[-1] - moved[0], 1)
     (1.0, 3.4)
     """
     if not (learning_rate >= 0 and math.isfinite(learning_rate)):
