@@ -22,7 +22,7 @@ from pgjax.models.causal_lm import CausalLM, Params
 from pgjax.models.heads import init_value_head
 from pgjax.models.lora import with_lora
 from pgjax.parallel.sharding import check_batch, entered, fold_in, place, replicated, whole_groups
-from pgjax.rollout.sample import Rollout, Scored, sample, sample_scored
+from pgjax.rollout.sample import Rollout, Rows, Scored, sample, sample_scored
 
 Scores: TypeAlias = jax.typing.ArrayLike | Sequence[float]  # [B] of the black box
 
@@ -51,7 +51,7 @@ class Iteration(NamedTuple):
     """An algorithm on a model as three functions; state and rollout carry everything else."""
 
     init: Callable[..., State]
-    sample: Callable[[State, jax.typing.ArrayLike, jax.typing.ArrayLike], Sampled]
+    sample: Callable[[State, Rows, Rows], Sampled]
     learn: Callable[[State, Sampled, Scores], tuple[State, dict[str, Any]]]
 
 
@@ -157,7 +157,7 @@ def iteration(
         learner = updates.init_state(policy, optimizer)
         return State(learner, place(np.float32(algorithm.kl_coef), whole), place(np.int32(0), whole), key)
 
-    def sample_(state: State, prompts: jax.typing.ArrayLike, prompt_mask: jax.typing.ArrayLike) -> Sampled:
+    def sample_(state: State, prompts: Rows, prompt_mask: Rows) -> Sampled:
         params = with_lora(base, state.learner.params)
         rows = len(prompts)  # type: ignore[arg-type]
         options = {"window": window, "parts": parts, "group_size": rows_a_prompt(rows)}

@@ -39,29 +39,35 @@ class CausalLM(NamedTuple):
     floating-point arrays, and only these functions read it. A bundle is a static argument of compiled programs: make it once.
     A row's results must depend neither on the padding around it nor on other rows, and positions count from 0 at its first
     token: position = cumsum(attention_mask) - 1.
+
+    Attributes:
+        arch: the architecture; of another model, pgjax reads its vocab_size and max_positions alone (`bundle.Sizes`).
+        dtype: of activations and of the cache; parameters keep their own.
+        init: (key) -> params.
+        apply: (params, tokens[B,T], attention_mask=None, segment_ids=None) -> logits[B,T,V] float32. segment_ids [B,T] int32 pack
+            several texts into one row: a token attends to its own segment only, and positions start again with each. A segment
+            is a run of one id, and a row uses no id twice. Without an attention_mask, 0 marks padding.
+        hidden: (params, tokens, attention_mask=None, segment_ids=None, *, prompt_length=0, group_size=1) -> [B,T,D] after the
+            last norm. With a group_size, adjacent rows of a group have the same first prompt_length entries, which may be
+            computed once (`shared_prompts`); pgjax's own gives NaN to a row with another prompt than its group's first row,
+            and with "cudnn" computes each by itself.
+        unembedding: (params) -> [V,D].
+        init_cache: (batch, length) -> any tree of arrays [batch, ...], whose shapes and dtypes prefill and decode keep.
+        prefill: (params, tokens[B,P], attention_mask[B,P], cache) -> last hidden[B,D], cache; prompts are padded on the left.
+        decode: (params, token[B], position[B], index [], slots[B,S], cache) -> hidden[B,D], cache. The token stands in column
+            index of its padded row, S columns long, and attends to the columns where slots is True, its own among them.
+        decode_params: (params) -> what sampling gives to prefill, decode and unembedding; made once, before the first step.
     """
 
-    # Of another model, all that pgjax reads of it is vocab_size and max_positions (`bundle.Sizes`).
     arch: Architecture
-    dtype: Any  # of activations and of the cache; parameters keep their own
-    init: Callable[..., Params]  # (key) -> params
-    # apply: (params, tokens[B,T], attention_mask=None, segment_ids=None) -> logits[B,T,V] float32. segment_ids [B,T] int32
-    # pack several texts into one row: a token attends to its own segment only, and positions start again with each. A
-    # segment is a run of one id, and a row uses no id twice. Without an attention_mask, 0 marks padding.
+    dtype: Any
+    init: Callable[..., Params]
     apply: Callable[..., jax.Array]
-    # hidden: (params, tokens, attention_mask=None, segment_ids=None, *, prompt_length=0, group_size=1) -> [B,T,D] after the
-    # last norm. With a group_size, adjacent rows of a group have the same first prompt_length entries, which are computed
-    # once (`shared_prompts`). A row with another prompt than its group's first row is NaN. With "cudnn" it has no effect.
     hidden: Callable[..., jax.Array]
-    unembedding: Callable[..., jax.Array]  # (params) -> [V,D]
-    # init_cache: (batch, length) -> any tree of arrays [batch, ...], whose shapes and dtypes prefill and decode keep
+    unembedding: Callable[..., jax.Array]
     init_cache: Callable[..., Any]
-    # prefill: (params, tokens[B,P], attention_mask[B,P], cache) -> last hidden[B,D], cache; prompts are padded on the left
     prefill: Callable[..., tuple[jax.Array, Any]]
-    # decode: (params, token[B], position[B], index [], slots[B,S], cache) -> hidden[B,D], cache. The token stands in column
-    # index of its padded row, S columns long, and attends to the columns where slots is True, its own among them.
     decode: Callable[..., tuple[jax.Array, Any]]
-    # decode_params: (params) -> what sampling gives to prefill, decode and unembedding; made once, before the first step
     decode_params: Callable[[Params], Params] = unchanged
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ from pgjax.parallel.sharding import (
 )
 from pgjax.rollout.filters import draw, kept_logits
 
+Rows: TypeAlias = jax.typing.ArrayLike | Sequence[Sequence[int]]  # [B, P] of token ids, or of True and False
+
 
 class Scored(NamedTuple):
     """A model's outputs for given tokens, each [B, W]: the last W entries of the token frame."""
@@ -49,8 +51,8 @@ class Rollout(NamedTuple):
 def sample(
     lm: CausalLM,
     params: Params,
-    prompts: jax.typing.ArrayLike,
-    prompt_mask: jax.typing.ArrayLike,
+    prompts: Rows,
+    prompt_mask: Rows,
     key: jax.Array,
     *,
     max_new_tokens: int,
@@ -106,8 +108,8 @@ def sample(
 def sample_scored(
     lm: CausalLM,
     params: dict[str, Any],
-    prompts: jax.typing.ArrayLike,
-    prompt_mask: jax.typing.ArrayLike,
+    prompts: Rows,
+    prompt_mask: Rows,
     key: jax.Array,
     *,
     max_new_tokens: int,
