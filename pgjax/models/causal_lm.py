@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -13,35 +13,62 @@ import jax.numpy as jnp
 from pgjax.models.architecture import Architecture
 from pgjax.models.attention import Kernel, attention, cuda_capability, cudnn_takes
 from pgjax.models.decode_attention import slot_attention, takes
-from pgjax.models.forward import Params, embed, forward, rotary, run
+from pgjax.models.forward import embed, forward, rotary, run
 from pgjax.models.lora import merge_lora
 from pgjax.models.shared_prompts import check_groups
 from pgjax.models.transformer import Block, KeyValue, Norm, fuse
 from pgjax.parallel.sharding import constrain, gathered, splits
 
+Params: TypeAlias = Any  # a tree of arrays, which the functions of a `CausalLM` alone read
 Cache = tuple[KeyValue, ...]  # one pair per layer: separate buffers, so that a decode step writes each in place
 
 
+def unchanged(params: Params) -> Params:
+    """Return parameters as they are.
+
+    >>> unchanged({"w": 1})
+    {'w': 1}
+    """
+    return params
+
+
 class CausalLM(NamedTuple):
-    """The functions of one architecture; every one is pure and takes the parameters as its first argument."""
+    """The functions of one model; every one is pure, and all but `init_cache` take the parameters as their first argument.
+
+    This is the contract for a model of another library; `pg.bundle` writes most of it. Parameters are any tree of
+    floating-point arrays, and only these functions read it. A bundle is a static argument of compiled programs: make it once.
+    A row's results must depend neither on the padding around it nor on other rows, and positions count from 0 at its first
+    token: position = cumsum(attention_mask) - 1.
+
+    Attributes:
+        arch: the architecture; of another model, pgjax reads its vocab_size and max_positions alone (`bundle.Sizes`).
+        dtype: of activations and of the cache; parameters keep their own.
+        init: (key) -> params.
+        apply: (params, tokens[B,T], attention_mask=None, segment_ids=None) -> logits[B,T,V] float32. segment_ids [B,T] int32 pack
+            several texts into one row: a token attends to its own segment only, and positions start again with each. A segment
+            is a run of one id, and a row uses no id twice. Without an attention_mask, 0 marks padding.
+        hidden: (params, tokens, attention_mask=None, segment_ids=None, *, prompt_length=0, group_size=1) -> [B,T,D] after the
+            last norm. With a group_size, adjacent rows of a group have the same first prompt_length entries, which may be
+            computed once (`shared_prompts`); pgjax's own gives NaN to a row with another prompt than its group's first row,
+            and with "cudnn" computes each by itself.
+        unembedding: (params) -> [V,D].
+        init_cache: (batch, length) -> any tree of arrays [batch, ...], whose shapes and dtypes prefill and decode keep.
+        prefill: (params, tokens[B,P], attention_mask[B,P], cache) -> last hidden[B,D], cache; prompts are padded on the left.
+        decode: (params, token[B], position[B], index [], slots[B,S], cache) -> hidden[B,D], cache. The token stands in column
+            index of its padded row, S columns long, and attends to the columns where slots is True, its own among them.
+        decode_params: (params) -> what sampling gives to prefill, decode and unembedding; made once, before the first step.
+    """
 
     arch: Architecture
-    dtype: Any  # of activations and of the cache; parameters keep their own
-    init: Callable[..., Params]  # (key) -> params
-    # apply: (params, tokens[B,T], attention_mask=None, segment_ids=None) -> logits[B,T,V] float32. segment_ids [B,T] int32
-    # pack several texts into one row: a token attends to its own segment only, and positions start again with each. A
-    # segment is a run of one id, and a row uses no id twice. Without an attention_mask, 0 marks padding.
+    dtype: Any
+    init: Callable[..., Params]
     apply: Callable[..., jax.Array]
-    # hidden: (params, tokens, attention_mask=None, segment_ids=None, *, prompt_length=0, group_size=1) -> [B,T,D] after the
-    # last norm. With a group_size, adjacent rows of a group have the same first prompt_length entries, which are computed
-    # once (`shared_prompts`). A row with another prompt than its group's first row is NaN. With "cudnn" it has no effect.
     hidden: Callable[..., jax.Array]
-    unembedding: Callable[..., jax.Array]  # (params) -> [V,D]
-    init_cache: Callable[..., Cache]  # (batch, length) -> zeros
-    # prefill: (params, tokens[B,P], attention_mask, cache) -> last hidden[B,D], cache
-    prefill: Callable[..., tuple[jax.Array, Cache]]
-    # decode: (params, token[B], position[B], index, slots[B,S], cache) -> hidden[B,D], cache
-    decode: Callable[..., tuple[jax.Array, Cache]]
+    unembedding: Callable[..., jax.Array]
+    init_cache: Callable[..., Any]
+    prefill: Callable[..., tuple[jax.Array, Any]]
+    decode: Callable[..., tuple[jax.Array, Any]]
+    decode_params: Callable[[Params], Params] = unchanged
 
 
 def per_layer(params: Params) -> Params:
@@ -197,7 +224,8 @@ def _built(
         return run(norm, params["norm"], x), cache
 
     init = jax.jit(functools.partial(_initial, block, norm))  # one program, not one an operation
-    return CausalLM(arch, dtype, init, apply, hidden, unembedding, init_cache, prefill, decode)
+    ready = functools.partial(decode_params, dtype=dtype)
+    return CausalLM(arch, dtype, init, apply, hidden, unembedding, init_cache, prefill, decode, ready)
 
 
 def _initial(block: Block, norm: Norm, key: jax.Array) -> Params:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pgjax.models.causal_lm import CausalLM, decode_params
+from pgjax.models.causal_lm import CausalLM
 from pgjax.models.shared_prompts import firsts, repeated
 from pgjax.parallel.sharding import constrain, constrain_batch
 from pgjax.rollout.draws import draw_tokens, ends
@@ -66,7 +66,7 @@ def generate_in_lanes(
     refill = group_size * max(1, width // (REFILL * group_size))
     prompts, prompt_mask = (x.reshape(parts, rows, before) for x in (prompts, prompt_mask))
     _check_cache(lm, lanes, slots)
-    weights = decode_params(params, lm.dtype)
+    weights = lm.decode_params(params)
     unembedding = lm.unembedding(weights).astype(lm.dtype)
     flat = lambda x: constrain_batch(x.reshape(-1, *x.shape[2:]))
     parted = lambda x: constrain_batch(x.reshape(parts, -1, *x.shape[1:]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import numpy as np
 from pgjax.core.checks import check_whole
 from pgjax.core.errors import UserError
 from pgjax.data.padding import bucket_length
-from pgjax.models.causal_lm import CausalLM, Params, decode_params
+from pgjax.models.causal_lm import CausalLM, Params
 from pgjax.models.shared_prompts import check_groups, firsts, repeated
 from pgjax.parallel.sharding import (
     batch_parts,
@@ -27,6 +27,8 @@ from pgjax.parallel.sharding import (
 )
 from pgjax.rollout.draws import Drawn, draw_tokens, ends
 from pgjax.rollout.lanes import generate_in_lanes
+
+Rows: TypeAlias = jax.typing.ArrayLike | Sequence[Sequence[int]]  # [B, P] of token ids, or of True and False
 
 
 class Scored(NamedTuple):
@@ -49,8 +51,8 @@ class Rollout(NamedTuple):
 def sample(
     lm: CausalLM,
     params: Params,
-    prompts: jax.typing.ArrayLike,
-    prompt_mask: jax.typing.ArrayLike,
+    prompts: Rows,
+    prompt_mask: Rows,
     key: jax.Array,
     *,
     max_new_tokens: int,
@@ -115,8 +117,8 @@ def sample(
 def sample_scored(
     lm: CausalLM,
     params: dict[str, Any],
-    prompts: jax.typing.ArrayLike,
-    prompt_mask: jax.typing.ArrayLike,
+    prompts: Rows,
+    prompt_mask: Rows,
     key: jax.Array,
     *,
     max_new_tokens: int,
@@ -228,7 +230,7 @@ def _generate(
     length = start + max_new_tokens
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     prompt_lengths = prompt_mask.sum(1, dtype=jnp.int32)
-    weights = decode_params(params, lm.dtype)
+    weights = lm.decode_params(params)
     unembedding = lm.unembedding(weights).astype(lm.dtype)
 
     def choose(hidden: jax.Array, step: jax.Array) -> Drawn:
