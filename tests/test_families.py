@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from pgjax.models.architecture import Rope
-from pgjax.models.io.config import DEFAULTS, architecture_of, config_of
+from pgjax.models.io.config import architecture_of, config_of
+from pgjax.models.io.families import FAMILIES
 
 GOLDENS = Path(__file__).parent / "goldens"
 MODELS = ("llama", "llama3_rope", "qwen2", "qwen3", "gpt2")
@@ -23,12 +24,12 @@ GPT2 = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_h
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
 
-@pytest.mark.parametrize("family", sorted(DEFAULTS))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_absent_fields_mean_what_hugging_face_means(family):
     from transformers import AutoConfig
 
     theirs = AutoConfig.for_model(family).to_dict()
-    for name, value in DEFAULTS[family].items():
+    for name, value in FAMILIES[family].defaults.items():
         if name == "rope_theta":
             assert theirs["rope_parameters"] == {"rope_theta": value, "rope_type": "default"}
         elif value is not None and name in theirs:  # None: derived, below

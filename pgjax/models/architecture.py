@@ -19,7 +19,9 @@ class Rope:
 
     theta: float
     factor: float | None = None  # the context is this many times as long; None: no scaling, and nothing below matters
-    low_freq_factor: float | None = None  # llama3, yarn: pairs with fewer turns over the original context are scaled whole
+    low_freq_factor: float | None = (
+        None  # llama3, yarn: pairs with fewer turns over the original context are scaled whole
+    )
     high_freq_factor: float | None = None  # those with more are kept, and those in between are interpolated
     original_max_positions: int | None = None
     scaling: str = "llama3"  # or "linear", "dynamic", "yarn", "longrope"

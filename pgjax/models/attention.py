@@ -26,10 +26,9 @@ def attention(
 ) -> jax.Array:
     """Attend from query [B, H, T, hd] to key and value [B, Hkv, S, hd] where mask [B, T, S] is True.
 
-    softmax(q k / sqrt(hd)) v, or with `scale` softmax(scale q k) v; with `cap`, of scores cap * tanh(scores / cap) (Gemma 2, Gemma
-    Team 2024), with the softmax and the sums in float32. The H / Hkv query heads that share a key head
-    (grouped queries, Ainslie et al. 2023) are multiplied as one block of rows. A query whose mask is all False (padding)
-    gets a finite value.
+    softmax(q k / sqrt(hd)) v, or with `scale` softmax(scale q k) v, with the softmax and the sums in float32. With `cap`, the
+    scores are cap * tanh(scores / cap) (Gemma 2). The H / Hkv query heads that share a key head (grouped queries, Ainslie et
+    al. 2023) are multiplied as one block of rows. A query whose mask is all False (padding) gets a finite value.
 
     >>> import jax.numpy as jnp
     >>> q, kv = jnp.ones((1, 4, 3, 8)), jnp.ones((1, 2, 3, 8))
@@ -68,9 +67,10 @@ def causal_attention(
 ) -> jax.Array:
     """Attend from query [B, H, T, hd] to key and value [B, Hkv, T, hd] up to each query's own position.
 
-    The same as `attention` with a lower triangular mask, and a window of that many keys, the query's own included. "cudnn" never holds the [B, H, T, T] scores, forward or backward
-    (FlashAttention-2, Dao 2023). The order of the sums in its backward pass is not fixed unless XLA_FLAGS has
-    --xla_gpu_exclude_nondeterministic_ops=true: without it, two runs on one GPU differ by rounding.
+    The same as `attention` with a lower triangular mask, in which a query sees `window` keys at most, its own included. "cudnn"
+    never holds the [B, H, T, T] scores, forward or backward (FlashAttention-2, Dao 2023). The order of the sums in its backward
+    pass is not fixed unless XLA_FLAGS has --xla_gpu_exclude_nondeterministic_ops=true: without it, two runs on one GPU differ
+    by rounding.
 
     >>> import jax.numpy as jnp
     >>> q, kv = jnp.ones((1, 4, 3, 8)), jnp.ones((1, 2, 3, 8))

@@ -121,7 +121,9 @@ def ring_slots(slots: jax.Array, index: jax.Array, window: int) -> jax.Array:
     >>> ring_slots(jnp.array([[False, True, True, True]]), jnp.int32(2), 2).tolist()
     [[True, True]]
     """
-    columns = index - (index - jnp.arange(window)) % window  # which each slot holds; before the first one: not written yet
+    columns = (
+        index - (index - jnp.arange(window)) % window
+    )  # which each slot holds; before the first one: not written yet
     return jnp.take(slots, columns, axis=1, mode="clip") & (columns >= 0)[None, :]
 
 

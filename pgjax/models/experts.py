@@ -22,7 +22,7 @@ def init_experts(key: jax.Array, arch: Architecture, dtype: Any) -> dict[str, di
     """Draw the router and the experts' maps from N(0, 0.02^2).
 
     Returns:
-        {"router": {"kernel": [D, E]}, "expert_gate" and "expert_up": {"kernel": [E, D, F]}, "expert_down": {"kernel": [E, F, D]}}.
+        {"router": {"kernel": [D, E]}}, and the same of expert_gate and expert_up [E, D, F] and expert_down [E, F, D].
 
     >>> import dataclasses
     >>> from pgjax.models.io.config import architecture_of
@@ -33,9 +33,15 @@ def init_experts(key: jax.Array, arch: Architecture, dtype: Any) -> dict[str, di
     """
     assert arch.experts is not None
     number, width, inner = arch.experts.number, arch.width, arch.mlp_width
-    shapes = {"router": (width, number), **dict.fromkeys(MAPS[:2], (number, width, inner)), MAPS[2]: (number, inner, width)}
+    shapes = {
+        "router": (width, number),
+        **dict.fromkeys(MAPS[:2], (number, width, inner)),
+        MAPS[2]: (number, inner, width),
+    }
     normal, keys = nn.initializers.normal(0.02), jax.random.split(key, len(shapes))
-    return {name: {"kernel": normal(key, shape, dtype)} for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
+    return {
+        name: {"kernel": normal(key, shape, dtype)} for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
 
 
 def through_experts(

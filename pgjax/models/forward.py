@@ -83,7 +83,9 @@ def forward(
     def masked(query: jax.Array, key: jax.Array, value: jax.Array, kind: jax.Array | None, **group: Any) -> jax.Array:
         chosen = masks[0] if kind is None else jnp.stack(masks)[kind]
         attend = functools.partial(attention, scale=arch.attention_scale, cap=arch.attention_cap)
-        return group_attention(query, key, value, chosen, attend, **group) if group else attend(query, key, value, chosen)
+        return (
+            group_attention(query, key, value, chosen, attend, **group) if group else attend(query, key, value, chosen)
+        )
 
     if not group:
         return run_layers(tokens, positions, masked)
@@ -181,7 +183,9 @@ def rotary_tables(
     Where some layers rotate and others do not, the latter get a table that turns by nothing. `length` is that of the rows with
     what will be decoded behind them.
     """
-    found = {rope: rotary_table(rope, arch.head_dim, positions, length) for rope in (kind.rope for kind in kinds) if rope}
+    found = {
+        rope: rotary_table(rope, arch.head_dim, positions, length) for rope in (kind.rope for kind in kinds) if rope
+    }
     if not found:
         return [None] * len(kinds)
     cosine, sine = next(iter(found.values()))

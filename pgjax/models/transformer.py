@@ -222,7 +222,8 @@ class Block(nn.Module):
         if arch.qk_norm_whole:
             projected[:2] = [self.norm(f"{n}_norm", "rms")(x) for n, x in zip("qk", projected[:2], strict=True)]
         query, key, value = (
-            constrain(one.reshape(*y.shape[:2], -1, arch.head_dim).swapaxes(1, 2), "batch", "heads") for one in projected
+            constrain(one.reshape(*y.shape[:2], -1, arch.head_dim).swapaxes(1, 2), "batch", "heads")
+            for one in projected
         )
         if arch.qk_norm:
             query, key = self.norm("q_norm", "rms")(query), self.norm("k_norm", "rms")(key)
