@@ -129,8 +129,15 @@ def save(case):
     ours, theirs = (AutoConfig.for_model(**config).to_dict() for config in (written, HELD[case]["config"]))
     free = DERIVED | ({"intermediate_size"} if "moe_intermediate_size" in theirs else set())
     assert {name: value for name, value in theirs.items() if name not in free and ours.get(name) != value} == {}
-    rope = {name: value for name, value in theirs["rope_parameters"].items() if name != "type"}
-    assert rope == {name: ours["rope_parameters"].get(name) for name in rope}
+    for ours_of, theirs_of in zip(*map(ropes, (ours, theirs)), strict=True):
+        assert theirs_of == {name: ours_of.get(name) for name in theirs_of}
+
+
+def ropes(config):
+    """List the ropes of a configuration: one a type of layer, or one."""
+    given = config["rope_parameters"]
+    each = list(given.values()) if "full_attention" in given else [given]
+    return [{name: value for name, value in one.items() if name != "type"} for one in each]
 
 
 def reward_model(case):

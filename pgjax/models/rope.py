@@ -79,6 +79,7 @@ def rotary_table(rope: Rope, head_dim: int, positions: jax.Array, length: int | 
     frequencies = rope_frequencies(rope, head_dim, length)
     angles = positions.astype(jnp.float32)[:, None, :, None] * frequencies[None, None, None, :]
     if rope.scaling == "dynamic":  # NaN rather than a wrong number
+        assert rope.original_max_positions is not None
         angles = jnp.where(positions[:, None, :, None] < rope.original_max_positions, angles, jnp.nan)
     if rope.table_scale == 1.0:
         return jnp.cos(angles), jnp.sin(angles)

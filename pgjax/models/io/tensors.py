@@ -22,8 +22,13 @@ Span = tuple[int, int]  # of an axis: first index, and one past the last
 Box = tuple[Span, ...]  # a rectangle of an array, one span an axis
 
 _HEADS = ("lm_head", "embed_out", "score")  # outside of the base model, whatever its prefix
-_HARMLESS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # buffers, not parameters
-_HARMLESS += (".attention.bias", ".attention.masked_bias")
+_HARMLESS = (  # buffers, not parameters
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+    ".rotary_emb.inv_freq",
+)
 
 
 class Slot(NamedTuple):

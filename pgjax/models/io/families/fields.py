@@ -102,12 +102,13 @@ def check_full(fields: Mapping[str, Any]) -> None:
         raise UserError(f"layer_types holds {strange}; supported: {FULL}")
 
 
-def windows(fields: Mapping[str, Any], default: list[bool]) -> dict[str, Any]:
+def windows(fields: Mapping[str, Any], default: list[bool], *, needed: bool = False) -> dict[str, Any]:
     """Read which layers see a window of how many keys: `window` and `windowed` of an `Architecture`.
 
     Args:
         fields: with sliding_window, and perhaps layer_types.
         default: for each layer whether it has the window, where layer_types does not say.
+        needed: sliding_window may not be null where layers have a window; otherwise null is none.
 
     >>> windows({"sliding_window": 4, "layer_types": None}, [True, False])
     {'window': 4, 'windowed': (True, False)}
@@ -120,7 +121,13 @@ def windows(fields: Mapping[str, Any], default: list[bool]) -> dict[str, Any]:
         if strange:
             raise UserError(f"layer_types holds {strange}; supported: {FULL}, {SLIDING}")
     windowed = default if types is None else [kind == SLIDING for kind in types]
-    if fields.get("sliding_window") is None or not any(windowed):
+    if not any(windowed):
+        return {}
+    if fields.get("sliding_window") is None:
+        if needed or types is not None:
+            raise UserError(
+                f"sliding_window is null or unused, but layers {[i for i, one in enumerate(windowed) if one]} have it"
+            )
         return {}
     return {"window": integer(fields, "sliding_window"), "windowed": None if all(windowed) else tuple(windowed)}
 

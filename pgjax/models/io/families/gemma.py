@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
-from pgjax.core.errors import UserError
 from pgjax.models.architecture import Architecture
 from pgjax.models.io.families import fields as read
 from pgjax.models.io.families.family import (
@@ -23,7 +21,7 @@ from pgjax.models.io.families.family import (
     rotary,
     rotary_fields,
 )
-from pgjax.models.io.families.ropes import rope_of, rope_parameters
+from pgjax.models.io.families.ropes import by_layer_type, layer_type_parameters
 
 _ONLY = {**COMMON, "partial_rotary_factor": 1.0}
 _FOUR_NORMS = norms(
@@ -81,7 +79,7 @@ def _later(fields: Fields, every: int, **changes: Any) -> Architecture:
         attention_scale=read.above_zero("query_pre_attn_scalar", fields["query_pre_attn_scalar"]) ** -0.5,
         attention_cap=read.factor(fields, "attn_logit_softcapping", nothing=None),
         logit_cap=read.factor(fields, "final_logit_softcapping", nothing=None),
-        **read.windows(fields, [bool((layer + 1) % every) for layer in range(depth)]),
+        **read.windows(fields, [bool((layer + 1) % every) for layer in range(depth)], needed=True),
         **_scales(fields),
         **changes,
     )
@@ -115,26 +113,13 @@ GEMMA2 = Family(
 
 
 def _gemma3(fields: Fields) -> Architecture:
-    given = fields.get("rope_parameters") or {}
-    if not isinstance(given, Mapping) or not given.keys() <= {read.FULL, read.SLIDING}:
-        raise UserError(f"rope_parameters = {given!r} must have the fields {read.FULL} and {read.SLIDING}")
-    head_dim = read.integer(fields, "head_dim")
-    one = {"partial": False, "interleaved": False}
-    full = {**(given.get(read.FULL) or {}), **(fields.get("rope_scaling") or {})}
-    local = {"rope_theta": fields["rope_local_base_freq"], **(given.get(read.SLIDING) or {})}
-    rope, window_rope = rope_of(full, fields, head_dim, **one), rope_of(local, fields, head_dim, **one)
-    pattern = read.integer(fields, "sliding_window_pattern")
-    return _later(fields, pattern, qk_norm=True, rope=rope, window_rope=None if window_rope == rope else window_rope)
+    ropes = by_layer_type(fields, fields["rope_local_base_freq"], read.integer(fields, "head_dim"))
+    return _later(fields, read.integer(fields, "sliding_window_pattern"), qk_norm=True, **ropes)
 
 
 def _gemma3_fields(arch: Architecture) -> dict[str, Any]:
-    assert arch.rope is not None
-    local = arch.window_rope or arch.rope
-    both = {
-        kind: {"rope_theta": rope.theta, **rope_parameters(rope, arch.head_dim)}
-        for kind, rope in ((read.FULL, arch.rope), (read.SLIDING, local))
-    }
-    return _later_fields(arch, rope_parameters=both, rope_local_base_freq=local.theta)
+    ropes = layer_type_parameters(arch)
+    return _later_fields(arch, rope_parameters=ropes, rope_local_base_freq=ropes[read.SLIDING]["rope_theta"])
 
 
 GEMMA3 = Family(

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pgjax.core.errors import UserError
-from pgjax.models.architecture import Rope
-from pgjax.models.io.families.fields import above_zero, boolean, integer
+from pgjax.models.architecture import Architecture, Rope
+from pgjax.models.io.families.fields import FULL, SLIDING, above_zero, boolean, integer
 
 _LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
@@ -33,9 +33,8 @@ def read_rope(fields: Mapping[str, Any], head_dim: int, *, partial: bool = False
     for name, value in given.items():
         if not isinstance(value, Mapping):
             raise UserError(f"{name} = {value!r} must be an object of its fields")
-    read = [
-        rope_of(value, fields, head_dim, partial=partial, interleaved=interleaved) for value in given.values() or [{}]
-    ]
+    objects: list[Mapping[str, Any]] = list(given.values()) or [{}]
+    read = [rope_of(one, fields, head_dim, partial=partial, interleaved=interleaved) for one in objects]
     if any(rope != read[0] for rope in read):  # transformers 4 and 5 use different ones
         raise UserError(f"rope_parameters and rope_scaling differ ({given}): keep the right one")
     return read[0]
@@ -173,3 +172,31 @@ def rope_fields(rope: Rope, head_dim: int) -> dict[str, Any]:
         fields["partial_rotary_factor"] = told["partial_rotary_factor"]
     scaling = {name: value for name, value in told.items() if name != "partial_rotary_factor"}
     return fields if told["rope_type"] == "default" else {**fields, "rope_scaling": scaling}
+
+
+def by_layer_type(fields: Mapping[str, Any], local_theta: Any, head_dim: int) -> dict[str, Any]:
+    """Read one rope for layers that see everything and one for those with a window: `rope` and `window_rope`.
+
+    Args:
+        fields: with rope_parameters by type of layer (transformers 5), or rope_scaling, of the first kind alone (4).
+        local_theta: theta of layers with a window, where rope_parameters does not say.
+        head_dim: of a head.
+
+    >>> ropes = by_layer_type({"rope_theta": 100.0}, 10.0, 8)
+    >>> ropes["rope"].theta, ropes["window_rope"].theta
+    (100.0, 10.0)
+    """
+    given = fields.get("rope_parameters") or {}
+    if not isinstance(given, Mapping) or not given.keys() <= {FULL, SLIDING}:
+        raise UserError(f"rope_parameters = {given!r} must have the fields {FULL} and {SLIDING}")
+    full = {**(given.get(FULL) or {}), **(fields.get("rope_scaling") or {})}
+    local = {"rope_theta": local_theta, **(given.get(SLIDING) or {})}
+    rope, window_rope = (rope_of(one, fields, head_dim, partial=False, interleaved=False) for one in (full, local))
+    return {"rope": rope, "window_rope": None if window_rope == rope else window_rope}
+
+
+def layer_type_parameters(arch: Architecture) -> dict[str, Any]:
+    """Write both ropes by type of layer."""
+    assert arch.rope is not None
+    ropes = {FULL: arch.rope, SLIDING: arch.window_rope or arch.rope}
+    return {kind: {"rope_theta": rope.theta, **rope_parameters(rope, arch.head_dim)} for kind, rope in ropes.items()}
