@@ -46,6 +46,7 @@ PARAMETERS: Mapping[tuple[str, ...], tuple[str | None, ...]] = {
     ("head", "kernel"): ("vocab", "width"),
     **{(name, "kernel"): (None, into, out) for name, (into, out) in _MAPS.items()},
     **{(name, "bias"): (None, out) for name, (_, out) in _MAPS.items() if out != "width"},
+    **{(f"expert_{name}", "kernel"): (None, None, *axes) for name, axes in _MAPS.items() if "mlp" in axes},
     **{(name, "lora_a"): (None, into, None) for name, (into, _) in _MAPS.items()},
     **{(name, "lora_b"): (None, None, out) for name, (_, out) in _MAPS.items()},
 }
