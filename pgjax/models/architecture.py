@@ -55,3 +55,5 @@ class Architecture:
     mlp_bias: bool
     qk_norm: bool  # an RMS norm on every query and key head
     tied: bool  # the unembedding is the token embedding
+    logit_cap: float | None = None  # logits become cap * tanh(logits / cap)
+    known_ids: int | None = None  # ids from here on pad the embedding and have probability 0; None: there are none
