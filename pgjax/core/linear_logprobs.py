@@ -37,7 +37,7 @@ def linear_token_logprobs(
     it is a few times B * T * V.
 
     On a mesh with Explicit axes (jax's default), the layout is read off the arguments' types, under `jit` and outside: rows,
-    and time, stay split as `hidden` has them. On a mesh with Auto axes (`pg.make_mesh`), pass `mesh`. In both, the unembedding
+    and time, stay split as `hidden` has them. On a mesh with Auto axes (`parallel.mesh`), pass `mesh`. In both, the unembedding
     is gathered over axes of the mesh that split rows once before the loop, and its gradient is reduced once after it, so the
     loop does no communication. A split of the vocabulary over other axes is kept: each device loops over its own part, and
     the sums are added up over devices after the loop.

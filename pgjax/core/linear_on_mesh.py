@@ -1,7 +1,7 @@
 """Log-probabilities from hidden states over a mesh: which of its axes split what, and the rule on each device's part."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -165,8 +165,9 @@ def _split(
 def _split_forward(
     hidden: jax.Array, unembedding: jax.Array, ids: jax.Array, temperature: jax.Array, layout: Layout, options: Options
 ) -> tuple[Outputs, Saved]:
-    def here(*xs: jax.Array) -> tuple[Outputs, tuple[jax.Array | None, ...]]:
-        outputs, saved = forward(*_varying_alike(*xs), options)
+    def here(h: jax.Array, w: jax.Array, ids: jax.Array, t: jax.Array) -> tuple[Outputs, Saved]:
+        h, w, ids, t = _varying_alike(h, w, ids, t)
+        outputs, saved = forward(h, w, ids, t, options)
         return outputs, saved[4:]
 
     by_row, of_unembedding = _specs(layout)
@@ -177,7 +178,7 @@ def _split_forward(
 
 
 def _split_backward(
-    layout: Layout, options: Options, saved: Saved, cotangents: Outputs
+    layout: Layout, options: Options, saved: Any, cotangents: Outputs
 ) -> tuple[jax.Array, jax.Array, None, jax.Array]:
     across = tuple(axis for axis in (*layout.rows, *layout.time) if axis not in layout.width)
 

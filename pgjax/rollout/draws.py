@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pgjax.models.causal_lm import bounded_logits
 from pgjax.models.heads import state_values
 from pgjax.models.transformer import columns_dot
 from pgjax.parallel.sharding import constrain, constrain_batch
@@ -18,12 +19,13 @@ Drawn = tuple[
 
 
 def draw_tokens(
-    unembedding: jax.Array, hidden: jax.Array, row_keys: jax.Array, positions: jax.Array, options: dict[str, Any],
+    arch: Any, unembedding: jax.Array, hidden: jax.Array, row_keys: jax.Array, positions: jax.Array, options: dict[str, Any],
     value_head: Any,
 ) -> Drawn:  # fmt: skip
     """Draw each row's next token.
 
     Args:
+        arch: of the model, which says how logits are bounded (`causal_lm.bounded_logits`).
         unembedding: [V, D].
         hidden: [B, D], of the last token read.
         row_keys: [B] typed keys.
@@ -34,13 +36,15 @@ def draw_tokens(
     Returns:
         [B] each: the token, its log-probability, and with a value head the value and the entropy.
 
+    >>> from pgjax.models.bundle import Sizes
     >>> keys = jax.random.split(jax.random.key(0), 1)
-    >>> token, *_ = draw_tokens(jnp.eye(3), jnp.eye(3)[1:2], keys, jnp.zeros(1, jnp.int32), {"temperature": 0.0}, None)
+    >>> token, *_ = draw_tokens(Sizes(3, 8), jnp.eye(3), jnp.eye(3)[1:2], keys, jnp.zeros(1, jnp.int32), {"temperature": 0.0}, None)
     >>> token.tolist()
     [1]
     """
     # Every device draws for rows of its own, tensor's too, and needs their logits whole: these change hands here.
-    logits = constrain(constrain(columns_dot(unembedding, hidden), "batch", "vocab"), "row")
+    logits = bounded_logits(columns_dot(unembedding, hidden), cap=arch.logit_cap, known_ids=arch.known_ids)
+    logits = constrain(constrain(logits, "batch", "vocab"), "row")
     kept = kept_logits(logits, **options)
     token, logprob = draw(kept, row_keys, constrain(positions, "batch"))
     if value_head is None:

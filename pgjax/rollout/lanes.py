@@ -78,7 +78,7 @@ def generate_in_lanes(
         """Draw for rows [p, k]: the tokens, and all that is written of them."""
         numbers = row + rows * jnp.arange(parts, dtype=jnp.int32)[:, None]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, flat(numbers))
-        token, logprob, more = draw_tokens(unembedding, hidden, keys, flat(position), options, value_head)
+        token, logprob, more = draw_tokens(lm.arch, unembedding, hidden, keys, flat(position), options, value_head)
         token, *others = (parted(x) for x in (token, logprob, *more))
         return token, (token, *others)
 

@@ -234,7 +234,7 @@ def _generate(
     unembedding = lm.unembedding(weights).astype(lm.dtype)
 
     def choose(hidden: jax.Array, step: jax.Array) -> Drawn:
-        return draw_tokens(unembedding, hidden, row_keys, prompt_lengths + step, options, value_head)
+        return draw_tokens(lm.arch, unembedding, hidden, row_keys, prompt_lengths + step, options, value_head)
 
     def write(step: jax.Array, alive: jax.Array, chosen: tuple[Any, ...], written: tuple[Rollout, Any]) -> Any:
         token, *outputs = chosen
