@@ -38,7 +38,7 @@ def draw_tokens(
 
     >>> from pgjax.models.bundle import Sizes
     >>> keys = jax.random.split(jax.random.key(0), 1)
-    >>> token, *_ = draw_tokens(Sizes(3, 8), jnp.eye(3), jnp.eye(3)[1:2], keys, jnp.zeros(1, jnp.int32), {"temperature": 0.0}, None)
+    >>> token, *_ = draw_tokens(Sizes(3, 8), jnp.eye(3), jnp.eye(3)[1:2], keys, jnp.array([0]), {"temperature": 0.0}, None)
     >>> token.tolist()
     [1]
     """
