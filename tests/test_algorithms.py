@@ -10,7 +10,7 @@ import pytest
 
 import pgjax as pg
 from pgjax.core.errors import UserError
-from pgjax.core.losses import REDUCTIONS
+from pgjax.core.reductions import REDUCTIONS
 from pgjax.learning import programs
 from pgjax.learning.algorithm import Algorithm, Batch, check_algorithm
 from pgjax.learning.by_name import load_algorithm

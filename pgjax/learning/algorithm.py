@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from pgjax.core.errors import UserError
-from pgjax.core.losses import REDUCTIONS
+from pgjax.core.reductions import REDUCTIONS
 
 
 class Experience(NamedTuple):

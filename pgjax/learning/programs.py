@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pgjax.core.advantages import kl_shaped_rewards, monte_carlo_returns, truncated_importance_weights
+from pgjax.core.advantages import kl_shaped_rewards, monte_carlo_returns
 from pgjax.core.checks import check_whole
+from pgjax.core.importance import truncated_importance_weights
 from pgjax.core.kl import adaptive_kl_coef, kl_k1
 from pgjax.core.masking import masked_mean, where_mask
 from pgjax.learning.algorithm import Algorithm, Batch, Experience, check_algorithm
