@@ -125,7 +125,7 @@ def gdpo_advantages(
     chex.assert_rank([rewards, weights], [2, 1])
     chex.assert_axis_dimension(rewards, 1, weights.shape[0])
     scored = jax.vmap(lambda x: group_advantages(x, group_size=group_size), in_axes=1, out_axes=1)(rewards)
-    return _whitened(jnp.sum(scored * weights, axis=1), lengths, axis_name)
+    return _whitened(jnp.sum(scored * weights[None], axis=1), lengths, axis_name)
 
 
 def opo_advantages(scores: ArrayLike, lengths: ArrayLike, *, group_size: int) -> jax.Array:
@@ -197,7 +197,7 @@ def pass_at_k_advantages(scores: ArrayLike, *, group_size: int, k: int | None = 
     ordered = jnp.sort(groups[:, others], axis=2)  # [B / G, G, G - 1]
     # The j-th smallest of the others is the best of k - 1 of them in (j over k - 2) sets.
     sets = [math.comb(j, size - 2) / math.comb(group_size - 1, size - 1) for j in range(group_size - 1)]
-    gains = jnp.maximum(groups[:, :, None] - ordered, 0.0) * jnp.asarray(sets, groups.dtype)
+    gains = jnp.maximum(groups[:, :, None] - ordered, 0.0) * jnp.asarray([[sets]], groups.dtype)
     return size * jnp.sum(gains, axis=2).reshape(-1)
 
 
