@@ -10,7 +10,7 @@ import pytest
 
 import pgjax as pg
 from pgjax.core.errors import UserError
-from pgjax.core.losses import REDUCTIONS
+from pgjax.core.reductions import REDUCTIONS
 from pgjax.learning import programs
 from pgjax.learning.algorithm import Algorithm, Batch, check_algorithm
 from pgjax.learning.by_name import load_algorithm
@@ -205,7 +205,7 @@ def test_an_algorithm_is_found_by_name_and_its_options_overridden():
         (
             "trpo",
             {},
-            "no algorithm 'trpo': it is one of ppo, rloo, grpo, dr_grpo, reinforce, or module:name for your own",
+            "no algorithm 'trpo': it is one of ppo, rloo, grpo, dr_grpo, reinforce, gspo, .*, or module:name for your own",
         ),
         ("_group", {}, "no algorithm '_group'"),
         ("check_algorithm", {}, "no algorithm 'check_algorithm'"),

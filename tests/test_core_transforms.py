@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import pgjax.core.advantages as adv
+import pgjax.core.importance as importance
 import pgjax.core.kl as kl
 import pgjax.core.logprobs as lp
 import pgjax.core.losses as losses
@@ -239,6 +240,6 @@ def test_plain_numbers_have_no_say_in_the_dtype_with_64_bits_enabled():
             adv.kl_shaped_rewards(BATCH["scores"], x, mask, kl_coef=0.1),
             adv.monte_carlo_returns(x, mask, discount=0.9),
             adv.monte_carlo_advantages(x, x, mask),
-            adv.truncated_importance_weights(x, x, mask, cap=2.0),
+            importance.truncated_importance_weights(x, x, mask, cap=2.0),
         )
     assert [y.dtype for y in found] == [jnp.float32] * 4

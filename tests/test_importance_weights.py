@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.laboratory import token_mdp as mdp
-from pgjax.core.advantages import truncated_importance_weights
+from pgjax.core.importance import truncated_importance_weights
 from pgjax.core.losses import policy_gradient_loss
 from tests import expected_gradients as lab
 from tests.compare import assert_close

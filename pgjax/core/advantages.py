@@ -166,7 +166,26 @@ def monte_carlo_advantages(
     return where_mask(as_mask(mask, rewards), returns - values)
 
 
-def _groups(scores: jax.typing.ArrayLike, group_size: int) -> jax.Array:
+def groups_of(scores: jax.typing.ArrayLike, group_size: int) -> jax.Array:
+    """Lay out scores a group a row.
+
+    Args:
+      scores: [B], reward units; the `group_size` rows of one prompt are adjacent.
+      group_size: G, samples per prompt, at least 2, divides B.
+
+    Returns:
+      [B / G, G] float32.
+
+    Raises:
+      ValueError: `group_size` is below 2 or does not divide B.
+      AssertionError: `scores` is not of rank 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(groups_of(jnp.array([1, 3, 5, 7]), 2))
+      [[1. 3.]
+       [5. 7.]]
+    """
     scores = as_float(scores)
     chex.assert_rank(scores, 1)
     if group_size < 2:
@@ -200,7 +219,7 @@ def leave_one_out_baseline(scores: jax.typing.ArrayLike, *, group_size: int) -> 
       >>> print(leave_one_out_baseline(jnp.array([1.0, 3.0, 5.0, 7.0]), group_size=2))
       [3. 1. 7. 5.]
     """
-    groups = _groups(scores, group_size)
+    groups = groups_of(scores, group_size)
     others = jnp.sum(groups, axis=1, keepdims=True) - groups
     return (others / (group_size - 1)).reshape(-1)
 
@@ -234,7 +253,7 @@ def group_advantages(scores: jax.typing.ArrayLike, *, group_size: int, normalize
       >>> print(group_advantages(jnp.array([1.0, 3.0, 5.0, 5.0]), group_size=2, normalize=False))
       [-1.  1.  0.  0.]
     """
-    groups = _groups(scores, group_size)
+    groups = groups_of(scores, group_size)
     # Relative to the group's first score, equal scores are exactly 0: the division would scale a rounding error up by 1e4.
     shifted = groups - groups[:, :1]
     centred = shifted - jnp.mean(shifted, axis=1, keepdims=True)
@@ -244,49 +263,3 @@ def group_advantages(scores: jax.typing.ArrayLike, *, group_size: int, normalize
     varied = variance > 0
     deviation = where_mask(varied, jnp.sqrt(jnp.where(varied, variance, 1.0)))
     return (centred / (deviation + 1e-4)).reshape(-1)
-
-
-def truncated_importance_weights(
-    logprobs: jax.typing.ArrayLike,
-    sampler_logprobs: jax.typing.ArrayLike,
-    mask: jax.typing.ArrayLike | None = None,
-    *,
-    cap: jax.typing.ArrayLike,
-) -> jax.Array:
-    """Compute importance weights for samples of another distribution than the policy's, bounded by a cap.
-
-    w = min(exp(logprobs - sampler_logprobs), cap). Ionides (2008), "Truncated Importance Sampling". Use it where the
-    sampler differs from the learner: by its precision, by a filter such as top_p, or by its age.
-
-    For whole sequences ([B]), w times the advantage is unbiased at `cap` = inf, provided that the sampler can draw every
-    sequence that the policy can. For single tokens ([B, T]), it corrects the distribution of each token given the
-    sampler's prefixes: this is the gradient of the local objective (`losses.clipped_surrogate_loss`), which is biased for
-    the policy's own objective. A cap bounds the variance, and biases towards the sampler's gradient by the probability
-    mass that it cuts off.
-
-    Args:
-      logprobs: any shape ([B, T] tokens, [B] sequences), nats, under the policy.
-      sampler_logprobs: the same shape, nats, under the distribution that was sampled from.
-      mask: the same shape, boolean; None counts every entry.
-      cap: [] above 0; infinity for no cap.
-
-    Returns:
-      The same shape, float32, 0 outside the mask; carries no gradient.
-
-    Raises:
-      ValueError: `cap` is a number not above 0.
-      AssertionError: the shapes differ.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> policy, sampler = jnp.log(jnp.array([0.2, 0.8])), jnp.log(jnp.array([0.4, 0.2]))
-      >>> print(truncated_importance_weights(policy, sampler, cap=2.0).round(3))
-      [0.5 2. ]
-    """
-    check_number("cap", cap, 0, strict=True)
-    new, old = jax.lax.stop_gradient(as_floats(logprobs, sampler_logprobs))
-    bound = jax.lax.stop_gradient(jnp.asarray(cap).astype(new.dtype))
-    chex.assert_equal_shape([new, old])
-    inside = as_mask(mask, new)
-    # The cap is applied before exp, so that nothing overflows.
-    return where_mask(inside, jnp.exp(jnp.minimum(where_mask(inside, new - old), jnp.log(bound))))

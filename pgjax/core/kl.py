@@ -17,6 +17,7 @@ sequence, and by less in a larger batch.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 from pgjax.core.checks import check_number
 from pgjax.core.logprobs import shifted_logits, token_frame
 from pgjax.core.masking import as_float, as_floats, where_mask
+from pgjax.core.reductions import aligned
 
 
 def _log_ratio(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
@@ -33,12 +35,12 @@ def _log_ratio(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
     return logprobs - jax.lax.stop_gradient(ref_logprobs)
 
 
-def _finite_gradient(function: Callable[[jax.Array], jax.Array], d: jax.Array) -> jax.Array:
+def _finite_gradient(function: Callable[[Any], jax.Array], d: Any) -> jax.Array:
     # The mask is applied later, so a masked entry may hold any value here. One that is not finite is returned as it is and
     # gets no gradient: 0 * inf would put NaN into the gradients of everything that it was computed from.
     value = jax.lax.stop_gradient(function(d))
     finite = jnp.isfinite(value)
-    return jnp.where(finite, function(jnp.where(finite, d, 0.0)), value)
+    return jnp.where(finite, function(jax.tree.map(lambda x: jnp.where(finite, x, 0.0), d)), value)
 
 
 def kl_k1(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
@@ -124,6 +126,39 @@ def kl_k3(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
     return _finite_gradient(lambda d: jnp.expm1(-d) + d, _log_ratio(logprobs, ref_logprobs))
 
 
+def kl_k3_unbiased(logprobs: jax.Array, ref_logprobs: jax.Array, old_logprobs: jax.Array) -> jax.Array:
+    """Estimate KL(policy || reference) by k3, weighted so that its gradient as a loss is the KL's own.
+
+    r k3, r = exp(logprobs - old_logprobs), k3 = exp(-d) - 1 + d, d = log pi - log ref; the gradient goes through both.
+    DeepSeek-AI (2025), "DeepSeek-V3.2".
+
+    Use: as a loss. Its expected gradient is that of each token's own KL(policy || reference), at the prefixes of the policy that
+    sampled, on and off policy: that of `categorical_kl` as a loss and, on policy, of `kl_k2`. (k3 alone gives the forward KL's.)
+    It leaves out each token's effect on later ones; of `logprobs` summed over the sequence first, it is exactly that of the
+    sequence's KL.
+
+    Args:
+      logprobs: any shape, nats, under the present policy.
+      ref_logprobs: the same shape, nats, of the same tokens; carries no gradient.
+      old_logprobs: the same shape, nats, under the policy that sampled them; carries no gradient.
+
+    Returns:
+      The same shape, float32, in nats.
+
+    Raises:
+      AssertionError: the shapes differ.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> x = jnp.array([-1.0])
+      >>> f"{kl_k3_unbiased(x, x + 1.0, x - 1.0)[0]:.3f}"
+      '1.952'
+    """
+    d = _log_ratio(logprobs, ref_logprobs)
+    log_ratio = _log_ratio(logprobs, old_logprobs).astype(d.dtype)
+    return _finite_gradient(lambda both: jnp.exp(both[1]) * (jnp.expm1(-both[0]) + both[0]), (d, log_ratio))
+
+
 def categorical_kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
     """Sum KL(policy || reference) over the vocabulary, at each token.
 
@@ -163,6 +198,38 @@ def categorical_kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
     kl = jnp.sum(jnp.exp(logp) * (where_mask(summed, logp) - where_mask(summed, logq)), axis=-1)
     kl = jnp.where(covered, kl, jnp.inf)
     return token_frame(jnp.where(usable & ref_usable, kl, jnp.nan))
+
+
+def distillation_advantages(
+    teacher_logprobs: jax.typing.ArrayLike, logprobs: jax.typing.ArrayLike, mask: jax.typing.ArrayLike | None = None
+) -> jax.Array:
+    """Reward each token of the policy's own samples by how much likelier the teacher finds it: on-policy distillation.
+
+    A_t = sg[log pi_teacher - log pi]. Agarwal et al. (2024), "On-Policy Distillation of Language Models"; Lu and Thinking
+    Machines (2025), "On-Policy Distillation".
+
+    Biased for KL(policy || teacher), the reverse KL of sequences: a token is not charged for the prefixes that it leads to. The
+    gradient is minus that of each token's own reverse KL at the policy's prefixes: that of `categorical_kl` as a loss, which
+    sums over the vocabulary and so has less variance. With reward-to-go, `monte_carlo_returns` of these, it is exact.
+
+    Args:
+      teacher_logprobs: [B, T], nats, of the same tokens.
+      logprobs: [B, T], nats, under the policy that sampled them.
+      mask: [B, T] boolean; None counts every entry.
+
+    Returns:
+      [B, T] float32, nats; 0 outside the mask; carries no gradient.
+
+    Raises:
+      AssertionError: the shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(distillation_advantages(jnp.array([[-1.0, -2.0]]), jnp.array([[-2.0, -2.0]])))
+      [[1. 0.]]
+    """
+    _, (teacher, policy) = aligned(mask, jax.lax.stop_gradient(teacher_logprobs), jax.lax.stop_gradient(logprobs))
+    return teacher - policy
 
 
 def adaptive_kl_coef(

@@ -11,37 +11,8 @@ from jax.lax import stop_gradient
 from jax.typing import ArrayLike
 
 from pgjax.core.checks import check_number
-from pgjax.core.masking import AxisName, as_floats, as_mask, global_sum, masked_mean, where_mask
-
-REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum")  # of a loss to one number
-
-
-def _aligned(mask: ArrayLike | None, *xs: ArrayLike) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Cast arrays to one float type and set them to zero outside the mask, before exp is applied to them."""
-    arrays = as_floats(*xs)
-    chex.assert_equal_shape(arrays)
-    inside = as_mask(mask, arrays[0])
-    return inside, tuple(where_mask(inside, x) for x in arrays)
-
-
-def _reduce(losses: jax.Array, mask: jax.Array, reduce: str, axis_name: AxisName) -> jax.Array:
-    if reduce == "none":
-        return where_mask(mask, losses).astype(jnp.float32)
-    if reduce not in REDUCTIONS:
-        raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, none, got {reduce!r}")
-    if reduce == "token_mean" or losses.ndim < 2:
-        return masked_mean(losses, mask, axis_name=axis_name)
-    sums = jnp.sum(where_mask(mask, losses), axis=-1)
-    counts = jnp.sum(mask.astype(losses.dtype), axis=-1)
-    rows = sums / jnp.maximum(counts, 1.0) if reduce == "sequence_mean" else sums
-    return masked_mean(rows, counts > 0, axis_name=axis_name)
-
-
-def _ratio_range(clip_eps: ArrayLike, clip_eps_high: ArrayLike | None, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    above = clip_eps if clip_eps_high is None else clip_eps_high
-    check_number("clip_eps", clip_eps, 0)
-    check_number("clip_eps_high", above, 0)
-    return 1.0 - jnp.asarray(clip_eps, dtype), 1.0 + jnp.asarray(above, dtype)
+from pgjax.core.masking import AxisName, as_floats, global_sum, masked_mean, where_mask
+from pgjax.core.reductions import aligned, ratio_range, reduced
 
 
 def policy_gradient_loss(
@@ -87,8 +58,8 @@ def policy_gradient_loss(
       >>> print(policy_gradient_loss(jnp.array([-1.0, -2.0]), jnp.array([1.0, -1.0])))
       -0.5
     """
-    inside, (logprobs, advantages) = _aligned(mask, logprobs, stop_gradient(advantages))
-    return _reduce(-advantages * logprobs, inside, reduce, axis_name)
+    inside, (logprobs, advantages) = aligned(mask, logprobs, stop_gradient(advantages))
+    return reduced(-advantages * logprobs, inside, reduce, axis_name)
 
 
 def clipped_surrogate_loss(
@@ -144,8 +115,8 @@ def clipped_surrogate_loss(
     """
     if dual_clip is not None:
         check_number("dual_clip", dual_clip, 1, strict=True)
-    inside, (new, old, advantages) = _aligned(mask, logprobs, stop_gradient(old_logprobs), stop_gradient(advantages))
-    low, high = _ratio_range(clip_eps, clip_eps_high, new.dtype)
+    inside, (new, old, advantages) = aligned(mask, logprobs, stop_gradient(old_logprobs), stop_gradient(advantages))
+    low, high = ratio_range(clip_eps, clip_eps_high, new.dtype)
     upper = jnp.where(advantages > 0, high, jnp.asarray(jnp.inf if dual_clip is None else dual_clip, new.dtype))
     lower = jnp.where(advantages < 0, low, -jnp.inf)
     # Comparisons instead of min and clip, because these divide the gradient between their arguments at a tie. Entries that
@@ -154,7 +125,7 @@ def clipped_surrogate_loss(
     stopped = (at < lower) | (at > upper)
     moving = jnp.exp(where_mask(~stopped & (advantages != 0), new - old))
     ratio = jnp.where(stopped, stop_gradient(jnp.clip(at, lower, upper)), moving)
-    return _reduce(-ratio * advantages, inside, reduce, axis_name)
+    return reduced(-ratio * advantages, inside, reduce, axis_name)
 
 
 def value_loss(
@@ -199,10 +170,10 @@ def value_loss(
         given, absent = ("clip_eps", "old_values") if old_values is None else ("old_values", "clip_eps")
         raise ValueError(f"value_loss got {given} without {absent}; give both to clip, neither not to")
     if old_values is None or clip_eps is None:
-        inside, (new, target) = _aligned(mask, values, stop_gradient(returns))
+        inside, (new, target) = aligned(mask, values, stop_gradient(returns))
         return masked_mean(0.5 * jnp.square(new - target), inside, axis_name=axis_name)
     check_number("clip_eps", clip_eps, 0)
-    inside, (new, target, old) = _aligned(mask, values, stop_gradient(returns), stop_gradient(old_values))
+    inside, (new, target, old) = aligned(mask, values, stop_gradient(returns), stop_gradient(old_values))
     bound = jax.lax.stop_gradient(jnp.asarray(clip_eps, new.dtype))
     held = old + jnp.clip(new - old, -bound, bound)
     error, held_error = jnp.square(new - target), jnp.square(held - target)
@@ -313,7 +284,7 @@ def surrogate_diagnostics(
       >>> print(found["clip_fraction"], found["ratio_max"])
       0.5 1.5
     """
-    inside, (new, old) = _aligned(mask, stop_gradient(logprobs), stop_gradient(old_logprobs))
+    inside, (new, old) = aligned(mask, stop_gradient(logprobs), stop_gradient(old_logprobs))
     log_ratio = new - old
     ratio = jnp.exp(log_ratio)
     least = jnp.min(ratio, initial=jnp.inf, where=inside)
@@ -321,7 +292,7 @@ def surrogate_diagnostics(
     if axis_name is not None:
         least, largest = jax.lax.pmin(least, axis_name), jax.lax.pmax(largest, axis_name)
     seen = global_sum(inside.astype(ratio.dtype), axis_name) > 0
-    low, high = _ratio_range(clip_eps, clip_eps_high, ratio.dtype)
+    low, high = ratio_range(clip_eps, clip_eps_high, ratio.dtype)
     far = ((ratio < low) | (ratio > high)).astype(ratio.dtype)
     return {
         "approx_kl": masked_mean(jnp.expm1(log_ratio) - log_ratio, inside, axis_name=axis_name),

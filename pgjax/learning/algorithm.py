@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from pgjax.core.errors import UserError
-from pgjax.core.losses import REDUCTIONS
+from pgjax.core.reductions import REDUCTIONS
 
 
 class Experience(NamedTuple):
@@ -39,6 +39,7 @@ class Batch(NamedTuple):
     advantages: jax.Array
     ref_logprobs: jax.Array | None = None  # of the frozen reference, for a KL in the loss
     weights: jax.Array | None = None  # what each token counts in the policy's losses; None: 1
+    chosen: jax.Array | None = None  # [B, W] bool, of `Algorithm.choose`
 
 
 class Algorithm(NamedTuple):
@@ -65,6 +66,7 @@ class Algorithm(NamedTuple):
     value_clip_eps: float | None = None  # range of the value around its old one; None: no clipping
     clip_range: tuple[float, float] = (math.inf, math.inf)  # below and above 1: what the clip fraction counts
     on_policy: bool = False  # the loss holds for the policy that sampled alone: one update a rollout
+    choose: Callable[[Experience, jax.Array], jax.Array] | None = None  # (experience, advantages) -> `Batch.chosen`
 
 
 def check_algorithm(algorithm: Algorithm) -> None:

@@ -1,7 +1,8 @@
 """Algorithms as values: a few pure functions and numbers each, which `iteration` composes with a model.
 
 As an `optax.GradientTransformation` is a pair of functions, an `Algorithm` is how advantages are made and what a token's
-loss is. The five below are examples: an algorithm of your own is another value of the same type.
+loss is. The five below are the classics; `ratio_algorithms` has other losses, `group_algorithms` other advantages. An
+algorithm of your own is another value of the same type.
 """
 
 from __future__ import annotations
@@ -71,10 +72,23 @@ def group_relative_advantages(experience: Experience, *, group_size: int, normal
     Returns:
         [B, W] float32, 0 outside the mask.
     """
-    mask = experience.mask
     scores = group_advantages(experience.scores, group_size=group_size, normalize=normalize)
-    to_come = monte_carlo_returns(experience.penalties, mask)
-    return where_mask(mask, scores[:, None] + to_come - _of_others(to_come, group_size))
+    return with_penalties(scores, experience, group_size=group_size)
+
+
+def with_penalties(advantages: jax.Array, experience: Experience, *, group_size: int) -> jax.Array:
+    """Give each token its sequence's advantage, and charge the penalties still to come, less those of the group's others.
+
+    Args:
+        advantages: [B] of the scores.
+        experience: of the batch.
+        group_size: completions a prompt, adjacent rows, at least 2.
+
+    Returns:
+        [B, W] float32, 0 outside the mask.
+    """
+    to_come = monte_carlo_returns(experience.penalties, experience.mask)
+    return where_mask(experience.mask, advantages[:, None] + to_come - _of_others(to_come, group_size))
 
 
 def return_advantages(experience: Experience) -> jax.Array:
@@ -142,9 +156,9 @@ def ppo(
     (0.3, 0.3)
     """
     return Algorithm(
-        _bound(value_advantages, whiten=whiten), reduce=reduce, value_coef=value_coef, kl_coef=kl_coef,
+        bound(value_advantages, whiten=whiten), reduce=reduce, value_coef=value_coef, kl_coef=kl_coef,
         kl_loss_coef=kl_loss_coef, entropy_coef=entropy_coef, discount=discount, value_clip_eps=value_clip_eps,
-        **_clipped(clip_eps, clip_eps_high, dual_clip),
+        **clipped(clip_eps, clip_eps_high, dual_clip),
     )  # fmt: skip
 
 
@@ -172,8 +186,8 @@ def rloo(
             raise UserError(
                 f"{name}={x} belongs to a clipped ratio, which needs clip_eps: without it the loss is REINFORCE's"
             )
-    advantages = _bound(leave_one_out_advantages, group_size=_group(group_size))
-    loss = _plain() if clip_eps is None else _clipped(clip_eps, clip_eps_high, dual_clip)
+    advantages = bound(leave_one_out_advantages, group_size=check_group(group_size))
+    loss = _plain() if clip_eps is None else clipped(clip_eps, clip_eps_high, dual_clip)
     return Algorithm(
         advantages, reduce=reduce, group_size=group_size, kl_coef=kl_coef, kl_loss_coef=kl_loss_coef,
         entropy_coef=entropy_coef, **loss,
@@ -199,10 +213,10 @@ def grpo(
     >>> grpo(group_size=8).kl_loss_coef
     0.04
     """
-    advantages = _bound(group_relative_advantages, group_size=_group(group_size), normalize=normalize)
+    advantages = bound(group_relative_advantages, group_size=check_group(group_size), normalize=normalize)
     return Algorithm(
         advantages, reduce=reduce, group_size=group_size, kl_coef=kl_coef, kl_loss_coef=kl_loss_coef,
-        entropy_coef=entropy_coef, **_clipped(clip_eps, clip_eps_high, dual_clip),
+        entropy_coef=entropy_coef, **clipped(clip_eps, clip_eps_high, dual_clip),
     )  # fmt: skip
 
 
@@ -256,29 +270,54 @@ def _of_others(x: jax.Array, group_size: int) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=256)
-def _bound(function: Callable, **options: Any) -> Callable:
-    """Bind options; equal ones give the same function, so that equal algorithms share their compiled programs."""
+def bound(function: Callable, **options: Any) -> Callable:
+    """Bind options; equal ones give the same function, so that equal algorithms share their compiled programs.
+
+    >>> bound(max, key=abs) is bound(max, key=abs)
+    True
+    """
     return functools.partial(function, **options)
 
 
-def _group(size: int) -> int:
+def check_group(size: int) -> int:
+    """Refuse a group in which nothing can be compared.
+
+    >>> check_group(4)
+    4
+    """
     if size < 2:
         raise UserError(f"completions of one prompt are compared: group_size must be at least 2, got {size}")
     return size
 
 
-def _clipped(clip_eps: float, clip_eps_high: float | None, dual_clip: float | None) -> dict:
+def clipped(clip_eps: float, clip_eps_high: float | None = None, dual_clip: float | None = None) -> dict[str, Any]:
+    """Give the fields of an algorithm with PPO's clipped loss.
+
+    >>> clipped(0.2, 0.28)["clip_range"]
+    (0.2, 0.28)
+    """
+    return {
+        "token_loss": bound(clipped_token_loss, clip_eps=clip_eps, clip_eps_high=clip_eps_high, dual_clip=dual_clip),
+        "clip_range": check_range(clip_eps, clip_eps_high, dual_clip),
+    }
+
+
+def check_range(clip_eps: float, clip_eps_high: float | None, dual_clip: float | None = None) -> tuple[float, float]:
+    """Refuse bounds that cannot work, and give both ends.
+
+    >>> check_range(0.2, None)
+    (0.2, 0.2)
+    """
     for name, eps in {"clip_eps": clip_eps, "clip_eps_high": clip_eps_high}.items():
         if eps is not None and not eps >= 0:
             raise UserError(f"{name} must be at least 0, got {eps}")
     if dual_clip is not None and not 1 < dual_clip < math.inf:
         raise UserError(f"dual_clip must be above 1, got {dual_clip} (None sets no bound)")
-    loss = _bound(clipped_token_loss, clip_eps=clip_eps, clip_eps_high=clip_eps_high, dual_clip=dual_clip)
-    return {"token_loss": loss, "clip_range": (clip_eps, clip_eps if clip_eps_high is None else clip_eps_high)}
+    return clip_eps, clip_eps if clip_eps_high is None else clip_eps_high
 
 
 def _plain() -> dict:
     return {"token_loss": policy_gradient_token_loss, "on_policy": True}
 
 
-NAMED = (ppo, rloo, grpo, dr_grpo, reinforce)  # those that `by_name.load_algorithm` finds by their names
+NAMED = (ppo, rloo, grpo, dr_grpo, reinforce)  # those of this file that `by_name.load_algorithm` finds by their names

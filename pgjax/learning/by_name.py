@@ -7,15 +7,17 @@ import inspect
 from typing import Any
 
 from pgjax.core.errors import UserError
+from pgjax.learning import algorithms, group_algorithms, ratio_algorithms
 from pgjax.learning.algorithm import Algorithm
-from pgjax.learning.algorithms import NAMED
+
+NAMED = (*algorithms.NAMED, *ratio_algorithms.NAMED, *group_algorithms.NAMED)
 
 
 def load_algorithm(spec: str, **options: Any) -> Algorithm:
     """Find an algorithm and override some of its options.
 
     Args:
-        spec: "ppo", "rloo", "grpo", "dr_grpo" or "reinforce"; or module:name, an `Algorithm` or a function that gives one.
+        spec: one of `NAMED`: "ppo", "rloo", "grpo", "gspo", ...; or module:name, an `Algorithm` or a function that gives one.
         options: arguments of that function, or fields of `Algorithm`; None leaves an option as it is.
 
     Returns:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import math
 from typing import Any, Literal
 
 from pgjax.learning.algorithm import Algorithm
 from pgjax.learning.by_name import load_algorithm
-from pgjax.learning.iteration import check_options
+from pgjax.learning.iteration import check_importance, check_options
 from pgjax.learning.optimizer import Optimizer, adamw
 from pgjax.run.checks import above_zero, at_least_one, not_negative, require
 
@@ -23,12 +24,11 @@ class LearningFlags:
     temperature: float = 1.0  # of the policy: in sampling and in every log-probability
     top_k: int | None = None  # sample from this many likeliest tokens; None: from all, as on-policy learning asks
     top_p: float | None = None  # sample from the likeliest tokens up to this probability; None: from all, likewise
-    lanes: int | None = (
-        None  # completions sampled at once, fewer than the batch: where one ends, the next begins; None: all
-    )
+    lanes: int | None = None  # completions sampled at once: where one ends, the next prompt begins; None: all
     stop_tokens: tuple[str, ...] = ()  # texts or ids of the tokens that end a completion; none given: the model's own
     stop_strings: tuple[str, ...] = ()  # texts, of any number of tokens, at which a completion ends too
-    algorithm: str = "ppo"  # ppo, rloo, grpo, dr_grpo, reinforce, or your own as module:name
+    algorithm: str = "ppo"  # ppo, rloo, grpo, dr_grpo, reinforce, gspo, ... (README), or your own as module:name
+    algorithm_options: tuple[str, ...] = ()  # what else it takes, as name=value: delta=0.1 divergence=kl
     group_size: int | None = None  # completions of each prompt; they share its computation
     reduce: Literal["token_mean", "sequence_mean", "sequence_sum"] | None = None  # how the policy loss is averaged
     clip_eps: float | None = None  # PPO's range of the ratio, 1 - eps to 1 + eps
@@ -43,6 +43,8 @@ class LearningFlags:
     kl_target: float | None = None  # nats a sequence; adapts kl_coef towards it (Ziegler et al. 2019); None: fixed
     kl_horizon: float = 10_000.0  # completions; how slowly kl_coef adapts
     importance_cap: float | None = None  # bound of the weights policy / sampler where they differ; None: no weights
+    importance_level: Literal["token", "sequence", "geometric"] = "token"  # weights of single tokens, or of sequences
+    importance_floor: float | None = None  # weights out of floor to cap are set to 0; None: those above it to the cap
     max_approx_kl: float | None = None  # stop an iteration's epochs when the policy has moved further, nats a token
     teacher_force: bool | None = None  # a pass for the policy's log-probabilities; None: where one is needed
     epochs: int = 1  # passes over an iteration's completions
@@ -61,8 +63,8 @@ _ALGORITHM = (
     "discount", "kl_coef", "kl_loss_coef",
 )  # fmt: skip
 _ITERATION = (
-    "kl_target", "kl_horizon", "importance_cap", "max_approx_kl", "teacher_force", "epochs", "minibatches",
-    "microbatches",
+    "kl_target", "kl_horizon", "importance_cap", "importance_level", "importance_floor", "max_approx_kl",
+    "teacher_force", "epochs", "minibatches", "microbatches",
 )  # fmt: skip
 
 
@@ -79,10 +81,27 @@ def algorithm_of(config: Any) -> Algorithm:
         UserError: as `load_algorithm`.
 
     Example:
-        >>> algorithm_of(LearningFlags("rloo", kl_coef=0.0)).kl_coef
+        >>> algorithm_of(LearningFlags(algorithm="rloo", kl_coef=0.0)).kl_coef
         0.0
+        >>> algorithm_of(LearningFlags(algorithm="dppo", algorithm_options=("delta=-1",)))
+        Traceback (most recent call last):
+        pgjax.UserError: delta must be above 0, got -1
     """
-    return load_algorithm(config.algorithm, **{name: getattr(config, name) for name in _ALGORITHM})
+    given = {name: getattr(config, name) for name in _ALGORITHM}
+    for option in config.algorithm_options:
+        name, equals, value = option.partition("=")
+        require(bool(name and equals), f"algorithm_options are name=value, as delta=0.1, got {option!r}")
+        require(name not in given, f"{name} of algorithm_options is a flag of its own: give it there")
+        given[name] = _value(value)
+    return load_algorithm(config.algorithm, **given)
+
+
+def _value(text: str) -> Any:
+    """Read a number, True, False or None; anything else is a word."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 def optimizer_of(config: Any, steps: int, minibatches: int) -> Optimizer:
@@ -180,6 +199,7 @@ def check_policy(config: Any) -> None:
         f"kl_horizon={config.kl_horizon:g} lets an iteration of batch_size={config.batch_size} turn kl_coef to 0 or below: "
         f"make it more than {0.2 * config.batch_size:g}",
     )
+    check_importance(config.importance_cap, config.importance_level, config.importance_floor)
     check_options(
         algorithm, config.epochs, config.kl_target,
         plain=config.top_k is None and config.top_p is None and config.importance_cap is None,

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from pgjax.core.checks import check_number, check_whole
 from pgjax.core.errors import UserError
+from pgjax.core.importance import LEVELS
 from pgjax.learning import optimizer as updates
 from pgjax.learning import programs
 from pgjax.learning.algorithm import Algorithm, check_algorithm
@@ -61,7 +62,8 @@ def iteration(
     top_p: float | None = None, min_p: float | None = None, eos_ids: Sequence[int] = (),
     stop_table: jax.typing.ArrayLike | None = None, pad_id: int = 0, lanes: int | None = None,
     epochs: int = 1, minibatches: int = 1, microbatches: int = 1, max_approx_kl: float | None = None,
-    importance_cap: float | None = None, kl_target: float | None = None, kl_horizon: float = 10_000.0,
+    importance_cap: float | None = None, importance_level: str = "token", importance_floor: float | None = None,
+    kl_target: float | None = None, kl_horizon: float = 10_000.0,
     teacher_force: bool | None = None, frozen: Params | None = None, mesh: Mesh | None = None,
 ) -> Iteration:  # fmt: skip
     """Compose an algorithm with a model: sample completions, turn their scores into advantages, take the updates.
@@ -82,7 +84,7 @@ def iteration(
         minibatches: optimizer steps in an epoch.
         microbatches: parts of a minibatch, for memory; the gradient is the same.
         max_approx_kl: nats a token; the epochs stop once the policy has moved further.
-        importance_cap, kl_target, kl_horizon: as of `programs.experience`.
+        importance_cap, importance_level, importance_floor, kl_target, kl_horizon: as of `programs.experience`.
         teacher_force: whether the policy's log-probabilities come from a pass of their own over its samples; None: where the
             sampler's are not exact enough.
         frozen: the model's parameters where the policy is adapters to them (`pg.init_lora`); None: all are trained.
@@ -119,6 +121,7 @@ def iteration(
     once = epochs * minibatches == 1
     plain = not filtered and importance_cap is None  # the sampler draws from the policy itself
     check_options(algorithm, epochs, kl_target, plain=plain, teacher_force=teacher_force)
+    check_importance(importance_cap, importance_level, importance_floor)
     _check_reference(algorithm, reference)
     sampler_knows = plain and once if teacher_force is None else not teacher_force
     group, window, whole = algorithm.group_size, max_new_tokens + 1, replicated(mesh)
@@ -134,6 +137,8 @@ def iteration(
         programs.experience,
         algorithm=algorithm,
         importance_cap=importance_cap,
+        importance_level=importance_level,
+        importance_floor=importance_floor,
         kl_target=kl_target,
         kl_horizon=kl_horizon,
     )
@@ -260,6 +265,31 @@ def check_options(
             "teacher_force=False takes the sampler's log-probabilities for the policy's, but top_k, top_p, min_p and "
             "importance_cap make them differ: leave it out"
         )
+
+
+def check_importance(cap: float | None, level: str, floor: float | None) -> None:
+    """Refuse importance weights that cannot work.
+
+    Args:
+        cap: as of `programs.experience`.
+        level: likewise.
+        floor: likewise.
+
+    Raises:
+        UserError: with the value.
+
+    Example:
+        >>> check_importance(None, "sequence", None)
+        Traceback (most recent call last):
+        pgjax.UserError: importance_level='sequence' says how samples are weighed: it needs importance_cap, their largest weight
+    """
+    if level not in LEVELS:
+        raise UserError(f"importance_level must be one of {', '.join(LEVELS)}, got {level!r}")
+    if cap is None and (floor is not None or level != "token"):
+        given = f"importance_level={level!r}" if floor is None else f"importance_floor={floor}"
+        raise UserError(f"{given} says how samples are weighed: it needs importance_cap, their largest weight")
+    if floor is not None and cap is not None and not 0 <= floor < cap:
+        raise UserError(f"importance_floor must be from 0 to below importance_cap={cap}, got {floor}")
 
 
 def _check_rows(rows: int, minibatches: int, microbatches: int, group: int) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pgjax.core.advantages import kl_shaped_rewards, monte_carlo_returns, truncated_importance_weights
+from pgjax.core.advantages import kl_shaped_rewards, monte_carlo_returns
 from pgjax.core.checks import check_whole
+from pgjax.core.importance import masked_importance_weights, truncated_importance_weights
 from pgjax.core.kl import adaptive_kl_coef, kl_k1
 from pgjax.core.masking import masked_mean, where_mask
 from pgjax.learning.algorithm import Algorithm, Batch, Experience, check_algorithm
@@ -141,11 +142,14 @@ def _in_parts(
     return constrain_batch(jax.tree.map(lambda x: x.reshape(-1, window), jax.lax.map(part, split)))
 
 
-@functools.partial(jax.jit, static_argnames=("algorithm", "importance_cap", "kl_target", "kl_horizon"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("algorithm", "importance_cap", "importance_level", "importance_floor", "kl_target", "kl_horizon"),
+)
 def experience(
     rollout: Rollout, policy: Scored, ref_logprobs: jax.Array | None, scores: jax.Array, kl_coef: jax.Array,
-    *, algorithm: Algorithm, importance_cap: float | None = None, kl_target: float | None = None,
-    kl_horizon: float = 10_000.0,
+    *, algorithm: Algorithm, importance_cap: float | None = None, importance_level: str = "token",
+    importance_floor: float | None = None, kl_target: float | None = None, kl_horizon: float = 10_000.0,
 ) -> tuple[Batch, jax.Array, Metrics]:  # fmt: skip
     """Turn scores into advantages.
 
@@ -159,8 +163,11 @@ def experience(
         scores: [B] of the black box, finite.
         kl_coef: [] reward units a nat.
         algorithm: how advantages are made.
-        importance_cap: bound of the weights pi / sampler of single tokens, where the sampler was not quite the policy (a
-            lower precision, a filter such as top_p); None takes the sampler for the policy.
+        importance_cap: bound of the weights pi / sampler, where the sampler was not quite the policy (a lower precision, a
+            filter such as top_p); None takes the sampler for the policy.
+        importance_level: "token", "sequence" or "geometric", as of `pg.truncated_importance_weights`.
+        importance_floor: a number: weights below it and above the cap are set to 0 (`pg.masked_importance_weights`); None: those
+            above the cap are set to the cap.
         kl_target: nats a sequence that kl_coef is steered to (Ziegler et al. 2019); None keeps it.
         kl_horizon: completions; how slowly it is steered.
 
@@ -187,11 +194,20 @@ def experience(
     sampled = rollout.logprobs[:, -mask.shape[1] :]
     known = Experience(scores, -kl_coef * where_mask(mask, kl), returns, policy.values, policy.logprobs, sampled, mask)
     advantages = algorithm.advantages(known)
+    chosen = None if algorithm.choose is None else algorithm.choose(known, advantages)
     if importance_cap is not None:
-        advantages *= truncated_importance_weights(policy.logprobs, sampled, mask, cap=importance_cap)
+        compared = functools.partial(
+            truncated_importance_weights, policy.logprobs, sampled, mask, level=importance_level
+        )
+        if importance_floor is None:
+            advantages *= compared(cap=importance_cap)
+        else:
+            advantages *= masked_importance_weights(
+                policy.logprobs, sampled, mask, cap=importance_cap, floor=importance_floor, level=importance_level
+            )
     batch = Batch(
         rollout.tokens, rollout.attention_mask, mask, policy.logprobs, policy.values, returns, advantages,
-        ref_logprobs=ref_logprobs,
+        ref_logprobs=ref_logprobs, chosen=chosen,
     )  # fmt: skip
 
     def a_sequence(x: jax.Array) -> jax.Array:  # summed over its tokens, averaged over sequences
@@ -218,8 +234,9 @@ def experience(
     if algorithm.value_coef != 0:
         metrics["val/explained_variance"] = 1 - variance(returns - policy.values) / (variance(returns) + 1e-8)
     if importance_cap is not None:
-        weighty = policy.logprobs - sampled > jnp.log(importance_cap)
-        metrics["val/importance_capped"] = masked_mean(weighty.astype(jnp.float32), mask)
+        weights = compared(cap=jnp.inf)
+        cut = (weights > importance_cap) | (weights < (importance_floor or 0.0))
+        metrics["val/importance_capped"] = masked_mean(cut.astype(jnp.float32), mask)
     if kl_target is None:
         return batch, kl_coef, metrics
     steered = adaptive_kl_coef(kl_coef, kl_sum, target=kl_target, horizon=kl_horizon, batch_size=len(scores))
