@@ -1,10 +1,13 @@
 """Format, lint and types, so that one pytest command is the whole gate."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import pgjax as pg
 
 ROOT = Path(__file__).parent.parent
 
@@ -17,3 +20,16 @@ ROOT = Path(__file__).parent.parent
 def test_gate(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_reference_is_written_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("pdoc")
+    command, path = [sys.executable, ".ci/reference.py", str(tmp_path)], {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **path}, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
+    page = (tmp_path / "pgjax.html").read_text()
+    missing = [name for name in pg.__all__ if f'id="{name}"' not in page]
+    assert not missing
+    assert "min(r A, clip(r, 1 - clip_eps, 1 + clip_eps_high) A)" in page, "equations are there"
+    assert "jaxlib" not in page
+    assert "True where a token is not padding" in page, "comments on fields are there"
