@@ -26,7 +26,7 @@ from pgjax.learning.optimizer import accumulate, adamw, init_state
 from pgjax.learning.policy_loss import policy_loss
 from pgjax.parallel.sharding import fold_in
 from pgjax.rollout import sample
-from pgjax.rollout.rewards import RewardError
+from pgjax.rollout.scoring import RewardError
 from pgjax.rollout.task import make_task, read_task
 from pgjax.run import devices, exits, logs, loop, session, summary
 from pgjax.run.checkpoint.checkpoints import Checkpoints
@@ -387,7 +387,7 @@ def test_another_run_is_never_overwritten(config):
 
 def test_every_field_is_explained_where_it_stands():
     """tyro shows the comment behind a field as its help; a comment on another line is lost."""
-    kinds = (script.Config, flags.LearningFlags, session.RunFlags, devices.Flags)
+    kinds = (script.Config, flags.LearningFlags, flags.RewardFlags, session.RunFlags, devices.Flags)
     lines = [line for kind in kinds for line in inspect.getsource(kind).splitlines()]
     for field in dataclasses.fields(script.Config):
         line = next(line for line in lines if line.strip().startswith(f"{field.name}:"))
