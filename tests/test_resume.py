@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import pgjax as pg
+from experiments import export
 from experiments import ppo as script
 from pgjax.run import logs
 from pgjax.run.checkpoint.checkpoints import Checkpoints
@@ -75,6 +76,13 @@ def test_the_best_snapshot_and_its_policy_are_kept_beside_the_latest(done):
     assert record["score"] == pytest.approx(0.904) and record["made_from"]["config"]["learning_rate"] == 1e-2
     best, last = (pg.load(done.output / name)[1] for name in ("policy_best", "policy"))
     assert not np.array_equal(best["embed"]["tokens"], last["embed"]["tokens"])
+
+
+def test_any_kept_snapshot_exports_to_a_policy(copied):
+    best = pg.load(export.main(export.Config(copied.output, step=2)))[1]
+    last = pg.load(export.main(export.Config(copied.output)))[1]
+    for exported, name in ((best, "policy_best"), (last, "policy")):
+        jax.tree.map(np.testing.assert_array_equal, exported, pg.load(copied.output / name)[1])
 
 
 def test_a_damaged_snapshot_is_left_out_only_where_asked_and_the_run_ends_as_before(copied, capsys):

@@ -11,7 +11,7 @@ import numpy as np
 
 from pgjax.core.errors import UserError
 from pgjax.learning.iteration import Sampled
-from pgjax.parallel.sharding import constrain_batch
+from pgjax.parallel.sharding import constrain_batch, mesh_of, place, replicated
 from pgjax.rollout.judged import Judged
 
 Draw = Callable[[int], tuple[Sampled, Judged]]  # number from 1 -> another rollout like the first, of other prompts
@@ -103,7 +103,7 @@ def refilled(
 
 def take_rows(rollout: Sampled, other: Sampled, rows: Sequence[int] | np.ndarray) -> Sampled:
     """Take rows of a rollout and, from number B on, of another one, padded on the left to the longer of both."""
-    return _take_rows(rollout, other, jnp.asarray(rows, jnp.int32))
+    return _take_rows(rollout, other, place(np.asarray(rows, np.int32), replicated(mesh_of(rollout))))
 
 
 @jax.jit
