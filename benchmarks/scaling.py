@@ -40,7 +40,7 @@ from benchmarks.timing import SPEED, Row, Timing, begun, figures, save, show, ti
 from pgjax.core.errors import UserError
 from pgjax.learning.optimizer import accumulate
 from pgjax.learning.policy_loss import policy_loss
-from pgjax.models.causal_lm import decode_params, logits_of
+from pgjax.models.causal_lm import logits_of
 from pgjax.rollout.filters import draw
 from pgjax.run.checks import require
 from pgjax.run.flops import forward_flops, mfu, training_flops
@@ -187,7 +187,7 @@ def decode_program(config: Config, sizes: Sizes) -> Program:
     """Compile one step of the sampler's loop, which writes its cache in place, at the last slot of a full cache."""
     arch = architecture(config, sizes)
     lm = pg.causal_lm(arch, dtype=jnp.dtype(config.dtype))
-    ready = lambda params: (decode_params(params, lm.dtype), lm.unembedding(params).astype(lm.dtype))
+    ready = lambda params: (lm.decode_params(params), lm.unembedding(params).astype(lm.dtype))
     weights = jax.jit(lambda key: ready(lm.init(key)))(jax.random.key(config.seed))
     keys = jax.random.split(jax.random.key(config.seed), sizes.batch)
     place = jnp.full((sizes.batch,), sizes.length - 1, jnp.int32)

@@ -32,7 +32,7 @@ from pgjax.run import checks, devices, exits, logs, presets
 from pgjax.run.checkpoint.checkpoints import Checkpoints
 from pgjax.run.checkpoint.files import read_record
 from pgjax.run.checkpoint.resume import frozen_model
-from pgjax.run.session import templated
+from pgjax.run.session import load_options, templated
 
 OPTIMIZER = adamw(1.0, updates=1)  # its state has the form of every script's
 
@@ -72,13 +72,13 @@ def main(config: Config) -> Path:
 
 def policy(config: Any, snapshots: Checkpoints, step: int, folder: Path) -> None:
     """Export the policy of a run of experiments.ppo."""
-    lm, base, tokenizer = pg.load(config.model, dtype=config.dtype)
+    lm, base, tokenizer = pg.load(config.model, **load_options(config))
     check_same(snapshots, step, "reference", base)
     frozen, trained = adapted(config, base)
     head = pg.init_value_head(lm.arch.width)
     like = pg.State(init_state({"lm": trained, "value": head}, OPTIMIZER), jnp.float32(0), jnp.int32(0), None)
     state, _ = snapshots.restore(like, step)
-    tokenizer = set_stops(templated(tokenizer, config), config.stop_tokens)
+    tokenizer = set_stops(templated(tokenizer, config), config.stop_tokens, config.stop_strings)
     pg.save_pretrained(folder, lm, pg.with_lora(frozen, state.learner.params["lm"]), tokenizer)
 
 
@@ -95,7 +95,7 @@ def tuned(config: Any, snapshots: Checkpoints, step: int, folder: Path) -> None:
 def reward_judge(config: Any, snapshots: Checkpoints, step: int, folder: Path) -> None:
     """Export the reward model of a run of experiments.reward_model, its scores normalised as at the end of that."""
     pair_sets, answers = reward_model.read_rows(config)
-    lm, base, tokenizer = pg.load(config.model, dtype=config.dtype)
+    lm, base, tokenizer = pg.load(config.model, **load_options(config))
     check_same(snapshots, step, "model", base)
     rm, params = from_causal_lm(lm, base, jax.random.key(config.seed))
     rm, params, tokenizer = with_padding_token(rm, params, templated(tokenizer, config))

@@ -36,7 +36,7 @@ from pgjax.rollout.judge import load_judge
 from pgjax.rollout.task import make_task, read_task
 from pgjax.run import checks, clock, devices, exits, loop, presets, stop
 from pgjax.run.checkpoint.resume import frozen_model, rows_digest, to_best
-from pgjax.run.session import INCIDENTAL, RunFlags, open_session, recorded, session_options, settled, templated
+from pgjax.run.session import INCIDENTAL, RunFlags, load_options, open_session, session_options, settled, templated
 from pgjax.run.speed import policy_speed
 from pgjax.run.summary import before_and_after, comparison
 
@@ -87,12 +87,12 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     algorithm = flags.algorithm_of(config)
     group_size = algorithm.group_size
     options = flags.iteration_options(config, algorithm)
-    flags.tell_schedule(config, recorded(config, "steps"), options["minibatches"])
+    flags.tell_schedule(config, options["minibatches"])
     parts = options["minibatches"] * config.microbatches  # that a batch is learned in
     devices.check_batch_divides(mesh, config.batch_size, parts=parts, group_size=group_size)
     judges, row_sets, places = read_task(config.rewards, config.prompts, config.held_out, config.held_out_rows)
-    lm, params, tokenizer = pg.load(config.model, dtype=config.dtype, mesh=mesh, remat=config.remat)
-    tokenizer = set_stops(templated(tokenizer, config), config.stop_tokens)
+    lm, params, tokenizer = pg.load(config.model, mesh=mesh, **load_options(config))
+    tokenizer = set_stops(templated(tokenizer, config), config.stop_tokens, config.stop_strings)
     weight = config.reward_model_weight
     reward_model = load_judge(config.reward_model, weight, lm, tokenizer, chat=config.chat, mesh=mesh)
     task = make_task(
@@ -103,13 +103,11 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     train_prompts, held_out = task.prompt_sets
     fed = batch_rows.rows_to_feed(mesh, config.batch_size)
     deal = batches(train_prompts, config.batch_size, seed=config.seed, group_size=group_size)
-    spare = batches(
-        train_prompts, config.batch_size, seed=config.seed ^ 2**31, group_size=group_size
-    )  # in another order
+    spare = batches(train_prompts, config.batch_size, seed=config.seed ^ 2**31, group_size=group_size)
     frozen, trained = freeze(params, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed, mesh=mesh)
     it = pg.iteration(
         lm, algorithm, flags.optimizer_of(config, config.steps, options["minibatches"]), reference=params, frozen=frozen,
-        mesh=mesh, eos_ids=task.eos_ids, pad_id=task.pad_id, **flags.sampling_options(config), **options,
+        mesh=mesh, **task.ends(), **flags.sampling_options(config), **options,
     )  # fmt: skip
     key, timer = jax.random.key(config.seed), clock.DeviceClock()
     state = it.init(trained, key)._replace(key=None)  # a snapshot's config holds the seed

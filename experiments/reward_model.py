@@ -38,7 +38,7 @@ from pgjax.models.reward_model import from_causal_lm
 from pgjax.parallel import batch_rows, processes
 from pgjax.run import checks, devices, exits, logs, loop, presets, stop
 from pgjax.run.checkpoint.resume import frozen_model, rows_digest, to_best
-from pgjax.run.session import INCIDENTAL, RunFlags, open_session, session_options, settled, templated
+from pgjax.run.session import INCIDENTAL, RunFlags, load_options, open_session, session_options, settled, templated
 from pgjax.run.summary import has_metric
 
 
@@ -81,7 +81,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
     devices.check_batch_divides(mesh, config.batch_size, microbatches=config.microbatches)
     pair_sets, answers = processes.all_or_none(lambda: read_rows(config))
-    lm, params, tokenizer = pg.load(config.model, dtype=config.dtype, mesh=mesh, remat=config.remat)
+    lm, params, tokenizer = pg.load(config.model, mesh=mesh, **load_options(config))
     checks.require(tokenizer is not None, f"{config.model} holds no tokenizer, and pairs are text: add its files")
     model = frozen_model(params)
     rm, params = from_causal_lm(lm, params, jax.random.key(config.seed), remat=config.remat)

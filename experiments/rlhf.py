@@ -69,6 +69,7 @@ class Config(devices.Flags):
     )
     max_new_tokens: int = 20  # the longest completion
     stop_tokens: tuple[str, ...] = ()  # texts or ids of the tokens that end a completion; none given: the model's own
+    stop_strings: tuple[str, ...] = ()  # texts, of any number of tokens, at which a completion ends too
     seed: int = 0  # of everything
     dtype: Dtype = None  # of activations; None: bfloat16 on TPU and GPU, float32 on CPU and for a model from scratch
     refresh_pictures: bool = False  # draw over the picture that the tutorial shows, not into `output`

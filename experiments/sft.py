@@ -37,7 +37,7 @@ from pgjax.parallel import batch_rows, processes
 from pgjax.run import checks, clock, devices, exits, logs, loop, presets, stop
 from pgjax.run.checkpoint.digest import digest
 from pgjax.run.checkpoint.resume import frozen_model, to_best
-from pgjax.run.session import INCIDENTAL, RunFlags, open_session, session_options, settled, templated
+from pgjax.run.session import INCIDENTAL, RunFlags, load_options, open_session, session_options, settled, templated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,6 @@ class Config(RunFlags):
     """One run. Every number that decides it stands here."""
 
     model: str | None = None  # folder, .gguf file, hub id, or a model that a package ships; None: from scratch
-    resize_embedding: bool = False  # the tokenizer's tokens beyond the embedding get rows, the mean of the others
     config: Path | None = None  # from scratch: config.json of the architecture; None: a Llama of 1.3 million parameters
     vocab_size: int | None = None  # from scratch: entries of the tokenizer; None: the config's, or 2,048
     # .jsonl, .csv, .parquet or .txt file, a data set as NAME:SPLIT, or module:function giving rows
@@ -159,9 +158,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
 def load_or_make(config: Config, rows: Placed, mesh: Mesh | None) -> tuple[pg.CausalLM, Any, Any]:
     """Load the model, or make one with a tokenizer trained on the rows: a run that goes on has that in its folder."""
     if config.model is not None:
-        lm, params, tokenizer = pg.load(
-            config.model, dtype=config.dtype, mesh=mesh, remat=config.remat, resize_embedding=config.resize_embedding
-        )
+        lm, params, tokenizer = pg.load(config.model, mesh=mesh, **load_options(config))
         checks.require(tokenizer is not None, f"{config.model} holds no tokenizer, which texts need: add its files")
         return lm, params, tokenizer
     lm, params, tokenizer = new_model(

@@ -42,9 +42,13 @@ from pgjax.learning.iteration import Iteration as Iteration
 from pgjax.learning.iteration import Sampled as Sampled
 from pgjax.learning.iteration import State as State
 from pgjax.learning.iteration import iteration as iteration
+from pgjax.learning.labels import matrix_mask as matrix_mask
+from pgjax.learning.labels import parameter_labels as parameter_labels
 from pgjax.learning.optimizer import adamw as adamw
+from pgjax.learning.optimizer import muon_dimensions as muon_dimensions
 from pgjax.models.architecture import Architecture as Architecture
 from pgjax.models.architecture import Rope as Rope
+from pgjax.models.bundle import bundle as bundle
 from pgjax.models.causal_lm import CausalLM as CausalLM
 from pgjax.models.causal_lm import causal_lm as causal_lm
 from pgjax.models.heads import init_value_head as init_value_head

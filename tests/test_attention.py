@@ -207,6 +207,7 @@ def test_without_a_gpu_nothing_is_chosen():
         assert ("= sort[" in str(jaxpr)) is sorts
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("axes", [{"tensor": 4}, {"fsdp": 2, "tensor": 2}])
 def test_on_a_mesh_states_and_gradients_are_the_same(axes):
     arch = dataclasses.replace(arch_of("llama"), vocab_size=24)  # two key heads: fewer than the four devices of tensor

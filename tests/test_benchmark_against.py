@@ -58,6 +58,7 @@ def builds(tmp_path, monkeypatch):
     return log, checkout(tmp_path / "old", log, seconds=0.2, size=300_000_000)
 
 
+@pytest.mark.campaign
 def test_two_builds_work_in_turn_and_are_set_side_by_side(builds, tmp_path, capsys):
     log, old = builds
     config = against.Config(old, parts=("rollout", "script"), model="tiny", repeats=2, json=tmp_path / "report.json")

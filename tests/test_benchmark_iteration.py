@@ -10,6 +10,7 @@ import pytest
 import pgjax as pg
 from benchmarks import iteration, timing
 from pgjax.run.peaks import Peaks
+from tests.sizes import campaign_but_for
 
 ARCH = pg.Architecture(
     family="llama", vocab_size=64, width=16, depth=2, heads=2, kv_heads=1, head_dim=8, mlp_width=32, max_positions=64,
@@ -56,7 +57,7 @@ def test_the_benchmark_runs_from_start_to_end_though_its_peers_do_not(model, tmp
     assert "pgjax RLOO" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("who", ["pgjax PPO", "pgjax RLOO"])
+@pytest.mark.parametrize("who", campaign_but_for(["pgjax PPO", "pgjax RLOO"], "pgjax RLOO"))
 def test_iterations_climb_the_reward_that_they_are_given(model, who):
     lm, params = model
     config = iteration.Config(**TRAINED)

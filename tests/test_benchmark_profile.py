@@ -29,6 +29,7 @@ def rows_of(report, name, kind):
     ]
 
 
+@pytest.mark.campaign
 def test_the_products_of_a_step_are_those_on_paper(report, tmp_path):
     arch = pg.load(save_tiny_model(tmp_path))[0].arch
     weights, attention = (rows_of(report, "sampler, a step", kind) for kind in ("weights", "attention"))

@@ -51,6 +51,7 @@ def test_a_second_process_finds_both_programs_in_the_cache():
         assert rows["both", cache]["round_seconds"] == [rows["both", cache]["seconds"]]
 
 
+@pytest.mark.campaign
 def test_a_program_that_does_not_compile_is_named_with_its_last_words():
     with pytest.raises(RuntimeError, match=r"(?s)compiling the sampler.*KeyError.*'sizes'"):
         compile.once({"program": "sampler", "cache": None, "model": {}})

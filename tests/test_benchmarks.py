@@ -153,6 +153,7 @@ def test_a_peer_that_is_not_installed_is_named(model, monkeypatch, capsys):
     assert "torch not installed" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.campaign
 def test_learner_gives_the_same_loss_in_both_dtypes(model):
     report = learner.main(learner.Config(model=model, peer=False, batch_size=2, length=12, new_tokens=6, repeats=1))
     exact, half = (row["loss"] for row in report["rows"])

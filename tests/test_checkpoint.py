@@ -9,6 +9,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from pgjax.core.errors import UserError
 from pgjax.learning.optimizer import init_state
 from pgjax.run.checkpoint.checkpoints import Checkpoints
 from pgjax.run.checkpoint.digest import digest
@@ -244,3 +245,64 @@ def test_extra_is_json_and_state_is_arrays(tmp_path):
 def test_keeping_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match="at least 1 checkpoint, got 0"):
         Checkpoints(tmp_path, keep=0)
+
+
+HOST = {
+    "whole": np.arange(3),
+    "signed": np.array([-1, 2**62]),
+    "unsigned": np.array([2**64 - 1, 3], np.uint64),
+    "real": np.array([1 / 3, np.nan]),
+    "complex": np.array([1 / 3 + 2j, -0.0]),
+    "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+    "scalar": np.array(2**40),
+}
+DEVICE = ("int2", "int4", "float4_e2m1fn", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "bool", "complex64")
+
+
+def test_every_dtype_that_is_saved_comes_back(tmp_path):
+    state = {
+        "host": jax.tree.map(np.copy, HOST),
+        "device": {name: jnp.array([0, 1, 1, 0, 1]).astype(name) for name in DEVICE},
+    }
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        for x in jax.tree.leaves(state["host"]):
+            x[...] = 0  # what was saved is safe
+        restored, _ = checkpoints.restore(state)
+        again, _ = checkpoints.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state))
+    for found in (restored, again):
+        for name, x in HOST.items():
+            y = found["host"][name]
+            assert type(y) is np.ndarray and y.dtype == x.dtype and y.tobytes() == x.tobytes(), name
+        for name, x in state["device"].items():
+            y = found["device"][name]
+            assert isinstance(y, jax.Array) and y.dtype == x.dtype, name
+            np.testing.assert_array_equal(y.astype(jnp.complex64), x.astype(jnp.complex64), err_msg=name)
+
+
+@pytest.mark.parametrize("name", DEVICE)
+def test_a_digest_sees_one_changed_entry_of_every_dtype(name):
+    one = jnp.array([1, 0, 1]).astype(name)
+    assert digest({"x": one}) != digest({"x": jnp.array([1, 1, 1]).astype(name)})
+
+
+REFUSED = {
+    "uint4": jnp.ones(3, jnp.uint4),
+    "float8_e4m3": jnp.ones(3, jnp.float8_e4m3),
+    "<U1": np.array(["a"]),
+    "object": np.array([None]),
+    r"datetime64\[D\]": np.array(["2026-01-01"], "datetime64[D]"),
+    ">i4": np.arange(3, dtype=">i4"),
+}
+
+
+def test_what_no_file_can_hold_is_refused_when_it_is_saved(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        for name, x in REFUSED.items():
+            with pytest.raises(UserError, match=rf"cannot hold params\.w, whose dtype is {name}"):
+                checkpoints.save(1, {"params": {"w": x}}, {})
+        with pytest.raises(UserError, match=r"cannot hold w, which is empty: its shape is \(0, 3\)"):
+            checkpoints.save(1, {"w": jnp.zeros((0, 3))}, {})
+        with pytest.raises(UserError, match="the state has none"):
+            checkpoints.save(1, {"w": None}, {})
+        assert checkpoints.latest() is None

@@ -105,6 +105,7 @@ def test_fsdp_divides_the_learners_memory():
     assert memory.temp_size_in_bytes < size
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("program", ["sample", pytest.param("update", marks=pytest.mark.campaign)])
 def test_rows_that_share_a_prompt_send_nothing_more(program):
     found = [collectives(compiled(program, ARCH, 4 * ROWS, data=2, fsdp=2, group_size=g).as_text()) for g in (1, 2)]

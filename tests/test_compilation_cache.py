@@ -27,6 +27,7 @@ def trained(tmp_path_factory):
     return root
 
 
+@pytest.mark.campaign
 def test_a_second_process_compiles_nothing_that_the_first_one_did(trained):
     without, writes, reads = (
         json.loads((trained / f"{name}.json").read_text()) for name in compilation_cache_processes.NAMES

@@ -134,6 +134,7 @@ def test_vmap_equals_one_at_a_time():
     assert_agree(jax.jit(jax.vmap(over_all, (None, 0)))(THETA, parts), jax.tree.map(lambda *x: jnp.stack(x), *each))
 
 
+@pytest.mark.campaign
 def test_vmap_with_an_axis_name_is_the_global_batch():
     mapped = jax.jit(jax.vmap(functools.partial(over_all, axis_name="i"), (None, 0), axis_name="i"))
     assert_agree(mapped(THETA, split(BATCH)), jax.tree.map(lambda x: jnp.full(4, x), on_one_device(over_all)))

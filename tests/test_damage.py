@@ -232,6 +232,7 @@ def test_a_full_disk_is_told_in_one_line_and_the_older_one_stays(tmp_path):
         assert checkpoints.steps() == [2]
 
 
+@pytest.mark.campaign
 def test_an_older_one_that_cannot_be_removed_is_not_called_a_failed_save(tmp_path, monkeypatch):
     def refused(*arguments, **options):
         raise OSError(5, "Input/output error")
@@ -330,6 +331,7 @@ def test_a_run_that_cannot_save_ends_in_one_line_and_goes_on_from_the_older_one(
         assert checkpoints.latest() == 3
 
 
+@pytest.mark.campaign
 def test_what_ended_a_run_is_not_hidden_by_a_full_disk(tmp_path, capsys):
     def fail(i):
         if i == 1:
@@ -371,6 +373,7 @@ def test_a_digest_takes_keys_and_64_bits():
     assert stored_leaves({"x": x})["x"].dtype == np.float64
 
 
+@pytest.mark.campaign
 def test_a_model_that_does_not_fit_on_the_disk_is_one_line(tmp_path):
     arch = dataclasses.replace(ARCHITECTURES["llama"], vocab_size=4000)
     lm = pg.causal_lm(arch)

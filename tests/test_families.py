@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from pgjax.models.architecture import Rope
-from pgjax.models.io.config import DEFAULTS, architecture_of, config_of
+from pgjax.models.io.config import architecture_of, config_of
+from pgjax.models.io.families import FAMILIES
 
 GOLDENS = Path(__file__).parent / "goldens"
 MODELS = ("llama", "llama3_rope", "qwen2", "qwen3", "gpt2")
@@ -23,14 +24,18 @@ GPT2 = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_h
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
 
-@pytest.mark.parametrize("family", sorted(DEFAULTS))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_absent_fields_mean_what_hugging_face_means(family):
     from transformers import AutoConfig
 
     theirs = AutoConfig.for_model(family).to_dict()
-    for name, value in DEFAULTS[family].items():
+    for name, value in FAMILIES[family].defaults.items():
         if name == "rope_theta":
-            assert theirs["rope_parameters"] == {"rope_theta": value, "rope_type": "default"}
+            ropes = theirs["rope_parameters"]
+            rope = ropes.get("full_attention", ropes)
+            assert (rope["rope_theta"], rope["rope_type"]) == (value, "default")
+        elif name == "sliding_window" and theirs.get("use_sliding_window") is False:
+            assert theirs[name] is None  # ours is read where the other is true
         elif value is not None and name in theirs:  # None: derived, below
             assert theirs[name] == value, name
 
@@ -106,8 +111,11 @@ def test_biases_belong_to_their_families():
         ({k: v for k, v in LLAMA.items() if k != "hidden_size"}, "hidden_size", ""),
         ({k: v for k, v in GPT2.items() if k != "n_layer"}, "n_layer", ""),
         ({**LLAMA, "hidden_act": "relu2"}, "relu2", "silu"),
-        ({**LLAMA, "rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn", "llama3"),
-        ({**LLAMA, "rope_parameters": {"rope_type": "linear", "rope_theta": 1.0}}, "linear", "default"),
+        ({**LLAMA, "rope_scaling": {"type": "ntk", "factor": 2.0}}, "ntk", "llama3"),
+        ({**LLAMA, "rope_parameters": {"rope_type": "linear", "rope_theta": 1.0}}, "linear", "factor"),
+        ({**LLAMA, "rope_scaling": {"type": "yarn", "factor": -2.0}}, "factor = -2.0", "above 0"),
+        ({**LLAMA, "rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": 1}}, "truncate = 1", "true or false"),
+        ({**LLAMA, "rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "short_factor", "4 numbers"),
         ({**LLAMA, "rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor", ""),
         ({**LLAMA, "rope_parameters": {"rope_theta": 7.0}, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear", ""),
         ({**LLAMA, "rope_parameters": {"rope_theta": 7.0}, "rope_scaling": {"type": "default"}}, "differ", "7.0"),
@@ -128,7 +136,21 @@ def test_biases_belong_to_their_families():
         ({**LLAMA, "rope_theta": 0}, "rope_theta = 0", "above 0"),
         ({**GPT2, "layer_norm_epsilon": "small"}, "layer_norm_epsilon = 'small'", "above 0"),
         ({**GPT2, "n_head": 5}, "5", "32"),
-        ({**LLAMA, "model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window", "False"),
+        ({**LLAMA, "use_sliding_window": True}, "use_sliding_window", "False"),
+        ({**LLAMA, "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 0, "max_window_layers": 0},
+         "sliding_window = 0", ""),
+        ({**LLAMA, "model_type": "qwen2", "max_window_layers": -1}, "max_window_layers = -1", "0 or more"),
+        ({**LLAMA, "model_type": "gemma2", "layer_types": ["full_attention"]}, "layer_types", "2 layers"),
+        ({**LLAMA, "model_type": "gemma2", "layer_types": ["chunked_attention"] * 2}, "chunked_attention", "sliding_attention"),
+        ({**LLAMA, "model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention", "False"),
+        ({**LLAMA, "model_type": "gemma3_text", "rope_parameters": {"rope_theta": 1.0}}, "rope_parameters", "full_attention"),
+        ({**LLAMA, "model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers = [1]", "2 layers"),
+        ({**LLAMA, "model_type": "granite", "attention_multiplier": 0}, "attention_multiplier = 0", "above 0"),
+        ({**LLAMA, "model_type": "phi3", "sliding_window": 8, "num_key_value_heads": None,
+          "rope_scaling": {"type": "su", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}}, "sliding_window = 8", "longrope"),
+        ({**LLAMA, "model_type": "qwen3_moe", "mlp_only_layers": [0]}, "mlp_only_layers = [0]", "[]"),
+        ({**LLAMA, "model_type": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step = 2", "1"),
+        ({**LLAMA, "model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok = 9", "8"),
         ({**LLAMA, "layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention", "full_attention"),
         ({**LLAMA, "quantization_config": {"bits": 4}}, "quantization_config", "None"),
         ({**GPT2, "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx", "False"),

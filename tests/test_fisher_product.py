@@ -46,6 +46,7 @@ def test_the_product_is_that_of_the_explicit_matrix(mask):
     assert np.linalg.eigvalsh(found).min() > -1e-13 and np.linalg.eigvalsh(found).max() > 0.1
 
 
+@pytest.mark.campaign
 def test_it_is_the_hessian_of_either_kl():
     with jax.enable_x64(True):
         params, batch = draw(1, np.float64)
@@ -64,6 +65,7 @@ def test_it_is_the_hessian_of_either_kl():
             np.testing.assert_allclose(found, jax.jit(jax.hessian(kl))(flat), atol=1e-12)
 
 
+@pytest.mark.campaign
 def test_float32_agrees_with_float64():
     params, batch = draw(0)
     with jax.enable_x64(True):
@@ -116,6 +118,7 @@ def test_shapes_that_do_not_fit_are_refused():
         product(params, params | {"b": params["b"][:2]}, batch)
 
 
+@pytest.mark.campaign
 def test_parameters_of_mixed_types_keep_them():
     params, batch = draw(5)
     mixed = params | {"b": params["b"].astype(jnp.bfloat16)}

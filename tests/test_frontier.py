@@ -98,6 +98,7 @@ def test_the_standard_error_is_over_prompts():
     assert np.mean([row["score_stderr"] for row in found]) == pytest.approx(spread, rel=0.15)
 
 
+@pytest.mark.campaign
 def test_the_reference_itself_has_no_kl_and_training_prompts_are_not_evaluated(small):
     lm, params, tokenizer = pg.load(small.model)
     train_rows, held_out = frontier.prompt_sets(small, tokenizer)

@@ -167,6 +167,7 @@ def test_minibatches_hold_whole_groups():
         minibatches(jax.random.key(0), 24, 4, 4)
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize(
     "axes", campaign_but_for([{"data": 4}, {"fsdp": 2, "tensor": 2}], {"fsdp": 2, "tensor": 2}), ids=str
 )
@@ -201,6 +202,7 @@ def letters(prompts, completions, **columns):
     return [float(sum(c < "m" for c in text)) for text in completions]
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("eval_samples", campaign_but_for([3, 4], 4))  # of groups of two: not shared, shared
 def test_a_script_that_shares_prompts_learns_what_one_learns_that_does_not(tmp_path, monkeypatch, eval_samples):
     prompts = tmp_path / "prompts.jsonl"

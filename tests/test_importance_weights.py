@@ -54,6 +54,7 @@ def test_the_bias_falls_as_the_cap_rises():
     assert biases[-1] < 1e-12 < 1e-3 < biases[-2]
 
 
+@pytest.mark.campaign
 def test_the_variance_rises_with_the_cap():
     scores = mdp.exact_scores(POLICY).sum(1).reshape(256, -1)
     ratio = np.exp(LOG_RATIO.sum(1))

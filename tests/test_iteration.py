@@ -127,6 +127,7 @@ def test_where_the_sampler_is_filtered_the_policy_is_not():
     assert 0 <= metrics["val/importance_capped"] <= 1
 
 
+@pytest.mark.campaign
 def test_early_stopping_and_the_adaptive_coefficient():
     it = pg.iteration(
         LM, pg.ppo(kl_coef=0.5), SGD, reference=other_params(), **SAMPLING, epochs=3, max_approx_kl=1e-12, kl_target=1e-3,

@@ -68,6 +68,7 @@ def test_adapters_beside_and_inside_the_kernels_are_one_function(name):
     assert jax.tree.structure(pg.merge_lora(adapted)) == jax.tree.structure(tiny_params(name))
 
 
+@pytest.mark.campaign
 def test_in_16_bits_the_function_and_its_gradient_are_near_those_in_32():
     adapted, factors = pg.with_lora(tiny_params("qwen2"), adapters("qwen2", alpha=1.5)), adapters("qwen2", alpha=1.5)
 

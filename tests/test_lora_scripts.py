@@ -52,6 +52,7 @@ def test_ppo_trains_adapters_beside_one_copy_of_the_model_and_goes_on_to_the_sam
     jax.tree.map(np.testing.assert_array_equal, pg.load(parts.output / "policy")[1], after)
 
 
+@pytest.mark.campaign
 def test_fine_tuning_trains_adapters_and_goes_on_beside_the_same_model_alone(folder, tmp_path):
     save_tiny_model(tmp_path / "model")
     config = config_of(sft, folder, tmp_path / "run", max_length=16, epochs=4, learning_rate=3e-2)

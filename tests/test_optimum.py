@@ -21,6 +21,7 @@ def train(name, config):
     return jax.vmap(lambda key: optimum.run(optimum.METHODS[name], config, key))(keys)
 
 
+@pytest.mark.campaign
 @pytest.mark.usefixtures("full_compiles")  # many steps with few programs
 @pytest.mark.parametrize("name", campaign_but_for(optimum.METHODS, "PPO"))
 def test_every_method_comes_near_the_optimum(name):

@@ -130,6 +130,7 @@ def test_it_learns_and_leaves_the_files_that_a_user_expects(config, model, monke
     assert not np.array_equal(params["embed"]["tokens"], pg.load(model)[1]["embed"]["tokens"])
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("temperature", campaign_but_for([1.0, 0.7], 0.7))
 def test_nothing_moves_at_rate_zero(config, temperature):
     """Ratio 1 and KL exactly 0 in every minibatch of every step: one temperature, no dropout, a frozen reference, one frame."""
@@ -316,6 +317,7 @@ def test_a_stop_in_an_evaluation_saves_the_step_and_the_run_that_goes_on_evaluat
     assert [row["step"] for row in logs.read_metrics(config.output) if "eval/scores" in row] == [0, 1, 2]
 
 
+@pytest.mark.campaign
 def test_the_adaptive_coefficient_moves_against_the_kl(config):
     script.main(change(config, kl_target=1e-6, kl_coef=0.1, kl_horizon=80.0, learning_rate=1e-2, steps=4))
     rows = [row for row in logs.read_metrics(config.output) if "objective/kl_coef" in row]
@@ -340,6 +342,7 @@ def small_batch(lm, rows=4, prompt=3, new=5):
     return algorithms.Batch(tokens, attention_mask, mask, -3 + 0.1 * noise[0], *noise[1:])
 
 
+@pytest.mark.campaign
 def test_uneven_microbatches_do_not_change_the_ppo_gradient(model):
     lm, params, _ = pg.load(model)
     params = {"lm": params, "value": pg.init_value_head(lm.arch.width)}

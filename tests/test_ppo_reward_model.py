@@ -115,6 +115,7 @@ def test_it_scores_the_policys_own_ids_read_at_the_last_sampled_token(config, se
     assert all(sample["rewards/reward_model"] == pytest.approx(sample["score"]) for sample in samples)
 
 
+@pytest.mark.campaign
 def test_it_is_mixed_with_black_boxes_by_weight(config, seen, folders):
     config = change(
         config, rewards=(EARLY_LETTERS, f"{__name__}:boxed"), reward_weights=(2.0, 0.0), reward_model_weight=-0.5
@@ -159,6 +160,7 @@ def test_reference_and_reward_model_are_bit_identical_afterwards(config, monkeyp
     assert not np.array_equal(trained["embed"]["tokens"], kept[0][1]["embed"]["tokens"])
 
 
+@pytest.mark.campaign
 def test_from_the_second_step_on_nothing_compiles_and_no_transfer_is_hidden(config):
     compiled: list[str] = []
 
@@ -181,6 +183,7 @@ def test_from_the_second_step_on_nothing_compiles_and_no_transfer_is_hidden(conf
     assert not [name for name in compiled if "backend_compile" in name]
 
 
+@pytest.mark.campaign
 def test_where_tokenizers_differ_texts_are_encoded_again_and_that_is_said_once(config, seen, foreign, folders, capsys):
     script.main(change(config, reward_model=str(foreign)))
     said = capsys.readouterr().out
@@ -203,7 +206,7 @@ def test_where_tokenizers_differ_texts_are_encoded_again_and_that_is_said_once(c
 def test_a_completion_that_ended_gets_the_reward_models_end_and_a_cut_one_does_not(foreign, folders):
     lm, _, tokenizer = pg.load(folders[0])
     judge = load_judge(str(foreign), 1.0, lm, tokenizer, chat=False)
-    tokens, mask = judge.translated(["ab", "ab"], ["cd", "cd"], np.array([True, False]))
+    tokens, mask = judge.translated([{"prompt": "ab"}] * 2, ["cd", "cd"], np.array([True, False]))
     assert mask.sum(1).tolist() == [5, 4] and tokens[0, -1] == judge.tokenizer.eos_token_id
     assert tokens[1][mask[1]].tolist() == judge.tokenizer("abcd")["input_ids"]
 
@@ -211,14 +214,14 @@ def test_a_completion_that_ended_gets_the_reward_models_end_and_a_cut_one_does_n
 def test_lengths_of_a_translation_come_in_buckets(foreign, folders):
     lm, _, tokenizer = pg.load(folders[0])
     judge = load_judge(str(foreign), 1.0, lm, tokenizer, chat=False)
-    widths = {judge.translated(["ab"], ["c" * n], np.array([True]))[0].shape[1] for n in range(1, 38)}
+    widths = {judge.translated([{"prompt": "ab"}], ["c" * n], np.array([True]))[0].shape[1] for n in range(1, 38)}
     assert widths == {16, 24, 32, 40}
 
 
 def test_one_completion_too_long_for_the_reward_model_does_not_end_the_run(foreign, folders):
     lm, _, tokenizer = pg.load(folders[0])
     judge = load_judge(str(foreign), 1.0, lm, tokenizer, chat=False)
-    tokens, mask = judge.translated(["ab"], ["c" * 60], np.array([True]))
+    tokens, mask = judge.translated([{"prompt": "ab"}], ["c" * 60], np.array([True]))
     assert mask.sum() == judge.rm.arch.max_positions == 40
     assert tokens[0].tolist() == judge.tokenizer("ab" + "c" * 38)["input_ids"]
 

@@ -164,6 +164,7 @@ def test_only_the_kind_with_a_critic_moves_the_value_head(config, monkeypatch):
         assert any(np.any(x) for x in jax.tree.leaves(states[-1])) == moves
 
 
+@pytest.mark.campaign
 def test_a_group_of_equal_scores_teaches_grpo_nothing(config, seen, model):
     script.main(change(config, **GRPO, kl_coef=0.0, kl_loss_coef=0.0, rewards=("tests.test_ppo_variants:constant",)))
     assert not any(np.any(batch.advantages) for *_, batch in seen)
@@ -274,6 +275,7 @@ def test_the_reductions_are_three_different_losses(model):
         assert all(abs(x - y) > 0.05 * abs(x) for x, y in itertools.combinations(found, 2)), (name, found)
 
 
+@pytest.mark.campaign
 def test_a_kl_in_the_loss_needs_the_references_logprobs(model):
     lm, params = loaded(model)
     batch = uneven_batch(lm)._replace(ref_logprobs=None)
@@ -281,6 +283,7 @@ def test_a_kl_in_the_loss_needs_the_references_logprobs(model):
         policy_loss(params, batch, lm=lm, algorithm=ALGORITHMS["ppo"], temperature=TEMPERATURE)
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("reduce", ["sequence_mean", "sequence_sum"])
 def test_weights_of_tokens_turn_a_token_mean_into_the_other_reductions(reduce):
     mask = jnp.arange(6)[None, :] < jnp.array([[6], [1], [0], [3]])
@@ -319,6 +322,7 @@ def test_evaluations_now_and_then_report_kl_and_every_reward_and_are_not_repeate
     assert trained == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.campaign
 def test_evaluating_does_not_change_what_is_learnt(config):
     for name, every in (("without", None), ("with", 1)):
         script.main(change(config, eval_every=every, output=config.output.with_name(name)))

@@ -306,6 +306,7 @@ def test_the_update_follows_the_formula_in_float64_with_margin_and_centring():
     assert margin.max() > 0
 
 
+@pytest.mark.campaign
 def test_microbatches_change_neither_loss_nor_gradient():
     pairs = random_pairs(8, seed=3)
     whole = first_update(pairs, 1, 0.1)

@@ -17,7 +17,7 @@ from tests.tiny_task import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-LOSSES, ALGORITHM, REWARD = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+LOSSES, MODEL, ALGORITHM, REWARD = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 SCRIPTS = ("ppo", "sft", "reward_model", "rlhf", "overoptimisation")
 # flags of other programs: pip, gcloud, srun
 FOREIGN = {"no-deps", "recurse", "worker", "zone", "command", "nodes", "ntasks-per-node", "gpus-per-node"}
@@ -47,6 +47,13 @@ def test_the_losses_of_the_front_page_train_policy_and_critic(readers):
         assert 0 < largest < np.inf, part
     ahead = jax.tree.map(lambda x, slope: x - 1e-3 * slope, names["policy"], names["gradient"])
     assert names["loss"](ahead) < names["loss"](names["policy"])
+
+
+@pytest.mark.filterwarnings("ignore:this model has no cache")
+def test_a_model_of_another_library_samples(readers):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        names = readers(MODEL)
+    assert np.asarray(names["rollout"].mask)[:, 1:].all()
 
 
 def test_a_new_algorithm_is_a_script_of_at_most_60_lines(readers, capsys):

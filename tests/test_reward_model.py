@@ -44,7 +44,7 @@ def padded(rows, side, pad_id):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", [*FAMILIES, "llama_bf16"])
+@pytest.mark.parametrize("family", campaign_but_for([*FAMILIES, "llama_bf16"], "llama", "gpt2"))
 def test_a_classifier_that_torch_saved_scores_as_torch_does_on_either_side_of_padding(family, side):
     rm, params, tokenizer = pg.load_reward_model(GOLDENS / f"reward_{family}", dtype=jnp.float32)
     tokens, mask = padded(ROWS, side, pad_id=2)  # the end of sequence, with which the second row ends
@@ -54,7 +54,7 @@ def test_a_classifier_that_torch_saved_scores_as_torch_does_on_either_side_of_pa
     assert "head" not in params["lm"] and params["score"]["kernel"].shape == (16,)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", campaign_but_for(FAMILIES, "llama", "gpt2"))
 def test_torch_scores_a_saved_model_as_it_was_though_padding_was_the_end_of_sequence(family, tmp_path):
     rm, params, tokenizer = saved_case(family, tmp_path / "rm")
     ids = tokenizer(TEXTS)["input_ids"]
@@ -73,7 +73,7 @@ def test_torch_scores_a_saved_model_as_it_was_though_padding_was_the_end_of_sequ
     assert tokenizer.pad_token == END  # the caller's own is left alone
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", campaign_but_for(FAMILIES, "llama", "gpt2"))
 def test_torch_where_installed_gives_the_scores_of_the_goldens(family, tmp_path):
     if importlib.util.find_spec("torch") is None:
         pytest.skip("torch is not installed; its scores are held by the committed goldens")
@@ -90,7 +90,7 @@ def test_torch_where_installed_gives_the_scores_of_the_goldens(family, tmp_path)
     assert_close(GOLDEN[f"ours_{family}"], theirs, of_max=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", campaign_but_for(FAMILIES, "llama", "gpt2"))
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
 def test_save_and_load_give_the_same_bits(family, param_dtype, tmp_path):
     rm, params, _ = pg.load_reward_model(GOLDENS / f"reward_{family}", param_dtype=param_dtype)
@@ -103,6 +103,7 @@ def test_save_and_load_give_the_same_bits(family, param_dtype, tmp_path):
     assert config["dtype"] == jnp.dtype(param_dtype).name
 
 
+@pytest.mark.campaign
 def test_a_mesh_spreads_the_body_and_the_scores_stay(tmp_path):
     from pgjax.parallel.sharding import make_mesh
 
@@ -313,6 +314,7 @@ def test_scores_of_the_reference_samples_have_mean_0_and_deviation_1_in_torch_la
     assert np.array_equal(reference_scores(again, loaded, seed=0)[0], after)
 
 
+@pytest.mark.campaign
 def test_with_a_bias_in_the_last_norm_every_score_is_shifted_by_one_constant():
     rm, params, _ = pg.load_reward_model(GOLDENS / "reward_gpt2")
     _, features = reference_scores(rm, params, seed=0)

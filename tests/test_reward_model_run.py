@@ -112,6 +112,7 @@ def test_a_run_stopped_halfway_ends_with_the_same_bits(whole, tmp_path, monkeypa
         assert np.array_equal(x, y)
 
 
+@pytest.mark.campaign
 def test_the_snapshot_of_the_lowest_held_out_loss_and_its_model_are_kept_beside_the_latest(
     source, tmp_path, monkeypatch
 ):
@@ -178,6 +179,7 @@ def test_rows_left_out_are_counted_and_printed_with_their_lines(source, tmp_path
         assert line in printed
 
 
+@pytest.mark.campaign
 def test_references_of_their_own_are_what_the_scores_are_normalised_on(source, tmp_path):
     given = [{"prompt": "sky:", "completion": f" {word}+"} for word in WORDS]
     path = write(tmp_path / "reference.jsonl", given)
@@ -246,6 +248,7 @@ def test_the_center_coefficient_reaches_the_loss_and_holds_scores_small(source, 
     assert found[1] < 0.5 * found[0]
 
 
+@pytest.mark.campaign
 def test_margins_of_the_file_count_unless_told_otherwise(source, tmp_path):
     path = write(tmp_path / "pairs.jsonl", [{**row, "margin": 3.0} for row in rows(96, 0)])
     found = {}

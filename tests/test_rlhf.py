@@ -164,6 +164,7 @@ def test_stages_run_in_order_each_on_the_output_of_the_one_before(tmp_path, stan
     assert {configs[name].seed for name in ("sft", "reward_model", "ppo")} == {5}
 
 
+@pytest.mark.campaign
 def test_from_redoes_a_stage_and_those_after_it_and_keeps_the_old_ones(tmp_path, stand_ins):
     rlhf.main(small(tmp_path))
     stand_ins.clear()

@@ -40,6 +40,7 @@ FILTERS_OFF = {"temperature": 1.0, "top_k": 23, "top_p": 1.0, "min_p": 0.0}
 EOS = (3, 8, 17, 21, 5)  # so many that rows stop at different lengths
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("options", [{}, {"top_k": 5, "top_p": 0.9, "min_p": 0.01}, {"temperature": 0.0}])
 def test_with_64_bits_enabled_the_same_is_sampled(options):
     expected = roll("llama", **options)
@@ -174,6 +175,7 @@ def test_bfloat16_samples_and_stays_near_its_own_teacher_forcing():
     assert_close(rollout.logprobs, np.where(rollout.mask, expected, 0), 0.15)
 
 
+@pytest.mark.campaign
 def test_pairs_of_tokens_occur_as_often_as_teacher_forcing_says():
     # Every step may be right and the whole wrong: one draw used at two steps, a cache that belongs to another row.
     count, prompts, mask = 4096, *left_padded((3,), 3)

@@ -92,6 +92,7 @@ def config(tmp_path) -> script.Config:
     )  # fmt: skip
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("algorithm", campaign_but_for(["ppo", "rloo"], "rloo"))
 def test_a_script_with_one_update_a_rollout_skips_the_pass_and_learns_the_same(config, monkeypatch, algorithm):
     passes = []

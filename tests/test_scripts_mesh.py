@@ -39,6 +39,7 @@ def test_fine_tuning_on_a_mesh(folder):
         np.testing.assert_allclose(x, y, atol=1e-4)
 
 
+@pytest.mark.campaign
 def test_a_reward_model_on_a_mesh(folder):
     config = reward_model.Config(
         model=str(folder / "model"), pairs=str(folder / "pairs.jsonl"), held_out=str(folder / "pairs.jsonl"), batch_size=8,
@@ -49,6 +50,7 @@ def test_a_reward_model_on_a_mesh(folder):
     assert_same_metrics(*(logs.read_metrics(folder / run) for run in ("rm_mesh", "rm")), rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.campaign
 def test_pairs_are_sampled_on_a_mesh(folder):
     def sampled(mesh):
         lm, params, tokenizer = pg.load(folder / "model", mesh=mesh)

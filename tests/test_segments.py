@@ -48,6 +48,7 @@ def test_no_gradient_crosses_from_one_segment_to_another(name):
     assert ((by_token > 0) == allowed)[np.ix_(real, real)].all()
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_padding_changes_nothing_and_makes_no_nan(name):
     # The bug: 300 padded places count as positions, run past the table of 256, and their NaN reaches every gradient.

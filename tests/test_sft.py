@@ -119,6 +119,7 @@ def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(config, mon
     assert early == [row for row in numbers[0] if row["step"] <= 3]
 
 
+@pytest.mark.campaign
 def test_the_snapshot_of_the_lowest_held_out_loss_and_its_model_are_kept_beside_the_latest(config, monkeypatch):
     seen = []
 

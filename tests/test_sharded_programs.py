@@ -80,6 +80,7 @@ def test_updates_are_the_same_on_every_layout_and_keep_it(name, axes, caplog):
     assert found["layout"] == param_shardings(make_mesh(**axes), found["second"])
 
 
+@pytest.mark.campaign
 def test_parameters_on_a_mesh_are_enough_for_the_sampler():
     lm, expected = tiny_lm("llama"), on_one_device(acted, "llama")["rollout"]
     params = host_params(lm)["lm"]

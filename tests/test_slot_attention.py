@@ -61,6 +61,7 @@ def test_blocks_beyond_the_last_slot_are_not_read():
     assert np.isnan(interpreted(query, poison(keys), poison(values), slots, jnp.int32(2 * BLOCK))).all()
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("axes", [{"data": 4}, {"data": 2, "tensor": 2}, {"tensor": 4}])
 def test_on_a_mesh_each_device_computes_its_own_rows_and_heads(axes):
     arguments = case(4, 12, 4 if axes != {"tensor": 4} else 2, BLOCK, 16, 20)  # two heads do not split in four

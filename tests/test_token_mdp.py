@@ -123,6 +123,7 @@ def test_what_reward_to_go_and_a_right_value_do_to_the_variance():
     assert trace(lab.RETURNS - lab.VALUES[mdp.PREFIXES]) == pytest.approx(2.504, abs=0.001)
 
 
+@pytest.mark.campaign
 def test_following_the_surrogate_reaches_the_optimum():
     def step(table, _):
         old = mdp.logprobs(table)

@@ -12,7 +12,7 @@ from pgjax.models.architecture import Rope
 from pgjax.models.attention import attention
 from pgjax.models.causal_lm import causal_lm, decode_params, logits_of
 from pgjax.models.forward import positions_of
-from pgjax.models.transformer import rope_frequencies, rotary_table, rotate
+from pgjax.models.rope import rope_frequencies, rotary_table, rotate
 from tests.compare import assert_close
 from tests.sizes import SOME_FAMILIES
 from tests.tiny import ARCHITECTURES, FAMILIES, LLAMA3_ROPE, left_padded, tiny_apply, tiny_lm, tiny_params

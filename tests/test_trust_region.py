@@ -110,6 +110,7 @@ def test_a_step_too_long_for_the_kl_is_shortened():
     assert info["backtracks"] > 0 and info["kl"] <= np.float32(0.1) < kl and loss_fn(whole) < loss_fn(start)
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize(
     "loss_fn",
     [
@@ -204,6 +205,7 @@ def test_devices_take_the_step_of_the_whole_batch(name):
     assert_close(found, known, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.campaign
 def test_many_problems_at_once_are_each_one():
     moved, info = steps(*PROBLEMS, 0.01, damping=0.1)
     for i in range(3):
@@ -267,6 +269,7 @@ def test_on_the_exact_objective_every_step_climbs_to_the_optimum():
     assert mdp.OPTIMUM - found[-1] < 0.002
 
 
+@pytest.mark.campaign
 def test_on_the_token_surrogate_it_climbs_until_close_to_the_optimum():
     # The surrogate holds the visited prefixes and the KL's reward as they were, so it is not monotone within 0.013 of J*.
     found, kl = climb(token_loss, 150, max_kl=0.001, damping=0.01)

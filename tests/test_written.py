@@ -121,7 +121,9 @@ def test_a_reward_model_with_another_tokenizer_and_pairs_read_what_was_written(k
     [(texts, ended)] = seen
     assert texts == [" great<think>no"] and ended.tolist() == [True]
     rm = types.SimpleNamespace(arch=ARCHITECTURES["llama"])
-    tokens, attention = judge.ModelJudge(rm, None, 1.0, other, chat=False).translated(["The film was"], texts, ended)
+    tokens, attention = judge.ModelJudge(rm, None, 1.0, other, chat=False).translated(
+        [{"prompt": "The film was"}], texts, ended
+    )
     assert other.decode(tokens[attention]) == "The film was great<think>no</s>"
     two = Written([" great", "no"], [" great<think>no", "no"], ["</s>", ""], [ids, ids])
     write_pairs(
@@ -129,6 +131,25 @@ def test_a_reward_model_with_another_tokenizer_and_pairs_read_what_was_written(k
     )
     pair = json.loads((tmp_path / "pairs.jsonl").read_text())
     assert {pair["chosen"], pair["rejected"]} == {" great<think>no</s>", "no"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reward_model_with_another_tokenizer_reads_the_tools_of_a_prompt(kind):
+    # The bug: only the policy's prompt names the tools; the reward model scores an answer to another question.
+    other = with_template(kind, "tools")
+    rm = judge.ModelJudge(types.SimpleNamespace(arch=ARCHITECTURES["llama"]), None, 1.0, other, chat=True)
+    tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
+    rows = [{"prompt": "What is", "tools": json.dumps(tools)}, {"prompt": "What is", "tools": None}]
+    messages = [{"role": "user", "content": "What is"}, {"role": "assistant", "content": "3"}]
+    lengths = rm.prompt_lengths(rows, [])
+    expected = [other.apply_chat_template(messages[:1], tools=x, add_generation_prompt=True) for x in (tools, None)]
+    assert lengths == [len(x["input_ids"]) for x in expected]
+    tokens, attention = rm.translated(rows, ["3", "3"], np.array([False, False]))
+    whole = [other.apply_chat_template(messages, tools=x)["input_ids"] for x in (tools, None)]
+    for found, ids in zip(
+        (row[kept].tolist() for row, kept in zip(tokens, attention, strict=True)), whole, strict=True
+    ):
+        assert found == ids[: len(found)] and len(ids) - len(found) <= 4, "but for the end of the turn"
 
 
 def length(prompts, completions, completion_ids=None):

@@ -48,7 +48,7 @@ def sample(base: ppo.Config, sizes: Sequence[int], samples: int, folder: Path, r
     del resume
     assert base.reward_model is not None and base.held_out is not None  # the study sets them
     lm, params, tokenizer = pg.load(base.model)
-    tokenizer = set_stops(tokenizer, base.stop_tokens)
+    tokenizer = set_stops(tokenizer, base.stop_tokens, base.stop_strings)
     rm, rm_params, _ = pg.load_reward_model(base.reward_model)
     scorer = jax.jit(rm.apply)
     placed = load_rows(base.held_out, check_prompts)

@@ -55,8 +55,8 @@ def check_pairs(config: Pairs) -> None:
 
 def make_pairs(
     config: Pairs, folder: Path, model: Path, placed_sets: Sequence[Placed],
-    *, gold: str, chat: bool, max_new_tokens: int, seed: int, stop_tokens: Sequence[str] = (), dtype: str | None = None,
-    mesh: Mesh | None = None,
+    *, gold: str, chat: bool, max_new_tokens: int, seed: int, stop_tokens: Sequence[str] = (),
+    stop_strings: Sequence[str] = (), dtype: str | None = None, mesh: Mesh | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Sample two completions of each prompt, let the judge prefer one, and write train.jsonl and held_out.jsonl.
 
@@ -71,6 +71,7 @@ def make_pairs(
       max_new_tokens: the longest completion.
       seed: of the prompts' order, the samples and the judge's preferences.
       stop_tokens: that end a completion, as of `set_stops`; none: the model's own.
+      stop_strings: texts that end one, likewise.
       dtype: of activations, as in `pgjax.load`.
       mesh: of the devices to sample on; None: one.
 
@@ -80,7 +81,7 @@ def make_pairs(
     """
     processes.on_process_0(lambda: folder.mkdir(parents=True, exist_ok=True))
     lm, params, tokenizer = pg.load(model, dtype=dtype, mesh=mesh)
-    tokenizer = set_stops(tokenizer, stop_tokens)
+    tokenizer = set_stops(tokenizer, stop_tokens, stop_strings)
     processes.print_once(told_stops(tokenizer))
     figures: dict[str, float] = {}
     counts = {"train": config.train, "held_out": config.held_out}

@@ -28,9 +28,9 @@ ALIKE = ("chat", "template_args", "template_date", "seed", "dtype")  # that deci
 SHARED = (*ALIKE, *devices.MACHINE)  # fields of this script that every other one has too
 DECIDING = {  # fields of this script that decide the result of a stage
     "sft": ("model", "data", "held_out_data", *ALIKE),
-    "pairs": ("prompts", "held_out_prompts", "gold", "max_new_tokens", "stop_tokens", *ALIKE),
+    "pairs": ("prompts", "held_out_prompts", "gold", "max_new_tokens", "stop_tokens", "stop_strings", *ALIKE),
     "reward_model": ("pairs", "held_out_pairs", *ALIKE),
-    "ppo": ("prompts", "held_out_prompts", "gold", "max_new_tokens", "stop_tokens", *ALIKE),
+    "ppo": ("prompts", "held_out_prompts", "gold", "max_new_tokens", "stop_tokens", "stop_strings", *ALIKE),
 }
 
 
@@ -68,6 +68,7 @@ def from_above(config: Config) -> dict[str, dict[str, Any]]:
             "model": model, "reward_model": str(config.output / "reward_model" / "model"), "prompts": config.prompts,
             "held_out": config.held_out_prompts, "rewards": watched, "reward_weights": (0.0,) * len(watched),
             "max_new_tokens": config.max_new_tokens, "stop_tokens": config.stop_tokens,
+            "stop_strings": config.stop_strings,
         },
     }  # fmt: skip
     shared = {name: getattr(config, name) for name in SHARED}
@@ -99,8 +100,8 @@ def sample_pairs(config: Config, folder: Path, resume: bool) -> dict[str, float]
     with devices.on_devices(config) as mesh:
         return make_pairs(
             config.pair, folder, config.output / "sft" / "model", read_prompts(config), gold=str(config.gold), chat=config.chat,
-            max_new_tokens=config.max_new_tokens, seed=config.seed, stop_tokens=config.stop_tokens, dtype=config.dtype,
-            mesh=mesh,
+            max_new_tokens=config.max_new_tokens, seed=config.seed, stop_tokens=config.stop_tokens,
+            stop_strings=config.stop_strings, dtype=config.dtype, mesh=mesh,
         )  # fmt: skip
 
 

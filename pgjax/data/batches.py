@@ -8,6 +8,7 @@ import numpy as np
 
 from pgjax.core.checks import check_whole
 from pgjax.core.errors import UserError
+from pgjax.run.packages import of_scripts
 
 if TYPE_CHECKING:
     import grain
@@ -58,7 +59,7 @@ def batches(
         raise UserError(f"row {outside[0]} is not in a batch of {batch_size}, whose rows are 0 to {batch_size - 1}")
     if not 0 <= seed < _UINT32:
         raise UserError(f"seed is {seed}: it must be in [0, 2^32)")
-    import grain  # here, because importing it takes a second that `import pgjax` should not
+    grain = of_scripts("grain")  # here, because importing it takes a second that `import pgjax` should not
 
     order = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
     steps = grain.MapDataset.range(len(order) // batch_size)

@@ -15,6 +15,7 @@ from pgjax.rollout.calling import Caller
 from pgjax.rollout.judge import REWARD_MODEL
 from pgjax.rollout.rewards import check_weights
 from pgjax.run.checks import above_zero, at_least_one, not_negative, require
+from pgjax.run.session import recorded
 
 _COLDEST = 1e-6  # the lowest temperature: far below it logits / temperature leave float32
 
@@ -27,7 +28,9 @@ class LearningFlags:
     temperature: float = 1.0  # of the policy: in sampling and in every log-probability
     top_k: int | None = None  # sample from this many likeliest tokens; None: from all, as on-policy learning asks
     top_p: float | None = None  # sample from the likeliest tokens up to this probability; None: from all, likewise
+    lanes: int | None = None  # completions sampled at once: where one ends the next begins; None: the whole batch
     stop_tokens: tuple[str, ...] = ()  # texts or ids of the tokens that end a completion; none given: the model's own
+    stop_strings: tuple[str, ...] = ()  # texts, of any number of tokens, at which a completion ends too
     algorithm: str = "ppo"  # ppo, rloo, grpo, dr_grpo, reinforce, or your own as module:name
     group_size: int | None = None  # completions of each prompt; they share its computation
     reduce: Literal["token_mean", "sequence_mean", "sequence_sum"] | None = None  # how the policy loss is averaged
@@ -137,9 +140,9 @@ def sampling_options(config: Any) -> dict[str, Any]:
 
     Example:
         >>> sampling_options(LearningFlags())
-        {'max_new_tokens': 32, 'temperature': 1.0, 'top_k': None, 'top_p': None}
+        {'max_new_tokens': 32, 'temperature': 1.0, 'top_k': None, 'top_p': None, 'lanes': None}
     """
-    return {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
+    return {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "lanes")}
 
 
 def iteration_options(config: Any, algorithm: Algorithm) -> dict[str, Any]:
@@ -203,30 +206,25 @@ def learned_options(config: Any) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def tell_schedule(config: Any, before: int | None, minibatches: int) -> None:
+def tell_schedule(config: Any, minibatches: int) -> None:
     """Tell that a run which goes on with another number of steps leaves the course of its learning rate.
 
     Args:
-        config: with the fields of `LearningFlags`, and steps.
-        before: the steps that the run was started with; None: it starts here.
+        config: with the fields of `LearningFlags` and `RunFlags`, and steps.
         minibatches: updates in an epoch.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> config = SimpleNamespace(**vars(LearningFlags(decay=True, learning_rate=1.0, warmup_updates=0)), steps=8)
-        >>> tell_schedule(config, 4, 1)
-        steps=8 in place of 4: with decay the learning rate falls to 0 at step 8, ... of step 4 is 0.625, and was 0.25; ...
     """
+    before = recorded(config, "steps")
     if before is None or before == config.steps or not config.decay:
         return
-    each = config.epochs * minibatches
-    last = (min(before, config.steps) - 1) * each
-    now, then = (
-        float(optimizer_of(config, steps, minibatches).learning_rate(last)) for steps in (config.steps, before)
-    )
+    both, shorter = (config.steps, before), min(before, config.steps)
+    rates = [
+        optimizer_of(config, steps, minibatches).learning_rate((shorter - 1) * config.epochs * minibatches)
+        for steps in both
+    ]
+    now, then = map(float, rates)
     print_once(
         f"steps={config.steps} in place of {before}: with decay the learning rate falls to 0 at step {config.steps}, so that of "
-        f"step {min(before, config.steps)} is {now:g}, and was {then:g}; --steps {before} keeps its course"
+        f"step {shorter} is {now:g}, and was {then:g}; --steps {before} keeps its course"
     )
 
 
@@ -277,7 +275,7 @@ def check_policy(config: Any) -> None:
     Raises:
         UserError: with the field and its value.
     """
-    at_least_one(config, "steps", "batch_size", "max_new_tokens", "epochs", "minibatches", "microbatches")
+    at_least_one(config, "steps", "batch_size", "max_new_tokens", "lanes", "epochs", "minibatches", "microbatches")
     algorithm = algorithm_of(config)
     options = iteration_options(config, algorithm)
     parts = options["minibatches"] * config.microbatches

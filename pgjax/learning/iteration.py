@@ -22,7 +22,7 @@ from pgjax.models.causal_lm import CausalLM, Params
 from pgjax.models.heads import init_value_head
 from pgjax.models.lora import with_lora
 from pgjax.parallel.sharding import check_batch, entered, fold_in, place, replicated, whole_groups
-from pgjax.rollout.sample import Rollout, Scored, sample, sample_scored
+from pgjax.rollout.sample import Rollout, Rows, Scored, sample, sample_scored
 
 Scores: TypeAlias = (
     jax.typing.ArrayLike | Sequence[float]
@@ -53,14 +53,15 @@ class Iteration(NamedTuple):
     """An algorithm on a model as three functions; state and rollout carry everything else."""
 
     init: Callable[..., State]
-    sample: Callable[[State, jax.typing.ArrayLike, jax.typing.ArrayLike], Sampled]
+    sample: Callable[[State, Rows, Rows], Sampled]
     learn: Callable[..., tuple[State, dict[str, Any]]]
 
 
 def iteration(
     lm: CausalLM, algorithm: Algorithm, optimizer: updates.Transformation, *,
     reference: Params | None = None, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-    top_p: float | None = None, min_p: float | None = None, eos_ids: Sequence[int] = (), pad_id: int = 0,
+    top_p: float | None = None, min_p: float | None = None, eos_ids: Sequence[int] = (),
+    stop_table: jax.typing.ArrayLike | None = None, pad_id: int = 0, lanes: int | None = None,
     epochs: int = 1, minibatches: int = 1, microbatches: int = 1, max_approx_kl: float | None = None,
     importance_cap: float | None = None, kl_target: float | None = None, kl_horizon: float = 10_000.0,
     teacher_force: bool | None = None, frozen: Params | None = None, mesh: Mesh | None = None,
@@ -78,7 +79,7 @@ def iteration(
         reference: parameters of the frozen model that the KL is measured to; None: there is no KL, and no pass for it.
         max_new_tokens: the longest completion, in tokens.
         temperature: of the policy, above 0: in sampling and in every log-probability.
-        top_k, top_p, min_p, eos_ids, pad_id: as of `pg.sample`.
+        top_k, top_p, min_p, eos_ids, stop_table, pad_id, lanes: as of `pg.sample`.
         epochs: passes over an iteration's completions.
         minibatches: optimizer steps in an epoch.
         microbatches: parts of a minibatch, for memory; the gradient is the same.
@@ -132,6 +133,7 @@ def iteration(
     numbers = [place(np.int32(number), whole) for number in range(minibatches)]
     sampling: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "temperature": scale, "eos_ids": tuple(eos_ids), "pad_id": pad_id,
+        "stop_table": place(stop_table, whole), "lanes": lanes,
     }  # fmt: skip
     prepare = functools.partial(
         programs.experience,
@@ -152,12 +154,17 @@ def iteration(
         return sample_key, shuffle_key
 
     def init(params: Params, key: jax.Array, *, critic: Params | None = None) -> State:
-        head = init_value_head(lm.arch.width) if critic is None else jax.tree.map(jnp.copy, critic)
+        _check_trained(params)
+        if critic is None:
+            width = jax.eval_shape(lm.unembedding, params if frozen is None else frozen).shape[1]
+            head = init_value_head(width)
+        else:
+            head = jax.tree.map(jnp.copy, critic)
         policy = {"lm": jax.tree.map(jnp.copy, params), "value": place(head, whole)}
         learner = updates.init_state(policy, optimizer)
         return State(learner, place(np.float32(algorithm.kl_coef), whole), place(np.int32(0), whole), key)
 
-    def sample_(state: State, prompts: jax.typing.ArrayLike, prompt_mask: jax.typing.ArrayLike) -> Sampled:
+    def sample_(state: State, prompts: Rows, prompt_mask: Rows) -> Sampled:
         params = with_lora(base, state.learner.params)
         rows = len(prompts)  # type: ignore[arg-type]
         options = {"window": window, "parts": parts, "group_size": rows_a_prompt(rows)}
@@ -176,6 +183,7 @@ def iteration(
     def learn(
         state: State, rollout: Sampled, scores: Scores, kept: jax.typing.ArrayLike | None = None
     ) -> tuple[State, dict[str, Any]]:
+        _check_kept(state.learner, reference=reference, frozen=frozen)
         rows = len(rollout.tokens)
         scores = scores if isinstance(scores, jax.Array) else place(np.asarray(scores, np.float32), whole)
         _check_scores(scores.shape, rows, max_new_tokens)
@@ -282,6 +290,36 @@ def _check_scores(shape: tuple[int, ...], rows: int, max_new_tokens: int) -> Non
         raise UserError(
             f"scores of shape {shape} for {rows} completions: give one each, or [{rows}, {max_new_tokens}], one for each token"
         )
+
+
+def _check_trained(params: Params) -> None:
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        if not (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)):
+            raise UserError(
+                f"parameters are trained, but {jax.tree_util.keystr(path)} is {getattr(x, 'dtype', type(x).__name__)}: "
+                "give floating-point arrays alone, and keep the rest in the functions of the model"
+            )
+
+
+def _check_kept(learner: TrainState, **kept: Params | None) -> None:
+    """Refuse to give away arrays that are needed afterwards."""
+    given = set().union(*map(_buffers, jax.tree.leaves(learner.params)))
+    for name, tree in kept.items():
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            if given & _buffers(x):
+                raise UserError(
+                    f"{name}{jax.tree_util.keystr(path)} is an array of the state, which learn gives away: pass a copy, "
+                    f"{name}=jax.tree.map(jnp.copy, ...), when the iteration is made"
+                )
+
+
+def _buffers(x: Any) -> set[int]:
+    """Find where the parts of an array on this process's devices lie: two arrays may be one memory."""
+    if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer) or x.is_deleted():
+        return set()
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    return {part.data.unsafe_buffer_pointer() for part in x.addressable_shards if part.data.size}
 
 
 def _check_reference(algorithm: Algorithm, reference: Params | None) -> None:

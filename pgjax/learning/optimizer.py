@@ -10,9 +10,11 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from pgjax.core.checks import check_whole
 from pgjax.core.masking import as_float
+from pgjax.learning.labels import matrix_mask, own_axes, parameter_labels
 from pgjax.parallel.sharding import (
     ambient_mesh,
     check_batch,
@@ -60,13 +62,16 @@ def adamw(
 ) -> Optimizer:
     """Build AdamW (Loshchilov & Hutter 2019) with linear warm-up, clipping by global norm and, if asked, linear decay.
 
+    Adam goes on where a batch has no gradient, as one whose groups all tie: after a first step of one rate, ten batches of
+    gradient zero move every parameter by 3.4 rates more.
+
     Args:
         learning_rate: the peak rate.
         updates: optimizer steps of the whole run; the end of the decay.
         warmup: optimizer steps from rate 0 to the peak; the first one already moves.
         decay: fall linearly to 0 at `updates`; otherwise stay at the peak.
         max_grad_norm: gradients are scaled down to this global norm; None does not clip.
-        weight_decay: decoupled; on matrices alone, not on norms and biases, which are vectors in each layer.
+        weight_decay: decoupled; on matrices alone, not on norms and biases, which are vectors in each layer (`matrix_mask`).
         eps: added to the root of the second moment: where gradients are small beside it, the steps shrink with them.
 
     Returns:
@@ -78,6 +83,13 @@ def adamw(
     >>> optimizer = adamw(1e-3, updates=10, warmup=2)
     >>> [round(float(optimizer.learning_rate(i)), 4) for i in range(3)]
     [0.0005, 0.001, 0.001]
+    >>> optimizer = adamw(1.0, updates=11)
+    >>> state, moved = init_state(jnp.float32(0.0), optimizer), []
+    >>> for gradient in [1.0] + 10 * [0.0]:
+    ...     state, _ = apply_gradient(state, jnp.float32(gradient), jnp.float32(0.0), optimizer)
+    ...     moved.append(-float(state.params))
+    >>> round(moved[0], 1), round(moved[-1] - moved[0], 1)
+    (1.0, 3.4)
     """
     if not (learning_rate >= 0 and math.isfinite(learning_rate)):
         raise ValueError(f"learning_rate must be finite and not below 0, got {learning_rate}")
@@ -97,16 +109,36 @@ def adamw(
             rate = rate * jnp.clip((updates - done) / max(updates - warmup, 1), 0.0, 1.0)
         return learning_rate * rate
 
-    def is_matrix(path: tuple[Any, ...], x: jax.Array) -> bool:
-        stacked = jax.tree_util.DictKey("layers") in path  # over depth: a norm's scale is [L, D] there
-        return x.ndim - stacked > 1
-
-    def matrices(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(is_matrix, params)
-
     clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
-    chain = optax.chain(clip, optax.adamw(schedule, eps=eps, weight_decay=weight_decay, mask=matrices))
+    chain = optax.chain(clip, optax.adamw(schedule, eps=eps, weight_decay=weight_decay, mask=matrix_mask))
     return Optimizer(chain.init, chain.update, schedule)
+
+
+def muon_dimensions(params: Any) -> Any:
+    """Tell `optax.contrib.muon` (Jordan 2024) which parameters are matrices, and of which axes.
+
+    Left alone, it orthogonalises what has two axes: embeddings and the stacked scales of norms, [L, D], but no stacked kernel,
+    [L, D, F], which it leaves to Adam. With this every layer's kernel is orthogonalised by itself, and all else is Adam's.
+
+    Args:
+        params: as of `parameter_labels`. Kernels are read as [inputs, outputs], which decides the scale of their steps
+            alone; those of more than two axes in their layer are Adam's.
+
+    Returns:
+        A tree like `params` of `optax.contrib.MuonDimensionNumbers`, and of None for Adam.
+
+    >>> layers = {"q": {"kernel": jnp.ones((3, 2, 2)), "bias": jnp.ones((3, 2))}}
+    >>> params = {"embed": {"tokens": jnp.ones((5, 2))}, "layers": layers}
+    >>> muon_dimensions(params)["layers"]["q"]
+    {'bias': None, 'kernel': MuonDimensionNumbers(reduction_axis=1, output_axis=2)}
+    >>> optimizer = optax.contrib.muon(1e-3, muon_weight_dimension_numbers=muon_dimensions)
+    """
+
+    def of(path: tuple[Any, ...], x: Any, label: str) -> optax.contrib.MuonDimensionNumbers | None:
+        kernel = label == "matrices" and own_axes(path, x) == 2
+        return optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1) if kernel else None
+
+    return jax.tree_util.tree_map_with_path(of, params, parameter_labels(params))
 
 
 def init_state(params: Any, optimizer: Transformation) -> TrainState:

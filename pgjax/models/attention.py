@@ -15,12 +15,20 @@ from pgjax.parallel.sharding import ambient_mesh, constrain, fitting
 Kernel = Literal["xla", "cudnn"]  # the implementations of `jax.nn.dot_product_attention`
 
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float | None = None,
+    cap: float | None = None,
+) -> jax.Array:
     """Attend from query [B, H, T, hd] to key and value [B, Hkv, S, hd] where mask [B, T, S] is True.
 
-    softmax(q k / sqrt(hd)) v, with the softmax and the sums in float32. The H / Hkv query heads that share a key head
-    (grouped queries, Ainslie et al. 2023) are multiplied as one block of rows. A query whose mask is all False (padding)
-    gets a finite value.
+    softmax(q k / sqrt(hd)) v, or with `scale` softmax(scale q k) v, with the softmax and the sums in float32. With `cap`, the
+    scores are cap * tanh(scores / cap) (Gemma 2). The H / Hkv query heads that share a key head (grouped queries, Ainslie et
+    al. 2023) are multiplied as one block of rows. A query whose mask is all False (padding) gets a finite value.
 
     >>> import jax.numpy as jnp
     >>> q, kv = jnp.ones((1, 4, 3, 8)), jnp.ones((1, 2, 3, 8))
@@ -30,7 +38,8 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Arra
     batch, heads, length, head_dim = query.shape
     kv_heads, slots = key.shape[1], key.shape[2]
     rows = query.reshape(batch, kv_heads, -1, head_dim)
-    scores = jnp.einsum("bnrd,bnsd->bnrs", rows, key, preferred_element_type=jnp.float32) / math.sqrt(head_dim)
+    scores = jnp.einsum("bnrd,bnsd->bnrs", rows, key, preferred_element_type=jnp.float32) / divisor(head_dim, scale)
+    scores = scores if cap is None else cap * jnp.tanh(scores / cap)
     scores = scores.reshape(batch, heads, length, slots)
     scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype).reshape(batch, kv_heads, -1, slots)
@@ -38,12 +47,30 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Arra
     return seen.astype(query.dtype).reshape(query.shape)
 
 
-def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, kernel: Kernel) -> jax.Array:
+def divisor(head_dim: int, scale: float | None) -> float:
+    """Return what scores are divided by: sqrt(head_dim), or 1 / scale.
+
+    >>> divisor(16, None), divisor(16, 0.5)
+    (4.0, 2.0)
+    """
+    return math.sqrt(head_dim) if scale is None else 1 / scale
+
+
+def causal_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    kernel: Kernel,
+    scale: float | None = None,
+    window: int | None = None,
+) -> jax.Array:
     """Attend from query [B, H, T, hd] to key and value [B, Hkv, T, hd] up to each query's own position.
 
-    The same as `attention` with a lower triangular mask. "cudnn" never holds the [B, H, T, T] scores, forward or backward
-    (FlashAttention-2, Dao 2023). The order of the sums in its backward pass is not fixed unless XLA_FLAGS has
-    --xla_gpu_exclude_nondeterministic_ops=true: without it, two runs on one GPU differ by rounding.
+    The same as `attention` with a lower triangular mask, in which a query sees `window` keys at most, its own included. "cudnn"
+    never holds the [B, H, T, T] scores, forward or backward (FlashAttention-2, Dao 2023). The order of the sums in its backward
+    pass is not fixed unless XLA_FLAGS has --xla_gpu_exclude_nondeterministic_ops=true: without it, two runs on one GPU differ
+    by rounding.
 
     >>> import jax.numpy as jnp
     >>> q, kv = jnp.ones((1, 4, 3, 8)), jnp.ones((1, 2, 3, 8))
@@ -57,7 +84,9 @@ def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, kern
         key, value = (jnp.repeat(x, heads // kv_heads, axis=1) for x in (key, value))
     rows = (constrain(x.swapaxes(1, 2), "batch", None, "heads") for x in (query, key, value))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # JAX's function needs both
-        seen = jax.nn.dot_product_attention(*rows, is_causal=True, implementation=kernel)
+        near = None if window is None else (window - 1, 0)
+        options: dict[str, Any] = {"is_causal": True, "scale": scale, "local_window_size": near}
+        seen = jax.nn.dot_product_attention(*rows, **options, implementation=kernel)
     return seen.swapaxes(1, 2)
 
 

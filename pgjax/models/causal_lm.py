@@ -4,44 +4,72 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pgjax.models.architecture import Architecture
+from pgjax.models.architecture import Architecture, layer_kinds
 from pgjax.models.attention import Kernel, attention, cuda_capability, cudnn_takes
 from pgjax.models.decode_attention import slot_attention, takes
-from pgjax.models.forward import Params, embed, forward, rotary, run
+from pgjax.models.forward import embed, forward, rotary_tables, run
 from pgjax.models.lora import merge_lora
 from pgjax.models.shared_prompts import check_groups
-from pgjax.models.transformer import Block, KeyValue, Norm, fuse
+from pgjax.models.transformer import Block, KeyValue, Norm, fuse, norm_of
 from pgjax.parallel.sharding import constrain, gathered, splits
 
+Params: TypeAlias = Any  # a tree of arrays, which the functions of a `CausalLM` alone read
 Cache = tuple[KeyValue, ...]  # one pair per layer: separate buffers, so that a decode step writes each in place
 
 
+def unchanged(params: Params) -> Params:
+    """Return parameters as they are.
+
+    >>> unchanged({"w": 1})
+    {'w': 1}
+    """
+    return params
+
+
 class CausalLM(NamedTuple):
-    """The functions of one architecture; every one is pure and takes the parameters as its first argument."""
+    """The functions of one model; every one is pure, and all but `init_cache` take the parameters as their first argument.
+
+    This is the contract for a model of another library; `pg.bundle` writes most of it. Parameters are any tree of
+    floating-point arrays, and only these functions read it. A bundle is a static argument of compiled programs: make it once.
+    A row's results must depend neither on the padding around it nor on other rows, and positions count from 0 at its first
+    token: position = cumsum(attention_mask) - 1.
+
+    Attributes:
+        arch: the architecture; of another model, pgjax reads its vocab_size and max_positions alone (`bundle.Sizes`).
+        dtype: of activations and of the cache; parameters keep their own.
+        init: (key) -> params.
+        apply: (params, tokens[B,T], attention_mask=None, segment_ids=None) -> logits[B,T,V] float32. segment_ids [B,T] int32 pack
+            several texts into one row: a token attends to its own segment only, and positions start again with each. A segment
+            is a run of one id, and a row uses no id twice. Without an attention_mask, 0 marks padding.
+        hidden: (params, tokens, attention_mask=None, segment_ids=None, *, prompt_length=0, group_size=1) -> [B,T,D] after the
+            last norm. With a group_size, adjacent rows of a group have the same first prompt_length entries, which may be
+            computed once (`shared_prompts`); pgjax's own gives NaN to a row with another prompt than its group's first row,
+            and with "cudnn" computes each by itself.
+        unembedding: (params) -> [V,D].
+        init_cache: (batch, length) -> any tree of arrays [batch, ...], whose shapes and dtypes prefill and decode keep. In
+            pgjax's own, a layer with a window shorter than `length` has a ring of the window's size.
+        prefill: (params, tokens[B,P], attention_mask[B,P], cache) -> last hidden[B,D], cache; prompts are padded on the left.
+        decode: (params, token[B], position[B], index [], slots[B,S], cache) -> hidden[B,D], cache. The token stands in column
+            index of its padded row, S columns long, and attends to the columns where slots is True, its own among them.
+        decode_params: (params) -> what sampling gives to prefill, decode and unembedding; made once, before the first step.
+    """
 
     arch: Architecture
-    dtype: Any  # of activations and of the cache; parameters keep their own
-    init: Callable[..., Params]  # (key) -> params
-    # apply: (params, tokens[B,T], attention_mask=None, segment_ids=None) -> logits[B,T,V] float32. segment_ids [B,T] int32
-    # pack several texts into one row: a token attends to its own segment only, and positions start again with each. A
-    # segment is a run of one id, and a row uses no id twice. Without an attention_mask, 0 marks padding.
+    dtype: Any
+    init: Callable[..., Params]
     apply: Callable[..., jax.Array]
-    # hidden: (params, tokens, attention_mask=None, segment_ids=None, *, prompt_length=0, group_size=1) -> [B,T,D] after the
-    # last norm. With a group_size, adjacent rows of a group have the same first prompt_length entries, which are computed
-    # once (`shared_prompts`). A row with another prompt than its group's first row is NaN. With "cudnn" it has no effect.
     hidden: Callable[..., jax.Array]
-    unembedding: Callable[..., jax.Array]  # (params) -> [V,D]
-    init_cache: Callable[..., Cache]  # (batch, length) -> zeros
-    # prefill: (params, tokens[B,P], attention_mask, cache) -> last hidden[B,D], cache
-    prefill: Callable[..., tuple[jax.Array, Cache]]
-    # decode: (params, token[B], position[B], index, slots[B,S], cache) -> hidden[B,D], cache
-    decode: Callable[..., tuple[jax.Array, Cache]]
+    unembedding: Callable[..., jax.Array]
+    init_cache: Callable[..., Any]
+    prefill: Callable[..., tuple[jax.Array, Any]]
+    decode: Callable[..., tuple[jax.Array, Any]]
+    decode_params: Callable[[Params], Params] = unchanged
 
 
 def per_layer(params: Params) -> Params:
@@ -101,6 +129,30 @@ def write_slot(cache: jax.Array, x: jax.Array, index: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(written, cache.dtype)
 
 
+def fill_slots(cache: jax.Array, x: jax.Array) -> jax.Array:
+    """Write x [B, heads, P, hd] into cache [B, heads, S, hd], column c into slot c mod S; the last S columns remain.
+
+    >>> fill_slots(jnp.zeros((1, 1, 2, 1)), jnp.array([5.0, 6.0, 7.0]).reshape(1, 1, 3, 1)).ravel().tolist()
+    [7.0, 6.0]
+    """
+    slots, columns = cache.shape[2], x.shape[2]
+    if columns > slots:
+        x = jnp.roll(x[:, :, columns - slots :], columns % slots, axis=2)
+    return jax.lax.dynamic_update_slice_in_dim(cache, x, 0, axis=2)
+
+
+def ring_slots(slots: jax.Array, index: jax.Array, window: int) -> jax.Array:
+    """Mark the slots of a ring that a token at column `index` attends to: slots [B, S] of all columns to [B, window].
+
+    >>> ring_slots(jnp.array([[False, True, True, True]]), jnp.int32(2), 2).tolist()
+    [[True, True]]
+    """
+    columns = (
+        index - (index - jnp.arange(window)) % window
+    )  # which each slot holds; before the first one: not written yet
+    return jnp.take(slots, columns, axis=1, mode="clip") & (columns >= 0)[None, :]
+
+
 def causal_lm(
     arch: Architecture,
     *,
@@ -141,12 +193,17 @@ def _built(
     arch: Architecture, dtype: Any, param_dtype: Any, remat: bool, kernel: Literal["masked"] | Kernel | None
 ) -> CausalLM:
     block = Block(arch, dtype=dtype, param_dtype=param_dtype)
-    norm = Norm(arch.norm, arch.norm_eps, dtype, param_dtype)
+    norm = norm_of(arch, dtype, param_dtype)
 
     def chosen() -> Literal["masked"] | Kernel:  # decided while tracing: building a model must not start JAX's backend
         if kernel is not None:
             return kernel
-        return "cudnn" if cudnn_takes(dtype, arch.head_dim, cuda_capability()) else "masked"
+        takes_it = arch.attention_cap is None and cudnn_takes(dtype, arch.head_dim, cuda_capability())
+        return "cudnn" if takes_it else "masked"
+
+    def last(params: Params, x: jax.Array) -> jax.Array:
+        x = run(norm, params["norm"], x)
+        return x if arch.logit_scale is None else x * jnp.asarray(arch.logit_scale, x.dtype)
 
     def hidden(
         params: Params,
@@ -161,7 +218,7 @@ def _built(
         in_common = group_size > 1 and prompt_length > 0
         group = {"prompt_length": prompt_length, "group_size": group_size} if in_common else {}
         x, _ = forward(block, params, tokens, attention_mask, segment_ids, kernel=chosen(), remat=remat, **group)
-        return run(norm, params["norm"], x)
+        return last(params, x)
 
     def unembedding(params: Params) -> jax.Array:
         return params["embed"]["tokens"] if arch.tied else params["head"]["kernel"]
@@ -172,32 +229,36 @@ def _built(
         attention_mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
     ) -> jax.Array:
-        return logits_of(hidden(params, tokens, attention_mask, segment_ids), unembedding(params))
+        return logits_of(hidden(params, tokens, attention_mask, segment_ids), unembedding(params), cap=arch.logit_cap)
 
     def init_cache(batch: int, length: int) -> Cache:
-        shape = (batch, arch.kv_heads, length, arch.head_dim)
-        return tuple((_split(jnp.zeros(shape, dtype)), _split(jnp.zeros(shape, dtype))) for _ in range(arch.depth))
+        def one(window: int | None) -> KeyValue:
+            shape = (batch, arch.kv_heads, length if window is None else window, arch.head_dim)
+            return _split(jnp.zeros(shape, dtype)), _split(jnp.zeros(shape, dtype))
+
+        kinds, of_layer = layer_kinds(arch, length)
+        return tuple(one(kinds[kind].window) for kind in of_layer)
 
     def prefill(
         params: Params, tokens: jax.Array, attention_mask: jax.Array | None, cache: Cache
     ) -> tuple[jax.Array, Cache]:
-        x, (keys, values) = forward(block, params, tokens, attention_mask, kernel=chosen(), remat=remat)
-        write = jax.lax.dynamic_update_slice_in_dim
+        whole = max(keys.shape[2] for keys, _ in cache)
+        x, (keys, values) = forward(block, params, tokens, attention_mask, kernel=chosen(), remat=remat, whole=whole)
         cache = tuple(
-            (_split(write(k, keys[i], 0, axis=2)), _split(write(v, values[i], 0, axis=2)))
-            for i, (k, v) in enumerate(cache)
+            (_split(fill_slots(k, keys[i])), _split(fill_slots(v, values[i]))) for i, (k, v) in enumerate(cache)
         )
-        return run(norm, params["norm"], x[:, -1]), cache
+        return last(params, x[:, -1]), cache
 
     def decode(
         params: Params, token: jax.Array, position: jax.Array, index: jax.Array, slots: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
         by_one_kernel = chosen() == "cudnn" and takes(arch.head_dim)
         x, cache = _decoded(block, params, token, position, index, slots, cache, by_one_kernel=by_one_kernel)
-        return run(norm, params["norm"], x), cache
+        return last(params, x), cache
 
     init = jax.jit(functools.partial(_initial, block, norm))  # one program, not one an operation
-    return CausalLM(arch, dtype, init, apply, hidden, unembedding, init_cache, prefill, decode)
+    ready = functools.partial(decode_params, dtype=dtype)
+    return CausalLM(arch, dtype, init, apply, hidden, unembedding, init_cache, prefill, decode, ready)
 
 
 def _initial(block: Block, norm: Norm, key: jax.Array) -> Params:
@@ -206,7 +267,7 @@ def _initial(block: Block, norm: Norm, key: jax.Array) -> Params:
     token_key, position_key, layer_key, head_key = jax.random.split(key, 4)
     normal = nn.initializers.normal(0.02)
     x = jnp.zeros((1, 1, arch.width), block.dtype)
-    table = rotary(arch, jnp.zeros((1, 1), jnp.int32))
+    table = rotary_tables(arch, layer_kinds(arch)[0], jnp.zeros((1, 1), jnp.int32), 1)[0]
 
     def init_layer(layer_key: jax.Array) -> Params:
         return block.init(layer_key, x, table, lambda q, k, v: (q, (k, v)))["params"]
@@ -235,33 +296,41 @@ def _decoded(
     by_one_kernel: bool,
 ) -> tuple[jax.Array, Cache]:
     """Run one token per row through all layers, and write its keys and values into slot `index`: [B, D], cache."""
-    params, fused = decode_params(params, block.dtype), block.clone(fused=True)
+    arch, (params, fused) = block.arch, (decode_params(params, block.dtype), block.clone(fused=True))
     positions = constrain(position[:, None], "batch")
-    table = rotary(block.arch, positions)
+    kinds, of_layer = layer_kinds(arch, slots.shape[1])
+    tables = rotary_tables(arch, kinds, positions, slots.shape[1])
     x = constrain(embed(block, params, token[:, None], positions), "batch")
+    marked = [slots if kind.window is None else ring_slots(slots, index, kind.window) for kind in kinds]
     written = []
-    for layer_params, (keys, values) in zip(params["layers"], cache, strict=True):
+    for layer_params, (keys, values), kind in zip(params["layers"], cache, of_layer, strict=True):
+        window = kinds[kind].window
 
-        def attend(query, key, value, keys=keys, values=values):
-            kv = _split(write_slot(keys, key, index)), _split(write_slot(values, value, index))
+        def attend(query, key, value, keys=keys, values=values, marked=marked[kind], window=window):
+            slot, filled = (index, index) if window is None else (index % window, jnp.minimum(index, window - 1))
+            kv = _split(write_slot(keys, key, slot)), _split(write_slot(values, value, slot))
             if by_one_kernel:
-                return slot_attention(query, *kv, slots, index), kv
-            return attention(query, *kv, slots[:, None, :]), kv
+                return slot_attention(query, *kv, marked, filled, scale=arch.attention_scale), kv
+            options = {"scale": arch.attention_scale, "cap": arch.attention_cap}
+            return attention(query, *kv, marked[:, None, :], **options), kv
 
-        x, kv = run(fused if "q_k_v" in layer_params else block, layer_params, x, table, attend)
+        x, kv = run(fused if "q_k_v" in layer_params else block, layer_params, x, tables[kind], attend)
         written.append(kv)
     return x[:, 0], tuple(written)
 
 
-def logits_of(hidden: jax.Array, unembedding: jax.Array) -> jax.Array:
+def logits_of(hidden: jax.Array, unembedding: jax.Array, *, cap: float | None = None) -> jax.Array:
     """Return hidden [..., D] @ unembedding[V, D].T in float32, multiplied in the dtype of `hidden`.
+
+    With a cap, cap * tanh(logits / cap).
 
     >>> import jax.numpy as jnp
     >>> logits_of(jnp.ones((2, 3)), jnp.ones((5, 3))).shape
     (2, 5)
     """
     contract = (((hidden.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(hidden, unembedding.astype(hidden.dtype), contract, preferred_element_type=jnp.float32)
+    logits = jax.lax.dot_general(hidden, unembedding.astype(hidden.dtype), contract, preferred_element_type=jnp.float32)
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def _split(cache: jax.Array) -> jax.Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.sharding import PartitionSpec
 
+from pgjax.models.attention import divisor
 from pgjax.parallel.sharding import ambient_mesh, fitting
 
 # Slots that a program reads at a time, warps and pipeline stages: the fastest of fourteen settings on an H200, overall.
@@ -20,7 +20,14 @@ LEAST_ROWS = 16  # that a matrix product on tensor cores takes
 
 
 def slot_attention(
-    query: jax.Array, keys: jax.Array, values: jax.Array, slots: jax.Array, index: jax.Array, *, interpret: bool = False
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    slots: jax.Array,
+    index: jax.Array,
+    *,
+    scale: float | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """Attend from query [B, H, 1, hd] to the marked slots among the first index + 1 of a cache.
 
@@ -33,6 +40,7 @@ def slot_attention(
         keys, values: [B, Hkv, S, hd].
         slots: [B, S] boolean; at least one of the first index + 1 must be True.
         index: [] int32, the last slot that is written.
+        scale: of scores; None: 1 / sqrt(hd).
         interpret: run it as ordinary JAX operations, slowly, on any device.
 
     Returns:
@@ -45,7 +53,7 @@ def slot_attention(
     batch, heads, _, head_dim = query.shape
     kv_heads = keys.shape[1]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
-    run = functools.partial(_attend, interpret=interpret)
+    run = functools.partial(_attend, divided_by=divisor(head_dim, scale), interpret=interpret)
     mesh = ambient_mesh()
     if mesh is not None:
         rows, split = fitting(mesh, batch, "batch"), fitting(mesh, kv_heads, "heads")
@@ -65,13 +73,20 @@ def takes(head_dim: int) -> bool:
 
 
 def _attend(
-    query: jax.Array, keys: jax.Array, values: jax.Array, slots: jax.Array, index: jax.Array, *, interpret: bool
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    slots: jax.Array,
+    index: jax.Array,
+    *,
+    divided_by: float,
+    interpret: bool,
 ) -> jax.Array:
     batch, kv_heads, group, head_dim = query.shape
     rows = max(LEAST_ROWS, pl.next_power_of_2(group))
     per_head = lambda length: pl.BlockSpec((None, None, length, head_dim), lambda b, h: (b, h, 0, 0))
     return pl.pallas_call(
-        functools.partial(_kernel, group=group, rows=rows),
+        functools.partial(_kernel, group=group, rows=rows, divided_by=divided_by),
         grid=(batch, kv_heads),
         in_specs=[
             per_head(rows),
@@ -88,7 +103,18 @@ def _attend(
     )(query, keys, values, slots.astype(jnp.int8), index)
 
 
-def _kernel(q_ref: Any, k_ref: Any, v_ref: Any, slots_ref: Any, index_ref: Any, out_ref: Any, *, group: int, rows: int):
+def _kernel(
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    slots_ref: Any,
+    index_ref: Any,
+    out_ref: Any,
+    *,
+    group: int,
+    rows: int,
+    divided_by: float,
+) -> None:
     """Attend over one row's slots, for the query heads that share one key head; query rows beyond the group are padding."""
     length, head_dim = k_ref.shape
     real = jnp.broadcast_to((jnp.arange(rows) < group)[:, None], (rows, head_dim))
@@ -103,7 +129,7 @@ def _kernel(q_ref: Any, k_ref: Any, v_ref: Any, slots_ref: Any, index_ref: Any, 
         marked = triton.load(slots_ref.at[span], mask=inside, other=0) > 0
         key = triton.load(k_ref.at[span, :], mask=whole, other=0.0)
         value = triton.load(v_ref.at[span, :], mask=whole, other=0.0)
-        scores = triton.dot(query, key.T) / math.sqrt(head_dim)
+        scores = triton.dot(query, key.T) / divided_by
         scores = jnp.where(jnp.broadcast_to(marked[None, :], scores.shape), scores, lowest)
         new_top = jnp.maximum(top, scores.max(axis=1))
         shrink = jnp.exp(top - new_top)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from pgjax.core.checks import check_whole
+from pgjax.models.leaf_lora import LeafAdapters, adapted_kernel, init_leaf_lora, merge_leaf_lora
 from pgjax.parallel.sharding import fold_in, init_sharded
 
 KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -19,8 +20,8 @@ FACTORS = ("lora_a", "lora_b", "lora_scale")  # beside the "kernel" of a linear 
 
 
 def init_lora(
-    key: jax.Array, params: dict[str, Any], *, rank: int, alpha: float = 32.0, targets: Collection[str] = KERNELS
-) -> dict[str, Any]:
+    key: jax.Array, params: Any, *, rank: int, alpha: float = 32.0, targets: Collection[str] = KERNELS
+) -> Any:
     """Draw adapters for the linear maps of every layer; the model with them computes the same as without.
 
     y = x W + (alpha / rank) (x A) B, with A ~ U(-1 / sqrt(D), 1 / sqrt(D)) and B = 0. The defaults (all maps, and an alpha of
@@ -29,13 +30,16 @@ def init_lora(
 
     Args:
         key: a typed key.
-        params: of a causal LM; only their shapes are read.
+        params: of a causal LM, or any tree (`pg.bundle`); only their shapes are read.
         rank: r, the columns of A and rows of B.
         alpha: the adapters' weight times the rank; stored with them, and not trained.
-        targets: which of q, k, v, o, gate, up and down get an adapter; maps that the model lacks are skipped.
+        targets: which of q, k, v, o, gate, up and down get an adapter; maps that the model lacks are skipped. In any other
+            tree, every matrix with one of them as a step of its name (as "attention" in "blocks.0.attention.weight"); leading
+            axes, before the last two, are a stack of matrices.
 
     Returns:
-        {"layers": {name: {"lora_a": [L, D, r], "lora_b": [L, r, F], "lora_scale": [L]}}}, float32.
+        {"layers": {name: {"lora_a": [L, D, r], "lora_b": [L, r, F], "lora_scale": [L]}}}, float32; for any other tree
+        `leaf_lora.LeafAdapters`. `with_lora` takes both.
 
     Raises:
         ValueError: a rank below 1, an alpha that is not finite or not above 0, or an unknown target.
@@ -51,10 +55,22 @@ def init_lora(
     check_whole("rank", rank, 1)
     if not (alpha > 0 and math.isfinite(alpha)):
         raise ValueError(f"alpha must be finite and above 0, got {alpha}")
+    if not _is_stacked(params):
+        return init_leaf_lora(
+            key, params, rank=rank, scale=alpha / rank, targets=targets, all_of_them=targets is not KERNELS
+        )
     shapes = {name: x["kernel"].shape for name, x in params["layers"].items() if name in targets and "kernel" in x}
     if not shapes or not set(targets) <= set(KERNELS):
         raise ValueError(f"targets must be some of {', '.join(KERNELS)}, got {tuple(targets)}")
     return {"layers": _drawn(key, tuple(sorted(shapes.items())), rank, alpha / rank)}
+
+
+def _is_stacked(params: Any) -> bool:
+    """Say whether parameters are those of pgjax's transformer."""
+    layers = params.get("layers") if isinstance(params, dict) else None
+    return isinstance(layers, dict) and any(
+        isinstance(x, dict) and "kernel" in x and x["kernel"].ndim == 3 for x in layers.values()
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))  # one program, not one an operation
@@ -72,10 +88,11 @@ def _drawn(
     return {name: one(key, shape) for key, (name, shape) in zip(keys, shapes, strict=True)}
 
 
-def with_lora(frozen: dict[str, Any] | None, trained: dict[str, Any]) -> dict[str, Any]:
+def with_lora(frozen: Any, trained: Any) -> Any:
     """Merge the trees of frozen and trained parameters, adapters beside their kernels, for any function of the model.
 
-    No array is copied. Differentiate with respect to `trained` alone: then no gradient of a frozen parameter is computed.
+    No array is copied, but for the leaves of another model, to which `leaf_lora.LeafAdapters` are added here. Differentiate
+    with respect to `trained` alone: then no gradient of a frozen parameter is computed.
 
     Args:
         frozen: parameters, alone or inside another tree; None if nothing is frozen.
@@ -94,9 +111,11 @@ def with_lora(frozen: dict[str, Any] | None, trained: dict[str, Any]) -> dict[st
     """
     if frozen is None:
         return trained
+    if isinstance(trained, LeafAdapters):
+        return merge_leaf_lora(frozen, trained)
     union = dict(frozen)
     for name, x in trained.items():
-        union[name] = with_lora(frozen.get(name, {}), x) if isinstance(x, dict) else x
+        union[name] = with_lora(frozen.get(name, {}), x) if isinstance(x, dict | LeafAdapters) else x
         if isinstance(x, dict) and FACTORS[0] in x and "kernel" not in union[name]:
             raise ValueError(
                 f"there is an adapter to {name}, but the model has no {name}: draw adapters from its parameters"
@@ -125,16 +144,6 @@ def merge_lora(params: dict[str, Any]) -> dict[str, Any]:
 def _merged(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
     kernel = adapted_kernel(leaves["kernel"], *(leaves[name] for name in FACTORS))
     return {**{name: x for name, x in leaves.items() if name not in FACTORS}, "kernel": kernel}
-
-
-def adapted_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
-    """Compute W + scale A B in float32, for kernel [..., D, F], a [..., D, r], b [..., r, F] and scale [...]; in W's dtype.
-
-    >>> adapted_kernel(jnp.ones((2, 2)), jnp.ones((2, 1)), jnp.ones((1, 2)), jnp.float32(0.5)).tolist()
-    [[1.5, 1.5], [1.5, 1.5]]
-    """
-    change = jnp.matmul(scale[..., None, None] * a, b, precision="highest")  # a TPU would round the factors to 16 bits
-    return (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
 
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]

@@ -7,6 +7,7 @@ on the packed row as it is; attention splits it into the prompt and the completi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -57,7 +58,14 @@ def unpacked(x: jax.Array, prompt_length: int, group_size: int) -> jax.Array:
 
 
 def group_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, prompt_length: int, group_size: int
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    attend: Callable[..., jax.Array] = attention,
+    *,
+    prompt_length: int,
+    group_size: int,
 ) -> jax.Array:
     """Attend within packed rows: the prompt to itself, each completion to the prompt and to itself.
 
@@ -65,6 +73,7 @@ def group_attention(
         query: [B / G, H, P + G N, hd].
         key, value: [B / G, Hkv, P + G N, hd].
         mask: [B, P + N, P + N] of the unpacked rows, True where a query (second axis) attends to a key (third axis).
+        attend: (query, key, value, mask) -> output, as `attention`.
         prompt_length: P.
         group_size: G.
 
@@ -81,12 +90,12 @@ def group_attention(
         _parts(x, prompt_length, group_size) for x in (query, key, value)
     )
     once = firsts(mask, group_size)[:, :prompt_length, :prompt_length]
-    prompts = attention(query, key, value, once)
+    prompts = attend(query, key, value, once)
     keys, values = (
         jnp.concatenate([repeated(prompt, group_size), own], axis=2)
         for prompt, own in ((key, own_key), (value, own_value))
     )
-    own = attention(own_query, keys, values, mask[:, prompt_length:])
+    own = attend(own_query, keys, values, mask[:, prompt_length:])
     own = own.reshape(-1, group_size, *own.shape[1:]).swapaxes(1, 2)
     return jnp.concatenate([prompts, own.reshape(*prompts.shape[:2], -1, prompts.shape[3])], axis=2)
 

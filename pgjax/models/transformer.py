@@ -1,10 +1,9 @@
-"""One decoder layer with options: Llama, Qwen2, Qwen3 and GPT-2 differ only in the fields of `Architecture`."""
+"""One decoder layer with options: the families of models differ only in the fields of `Architecture`."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,8 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pgjax.models.architecture import Architecture, Rope
+from pgjax.models.architecture import Architecture
+from pgjax.models.experts import init_experts, through_experts
 from pgjax.models.lora import FACTORS, adapted_dot
+from pgjax.models.rope import Table, rotate
 from pgjax.parallel.sharding import constrain
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -26,51 +27,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 KeyValue = tuple[jax.Array, jax.Array]  # keys and values of one layer, each [B, kv_heads, S, head_dim]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, KeyValue]]
-
-
-def rope_frequencies(rope: Rope, head_dim: int) -> jax.Array:
-    """Return the rotation angle per position of every pair of a head, [head_dim / 2] in radians.
-
-    >>> from pgjax.models.architecture import Rope
-    >>> rope_frequencies(Rope(theta=100.0), 4).tolist()
-    [1.0, 0.10000000149011612]
-    """
-    frequencies = rope.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if rope.factor is None:
-        return frequencies
-    assert rope.low_freq_factor is not None and rope.high_freq_factor is not None
-    assert rope.original_max_positions is not None
-    turns = rope.original_max_positions * frequencies / (2 * math.pi)  # over the original context
-    span = rope.high_freq_factor - rope.low_freq_factor
-    keep = jnp.clip((turns - rope.low_freq_factor) / span, 0.0, 1.0)
-    return keep * frequencies + (1 - keep) * frequencies / rope.factor
-
-
-def rotary_table(rope: Rope, head_dim: int, positions: jax.Array) -> KeyValue:
-    """Return cosine and sine, each [B, 1, T, head_dim / 2] float32, for positions [B, T].
-
-    >>> import jax.numpy as jnp
-    >>> from pgjax.models.architecture import Rope
-    >>> [x.shape for x in rotary_table(Rope(theta=100.0), 4, jnp.zeros((2, 3), jnp.int32))]
-    [(2, 1, 3, 2), (2, 1, 3, 2)]
-    """
-    frequencies = rope_frequencies(rope, head_dim)
-    angles = positions.astype(jnp.float32)[:, None, :, None] * frequencies[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, table: KeyValue) -> jax.Array:
-    """Rotate every head by the table's angles, pairing its two halves (the rotate-half convention of Hugging Face).
-
-    >>> import jax.numpy as jnp
-    >>> quarter_turn = jnp.zeros((1, 1, 1, 1)), jnp.ones((1, 1, 1, 1))
-    >>> rotate(jnp.array([[[[1.0, 0.0]]]]), quarter_turn).tolist()
-    [[[[0.0, 1.0]]]]
-    """
-    cosine, sine = table
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
-    return turned.astype(x.dtype)
 
 
 PRODUCT = "product"  # the checkpoint name of the results of products with weights
@@ -170,14 +126,16 @@ def columns_dot(kernel: jax.Array, x: jax.Array, dtype: Any = jnp.float32) -> ja
 class Norm(nn.Module):
     """Scale x [..., D] to unit mean square ("rms") or to mean 0 and variance 1 ("layer"), in float32.
 
-    RMS norm: x / sqrt(mean(x^2) + eps) * scale (Zhang & Sennrich 2019); layer norm subtracts the mean first and adds a
-    bias (Ba et al. 2016).
+    RMS norm: x / sqrt(mean(x^2) + eps) * (offset + scale) (Zhang & Sennrich 2019); layer norm subtracts the mean first and
+    adds a bias (Ba et al. 2016).
     """
 
     kind: str
     epsilon: float
     dtype: Any
     param_dtype: Any
+    offset: float = 0.0  # added to the scale, which starts at 1 - offset
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -186,10 +144,16 @@ class Norm(nn.Module):
         if self.kind == "layer":
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-        y = y * along_last(self.param("scale", nn.initializers.ones, shape, self.param_dtype), y)
-        if self.kind == "layer":
+        scale = along_last(self.param("scale", nn.initializers.constant(1 - self.offset), shape, self.param_dtype), y)
+        y = y * (scale + self.offset if self.offset else scale)
+        if self.kind == "layer" and self.use_bias:
             y = y + along_last(self.param("bias", nn.initializers.zeros, shape, self.param_dtype), y)
         return y.astype(self.dtype)
+
+
+def norm_of(arch: Architecture, dtype: Any, param_dtype: Any, kind: str | None = None, name: str | None = None) -> Norm:
+    """Build a norm as the architecture has it; `kind` if it is another one than most of them are."""
+    return Norm(kind or arch.norm, arch.norm_eps, dtype, param_dtype, arch.norm_offset, arch.norm_bias, name=name)
 
 
 def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
@@ -203,7 +167,7 @@ def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
 
 
 class Block(nn.Module):
-    """Map x [B, T, D] through attention and an MLP, each behind a norm and added to x (pre-norm residual layer).
+    """Map x [B, T, D] through attention and an MLP, each behind a norm and added to x.
 
     `attend(q, k, v)` computes attention, over the whole sequence or over a cache that it also writes. `fused` blocks read
     parameters made by `fuse`, in which linear maps with the same input are one product.
@@ -214,9 +178,9 @@ class Block(nn.Module):
     param_dtype: Any
     fused: bool = False
 
-    def norm(self, name: str, kind: str) -> nn.Module:
-        """Build a norm of the given kind under the given name."""
-        return Norm(kind, self.arch.norm_eps, self.dtype, self.param_dtype, name=name)
+    def norm(self, name: str, kind: str | None = None) -> Norm:
+        """Build a norm under the given name."""
+        return norm_of(self.arch, self.dtype, self.param_dtype, kind, name)
 
     def dense(self, name: str, features: int, bias: bool) -> nn.Module:
         """Build a linear map to `features` under the given name."""
@@ -234,29 +198,54 @@ class Block(nn.Module):
         return jnp.split(joined, list(itertools.accumulate(features))[:-1], axis=-1)
 
     @nn.compact
-    def __call__(self, x: jax.Array, table: KeyValue | None, attend: Attend) -> tuple[jax.Array, KeyValue]:
+    def __call__(self, x: jax.Array, table: Table | None, attend: Attend) -> tuple[jax.Array, KeyValue]:
+        arch = self.arch
+        y = self.norm("attn_norm")(x) if arch.pre_norms else x
+        seen, kv = self.attention(y, table, attend)
+        if not arch.parallel:
+            x = x + self.residual("attn_post_norm", seen)
+            y = self.norm("mlp_norm")(x) if arch.pre_norms else x
+            return x + self.residual("mlp_post_norm", self.mlp(y)), kv
+        y = y if arch.one_norm else self.norm("mlp_norm")(x)
+        return x + seen + self.mlp(y), kv
+
+    def residual(self, name: str, y: jax.Array) -> jax.Array:
+        """Finish what is added to the residual stream."""
+        y = self.norm(name)(y) if self.arch.post_norms else y
+        return y if self.arch.residual_scale is None else y * jnp.asarray(self.arch.residual_scale, y.dtype)
+
+    def attention(self, y: jax.Array, table: Table | None, attend: Attend) -> tuple[jax.Array, KeyValue]:
+        """Project y [B, T, D] to heads, attend, and project back."""
         arch = self.arch
         heads = (arch.heads, arch.kv_heads, arch.kv_heads)
-        y = self.norm("attn_norm", arch.norm)(x)
+        projected = self.dense_each(y, QKV, [n * arch.head_dim for n in heads], arch.qkv_bias)
+        if arch.qk_norm_whole:
+            projected[:2] = [self.norm(f"{n}_norm", "rms")(x) for n, x in zip("qk", projected[:2], strict=True)]
         query, key, value = (
-            constrain(projected.reshape(*x.shape[:2], -1, arch.head_dim).swapaxes(1, 2), "batch", "heads")
-            for projected in self.dense_each(y, QKV, [n * arch.head_dim for n in heads], arch.qkv_bias)
+            constrain(one.reshape(*y.shape[:2], -1, arch.head_dim).swapaxes(1, 2), "batch", "heads")
+            for one in projected
         )
         if arch.qk_norm:
             query, key = self.norm("q_norm", "rms")(query), self.norm("k_norm", "rms")(key)
         if table is not None:
-            query, key = rotate(query, table), rotate(key, table)
+            assert arch.rope is not None
+            query, key = (rotate(x, table, arch.rope.interleaved) for x in (query, key))
         seen, kv = attend(query, key, value)
-        x = x + self.dense("o", arch.width, arch.out_bias)(seen.swapaxes(1, 2).reshape(*x.shape[:2], -1))
+        return self.dense("o", arch.width, arch.out_bias)(seen.swapaxes(1, 2).reshape(*y.shape[:2], -1)), kv
 
-        y = self.norm("mlp_norm", arch.norm)(x)
+    def mlp(self, y: jax.Array) -> jax.Array:
+        """Map y [B, T, D] through the MLP, or through the experts that each token chooses."""
+        arch = self.arch
+        activation = ACTIVATIONS[arch.activation]
+        if arch.experts is not None:
+            weights = self.param("experts", init_experts, arch, self.param_dtype)
+            return through_experts(y, weights, arch.experts, activation)
         names = GATE_UP if arch.gated_mlp else GATE_UP[1:]
         *gate, up = self.dense_each(y, names, [arch.mlp_width] * len(names), arch.mlp_bias)
-        activation = ACTIVATIONS[arch.activation]
-        *gate, up = (y.astype(jnp.float32) for y in (*gate, up))  # rounded once, after their product
+        *gate, up = (x.astype(jnp.float32) for x in (*gate, up))  # rounded once, after their product
         up = activation(gate[0]) * up if gate else activation(up)
-        up = constrain(up.astype(x.dtype), "batch", None, "mlp")
-        return x + self.dense("down", arch.width, arch.mlp_bias)(up), kv
+        up = constrain(up.astype(y.dtype), "batch", None, "mlp")
+        return self.dense("down", arch.width, arch.mlp_bias)(up)
 
 
 QKV, GATE_UP = ("q", "k", "v"), ("gate", "up")

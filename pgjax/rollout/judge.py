@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from pgjax.core.errors import UserError
 from pgjax.data.padding import bucket_length, left_pad
 from pgjax.data.preferences import TEMPLATED, Answered, encode_answers
-from pgjax.data.prompts import Prompt, encode_prompts
+from pgjax.data.prompts import TOOLS, Prompt, as_tools, encode_prompts
+from pgjax.data.tables import Row
 from pgjax.models.causal_lm import CausalLM
 from pgjax.models.io import chat_template
 from pgjax.models.io.classifier import load_reward_model
@@ -41,8 +42,8 @@ class ModelJudge(NamedTuple):
     chat: bool  # put prompts through its own tokenizer's chat template
     mesh: Mesh | None = None  # over which its parameters and the rows of a batch are spread
 
-    def prompt_lengths(self, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> list[int]:
-        """Count the tokens of prompts as the reward model reads them; `ids` are the policy's."""
+    def prompt_lengths(self, rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> list[int]:
+        """Count the tokens of rows' prompts as the reward model reads them; `ids` are the policy's."""
         if self.tokenizer is None:
             return list(map(len, ids))
         if self.chat and self.tokenizer.chat_template is None:
@@ -50,22 +51,23 @@ class ModelJudge(NamedTuple):
                 "the reward model's tokenizer has no chat template, and prompts go through one: set chat=False, or use a "
                 "reward model for conversations"
             )
-        return list(map(len, encode_prompts(prompts, self.tokenizer, chat=self.chat)))
+        prompts, tools = [row["prompt"] for row in rows], [row.get(TOOLS) for row in rows]
+        return list(map(len, encode_prompts(prompts, self.tokenizer, chat=self.chat, tools=tools)))
 
-    def queue(self, prompts: Sequence[Prompt], rollout: Rollout, read: Read) -> jax.Array:
+    def queue(self, rows: Sequence[Row], rollout: Rollout, read: Read) -> jax.Array:
         """Put the scoring of a rollout on the device: [B], in reward units; without a translation nothing is waited for.
 
-        The prompts are those that this process feeds.
+        The rows are those that this process feeds.
         """
         tokens, mask = rollout.tokens, rollout.attention_mask
         if self.tokenizer is not None:
-            tokens, mask = batch_rows.feed(self.mesh, self.translated(prompts, *read()))
+            tokens, mask = batch_rows.feed(self.mesh, self.translated(rows, *read()))
         return _scores(self.rm, self.params, tokens, mask)
 
     def translated(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], ended: np.ndarray
+        self, rows: Sequence[Row], completions: Sequence[str], ended: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Encode texts for the reward model as it was trained: prompt, answer, and its end of sequence where it ended.
+        """Encode texts for the reward model as it was trained: prompt with its tools, answer, and its end where it ended.
 
         An answer that comes out longer than its positions is judged as if it had been stopped there.
         """
@@ -73,7 +75,10 @@ class ModelJudge(NamedTuple):
         ids: list[list[int]] = []
 
         def encode() -> int:
-            answers = [Answered(*pair) for pair in zip(prompts, completions, strict=True)]
+            answers = [
+                Answered(row["prompt"], completion, as_tools("a row", row.get(TOOLS)))
+                for row, completion in zip(rows, completions, strict=True)
+            ]
             encoded = functools.partial(encode_answers, answers, self.tokenizer, chat=self.chat)
             cut, whole = encoded(eos=False), encoded(eos=bool(stop_ids(self.tokenizer)))
             ids.extend((x if end else y)[:limit] for x, y, end in zip(whole, cut, ended, strict=True))

@@ -13,10 +13,11 @@ from pgjax.core.errors import UserError
 from pgjax.data.padding import bucket_length, left_pad
 from pgjax.data.prompts import TOOLS, as_tools, check_prompts, completion_ids, completion_texts, encode_prompts
 from pgjax.data.sources import load_row_sets
+from pgjax.data.stop_strings import ends_at_string, stop_table
 from pgjax.data.tables import Row, left_out_notes
 from pgjax.data.templates import names_tools
 from pgjax.models.causal_lm import CausalLM
-from pgjax.models.io.stops import stop_ids
+from pgjax.models.io.stops import stop_ids, stop_strings
 from pgjax.parallel import batch_rows, processes
 from pgjax.parallel.encoding import plain
 from pgjax.parallel.sharding import fold_in, whole_groups
@@ -51,19 +52,25 @@ class Task(NamedTuple):
     top_k: int | None
     top_p: float | None
     eos_ids: tuple[int, ...]
+    stop_table: np.ndarray | None  # of the texts that end a completion too
     pad_id: int  # never looked at: masks say what is padding
     reward_model: ModelJudge | None = None  # one more judge, on the device
     mesh: Mesh | None = None  # over which the rows of a batch are spread
     group_size: int = 1  # so many adjacent rows of a batch have one prompt, and are judged by one process
     caller: Caller | None = None  # how black boxes are called; None: one after the other
+    lanes: int | None = None  # rows that are sampled at once
 
     def generate(self, params: Any, batch: Sequence[Encoded], key: jax.Array) -> Rollout:
         """Sample a completion for each prompt of a batch, given as to `padded`; returns while the device is still at it."""
         return sample(
             self.lm, params, *self.padded(batch), key,
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
-            eos_ids=self.eos_ids, pad_id=self.pad_id, group_size=whole_groups(self.mesh, len(batch), self.group_size),
+            group_size=whole_groups(self.mesh, len(batch), self.group_size), lanes=self.lanes, **self.ends(),
         )  # fmt: skip
+
+    def ends(self) -> dict[str, Any]:
+        """Give the arguments of `sample` that say where completions end."""
+        return {"eos_ids": self.eos_ids, "stop_table": self.stop_table, "pad_id": self.pad_id}
 
     def padded(self, batch: Sequence[Encoded]) -> tuple[Any, Any]:
         """Pad prompts on the left, on the devices where there is a mesh: tokens and mask, [B, P] each.
@@ -122,13 +129,12 @@ class Task(NamedTuple):
         if self.reward_model is None:
             return None
         fed = batch_rows.rows_to_feed(self.mesh, len(rollout.tokens))
-        texts = [prompt.row["prompt"] for prompt in prompts]
 
         def read() -> tuple[list[str], np.ndarray]:  # with special tokens, which it sees where it takes ids too
             sampled = self._sampled(rollout, fed)
             return completion_texts(*sampled, self.tokenizer, keep_special=True), self._ended(*sampled)
 
-        return self.reward_model.queue(texts, rollout, read)
+        return self.reward_model.queue([prompt.row for prompt in prompts], rollout, read)
 
     def _sampled(self, rollout: Rollout, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Read rows of a rollout that this process feeds: tokens, and which of them were sampled."""
@@ -136,7 +142,8 @@ class Task(NamedTuple):
         return tokens, mask
 
     def _ended(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        return np.isin(last_sampled(tokens, mask), self.eos_ids)
+        at_token = np.isin(last_sampled(tokens, mask), self.eos_ids)
+        return at_token | ends_at_string(self.stop_table, completion_ids(tokens, mask))
 
     def rollouts(
         self, params: Any, prompts: Sequence[Encoded], batch_size: int, key: jax.Array
@@ -239,6 +246,7 @@ def make_task(
     mesh: Mesh | None = None,
     group_size: int = 1,
     caller: Caller | None = None,
+    lanes: int | None = None,
 ) -> Task:
     """Encode the prompts of every row set; those that leave too little room in the model's positions are left out, and told.
 
@@ -258,6 +266,7 @@ def make_task(
         mesh: over which the rows of a batch are spread.
         group_size: so many adjacent rows of a batch have one prompt.
         caller: how black boxes are called; None: one after the other.
+        lanes: as of `sample`.
 
     Returns:
         The task.
@@ -282,7 +291,7 @@ def make_task(
         ids = encode_prompts(prompts, tokenizer, chat=chat, places=names, tools=[row.get(TOOLS) for row in rows])
         lengths = {"the model": list(map(len, ids))}
         if reward_model is not None:
-            lengths["the reward model"] = reward_model.prompt_lengths(prompts, ids)
+            lengths["the reward model"] = reward_model.prompt_lengths(rows, ids)
         fits = _fitting(names, lengths, positions, max_new_tokens)
         encoded.append([Encoded(rows[i], ids[i]) for i in fits])
     if chat:
@@ -292,10 +301,10 @@ def make_task(
     widths = tuple(longest_of.values())
     agree_on("what the tokenizer makes of the rows", encoded)
     pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    eos_ids = stop_ids(tokenizer)
+    eos_ids, strings = stop_ids(tokenizer), stop_table(stop_strings(tokenizer), tokenizer, lm.arch.vocab_size)
     return Task(
-        lm, tokenizer, judges, weights, encoded, widths, max_new_tokens, temperature, top_k, top_p, eos_ids, pad_id,
-        reward_model, mesh, group_size, caller,
+        lm, tokenizer, judges, weights, encoded, widths, max_new_tokens, temperature, top_k, top_p, eos_ids, strings,
+        pad_id, reward_model, mesh, group_size, caller, lanes,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from pgjax.core.errors import UserError
 from pgjax.parallel.encoding import plain
 from pgjax.run import owner
 from pgjax.run.checkpoint.records import other_fields, write_whole
+from pgjax.run.packages import of_scripts
 
 CONFIG, METRICS, SAMPLES = "config.json", "metrics.jsonl", "samples.jsonl"
 
@@ -161,7 +162,7 @@ class Writer:
     def _open(self, start_step: int) -> None:
         # Written here and now: SummaryWriter has a thread for that, and where that thread meets a full disk nobody hears of it
         # and the next write waits for ever.
-        from tensorboardX.event_file_writer import EventsWriter
+        events = of_scripts("tensorboardX.event_file_writer")
 
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, SAMPLES):
@@ -170,7 +171,7 @@ class Writer:
         self._metrics = (self.folder / METRICS).open("a", encoding="utf-8")
         self._samples = (self.folder / SAMPLES).open("a", encoding="utf-8")
         # the suffix keeps a run that is resumed within the second off the first event file
-        self._events = EventsWriter(str(self.folder / "events"), filename_suffix=f".{start_step}")
+        self._events = events.EventsWriter(str(self.folder / "events"), filename_suffix=f".{start_step}")
         if start_step > 0:  # TensorBoard then leaves out what older files say of later steps
             self._event(start_step, file_version="brain.Event:2")
             self._event(start_step, session_log={"status": 1})

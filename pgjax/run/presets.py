@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from pgjax.run.packages import of_scripts
+
 T = TypeVar("T")
 
 
@@ -61,7 +63,7 @@ def parse(
 
 
 def _parsed(presets: Mapping[str, T], description: str | None, args: Sequence[str] | None) -> T:
-    import tyro  # with the scripts alone
+    tyro = of_scripts("tyro")
 
     default = next(iter(presets.values()))
     kind: Any = type(default) if len(presets) == 1 else tyro.extras.subcommand_type_from_defaults(presets)

@@ -31,6 +31,7 @@ class RunFlags(Flags):
     output: Path = Path("runs/run")  # the run folder: config, metrics, curves, checkpoints, model
     resume: bool = False  # go on with the run in `output`
     resume_from: From = None  # last-good: go on, from the newest snapshot that is whole where later ones are damaged
+    resize_embedding: bool = False  # the tokenizer's tokens beyond the embedding get rows, the mean of the others
     template_args: str | None = None  # variables of the chat template in JSON, as {"enable_thinking": false}
     template_date: str | None = None  # that chat templates write, as 2026-11-30; None: the day when the run starts
     seed: int = 0  # of everything that is drawn at random
@@ -92,6 +93,22 @@ def recorded(config: RunFlags, field: str) -> Any:
         True
     """
     return processes.on_process_0(lambda: logs.recorded(config.output, field) if config.goes_on else None)
+
+
+def load_options(config: RunFlags) -> dict[str, Any]:
+    """Give the arguments of `pgjax.load` that a script's config holds.
+
+    Args:
+        config: of the script.
+
+    Returns:
+        The arguments dtype, remat and resize_embedding.
+
+    Example:
+        >>> load_options(RunFlags(dtype="bfloat16"))
+        {'dtype': 'bfloat16', 'remat': False, 'resize_embedding': False}
+    """
+    return {name: getattr(config, name) for name in ("dtype", "remat", "resize_embedding")}
 
 
 def templated(tokenizer: Any, config: Any) -> Any:

@@ -10,7 +10,13 @@ import numpy as np
 from pgjax.models.architecture import Architecture
 from pgjax.models.io.tensors import Box, Tensors
 
-_BY_TOKEN = ("embed_tokens.weight", "wte.weight", "lm_head.weight")  # how the names end of tensors with a row a token
+_BY_TOKEN = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "lm_head.weight",
+    "embed_out.weight",
+)  # how the names end of tensors with a row a token
 _ROWS = 8192  # read at a time
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ import numpy as np
 from pgjax.core.errors import UserError
 from pgjax.models.architecture import Architecture
 from pgjax.models.io.stops import STOP_IDS, stop_ids
-from pgjax.models.io.tensors import Slot, read_json, slot_of
+from pgjax.models.io.tensors import Slot, read_json, slot_of, tensor_names
 from pgjax.models.io.tokenizer import TOKENIZER_FILES
 from pgjax.models.lora import merge_lora
 from pgjax.parallel.processes import all_or_none, on_process_0
@@ -112,34 +113,37 @@ def named_tensors(arch: Architecture, params: Any) -> dict[str, Outgoing]:
     >>> fused.size, fused.fetch().shape
     (3072, (16, 48))
     """
-    sources: dict[str, list[tuple[Slot, Any, int]]] = {}  # tensor -> its leaves: three where GPT-2 fuses them
+    sources: dict[str, list[Source]] = {}  # tensor -> its leaves: several where the family keeps them in one
     for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         slot = slot_of(arch, tuple(key.key for key in keys))
-        for layer in range(leaf.shape[0] if slot.stacked else 1):
-            sources.setdefault(slot.name.format(layer), []).append((slot, leaf, layer))
+        for index, name in tensor_names(slot, leaf.shape).items():
+            sources.setdefault(name, []).append((slot, leaf, index))
     return {
         name: Outgoing(
-            sum(leaf.nbytes // (leaf.shape[0] if slot.stacked else 1) for slot, leaf, _ in parts),
-            functools.partial(_fetch, sorted(parts, key=lambda part: part[0].part or 0)),
+            sum(leaf.nbytes // math.prod(leaf.shape[: slot.leading]) for slot, leaf, _ in parts),
+            functools.partial(_fetch, sorted(parts, key=lambda one: one[0].part or (0,))),
         )
         for name, parts in sources.items()
     }
 
 
-def _fetch(parts: list[tuple[Slot, Any, int]]) -> np.ndarray:
-    values = [_on_host(leaf, layer if slot.stacked else None) for slot, leaf, layer in parts]
-    if len(values) > 1:
-        return np.concatenate(values, axis=-1)
+Source = tuple[Slot, Any, tuple[int, ...]]  # a leaf, and the numbers of its leading axes
+
+
+def _fetch(parts: list[Source]) -> np.ndarray:
+    values = [_on_host(leaf, index) for _, leaf, index in parts]
     slot, value = parts[0][0], values[0]
+    if slot.part is not None:  # group by group
+        groups = [x.reshape(*x.shape[:-1], -1, one.part.size) for (one, _, _), x in zip(parts, values, strict=True)]  # type: ignore[union-attr]
+        value = np.concatenate(groups, axis=-1).reshape(*value.shape[:-1], -1)
     return np.ascontiguousarray(value[None] if slot.row else value.T if slot.transposed else value)
 
 
-def _on_host(leaf: Any, layer: int | None) -> np.ndarray:
+def _on_host(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
     if not isinstance(leaf, jax.Array) or _is_host_memory(leaf):
-        whole = np.asarray(leaf)  # a view
-        return whole if layer is None else whole[layer]
+        return np.asarray(leaf)[index]  # a view
     # A new array: np.asarray(leaf) would keep the host's copy of the leaf for as long as the leaf lives.
-    part = _copied(leaf) if layer is None else _layer(leaf, layer)
+    part = _one(leaf, index) if index else _copied(leaf)
     if part.is_fully_addressable:
         return np.asarray(part)
     from jax.experimental import multihost_utils
@@ -156,8 +160,10 @@ def _is_host_memory(leaf: jax.Array) -> bool:
 
 
 @jax.jit
-def _layer(leaf: jax.Array, layer: int) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+def _one(leaf: jax.Array, index: tuple[int, ...]) -> jax.Array:
+    for number in index:
+        leaf = jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False)
+    return leaf
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""Where completions end: one set of ids, of the model's configuration, the tokenizer and its chat template."""
+"""Where completions end: one set of ids, of the model's configuration, the tokenizer and its chat template; and strings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any
 from pgjax.core.errors import UserError
 from pgjax.models.io.tensors import read_json
 
-STOP_IDS = "stop_token_ids"  # a setting of the tokenizer, so that tokenizer_config.json saves it
+STOP_IDS, STOP_STRINGS = (
+    "stop_token_ids",
+    "stop_strings",
+)  # settings of the tokenizer, so that tokenizer_config.json saves them
 _WORDS = "Quite so"  # an answer that no template holds
 
 
@@ -39,6 +42,19 @@ def stop_ids(tokenizer: Any) -> tuple[int, ...]:
     if STOP_IDS in tokenizer.init_kwargs:
         return tuple(int(i) for i in tokenizer.init_kwargs[STOP_IDS])
     return gathered_stops((), tokenizer)
+
+
+def stop_strings(tokenizer: Any) -> tuple[str, ...]:
+    """List the texts at which a completion ends, as `set_stops` or the model's generation_config.json gives them.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1}, unk_token="a"))
+        >>> stop_strings(set_stops(PreTrainedTokenizerFast(tokenizer_object=words), [], ["aa"]))
+        ('aa',)
+    """
+    return tuple(tokenizer.init_kwargs.get(STOP_STRINGS, ()))
 
 
 def end_id(tokenizer: Any, *, chat: bool) -> int | None:
@@ -104,6 +120,27 @@ def read_stops(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     return gathered_stops(configured or (), tokenizer)
 
 
+def read_stop_strings(folder: Path, tokenizer: Any) -> tuple[str, ...]:
+    """Settle at which texts a model in a folder ends: what `set_stops` chose, else what its generation_config.json says.
+
+    Args:
+        folder: may hold generation_config.json.
+        tokenizer: the folder's.
+
+    Returns:
+        The texts.
+
+    Raises:
+        UserError: a configuration whose stop_strings are neither a text nor a list of texts.
+    """
+    file = folder / "generation_config.json"
+    found = stop_strings(tokenizer) or (read_json(file).get(STOP_STRINGS) if file.is_file() else None) or ()
+    strings = [found] if isinstance(found, str) else found
+    if not isinstance(strings, list | tuple) or not all(isinstance(string, str) and string for string in strings):
+        raise UserError(f"{file}: stop_strings = {found!r} must be a text or a list of texts, none of them empty")
+    return tuple(strings)
+
+
 def _configured(folder: Path) -> list[int] | None:
     for name in ("generation_config.json", "config.json"):
         found = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
@@ -161,12 +198,13 @@ def _behind(content: Any, tokenizer: Any) -> str:
     return behind if _WORDS in before else ""
 
 
-def set_stops(tokenizer: Any, tokens: Sequence[str]) -> Any:
-    """Let completions end at these tokens and no others: in the tokenizer, which saves it.
+def set_stops(tokenizer: Any, tokens: Sequence[str], strings: Sequence[str] = ()) -> Any:
+    """Let completions end at these tokens and no others, and at these strings: in the tokenizer, which saves it.
 
     Args:
         tokenizer: a Hugging Face tokenizer, changed in place; None is passed on.
         tokens: each the text of one token, or an id in digits; none of them changes nothing.
+        strings: texts, of any number of tokens; none of them changes nothing.
 
     Returns:
         The same tokenizer.
@@ -184,6 +222,8 @@ def set_stops(tokenizer: Any, tokens: Sequence[str]) -> Any:
     """
     if tokens and tokenizer is not None:
         tokenizer.init_kwargs[STOP_IDS] = list(dict.fromkeys(_id_of(token, tokenizer) for token in tokens))
+    if strings and tokenizer is not None:
+        tokenizer.init_kwargs[STOP_STRINGS] = list(dict.fromkeys(strings))
     return tokenizer
 
 
@@ -214,8 +254,8 @@ def told_stops(tokenizer: Any) -> str:
         >>> told_stops(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>"))
         "completions end at '<eos>' (0)"
     """
-    ids = stop_ids(tokenizer)
-    if not ids:
+    named = [f"{(tokenizer.decode([i]) or tokenizer.convert_ids_to_tokens(i))!r} ({i})" for i in stop_ids(tokenizer)]
+    named += [f"the text {string!r}" for string in stop_strings(tokenizer)]
+    if not named:
         return "completions have no end: no end of sequence is known, so each is as long as it may be"
-    named = (f"{(tokenizer.decode([i]) or tokenizer.convert_ids_to_tokens(i))!r} ({i})" for i in ids)
     return f"completions end at {', '.join(named)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,72 +15,31 @@ import numpy as np
 
 from pgjax.core.errors import UserError
 from pgjax.models.architecture import Architecture
+from pgjax.models.io.families import FAMILIES
+from pgjax.models.io.families.family import LeafPath, Part
 
-LeafPath = tuple[str, ...]  # keys of a leaf in the parameter tree
 Span = tuple[int, int]  # of an axis: first index, and one past the last
 Box = tuple[Span, ...]  # a rectangle of an array, one span an axis
 
-_ROTARY_NAMES: dict[LeafPath, str] = {
-    ("embed", "tokens"): "model.embed_tokens.weight",
-    ("layers", "attn_norm", "scale"): "model.layers.{}.input_layernorm.weight",
-    ("layers", "q", "kernel"): "model.layers.{}.self_attn.q_proj.weight",
-    ("layers", "q", "bias"): "model.layers.{}.self_attn.q_proj.bias",
-    ("layers", "k", "kernel"): "model.layers.{}.self_attn.k_proj.weight",
-    ("layers", "k", "bias"): "model.layers.{}.self_attn.k_proj.bias",
-    ("layers", "v", "kernel"): "model.layers.{}.self_attn.v_proj.weight",
-    ("layers", "v", "bias"): "model.layers.{}.self_attn.v_proj.bias",
-    ("layers", "o", "kernel"): "model.layers.{}.self_attn.o_proj.weight",
-    ("layers", "o", "bias"): "model.layers.{}.self_attn.o_proj.bias",
-    ("layers", "q_norm", "scale"): "model.layers.{}.self_attn.q_norm.weight",
-    ("layers", "k_norm", "scale"): "model.layers.{}.self_attn.k_norm.weight",
-    ("layers", "mlp_norm", "scale"): "model.layers.{}.post_attention_layernorm.weight",
-    ("layers", "gate", "kernel"): "model.layers.{}.mlp.gate_proj.weight",
-    ("layers", "gate", "bias"): "model.layers.{}.mlp.gate_proj.bias",
-    ("layers", "up", "kernel"): "model.layers.{}.mlp.up_proj.weight",
-    ("layers", "up", "bias"): "model.layers.{}.mlp.up_proj.bias",
-    ("layers", "down", "kernel"): "model.layers.{}.mlp.down_proj.weight",
-    ("layers", "down", "bias"): "model.layers.{}.mlp.down_proj.bias",
-    ("norm", "scale"): "model.norm.weight",
-    ("head", "kernel"): "lm_head.weight",
-    ("score", "kernel"): "score.weight",
-}
-_GPT2_NAMES: dict[LeafPath, str] = {
-    ("embed", "tokens"): "transformer.wte.weight",
-    ("embed", "positions"): "transformer.wpe.weight",
-    ("layers", "attn_norm", "scale"): "transformer.h.{}.ln_1.weight",
-    ("layers", "attn_norm", "bias"): "transformer.h.{}.ln_1.bias",
-    ("layers", "q", "kernel"): "transformer.h.{}.attn.c_attn.weight",
-    ("layers", "q", "bias"): "transformer.h.{}.attn.c_attn.bias",
-    ("layers", "k", "kernel"): "transformer.h.{}.attn.c_attn.weight",
-    ("layers", "k", "bias"): "transformer.h.{}.attn.c_attn.bias",
-    ("layers", "v", "kernel"): "transformer.h.{}.attn.c_attn.weight",
-    ("layers", "v", "bias"): "transformer.h.{}.attn.c_attn.bias",
-    ("layers", "o", "kernel"): "transformer.h.{}.attn.c_proj.weight",
-    ("layers", "o", "bias"): "transformer.h.{}.attn.c_proj.bias",
-    ("layers", "mlp_norm", "scale"): "transformer.h.{}.ln_2.weight",
-    ("layers", "mlp_norm", "bias"): "transformer.h.{}.ln_2.bias",
-    ("layers", "up", "kernel"): "transformer.h.{}.mlp.c_fc.weight",
-    ("layers", "up", "bias"): "transformer.h.{}.mlp.c_fc.bias",
-    ("layers", "down", "kernel"): "transformer.h.{}.mlp.c_proj.weight",
-    ("layers", "down", "bias"): "transformer.h.{}.mlp.c_proj.bias",
-    ("norm", "scale"): "transformer.ln_f.weight",
-    ("norm", "bias"): "transformer.ln_f.bias",
-    ("head", "kernel"): "lm_head.weight",
-    ("score", "kernel"): "score.weight",
-}
-_HEADS = ("lm_head", "score")  # outside of the base model, whatever its prefix
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
-_PARTS = {"q": 0, "k": 1, "v": 2}  # GPT-2 keeps the three side by side in one tensor [in, 3 * out]
-_HARMLESS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # buffers, not parameters
+_HEADS = ("lm_head", "embed_out", "score")  # outside of the base model, whatever its prefix
+_HARMLESS = (  # buffers, not parameters
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+    ".rotary_emb.inv_freq",
+)
 
 
 class Slot(NamedTuple):
     """Where a leaf of the parameter tree is in a checkpoint."""
 
-    name: str  # of the tensor, with {} for the number of the layer where the leaf is stacked
-    stacked: bool  # the leaf's first axis is the layer
+    name: (
+        str  # of the tensor, with {} for the number of the layer where the leaf is stacked, and for that of the expert
+    )
+    leading: int  # axes of the leaf that are numbers in the name
     transposed: bool  # [out, in] on disk
-    part: int | None  # which third of the tensor's last axis, where three leaves share one
+    part: Part | None  # of the tensor's columns, seen as the leaf is, where several leaves are in one
     row: bool = False  # a vector [D] that is a matrix [1, D] in the file
 
 
@@ -97,17 +57,15 @@ def slot_of(arch: Architecture, path: LeafPath) -> Slot:
     >>> from pgjax.models.io.config import architecture_of
     >>> arch = architecture_of({"model_type": "gpt2", "vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 4})
     >>> slot_of(arch, ("layers", "k", "bias"))
-    Slot(name='transformer.h.{}.attn.c_attn.bias', stacked=True, transposed=False, part=1, row=False)
+    Slot(name='transformer.h.{}.attn.c_attn.bias', leading=1, transposed=False, part=Part(start=16, size=16, total=48), row=False)
     """
     path = path[1:] if path[0] == "lm" else path  # the language model inside a reward model
-    gpt2 = arch.family == "gpt2"
-    names = _GPT2_NAMES if gpt2 else _ROTARY_NAMES
-    if path not in names:
+    family = FAMILIES[arch.family]
+    if path not in family.names:
         raise UserError(f"family {arch.family!r} has no tensor for the parameter {'/'.join(path)}")
-    stacked = path[0] == "layers"
-    part = _PARTS[path[1]] if gpt2 and stacked and path[1] in _PARTS else None
-    transposed = stacked and path[-1] == "kernel" and not gpt2
-    return Slot(names[path], stacked, transposed=transposed, part=part, row=path[0] == "score")
+    name, is_map = family.names[path], path[0] == "layers" and path[-1] == "kernel"
+    part = family.part(arch, path[1]) if path[0] == "layers" else None
+    return Slot(name, name.count("{}"), transposed=is_map and not family.in_out, part=part, row=path[0] == "score")
 
 
 def read_params(arch: Architecture, shapes: Any, tensors: Tensors) -> dict[str, Any]:
@@ -220,26 +178,35 @@ def _as_in_file(slot: Slot, tensors: Tensors) -> Slot:
     return slot._replace(name=rest)
 
 
+def tensor_names(slot: Slot, shape: tuple[int, ...]) -> dict[tuple[int, ...], str]:
+    """Name the tensors of a leaf of that shape, by the numbers of its leading axes.
+
+    >>> tensor_names(Slot("h.{}.w", 1, transposed=False, part=None), (2, 5))
+    {(0,): 'h.0.w', (1,): 'h.1.w'}
+    """
+    return {index: slot.name.format(*index) for index in np.ndindex(*shape[: slot.leading])}
+
+
 def _shape_in_file(slot: Slot, shape: tuple[int, ...]) -> tuple[int, ...]:
-    one = shape[1:] if slot.stacked else shape
+    one = shape[slot.leading :]
     if slot.row:
         return (1, *one)
-    if slot.transposed:
-        return one[::-1]
-    return one if slot.part is None else (*one[:-1], 3 * one[-1])
+    if slot.part is not None:
+        one = (*one[:-1], one[-1] // slot.part.size * slot.part.total)
+    return one[::-1] if slot.transposed else one
 
 
 def _check_tensors(arch: Architecture, slots: list[Slot], shapes: list[tuple[int, ...]], tensors: Tensors) -> None:
     wanted = {
-        slot.name.format(layer): _shape_in_file(slot, shape)
+        name: _shape_in_file(slot, shape)
         for slot, shape in zip(slots, shapes, strict=True)
-        for layer in range(arch.depth if slot.stacked else 1)
+        for name in tensor_names(slot, shape).values()
     }
     missing = sorted(wanted.keys() - tensors.shapes.keys())
+    known = FAMILIES[arch.family].names
+    head, embeddings = known["head", "kernel"], known["embed", "tokens"]
     unused_head = arch.tied or "score.weight" in wanted  # a classifier computes no logits
-    harmless = {
-        name for name in tensors.shapes if name.endswith(_HARMLESS) or (unused_head and name == "lm_head.weight")
-    }
+    harmless = {name for name in tensors.shapes if name.endswith(_HARMLESS) or (unused_head and name == head)}
     extra = sorted(tensors.shapes.keys() - wanted.keys() - harmless)
     wrong = [
         f"{name} has {list(tensors.shapes[name])}, expected {list(shape)}"
@@ -254,9 +221,8 @@ def _check_tensors(arch: Architecture, slots: list[Slot], shapes: list[tuple[int
     if problems:
         raise UserError(f"{tensors.origin} does not hold a {arch.family} model as configured; {'; '.join(problems)}")
     _check_types(sorted(wanted), tensors)
-    if arch.tied and "score.weight" not in wanted and "lm_head.weight" in tensors.shapes:
-        embeddings = next(slot.name for slot in slots if slot.name.endswith(_EMBEDDINGS))
-        _check_tied("lm_head.weight", embeddings, tensors)
+    if arch.tied and "score.weight" not in wanted and head in tensors.shapes:
+        _check_tied(head, next(slot.name for slot in slots if embeddings.endswith(slot.name)), tensors)
 
 
 def _check_tied(head: str, embeddings: str, tensors: Tensors) -> None:
@@ -302,23 +268,31 @@ def _read_leaf(slot: Slot, leaf: jax.ShapeDtypeStruct, tensors: Tensors) -> jax.
 def _read_box(slot: Slot, leaf: jax.ShapeDtypeStruct, box: Box, tensors: Tensors) -> np.ndarray:
     """Read a rectangle of a leaf, and no more, from its tensors."""
     out = np.empty([last - first for first, last in box], leaf.dtype)
-    inside = _box_in_file(slot, leaf.shape, box)
-    for row, layer in enumerate(range(*box[0]) if slot.stacked else [0]):
-        tensor = tensors.read(slot.name.format(layer), inside)
-        tensor = tensor[0] if slot.row else tensor
-        target = out[row] if slot.stacked else out
-        target[...] = tensor.T if slot.transposed else tensor
+    numbers, one = [range(*span) for span in box[: slot.leading]], box[slot.leading :]
+    spans = [*one[:-1]], _spans(slot.part, one[-1])
+    for at, index in zip(np.ndindex(*out.shape[: slot.leading]), itertools.product(*numbers), strict=True):
+        name = slot.name.format(*index)
+        pieces = [_read_piece(slot, name, (*spans[0], span), tensors) for span in spans[1]]
+        out[at] = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=-1)
     return out
 
 
-def _box_in_file(slot: Slot, shape: tuple[int, ...], box: Box) -> Box:
-    one = box[1:] if slot.stacked else box
+def _spans(part: Part | None, span: Span) -> list[Span]:
+    """Find where a span of a leaf's last axis is in a tensor that holds several leaves: one span a group."""
+    if part is None:
+        return [span]
+    spans = []
+    for group in range(span[0] // part.size, -(-span[1] // part.size)):
+        shift = group * (part.total - part.size) + part.start
+        first, last = max(span[0], group * part.size), min(span[1], (group + 1) * part.size)
+        spans.append((first + shift, last + shift))
+    return spans
+
+
+def _read_piece(slot: Slot, name: str, box: Box, tensors: Tensors) -> np.ndarray:
     if slot.row:
-        return ((0, 1), *one)
-    if slot.transposed:
-        return one[::-1]
-    shift = 0 if slot.part is None else slot.part * shape[-1]
-    return (*one[:-1], (one[-1][0] + shift, one[-1][1] + shift))
+        return tensors.read(name, ((0, 1), *box))[0]
+    return tensors.read(name, box[::-1]).T if slot.transposed else tensors.read(name, box)
 
 
 def _listed(names: list[str], most: int = 8) -> str:

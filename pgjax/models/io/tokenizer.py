@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pgjax.core.errors import UserError
-from pgjax.models.io.stops import STOP_IDS, gathered_stops, read_stops, stop_ids
+from pgjax.models.io.stops import STOP_IDS, gathered_stops, read_stop_strings, read_stops, set_stops, stop_ids
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -63,6 +63,7 @@ def folder_tokenizer(folder: Path) -> Any | None:
             ) from error
         raise UserError(f"{folder}: its tokenizer's files cannot be read ({error})") from error
     tokenizer.init_kwargs[STOP_IDS] = list(read_stops(folder, tokenizer))
+    set_stops(tokenizer, (), read_stop_strings(folder, tokenizer))
     return tokenizer
 
 

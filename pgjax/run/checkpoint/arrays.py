@@ -13,6 +13,14 @@ from pgjax.core.errors import UserError
 from pgjax.run.checkpoint.digest import name_of
 
 Tree = Any
+# What the files can hold: jax's dtypes, but for some that tensorstore lacks, and NumPy's numbers of 64 bits.
+_STORABLE = frozenset(
+    (
+        *("bool", "int2", "int4", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        *("float16", "bfloat16", "float32", "float64", "complex64", "complex128", "float4_e2m1fn", "float8_e3m4"),
+        *("float8_e4m3fn", "float8_e4m3b11fnuz", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+    )
+)
 
 
 class Leaf(NamedTuple):
@@ -43,7 +51,7 @@ def stored_leaves(tree: Tree) -> dict[str, Leaf]:
         Shape and dtype of each by its name.
 
     Raises:
-        ValueError: a leaf is something else.
+        ValueError: a leaf is something else, holds nothing, or has a dtype that no file can hold; or there is no leaf.
 
     Example:
         >>> stored_leaves({"key": jax.random.key(0)})
@@ -56,7 +64,13 @@ def stored_leaves(tree: Tree) -> dict[str, Leaf]:
                 f"a checkpoint holds arrays only, but {name_of(path)} is a {type(leaf).__name__}: "
                 "pass plain numbers in extra"
             )
-        found[name_of(path)] = _stored_form(leaf)
+        found[name_of(path)] = form = _stored_form(leaf)
+        if form.dtype.name not in _STORABLE or not form.dtype.isnative:
+            raise UserError(f"a checkpoint cannot hold {name_of(path)}, whose dtype is {form.dtype}")
+        if 0 in form.shape:
+            raise UserError(f"a checkpoint cannot hold {name_of(path)}, which is empty: its shape is {form.shape}")
+    if not found:
+        raise UserError("a checkpoint holds arrays, but the state has none")
     return found
 
 
@@ -67,6 +81,12 @@ def _sharding(leaf: Any) -> jax.sharding.Sharding | None:
 def _everywhere() -> jax.sharding.NamedSharding:
     """Give the sharding of a whole copy on every device of every process."""
     return jax.sharding.NamedSharding(jax.sharding.Mesh(jax.devices(), ("all",)), jax.sharding.PartitionSpec())
+
+
+def _is_wide(leaf: Any) -> bool:
+    """Say whether jax, as it is configured, would halve the numbers of a host array."""
+    on_host = isinstance(leaf, np.ndarray) or (isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is None)
+    return on_host and not _is_key(leaf) and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype
 
 
 def _is_local(leaf: Any) -> bool:
@@ -84,20 +104,30 @@ def as_global(leaf: Any) -> Any:
     Returns:
         An array that orbax takes.
 
+    Raises:
+        ValueError: under several processes, a host array of 64-bit numbers, which jax would halve.
+
     Example:
         >>> as_global(jnp.ones(()))
         Array(1., dtype=float32)
     """
     if not _is_local(leaf):
         return leaf
+    if _is_wide(leaf):
+        raise UserError(
+            f"a host array of {leaf.dtype} would be halved on the way to {jax.process_count()} processes: "
+            "cast it, or turn jax_enable_x64 on"
+        )
     if _is_key(leaf):
         return jax.random.wrap_key_data(as_global(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
     value = np.asarray(leaf)
     return jax.make_array_from_callback(value.shape, _everywhere(), lambda index: value[index])
 
 
-def target(leaf: Any) -> jax.ShapeDtypeStruct:
+def target(leaf: Any) -> jax.ShapeDtypeStruct | np.ndarray:
     """Say where a leaf goes on restore: its own sharding, or the first local device when it has none.
+
+    Host arrays of 64 bits stay on the host, where jax is not configured to take them.
 
     Args:
         leaf: an array or a `jax.ShapeDtypeStruct`, as the caller wants it back.
@@ -109,6 +139,8 @@ def target(leaf: Any) -> jax.ShapeDtypeStruct:
         >>> target(jax.ShapeDtypeStruct((2,), jnp.float32)).sharding
         SingleDeviceSharding(...)
     """
+    if _is_wide(leaf):
+        return np.empty(leaf.shape, leaf.dtype)
     sharding = _sharding(leaf)
     if _is_local(leaf):
         sharding = _everywhere()
@@ -117,7 +149,7 @@ def target(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def recommit(like: Any, restored: jax.Array) -> jax.Array:
+def recommit(like: Any, restored: Any) -> Any:
     """Free a restored array from its device where `like` was free too.
 
     orbax commits all it restores to a device. A key or a counter that was free before would then refuse to
@@ -135,6 +167,8 @@ def recommit(like: Any, restored: jax.Array) -> jax.Array:
         >>> bound.committed, recommit(jnp.zeros(()), bound).committed
         (True, False)
     """
+    if _is_wide(like):
+        return np.asarray(restored)
     committed = like.committed if isinstance(like, jax.Array) else _sharding(like) is not None
     if committed and not _is_local(like):
         return restored

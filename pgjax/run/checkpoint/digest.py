@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Tree = Any
+_PARTS_OF_A_BYTE = {"int2": jnp.uint2, "int4": jnp.uint4, "float4_e2m1fn": jnp.uint4}
 
 
 def name_of(path: tuple[Any, ...]) -> str:
@@ -79,8 +80,8 @@ def digest(tree: Tree) -> str:
 
 
 def _host_words(leaf: Any) -> Any:
-    """Take the bits of a host array as they are: jax would cast 64 of them to 32."""
-    if isinstance(leaf, np.ndarray) and leaf.dtype.itemsize == 8:
+    """Take the bits of a host array as they are: jax would cast numbers of 64 bits to 32."""
+    if isinstance(leaf, np.ndarray) and leaf.dtype.itemsize >= 8:
         return np.ascontiguousarray(leaf).reshape(-1).view(np.uint32)
     return leaf
 
@@ -96,7 +97,11 @@ def _words(x: jax.Array) -> jax.Array:
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.stack([x.real, x.imag], axis=-1)
     word = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+    if x.dtype.name in _PARTS_OF_A_BYTE:
+        word = _PARTS_OF_A_BYTE[x.dtype.name]
     return jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
 
 
