@@ -20,30 +20,29 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 import pgjax as pg
 from pgjax.data.batches import batches
 from pgjax.learning import flags
+from pgjax.learning.collecting import learned, refilled
 from pgjax.learning.evaluation import check_start, evaluate
 from pgjax.learning.optimizer import revived
 from pgjax.models.io.stops import set_stops, told_stops
 from pgjax.models.lora import freeze
 from pgjax.parallel import batch_rows, processes
-from pgjax.parallel.sharding import fold_in, whole_groups
-from pgjax.rollout import rewards
+from pgjax.parallel.sharding import fold_in
 from pgjax.rollout.judge import load_judge
 from pgjax.rollout.task import make_task, read_task
-from pgjax.run import checks, clock, devices, exits, loop, presets
+from pgjax.run import checks, clock, devices, exits, loop, presets, stop
 from pgjax.run.checkpoint.resume import frozen_model, rows_digest, to_best
 from pgjax.run.session import INCIDENTAL, RunFlags, load_options, open_session, session_options, settled, templated
 from pgjax.run.speed import policy_speed
-from pgjax.run.summary import before_and_after, comparison, has_metric
+from pgjax.run.summary import before_and_after, comparison
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(flags.LearningFlags, RunFlags):
+class Config(flags.LearningFlags, flags.RewardFlags, RunFlags):
     """One run. Every number that decides it stands here."""
 
     model: str = "SmolLM2-135M-Instruct"  # folder, .gguf file, hub id, or a model that an installed package ships
@@ -52,13 +51,9 @@ class Config(flags.LearningFlags, RunFlags):
     held_out_rows: int = 16  # how many rows are kept aside where `held_out` is None
     chat: bool = True  # put prompts through the tokenizer's chat template
     rewards: tuple[str, ...] = ("experiments.tasks.haiku:haiku_reward",)  # the black boxes, each as module:function
-    reward_weights: tuple[float, ...] = ()  # one for each reward; none given: 1 each; with 0 it is logged and no more
-    reward_model: str | None = None  # a sequence classifier with one label, sources as for `model`; None: no such judge
-    reward_model_weight: float = 1.0  # of the reward model's score beside the black boxes
     output: Path = Path("runs/haiku")  # the run folder: config, metrics, samples, curves, checkpoints, policy
     steps: int = 16  # iterations of rollout and update
     batch_size: int = 32  # completions sampled in an iteration
-    truncation_penalty: float = 0.0  # taken off the score of a completion that did not end by itself
     eval_samples: int = 8  # completions of each held-out prompt in an evaluation
     eval_every: int | None = None  # iterations between evaluations; None: before and after alone
     samples_every: int = 8  # iterations between tables of samples
@@ -75,7 +70,9 @@ PRESETS = {
     ),
 }  # fmt: skip
 GOES_WITH: Any = {"prompts": {"held_out": None}, "reward_model": {"rewards": ()}, "algorithm": {"kl_coef": None}}
-MAY_CHANGE = INCIDENTAL | {"steps", "eval_samples", "eval_every", "samples_every", "save_every"}  # when a run goes on
+# When a run goes on; digests say whether models and rows are the same, wherever they lie
+MAY_CHANGE = INCIDENTAL | flags.CALLING | {"model", "reward_model", "prompts", "held_out"}
+MAY_CHANGE |= {"steps", "eval_samples", "eval_every", "samples_every", "save_every"}
 
 
 def main(config: Config) -> dict[str, float]:
@@ -88,22 +85,25 @@ def main(config: Config) -> dict[str, float]:
 def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     """Do the work of `main` on the devices of a mesh, or on one; all processes of a run call this alike."""
     algorithm = flags.algorithm_of(config)
+    group_size = algorithm.group_size
     options = flags.iteration_options(config, algorithm)
+    flags.tell_schedule(config, options["minibatches"])
     parts = options["minibatches"] * config.microbatches  # that a batch is learned in
-    devices.check_batch_divides(mesh, config.batch_size, parts=parts)
+    devices.check_batch_divides(mesh, config.batch_size, parts=parts, group_size=group_size)
     judges, row_sets, places = read_task(config.rewards, config.prompts, config.held_out, config.held_out_rows)
     lm, params, tokenizer = pg.load(config.model, mesh=mesh, **load_options(config))
     tokenizer = set_stops(templated(tokenizer, config), config.stop_tokens, config.stop_strings)
-    weight, group_size = config.reward_model_weight, whole_groups(mesh, config.batch_size, algorithm.group_size)
+    weight = config.reward_model_weight
     reward_model = load_judge(config.reward_model, weight, lm, tokenizer, chat=config.chat, mesh=mesh)
     task = make_task(
         lm, tokenizer, judges, config.reward_weights or None, row_sets, places=places, chat=config.chat, mesh=mesh,
-        reward_model=reward_model, group_size=group_size, **flags.sampling_options(config),
+        reward_model=reward_model, group_size=group_size, caller=flags.caller_of(config), **flags.sampling_options(config),
     )  # fmt: skip
     processes.print_once(told_stops(tokenizer))
     train_prompts, held_out = task.prompt_sets
     fed = batch_rows.rows_to_feed(mesh, config.batch_size)
-    deal = batches(train_prompts, config.batch_size, seed=config.seed, group_size=algorithm.group_size)
+    deal = batches(train_prompts, config.batch_size, seed=config.seed, group_size=group_size)
+    spare = batches(train_prompts, config.batch_size, seed=config.seed ^ 2**31, group_size=group_size)
     frozen, trained = freeze(params, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed, mesh=mesh)
     it = pg.iteration(
         lm, algorithm, flags.optimizer_of(config, config.steps, options["minibatches"]), reference=params, frozen=frozen,
@@ -117,71 +117,69 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         key=fold_in(key, 2**32 - 1), parts=parts,
     )  # fmt: skip
 
+    def drawn(state: pg.State, batch: Any, key: jax.Array) -> Any:
+        return [batch[row] for row in fed], timer.queued(), it.sample(state._replace(key=key), *task.padded(batch))
+
     def prepare(state: pg.State, i: int) -> Any:
         """Queue the rollout and what the models give to it; nothing is waited for."""
-        batch, seconds = deal[i], timer.queued()
-        return [batch[row] for row in fed], seconds, it.sample(state._replace(key=key), *task.padded(batch))
+        return drawn(state, deal[i], key)
 
     def step(state: pg.State, i: int, work: Any) -> tuple[pg.State, dict[str, Any], list[dict[str, Any]]]:
         """Judge on the host while the device works, then update."""
         prompts, rollout_seconds, rollout = work
         jax.block_until_ready(rollout.tokens)
         timing, begun = {"timing/rollout": rollout_seconds()}, time.perf_counter()
-        judged = task.judge(prompts, rollout, task.queue_reward_model(prompts, rollout))
+
+        def another(number: int) -> Any:
+            prompts, _, more = drawn(state, spare[i * (config.resample_groups or 0) + number - 1], fold_in(key, number))
+            return more, task.judge(prompts, more)
+
+        refill: Any = {"most": config.resample_groups, "metric": config.resample_metric, "group_size": group_size}
+        rollout, judged, keep, groups = refilled(rollout, task.judge(prompts, rollout), another, **refill)
         timing["timing/reward"] = time.perf_counter() - begun
         jax.block_until_ready(rollout)
         timing["timing/score"] = time.perf_counter() - begun
         timer.free()
         timing["timing/update"] = update_seconds = timer.queued()
-        paid = judged.scores - np.float32(config.truncation_penalty) * ~judged.ended
-        state, metrics = it.learn(state._replace(key=key), rollout, paid)
+        paid = learned(judged, keep=keep, **flags.learned_options(config))
+        state, metrics = it.learn(state._replace(key=key), rollout, *paid)
         counts = {"episode": (i + 1) * config.batch_size, "completions/padded_length": rollout.tokens.shape[1]}
-        metrics |= {**judged.metrics(), **timing, **counts}
-        every = [config.steps, *([config.save_every] if config.keep_best else []), *filter(None, [config.eval_every])]
-        if any((i + 1) % count == 0 for count in every):
+        metrics |= {**judged.metrics(), **groups, **timing, **counts}
+        if flags.evaluates(config, i + 1):
             jax.block_until_ready(state)
-            metrics |= {"timing/update": update_seconds(), **evaluated(state)}
+            metrics |= {"timing/update": update_seconds(), **stop.unless_stopped(lambda: evaluated(state))}
             timer.free()
         return state._replace(key=None), metrics, judged.samples()
 
     speed = functools.partial(
         policy_speed, arch=lm.arch, dtype=lm.dtype, mesh=mesh, batch_size=config.batch_size, adapters=frozen is not None,
-        new_tokens=config.max_new_tokens, minibatches=options["minibatches"], parts=parts, group_size=algorithm.group_size,
+        new_tokens=config.max_new_tokens, minibatches=options["minibatches"], parts=parts, group_size=group_size,
     )  # fmt: skip
     with open_session(
         config.output, state, **session_options(config), may_change=MAY_CHANGE, steps=config.steps,
-        data=rows_digest([train_prompts, held_out]), reference=frozen_model(config.model, params),
-        reward_model=reward_model and frozen_model(config.reward_model, reward_model.params),
-    ) as (folder, state, start, checkpoints, writer, progress):  # fmt: skip
+        data=rows_digest([train_prompts, held_out]), reference=frozen_model(params),
+        reward_model=reward_model and frozen_model(reward_model.params),
+    ) as session:  # fmt: skip
+        folder, state, start, checkpoints = session[:4]
 
-        def report(done: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
-            if done > 0:
-                metrics |= speed(metrics)
-                progress.update(done, metrics)
-            writer.write(done, metrics)
-            if "eval/scores" in metrics:
-                progress.evaluation(done, metrics)
-            if samples and (done % config.samples_every == 0 or done == 1):
-                writer.write_samples(done, samples)
-                progress.samples(done, samples[:3])
+        def report(done: int, metrics: dict[str, float], samples: Any = None) -> None:
+            more = speed(metrics) if "timing/update" in metrics else {}
+            session.report(done, metrics | more, samples, config.samples_every)
 
-        if start == 0:
-            before = check_start(evaluated(state), config.model, lm.dtype)
-            processes.all_or_none(lambda: report(0, before, []))
+        if flags.evaluates(config, start):  # before the first step, and where a stop broke it off
+            figures = lambda: check_start(evaluated(state), config.model, lm.dtype, start)
+            session.evaluate(start, "eval/scores", figures, report)
         state = loop.run(
             state._replace(learner=revived(state.learner)), steps=config.steps, start=start, prepare=prepare, step=step,
             check=loop.check_finite, report=report, checkpoints=checkpoints, save_every=config.save_every,
             score=lambda metrics: metrics.get("eval/scores"),
         )  # fmt: skip
-        seen = processes.on_process_0(lambda: has_metric(folder, config.steps, "eval/scores"))
-        if not seen:  # the run was stopped after what is now its last step
-            figures = evaluated(state)
-            processes.all_or_none(lambda: writer.write(config.steps, figures))
+        session.evaluate(config.steps, "eval/scores", lambda: evaluated(state), session.writer.write)
         pg.save_pretrained(folder / "policy", lm, policy(state), tokenizer)
         if config.keep_best:
             state, best = to_best(checkpoints, state)
             pg.save_pretrained(folder / "policy_best", lm, policy(state), tokenizer)
-            progress.print(f"policy_best is the policy after step {best}")
+            session.progress.print(f"policy_best is the policy after step {best}")
         return processes.on_process_0(lambda: before_and_after(folder, "eval/scores", last="objective/scores"))
 
 
@@ -190,7 +188,6 @@ def check(config: Config) -> None:
     checks.check_run(config)
     checks.at_least_one(config, "eval_samples", "samples_every", "eval_every")
     flags.check_policy(config)
-    rewards.check_weights(config.rewards, config.reward_weights, config.reward_model, config.reward_model_weight)
 
 
 if __name__ == "__main__":

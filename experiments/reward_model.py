@@ -36,7 +36,7 @@ from pgjax.models.io.classifier import with_padding_token
 from pgjax.models.lora import freeze
 from pgjax.models.reward_model import from_causal_lm
 from pgjax.parallel import batch_rows, processes
-from pgjax.run import checks, devices, exits, logs, loop, presets
+from pgjax.run import checks, devices, exits, logs, loop, presets, stop
 from pgjax.run.checkpoint.resume import frozen_model, rows_digest, to_best
 from pgjax.run.session import INCIDENTAL, RunFlags, load_options, open_session, session_options, settled, templated
 from pgjax.run.summary import has_metric
@@ -59,6 +59,7 @@ class Config(RunFlags):
     use_margin: bool = True  # ask for the margin of the column `margin`, where there is one
     output: Path = Path("runs/reward_model")  # the run folder: config, metrics, picture, checkpoints, model
     epochs: float = 1.0  # passes over the pairs
+    end_after: int | None = None  # updates after which the run ends, its model saved; None: all passes
     batch_size: int = 32  # pairs an update
     microbatches: int = 2  # parts of a batch, for memory; the gradient is the same
     learning_rate: float = 3e-5  # of AdamW, reached after the warm-up
@@ -67,7 +68,6 @@ class Config(RunFlags):
     weight_decay: float = 0.0  # of AdamW, decoupled, on matrices only
     max_grad_norm: float = 1.0  # clip the gradient to this global norm
     center_coef: float = 0.01  # of the pull of a pair's sum towards 0 (Eisenstein et al. 2023); 0: none
-    keep_best: bool = False  # evaluate at each, keep the one of the lowest held-out loss too, and save its model
 
 
 def main(config: Config) -> dict[str, float]:
@@ -83,6 +83,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     pair_sets, answers = processes.all_or_none(lambda: read_rows(config))
     lm, params, tokenizer = pg.load(config.model, mesh=mesh, **load_options(config))
     checks.require(tokenizer is not None, f"{config.model} holds no tokenizer, and pairs are text: add its files")
+    model = frozen_model(params)
     rm, params = from_causal_lm(lm, params, jax.random.key(config.seed), remat=config.remat)
     rm, params, tokenizer = with_padding_token(rm, params, templated(tokenizer, config))
     checks.check_length(config.max_length, rm.arch.max_positions)
@@ -97,9 +98,10 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     checks.require(differ, f"{config.reference}: all references are the same: normalising needs at least 2 that differ")
     devices.agree_on(f"what the tokenizer makes of {config.pairs}", (train_pairs, held_out, references))
 
-    steps = steps_of(config.epochs, len(train_pairs), config.batch_size)
+    updates = steps_of(config.epochs, len(train_pairs), config.batch_size)  # of all passes
+    steps = min(updates, config.end_after or updates)
     optimizer = adamw(
-        config.learning_rate, updates=steps, warmup=min(config.warmup_updates, steps), decay=config.decay,
+        config.learning_rate, updates=updates, warmup=min(config.warmup_updates, updates), decay=config.decay,
         max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay,
     )  # fmt: skip
     frozen, trained = freeze(params, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed, mesh=mesh)
@@ -125,11 +127,11 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
             state, batch, center_coef, frozen=frozen, rm=rm, optimizer=optimizer, microbatches=config.microbatches
         )
         saved = config.keep_best and ((i + 1) % config.save_every == 0 or i + 1 == steps)
-        return state, {**metrics, **(evaluate(state.params)[1] if saved else {})}, None
+        return state, metrics | (stop.unless_stopped(lambda: evaluate(state.params)[1]) if saved else {}), None
 
     with open_session(
-        config.output, state, **session_options(config), steps=steps, data=rows_digest(train_pairs),
-        frozen=frozen_model(config.model, frozen), may_change=INCIDENTAL | {"save_every"},
+        config.output, state, **session_options(config), steps=steps, data=rows_digest([train_pairs, held_out]), model=model,
+        may_change=INCIDENTAL | {"save_every", "end_after", "model", "pairs", "held_out"},
     ) as session:  # fmt: skip
 
         def show(trained: Any, done: int) -> np.ndarray:
@@ -185,7 +187,7 @@ def summary(folder: Path) -> dict[str, float]:
 def check(config: Config) -> None:
     """Refuse a run that cannot work, before anything is read or computed."""
     checks.check_run(config)
-    checks.at_least_one(config, "reference_rows")
+    checks.at_least_one(config, "reference_rows", "end_after")
     checks.above_zero(config, "epochs")
     checks.not_negative(config, "center_coef")
     checks.at_least(config, 2, "max_length")

@@ -34,7 +34,7 @@ from pgjax.models.io.scratch import new_model
 from pgjax.models.io.tokenizer import folder_tokenizer
 from pgjax.models.lora import freeze
 from pgjax.parallel import batch_rows, processes
-from pgjax.run import checks, clock, devices, exits, logs, loop, presets
+from pgjax.run import checks, clock, devices, exits, logs, loop, presets, stop
 from pgjax.run.checkpoint.digest import digest
 from pgjax.run.checkpoint.resume import frozen_model, to_best
 from pgjax.run.session import INCIDENTAL, RunFlags, load_options, open_session, session_options, settled, templated
@@ -56,6 +56,7 @@ class Config(RunFlags):
     output: Path = Path("runs/sft")  # the run folder: config, metrics, curves, checkpoints, model
     max_length: int = 128  # tokens of a packed row, and of an example at most; plain texts are cut, others left out
     epochs: int = 3  # passes over the packed rows
+    end_after: int | None = None  # updates after which the run ends, its model saved; None: all passes
     batch_size: int = 8  # packed rows an update
     microbatches: int = 1  # parts of a batch, for memory; the gradient is the same
     learning_rate: float | None = None  # of AdamW, reached after the warm-up; None: 3e-3 from scratch, 3e-5 otherwise
@@ -65,7 +66,6 @@ class Config(RunFlags):
     max_grad_norm: float = 1.0  # clip the gradient to this global norm
     eval_every: int = 300  # updates between held-out perplexities; before and after come anyway
     save_every: int = 300  # updates between checkpoints
-    keep_best: bool = False  # keep the checkpoint of the lowest held-out loss too, and save its model
 
 
 def main(config: Config) -> dict[str, float]:
@@ -89,16 +89,17 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         max_length=config.max_length, learn_prompt=config.learn_prompt,
     )  # fmt: skip
     processes.print_once("\n".join(notes))
-    fingerprint = digest(packed._asdict())
+    fingerprint = digest({"train": packed, "held-out": held_out})
     devices.agree_on("what the tokenizer makes of the rows", fingerprint)
-    steps = steps_of(config.epochs, len(packed.tokens), config.batch_size)
+    updates = steps_of(config.epochs, len(packed.tokens), config.batch_size)  # of all passes
+    steps = min(updates, config.end_after or updates)
     rate = (3e-3 if config.model is None else 3e-5) if config.learning_rate is None else config.learning_rate
     optimizer = adamw(
-        rate, updates=steps, warmup=min(config.warmup_updates, steps // 10), decay=config.decay,
+        rate, updates=updates, warmup=min(config.warmup_updates, updates // 10), decay=config.decay,
         max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay,
     )  # fmt: skip
     frozen, trained = freeze(params, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed, mesh=mesh)
-    state = init_state(trained, optimizer)
+    state, model = init_state(trained, optimizer), config.model and frozen_model(params)
     del params, trained  # updates consume their buffers
     fed = batch_rows.rows_to_feed(mesh, config.batch_size)
     deal = batches(range(len(packed.tokens)), config.batch_size, seed=config.seed, places=fed)
@@ -121,31 +122,31 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         metrics |= {"epoch": (i + 1) * config.batch_size / len(packed.tokens), "timing/update": seconds}
         if (i + 1) % config.eval_every == 0 or i + 1 == steps:
             jax.block_until_ready(state)
-            metrics |= {"timing/update": seconds(), **evaluate(state.params)}
+            metrics |= {"timing/update": seconds(), **stop.unless_stopped(lambda: evaluate(state.params))}
             timer.free()
         return state, metrics, None
 
     with open_session(
         config.output, state, **session_options(config), steps=steps, data=fingerprint,
-        frozen=frozen_model(config.model, frozen), may_change=INCIDENTAL | {"eval_every", "save_every"},
+        model=model, may_change=INCIDENTAL | {"eval_every", "save_every", "end_after", "model", "data", "held_out"},
     ) as session:  # fmt: skip
         processes.on_process_0(lambda: tokenizer.save_pretrained(config.output / "tokenizer"))  # for load_or_make
 
-        def report(done: int, metrics: dict[str, float], _: None) -> None:
-            if done > 0:
+        def report(done: int, metrics: dict[str, float], _: None = None) -> None:
+            if "timing/update" in metrics:
                 metrics["perf/tokens_per_second"] = metrics["train/positions"] / metrics["timing/update"]
             session.report(done, metrics)
             if "eval/perplexity" in metrics:
                 session.progress.print(f"after {done} updates: held-out perplexity {metrics['eval/perplexity']:.2f}")
 
-        if session.start == 0:
-            before = evaluate(session.state.params)
-            processes.all_or_none(lambda: report(0, before, None))
+        if session.start % config.eval_every == 0:  # before the first update, and where a stop broke it off
+            session.evaluate(session.start, "eval/loss", lambda: evaluate(session.state.params), report)
         state = loop.run(
             revived(session.state), steps=steps, start=session.start, prepare=prepare, step=step, check=loop.check_finite,
             report=report, checkpoints=session.checkpoints, save_every=config.save_every,
             score=lambda metrics: -metrics["eval/loss"] if "eval/loss" in metrics else None,
         )  # fmt: skip
+        session.evaluate(steps, "eval/loss", lambda: evaluate(state.params), session.writer.write)
         pg.save_pretrained(config.output / "model", lm, pg.with_lora(frozen, state.params), tokenizer)
         if config.keep_best:
             state, best = to_best(session.checkpoints, state)
@@ -179,13 +180,11 @@ def summary(folder: Path) -> dict[str, float]:
 def check(config: Config) -> None:
     """Refuse a run that cannot work, before anything is read or computed."""
     checks.check_run(config)
-    checks.at_least_one(config, "epochs", "eval_every")
+    checks.at_least_one(config, "epochs", "eval_every", "end_after")
     checks.at_least(config, 2, "max_length")
     compared = not config.keep_best or config.save_every % config.eval_every == 0
     numbers = f"save_every={config.save_every} is no multiple of eval_every={config.eval_every}"
     checks.require(compared, f"keep_best needs the held-out loss of each checkpoint: {numbers}")
-    there = config.lora_rank is None or config.model is not None
-    checks.require(there, f"lora_rank={config.lora_rank} adapts a model that is there: give model too")
     fits = config.model is None or (config.config is None and config.vocab_size is None)
     checks.require(fits, "config and vocab_size are for a model from scratch: leave out model, or them")
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from experiments.tasks.haiku import HELD_OUT, TOPICS, exact_575, haiku_reward, haiku_score, rows, syllables
-from pgjax.rollout.rewards import check_reward, load_reward, score
+from pgjax.rollout.rewards import check_reward, load_reward
+from pgjax.rollout.scoring import score
 
 HAIKU = "Silver robots hum\nin the quiet of the night\ndreaming of the rain"
 WORDS = (

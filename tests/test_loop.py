@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pgjax.run import loop
+from pgjax.run import loop, stop
 from pgjax.run.checkpoint.checkpoints import Checkpoints
 
 
@@ -150,7 +150,7 @@ def test_an_update_that_gave_its_buffers_away_does_not_hide_its_error(tmp_path):
         assert checkpoints.latest() is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_finishes_the_step_saves_and_says_so(tmp_path, number, capsys):
     def interrupt(i):
         if i == 1:
@@ -166,7 +166,7 @@ def test_a_signal_finishes_the_step_saves_and_says_so(tmp_path, number, capsys):
 
 
 def test_a_second_ctrl_c_stops_at_once():
-    with pytest.raises(KeyboardInterrupt), loop.stop_signals() as asked:
+    with pytest.raises(KeyboardInterrupt), stop.stop_signals() as asked:
         os.kill(os.getpid(), signal.SIGINT)
         assert asked()
         os.kill(os.getpid(), signal.SIGINT)
@@ -191,9 +191,9 @@ def test_a_handler_that_python_did_not_set_is_no_obstacle(monkeypatch):
     # jax.distributed sets one of its own for SIGTERM; Python then gives None for it, and does not take None back.
     handlers = []
     monkeypatch.setattr(signal, "signal", lambda number, handler: handlers.append(handler))
-    with loop.stop_signals():
+    with stop.stop_signals():
         pass
-    assert handlers[2:] == [signal.SIG_DFL, signal.SIG_DFL]
+    assert handlers[3:] == [signal.SIG_DFL] * 3
 
 
 def test_what_is_saved_holds_the_step(tmp_path):

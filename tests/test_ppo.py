@@ -9,6 +9,7 @@ import json
 import math
 import os
 import signal
+import time
 from pathlib import Path
 
 import jax
@@ -26,9 +27,9 @@ from pgjax.learning.optimizer import accumulate, adamw, init_state
 from pgjax.learning.policy_loss import policy_loss
 from pgjax.parallel.sharding import fold_in
 from pgjax.rollout import sample
-from pgjax.rollout.rewards import RewardError
+from pgjax.rollout.scoring import RewardError
 from pgjax.rollout.task import make_task, read_task
-from pgjax.run import devices, exits, logs, loop, session, summary
+from pgjax.run import devices, exits, logs, loop, session, stop, summary
 from pgjax.run.checkpoint.checkpoints import Checkpoints
 from pgjax.run.curves import plot_curves
 from tests.sizes import campaign_but_for
@@ -276,6 +277,46 @@ def test_the_truncation_penalty_reaches_the_reward_but_not_the_reported_score(co
     )
 
 
+def test_rewards_that_do_not_apply_are_counted_and_groups_without_spread_make_room(config, fresh_box, capsys):
+    def some(call, scores):  # in the second half of each batch all score the same
+        return scores if call == 0 else [None, *scores[1:4], *[0.5] * 4]
+
+    fresh_box.act = some
+    config = change(
+        config, algorithm="rloo", group_size=4, minibatches=None, steps=2, resample_groups=1, overlong_tokens=2
+    )
+    script.main(config)
+    rows = [row for row in logs.read_metrics(config.output) if "objective/scores" in row]
+    assert [row["groups/resampled"] for row in rows] == [1, 1] and all(row["groups/zero_spread"] == 0.5 for row in rows)
+    assert all(row["completions/not_judged"] == row["completions/left_out"] == 2 for row in rows)
+    assert all(math.isfinite(row["loss/policy_avg"]) and math.isfinite(row["objective/rlhf_reward"]) for row in rows)
+    out = capsys.readouterr().out
+    assert out.count("completions: they are left out of the update") == 1 and "no reward applies to" in out
+    fresh_box.__init__()
+    with pytest.raises(pg.UserError, match="resample_metric='x' is none of scores, boxed"):
+        script.main(change(config, resample_metric="x"))
+
+
+def test_a_stop_in_an_evaluation_saves_the_step_and_the_run_that_goes_on_evaluates_it(config, fresh_box, monkeypatch):
+    monkeypatch.setattr(stop, "GRACE", 0.0)
+
+    def slow(call, scores):
+        if call == 2:  # the evaluation before, step 1, the evaluation after it
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(20)
+        return scores
+
+    fresh_box.act = slow
+    config, begun = change(config, steps=2, eval_every=1), time.monotonic()
+    with pytest.raises(loop.Interrupted, match="stopped after step 1"):
+        script.main(config)
+    assert time.monotonic() - begun < 19
+    assert [row["step"] for row in logs.read_metrics(config.output) if "eval/scores" in row] == [0]
+    fresh_box.__init__()
+    script.main(change(config, resume=True))
+    assert [row["step"] for row in logs.read_metrics(config.output) if "eval/scores" in row] == [0, 1, 2]
+
+
 @pytest.mark.campaign
 def test_the_adaptive_coefficient_moves_against_the_kl(config):
     script.main(change(config, kl_target=1e-6, kl_coef=0.1, kl_horizon=80.0, learning_rate=1e-2, steps=4))
@@ -390,7 +431,7 @@ def test_another_run_is_never_overwritten(config):
 
 def test_every_field_is_explained_where_it_stands():
     """tyro shows the comment behind a field as its help; a comment on another line is lost."""
-    kinds = (script.Config, flags.LearningFlags, session.RunFlags, devices.Flags)
+    kinds = (script.Config, flags.LearningFlags, flags.RewardFlags, session.RunFlags, devices.Flags)
     lines = [line for kind in kinds for line in inspect.getsource(kind).splitlines()]
     for field in dataclasses.fields(script.Config):
         line = next(line for line in lines if line.strip().startswith(f"{field.name}:"))

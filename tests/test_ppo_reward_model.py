@@ -17,7 +17,7 @@ from pgjax.learning import iteration, programs
 from pgjax.models.reward_model import from_causal_lm
 from pgjax.rollout import judge, task
 from pgjax.rollout.judge import load_judge, tokenizer_differences
-from pgjax.rollout.rewards import RewardError
+from pgjax.rollout.scoring import RewardError
 from pgjax.run import logs, presets
 from tests.sizes import campaign_but_for
 from tests.tiny_task import EARLY_LETTERS, early_letters, other_letters, save_tiny_model

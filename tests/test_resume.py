@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import pgjax as pg
+from experiments import export
 from experiments import ppo as script
 from pgjax.run import logs
 from pgjax.run.checkpoint.checkpoints import Checkpoints
@@ -77,6 +78,13 @@ def test_the_best_snapshot_and_its_policy_are_kept_beside_the_latest(done):
     assert not np.array_equal(best["embed"]["tokens"], last["embed"]["tokens"])
 
 
+def test_any_kept_snapshot_exports_to_a_policy(copied):
+    best = pg.load(export.main(export.Config(copied.output, step=2)))[1]
+    last = pg.load(export.main(export.Config(copied.output)))[1]
+    for exported, name in ((best, "policy_best"), (last, "policy")):
+        jax.tree.map(np.testing.assert_array_equal, exported, pg.load(copied.output / name)[1])
+
+
 def test_a_damaged_snapshot_is_left_out_only_where_asked_and_the_run_ends_as_before(copied, capsys):
     flip(copied.output / "checkpoints" / "4")
     with pytest.raises(ValueError, match=r"step 4 in .* is damaged.*last-good"):
@@ -106,18 +114,22 @@ def test_snapshots_of_one_run_in_the_folder_of_another_are_refused(copied, tmp_p
         script.main(change(other, resume_from="last-good"))
 
 
-def test_a_reference_or_prompts_that_have_changed_in_their_place_are_named(done, copied):
+def test_models_and_prompts_are_known_by_what_they_hold_wherever_they_lie(done, copied, tmp_path):
     file = Path(done.prompts)
     prompts = file.read_text()
     file.write_text(prompts.replace("bcd", "bcde"))
     with pytest.raises(ValueError, match=r"is of another run: data: '\w+' there, '\w+' here"):
         script.main(copied)
     file.write_text(prompts)
+    shutil.copytree(done.model, tmp_path / "copy")  # the same weights in another place are the same
+    shutil.copy(file, tmp_path / "copy.jsonl")
+    script.main(change(copied, model=str(tmp_path / "copy"), prompts=str(tmp_path / "copy.jsonl")))
+    assert logs.recorded(copied.output, "model") == str(tmp_path / "copy")
     lm, params, tokenizer = pg.load(done.model)
     shutil.move(done.model, done.model + ".old")
     try:
         pg.save_pretrained(done.model, lm, jax.tree.map(lambda x: x * np.float32(1.001), params), tokenizer)
-        told = r"is of another run: reference: '\S+/model \(digest \w+\)' there, '\S+/model \(digest \w+\)' here"
+        told = r"is of another run: reference: 'digest \w+' there, 'digest \w+' here"
         with pytest.raises(ValueError, match=told):
             script.main(copied)
     finally:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import pgjax as pg
-from experiments import reward_model
+from experiments import export, reward_model
 from experiments.reward_model import Config
 from pgjax.data import preferences
 from pgjax.learning import reward_learning
@@ -83,6 +83,14 @@ def test_every_part_of_the_body_has_learnt(whole, source):
     after["lm"]["embed"]["tokens"] = after["lm"]["embed"]["tokens"][: before["embed"]["tokens"].shape[0]]
     for (path, x), y in zip(jax.tree.leaves_with_path(before), jax.tree.leaves(after["lm"]), strict=True):
         assert np.abs(np.asarray(x) - np.asarray(y)).max() > 1e-4, jax.tree_util.keystr(path)
+
+
+def test_a_snapshot_exports_to_the_model_that_the_end_of_the_run_would_save(whole, source, tmp_path):
+    folder = export.main(export.Config(whole[0].output, output=tmp_path / "exported"))
+    for x, y in zip(leaves(folder), leaves(whole[0].output / "model"), strict=True):
+        assert np.array_equal(x, y)
+    short = dataclasses.replace(source, output=tmp_path / "short", end_after=2)
+    assert reward_model.main(short)["step"] == 2 and leaves(short.output / "model")
 
 
 def test_a_run_stopped_halfway_ends_with_the_same_bits(whole, tmp_path, monkeypatch):

@@ -3,7 +3,10 @@
 import asyncio
 import fractions
 import math
+import multiprocessing
+import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pgjax.rollout.rewards import RewardError, check_reward, load_reward, reward_names, score
+from pgjax.rollout.calling import Caller
+from pgjax.rollout.rewards import check_reward, load_reward, reward_names
+from pgjax.rollout.scoring import RewardError, score
 
 PROMPTS = ["first prompt", "second prompt", "third prompt"]
 COMPLETIONS = ["one", "two", "three"]
@@ -71,7 +76,6 @@ def test_an_exact_match_may_return_truth_values() -> None:
         (1e39, "too large for float32"),
         (-1e39, "too large for float32"),
         (10**400, "too large for a float"),
-        (None, "return a number"),
         ("0.5", "return a number"),
         (1j, "return a number"),
         ([0.5], "return a number"),
@@ -326,9 +330,148 @@ def test_the_signature_is_checked_before_any_compute() -> None:
         check_reward(returning([0.5]), ["prompts"])
 
 
-def test_a_coroutine_is_refused_before_any_compute() -> None:
-    async def later(prompts, completions):
-        return [0.0]
+def test_a_reward_that_does_not_apply_is_left_out_of_its_rows_sum() -> None:
+    scores, parts = run(returning([1, None, None]), returning([None, 2, None]), weights=[2, 0.5])
+    np.testing.assert_array_equal(scores, np.float32([2, 1, math.nan]))
+    np.testing.assert_array_equal(parts["reward_2"], np.float32([math.nan, 2, math.nan]))
+    watched, _ = run(returning([None, 1, None]), returning([5, 5, 5]), weights=[1, 0])
+    np.testing.assert_array_equal(watched, np.float32([math.nan, 1, math.nan]))  # a weight of 0 counts for nothing
+    with pytest.raises(RewardError, match="not a list of 3 numbers"):
+        run(returning(None))
 
-    with pytest.raises(ValueError, match="reward 'later' is async: write a plain def"):
-        check_reward(later)
+
+def test_rewards_of_tokens_stand_at_their_tokens_and_others_at_the_last() -> None:
+    tokens = returning([[1, 2, 3], np.asarray([4.0]), None])
+    scores, parts = score([tokens, returning([10, None, 30])], [1, 0.5], PROMPTS, COMPLETIONS, lengths=[3, 1, 2])
+    np.testing.assert_array_equal(scores, np.float32([[1, 2, 8], [4, 0, 0], [0, 15, 0]]))
+    np.testing.assert_array_equal(parts["reward"], np.float32([6, 4, math.nan]))
+    none = score([tokens], None, PROMPTS, COMPLETIONS, lengths=[3, 1, 2])[0]
+    assert np.isnan(none[2]).all() and none[:2].tolist() == [[1, 2, 3], [4, 0, 0]]
+    for values, said in {((1, 2), 1.0, 1.0): "2 numbers for the 3 tokens", ((1, 2, "x"), 1.0, 1.0): "token 2"}.items():
+        with pytest.raises(RewardError, match=said) as caught:
+            score([returning(values)], None, PROMPTS, COMPLETIONS, lengths=[3, 1, 2])
+        assert caught.value.row == 0
+
+
+def test_async_rewards_are_awaited_at_the_same_time_on_one_loop_that_stays() -> None:
+    loops, ready = set(), {"a": asyncio.Event(), "b": asyncio.Event()}
+
+    def meeting(mine: str, other: str, value: float) -> Callable[..., Any]:
+        async def reward(prompts: list[str], completions: list[str]) -> list[float | None]:
+            loops.add(asyncio.get_running_loop())
+            ready[mine].set()
+            await asyncio.wait_for(ready[other].wait(), 5)
+            return [value, None, value]
+
+        return reward
+
+    caller = Caller()
+    rewards = [meeting("a", "b", 1.0), meeting("b", "a", 2.0), returning([0, 5, 0])]
+    check_reward(rewards[0])
+    for _ in range(2):
+        scores, _ = score(rewards, None, PROMPTS, COMPLETIONS, caller=caller)
+        assert scores.tolist() == [3, 5, 3]
+    assert len(loops) == 1
+
+    async def broken(**arguments: Any) -> list[float]:
+        raise KeyError("judge")
+
+    async def cancelled(**arguments: Any) -> list[float]:
+        raise asyncio.CancelledError
+
+    for reward, said in {broken: "raised KeyError: 'judge'", cancelled: "raised CancelledError"}.items():
+        with pytest.raises(RewardError, match=said):
+            score([reward], None, PROMPTS, COMPLETIONS, caller=caller)
+
+
+def test_a_reward_that_takes_too_long_is_named_with_the_flag_that_gives_it_more() -> None:
+    def stuck(prompts: list[str], completions: list[str]) -> list[float]:
+        threading.Event().wait(10)
+        return [0.0] * 3
+
+    async def later(prompts: list[str], completions: list[str]) -> list[float]:
+        await asyncio.sleep(10)
+        return [0.0] * 3
+
+    for reward in (stuck, later):
+        with pytest.raises(RewardError, match=f"{reward.__name__}' gave no answer within reward_timeout=0.1 seconds"):
+            score([reward], None, PROMPTS, COMPLETIONS, caller=Caller(timeout=0.1))
+    quick = score([returning([1, 2, 3])], None, PROMPTS, COMPLETIONS, caller=Caller(timeout=10))[0]
+    assert quick.tolist() == [1, 2, 3]
+
+
+def test_threads_work_at_the_same_time_each_on_whole_groups() -> None:
+    barrier, seen = threading.Barrier(3), []
+
+    def met(
+        prompts: list[str], completions: list[str], number: list[int], completion_ids: list[list[int]]
+    ) -> list[int]:
+        barrier.wait(5)
+        seen.append(number)
+        return number
+
+    columns, ids = {"number": list(range(8))}, {"completion_ids": [[i] for i in range(8)]}
+    texts = ["p"] * 8, ["c"] * 8
+    scores, _ = score([met], None, *texts, columns, ids, group_size=2, caller=Caller(workers=3))
+    assert scores.tolist() == list(range(8)) and sorted(seen) == [[0, 1], [2, 3], [4, 5, 6, 7]]
+
+    def fails(prompts: list[str], completions: list[str], number: list[int]) -> list[int]:
+        return number[:-1] if 6 in number else number
+
+    with pytest.raises(RewardError, match="returned 3 values for 4 completions") as caught:
+        score([fails], None, *texts, columns, group_size=4, caller=Caller(workers=5))
+    assert caught.value.row == 4
+
+
+def test_processes_are_told_apart_from_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "import os, time\ndef number(prompts, completions): return [os.getpid()] * len(prompts)\n"
+    text += "def stuck(prompts, completions): time.sleep(60)\n"
+    write_module(tmp_path, "my_reward_d", text, monkeypatch)
+    caller = Caller(workers=1, processes=True)
+    one, two = (run_with(caller, load_reward("my_reward_d:number")) for _ in range(2))
+    assert one == two != [os.getpid()] * 3, "they stay"
+    (worker,) = (child for child in multiprocessing.active_children() if child.pid == int(one[0]))
+    caller.timeout = 0.2
+    with pytest.raises(RewardError, match="no answer within"):
+        run_with(caller, load_reward("my_reward_d:stuck"))
+    worker.join(5)
+    assert not worker.is_alive()
+
+
+def run_with(caller: Caller, reward: Callable[..., Any]) -> list[float]:
+    return score([reward], None, PROMPTS, COMPLETIONS, caller=caller)[0].tolist()
+
+
+def test_a_reward_gets_messages_where_it_asks_for_them() -> None:
+    def as_messages(completions: list[list[dict[str, str]]], **columns: Any) -> list[float]:
+        assert all(row[0]["role"] == "assistant" for row in completions)
+        return [float(len(row[0]["content"])) for row in completions]
+
+    def as_texts(completions: list[str], **columns: Any) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+    both = [run(reward)[0].tolist() for reward in (as_messages, as_texts)]
+    assert both == [[3, 3, 5]] * 2
+
+
+def test_the_rewards_that_trl_ships_run_unchanged() -> None:
+    trl = pytest.importorskip("trl.rewards")
+    pytest.importorskip("math_verify")
+    completions = [
+        "<think>\nThree thirds.\n</think>\nMy answer is \\boxed{\\frac{1}{3}}", "It is \\boxed{\\frac{1}{2}}", "Who knows?",
+    ]  # fmt: skip
+    rewards = [
+        trl.accuracy_reward, trl.reasoning_accuracy_reward, trl.think_format_reward, trl.get_cosine_scaled_reward(max_len=100),
+        trl.get_soft_overlong_punishment(100, 20), trl.get_repetition_penalty_reward(ngram_size=2),
+    ]  # fmt: skip
+    for reward in rewards:
+        check_reward(reward, ["solution"])
+    columns = {"solution": [r"$\frac{1}{3}$", r"$\frac{1}{3}$", "no number at all"]}
+    ids = {"completion_ids": [[*range(50)], [*range(90)], [1, 1, 1]]}
+    _, parts = score(rewards, None, PROMPTS, completions, columns, ids, lengths=[50, 90, 3])
+    found = {name: part.tolist() for name, part in parts.items()}
+    assert found["accuracy_reward"][:2] == [1, 0] and math.isnan(found["accuracy_reward"][2])
+    assert found["think_format_reward"] == [1, 0, 0]
+    assert found["soft_overlong_punishment_reward"] == [0, -0.5, 0]
+    assert found["repetition_penalty_reward"] == [0, 0, -0.5]
+    assert found["cosine_scaled_reward"][0] == 0.75 and math.isnan(found["cosine_scaled_reward"][2])

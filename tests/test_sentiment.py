@@ -7,7 +7,8 @@ import pytest
 
 from experiments.tasks import sentiment
 from experiments.tasks.sentiment import HELD_OUT, OPENINGS, rows, sentiment_reward
-from pgjax.rollout.rewards import check_reward, load_reward, score
+from pgjax.rollout.rewards import check_reward, load_reward
+from pgjax.rollout.scoring import score
 
 
 def judge(*completions: str, prompt: str = "The film was") -> list[float]:

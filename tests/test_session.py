@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import ppo
+from pgjax.learning import flags
 from pgjax.run import logs, session
 from pgjax.run.checkpoint.checkpoints import BadCheckpoint, Checkpoints
 from pgjax.run.clock import DeviceClock
@@ -103,3 +105,20 @@ def test_work_is_timed_from_when_the_device_was_free(monkeypatch):
     now[0] = 10.0
     assert third() == 1.0  # the pause is not its own
     jax.block_until_ready(jnp.zeros(()))
+
+
+def test_another_number_of_steps_says_where_the_learning_rate_leaves_its_course(tmp_path, drawn, capsys):
+    def started(**fields):
+        config = ppo.Config(output=tmp_path / "run", decay=True, learning_rate=1.0, warmup_updates=0, **fields)
+        flags.tell_schedule(config, 1)
+        return config
+
+    with begin(tmp_path / "run", **session_options(started(steps=4))):
+        pass
+    assert capsys.readouterr().out == ""
+    started(steps=4, resume=True)
+    started(steps=8)
+    assert capsys.readouterr().out == ""
+    started(steps=8, resume=True)
+    told = capsys.readouterr().out
+    assert "steps=8 in place of 4" in told and "of step 4 is 0.625, and was 0.25; --steps 4 keeps its course" in told

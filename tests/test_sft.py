@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import pgjax as pg
+from experiments import export
 from experiments import sft as script
 from pgjax.data.examples import check_examples, encode_examples
 from pgjax.data.packing import pack
@@ -110,6 +111,12 @@ def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(config, mon
     names = ("step", "loss/cross_entropy", "eval/loss", "lr")
     numbers = [[{k: row.get(k) for k in names} for row in read_metrics(run)] for run in (config.output, whole)]
     assert numbers[0] == numbers[1] and len(numbers[0]) > 5
+    # One that ends early keeps the course of its learning rate up to there.
+    short = change(config, output=config.output.with_name("short"), eval_every=3, end_after=3)
+    monkeypatch.undo()
+    assert script.main(short)["step"] == 3 and (short.output / "model").is_dir()
+    early = [{k: row.get(k) for k in names} for row in read_metrics(short.output)]
+    assert early == [row for row in numbers[0] if row["step"] <= 3]
 
 
 @pytest.mark.campaign
@@ -128,6 +135,16 @@ def test_the_snapshot_of_the_lowest_held_out_loss_and_its_model_are_kept_beside_
     for name, params in {"model_best": seen[2], "model": seen[last]}.items():
         saved = jax.tree.leaves(pg.load(config.output / name)[1])
         assert all(np.array_equal(x, y) for x, y in zip(saved, jax.tree.leaves(params), strict=True))
+    exported = {"best": export.Config(config.output, best=True), "last": export.Config(config.output, step=last)}
+    monkeypatch.undo()
+    for name, params in {"best": seen[2], "last": seen[last]}.items():
+        saved = jax.tree.leaves(pg.load(export.main(exported[name]))[1])
+        assert all(np.array_equal(x, y) for x, y in zip(saved, jax.tree.leaves(params), strict=True))
+    wrong = {"step=3": "holds no snapshot of step 3: those of", "step=2,best": "best=True and step=2: give one"}
+    for fields, said in wrong.items():
+        with pytest.raises(pg.UserError, match=said):
+            export.main(export.Config(config.output, step=int(fields[5]), best="best" in fields))
+    monkeypatch.setattr(supervised, "mean_surprise", scripted)
     # The best stays the best, and what is kept may change, where the run goes on.
     script.main(change(config, eval_every=1, save_every=1, keep=3, keep_best=True, resume=True))
     assert np.array_equal(pg.load(config.output / "model_best")[1]["embed"]["tokens"], seen[2]["embed"]["tokens"])

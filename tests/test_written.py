@@ -18,7 +18,8 @@ from pgjax.data.prompts import completion_texts, encode_prompts
 from pgjax.data.tokens import encode_parts
 from pgjax.models.io.chat_template import set_template
 from pgjax.rollout import judge
-from pgjax.rollout.rewards import RewardError, check_reward, score
+from pgjax.rollout.rewards import check_reward
+from pgjax.rollout.scoring import RewardError, score
 from pgjax.rollout.task import make_task
 from pgjax.run import checks, session
 from tests.tiny import ARCHITECTURES

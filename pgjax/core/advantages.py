@@ -196,7 +196,9 @@ def groups_of(scores: jax.typing.ArrayLike, group_size: int) -> jax.Array:
     return scores.reshape(-1, group_size)
 
 
-def leave_one_out_baseline(scores: jax.typing.ArrayLike, *, group_size: int) -> jax.Array:
+def leave_one_out_baseline(
+    scores: jax.typing.ArrayLike, *, group_size: int, mask: jax.typing.ArrayLike | None = None
+) -> jax.Array:
     """Average the scores of the other samples of the same prompt.
 
     b_i = sum_{j != i} s_j / (G - 1) over the group of i. Kool et al. (2019), "Buy 4 REINFORCE Samples, Get a
@@ -206,6 +208,8 @@ def leave_one_out_baseline(scores: jax.typing.ArrayLike, *, group_size: int) -> 
     Args:
       scores: [B], reward units; the `group_size` rows of one prompt are adjacent.
       group_size: G, samples per prompt, at least 2, divides B.
+      mask: [B] boolean, the samples that are compared; None: all. The others count in nobody's baseline. Where a sample has
+        no other to be compared with, its own score is the baseline, so that it teaches nothing.
 
     Returns:
       [B] float32, reward units.
@@ -220,11 +224,24 @@ def leave_one_out_baseline(scores: jax.typing.ArrayLike, *, group_size: int) -> 
       [3. 1. 7. 5.]
     """
     groups = groups_of(scores, group_size)
+    if mask is not None:
+        inside = _inside(mask, groups)
+        counted = where_mask(inside, groups)
+        others = jnp.sum(counted, axis=1, keepdims=True) - counted
+        count = jnp.sum(inside, axis=1, keepdims=True) - inside.astype(jnp.int32)
+        mean = others / jnp.maximum(count, 1).astype(others.dtype)
+        return jnp.where(count > 0, mean, counted).reshape(-1)
     others = jnp.sum(groups, axis=1, keepdims=True) - groups
     return (others / (group_size - 1)).reshape(-1)
 
 
-def group_advantages(scores: jax.typing.ArrayLike, *, group_size: int, normalize: bool = True) -> jax.Array:
+def group_advantages(
+    scores: jax.typing.ArrayLike,
+    *,
+    group_size: int,
+    normalize: bool = True,
+    mask: jax.typing.ArrayLike | None = None,
+) -> jax.Array:
     """Subtract the group's mean from each sample's score, and divide by the group's standard deviation.
 
     A_i = (s_i - mean) / (std + 1e-4), std the sample standard deviation (divided by G - 1): GRPO, Shao et al.
@@ -240,6 +257,8 @@ def group_advantages(scores: jax.typing.ArrayLike, *, group_size: int, normalize
       scores: [B], reward units; the `group_size` rows of one prompt are adjacent.
       group_size: G, samples per prompt, at least 2, divides B.
       normalize: whether to divide by the group's standard deviation.
+      mask: [B] boolean, the samples that are compared; None: all. The others count in no mean and no deviation, and their
+        own advantage is 0, as is that of a sample alone in its group.
 
     Returns:
       [B] float32, in standard deviations, or reward units without `normalize`.
@@ -254,12 +273,35 @@ def group_advantages(scores: jax.typing.ArrayLike, *, group_size: int, normalize
       [-1.  1.  0.  0.]
     """
     groups = groups_of(scores, group_size)
+    if mask is not None:
+        return _advantages_inside(groups, _inside(mask, groups), normalize).reshape(-1)
     # Relative to the group's first score, equal scores are exactly 0: the division would scale a rounding error up by 1e4.
     shifted = groups - groups[:, :1]
     centred = shifted - jnp.mean(shifted, axis=1, keepdims=True)
     if not normalize:
         return centred.reshape(-1)
     variance = jnp.sum(jnp.square(centred), axis=1, keepdims=True) / (group_size - 1)
+    return (centred / (_root(variance) + 1e-4)).reshape(-1)
+
+
+def _inside(mask: jax.typing.ArrayLike, groups: jax.Array) -> jax.Array:
+    return as_mask(jnp.asarray(mask).reshape(groups.shape), groups)
+
+
+def _advantages_inside(groups: jax.Array, inside: jax.Array, normalize: bool) -> jax.Array:
+    """Compare the scores of each row inside a mask, [groups, G]."""
+    count = jnp.sum(inside, axis=1, keepdims=True).astype(groups.dtype)
+    one = jnp.argmax(inside, axis=1, keepdims=True)  # the first that counts
+    shifted = where_mask(inside, groups - jnp.take_along_axis(groups, one, axis=1))
+    mean = jnp.sum(shifted, axis=1, keepdims=True) / jnp.maximum(count, 1)
+    centred = where_mask(inside, shifted - mean)
+    if not normalize:
+        return centred
+    variance = jnp.sum(jnp.square(centred), axis=1, keepdims=True) / jnp.maximum(count - 1, 1)
+    return centred / (_root(variance) + 1e-4)
+
+
+def _root(variance: jax.Array) -> jax.Array:
+    """Take the square root, 0 of 0, with a gradient that is finite."""
     varied = variance > 0
-    deviation = where_mask(varied, jnp.sqrt(jnp.where(varied, variance, 1.0)))
-    return (centred / (deviation + 1e-4)).reshape(-1)
+    return where_mask(varied, jnp.sqrt(jnp.where(varied, variance, 1.0)))

@@ -15,16 +15,20 @@ from pgjax.core.reductions import REDUCTIONS
 class Experience(NamedTuple):
     """What is known of a batch of completions before anything is learned: W = max_new_tokens + 1 entries a row.
 
-    rewards_t = [t is the last token] score - kl_coef * (log pi - log ref)_t; returns_t = the discounted sum from t on.
+    rewards_t = [t is the last token] score - kl_coef * (log pi - log ref)_t; returns_t = the discounted sum from t on. Where the
+    black box rewards single tokens, those stand in place of the score at the last one, and the score is their sum.
     """
 
-    scores: jax.Array  # [B] reward units; rows of one prompt are adjacent
+    scores: (
+        jax.Array
+    )  # [B] reward units; rows of one prompt are adjacent; of a row left out the mean of its group's others
     penalties: jax.Array  # [B, W] reward units, -kl_coef * (log pi - log ref) of each token
     returns: jax.Array  # [B, W] reward units, score and penalties still to come
     values: jax.Array  # [B, W] reward units, the critic's estimate of the return before each token
     logprobs: jax.Array  # [B, W] nats, of the policy that sampled
     sampler_logprobs: jax.Array  # [B, W] nats, as the sampler computed them, filters included
-    mask: jax.Array  # [B, W] bool, True on sampled tokens
+    mask: jax.Array  # [B, W] bool, True on sampled tokens that are learned from
+    kept: jax.Array | None = None  # [B] bool, True for rows that are learned from; None: all
 
 
 class Batch(NamedTuple):
@@ -32,7 +36,7 @@ class Batch(NamedTuple):
 
     tokens: jax.Array  # [B, T] int32
     attention_mask: jax.Array  # [B, T]
-    mask: jax.Array  # [B, W] bool, True on sampled tokens; all that follow are [B, W] float32
+    mask: jax.Array  # [B, W] bool, True on sampled tokens that are learned from; all that follow are [B, W] float32
     old_logprobs: Any  # of the policy that sampled; None (to `policy_loss` alone): the present one, whose ratio is 1
     old_values: jax.Array
     returns: jax.Array

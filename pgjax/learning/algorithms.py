@@ -52,7 +52,7 @@ def leave_one_out_advantages(experience: Experience, *, group_size: int) -> jax.
     """
     scores, mask = experience.scores[:, None], experience.mask
     to_come = scores + where_mask(mask, experience.returns - scores)  # after its end a row has earned its score
-    return where_mask(mask, experience.returns - _of_others(to_come, group_size))
+    return where_mask(mask, experience.returns - _of_others(to_come, group_size, experience.kept))
 
 
 def group_relative_advantages(experience: Experience, *, group_size: int, normalize: bool = True) -> jax.Array:
@@ -72,7 +72,7 @@ def group_relative_advantages(experience: Experience, *, group_size: int, normal
     Returns:
         [B, W] float32, 0 outside the mask.
     """
-    scores = group_advantages(experience.scores, group_size=group_size, normalize=normalize)
+    scores = group_advantages(experience.scores, group_size=group_size, normalize=normalize, mask=experience.kept)
     return with_penalties(scores, experience, group_size=group_size)
 
 
@@ -88,7 +88,7 @@ def with_penalties(advantages: jax.Array, experience: Experience, *, group_size:
         [B, W] float32, 0 outside the mask.
     """
     to_come = monte_carlo_returns(experience.penalties, experience.mask)
-    return where_mask(experience.mask, advantages[:, None] + to_come - _of_others(to_come, group_size))
+    return where_mask(experience.mask, advantages[:, None] + to_come - _of_others(to_come, group_size, experience.kept))
 
 
 def return_advantages(experience: Experience) -> jax.Array:
@@ -264,9 +264,10 @@ def reinforce(
     )  # fmt: skip
 
 
-def _of_others(x: jax.Array, group_size: int) -> jax.Array:
-    """Average each entry over the group's other rows, [B, W]."""
-    return jax.vmap(functools.partial(leave_one_out_baseline, group_size=group_size), in_axes=1, out_axes=1)(x)
+def _of_others(x: jax.Array, group_size: int, kept: jax.Array | None) -> jax.Array:
+    """Average each entry over the group's other rows that are kept, [B, W]."""
+    baseline = functools.partial(leave_one_out_baseline, group_size=group_size, mask=kept)
+    return jax.vmap(baseline, in_axes=1, out_axes=1)(x)
 
 
 @functools.lru_cache(maxsize=256)

@@ -52,13 +52,14 @@ def evaluate(
     return {f"eval/{name}": x for name, x in figures.items()}
 
 
-def check_start(figures: dict[str, float], source: Any, dtype: Any) -> dict[str, float]:
-    """Refuse a model whose log-probabilities are not finite before anything is learned.
+def check_start(figures: dict[str, float], source: Any, dtype: Any, done: int = 0) -> dict[str, float]:
+    """Refuse a model whose log-probabilities are not finite before anything is learned from it.
 
     Args:
-        figures: of `evaluate`, before the first update.
+        figures: of `evaluate`, before the next update.
         source: of the model, for the message.
         dtype: of its activations, likewise.
+        done: steps that it has made, likewise.
 
     Returns:
         The figures.
@@ -72,8 +73,9 @@ def check_start(figures: dict[str, float], source: Any, dtype: Any) -> dict[str,
         pgjax.NotFiniteError: the log-probabilities of my-model are not finite before the first update: ...
     """
     if not math.isfinite(figures["eval/kl"]):
+        when = "before the first update" if done == 0 else f"after {done} steps"
         raise NotFiniteError(
-            f"the log-probabilities of {source} are not finite before the first update: its weights hold NaN or "
+            f"the log-probabilities of {source} are not finite {when}: its weights hold NaN or "
             f"infinities, or overflow in {jnp.dtype(dtype).name}"
         )
     return figures

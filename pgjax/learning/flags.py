@@ -11,7 +11,12 @@ from pgjax.learning.algorithm import Algorithm
 from pgjax.learning.by_name import load_algorithm
 from pgjax.learning.iteration import check_importance, check_options
 from pgjax.learning.optimizer import Optimizer, adamw
+from pgjax.parallel.processes import print_once
+from pgjax.rollout.calling import Caller
+from pgjax.rollout.judge import REWARD_MODEL
+from pgjax.rollout.rewards import check_weights
 from pgjax.run.checks import above_zero, at_least_one, not_negative, require
+from pgjax.run.session import recorded
 
 _COLDEST = 1e-6  # the lowest temperature: far below it logits / temperature leave float32
 
@@ -58,6 +63,25 @@ class LearningFlags:
     max_grad_norm: float = 1.0  # clip the gradient to this global norm
 
 
+@dataclasses.dataclass(frozen=True)
+class RewardFlags:
+    """How completions are judged, and which of them are learned from for which scores."""
+
+    reward_weights: tuple[float, ...] = ()  # one for each reward; none given: 1 each; with 0 it is logged and no more
+    reward_timeout: float | None = None  # seconds that a reward may take for a batch; None: as long as it likes
+    reward_workers: int = 0  # calls of rewards at a time, each on some whole groups of the batch; 0: one on all of it
+    reward_processes: bool = False  # the workers are processes in place of threads: for rewards that compute in Python
+    reward_model: str | None = None  # a sequence classifier with one label, sources as for `model`; None: no such judge
+    reward_model_weight: float = 1.0  # of the reward model's score beside the black boxes
+    truncation_penalty: float = 0.0  # taken off the score of a completion that did not end by itself
+    mask_truncated: bool = False  # leave completions that did not end by themselves out of the update
+    overlong_tokens: int = 0  # over so many last tokens of max_new_tokens a penalty rises (DAPO); 0: none
+    overlong_penalty: float = 1.0  # what a completion of max_new_tokens loses by it
+    resample_groups: int | None = None  # leave groups of equal scores out, after so many rollouts for others; None: no
+    resample_metric: str = "scores"  # what must differ in a group then: scores, or the name of one of the rewards
+
+
+CALLING = frozenset({"reward_timeout", "reward_workers", "reward_processes"})  # on which no result depends
 _ALGORITHM = (
     "group_size", "reduce", "clip_eps", "clip_eps_high", "dual_clip", "value_coef", "value_clip_eps", "entropy_coef",
     "discount", "kl_coef", "kl_loss_coef",
@@ -160,11 +184,114 @@ def iteration_options(config: Any, algorithm: Algorithm) -> dict[str, Any]:
     return options | {"minibatches": config.minibatches or (1 if algorithm.on_policy else 2)}
 
 
+def caller_of(config: Any) -> Caller:
+    """Build what calls the rewards as a config says.
+
+    Args:
+        config: with the fields of `RewardFlags`.
+
+    Returns:
+        The caller.
+
+    Example:
+        >>> caller_of(RewardFlags(reward_workers=2)).workers
+        2
+    """
+    return Caller(config.reward_timeout, config.reward_workers, config.reward_processes)
+
+
+def evaluates(config: Any, done: int) -> bool:
+    """Say whether a run evaluates after a step: the last one, each so many, and with keep_best those that are saved.
+
+    Args:
+        config: with the fields steps, eval_every, keep_best and save_every.
+        done: steps done.
+
+    Returns:
+        Whether it does.
+    """
+    every = [config.steps, *([config.save_every] if config.keep_best else []), *filter(None, [config.eval_every])]
+    return any(done % count == 0 for count in every)
+
+
+def learned_options(config: Any) -> dict[str, Any]:
+    """Give the arguments of `collecting.learned` that a config holds.
+
+    Args:
+        config: with the fields of `RewardFlags` and `LearningFlags`.
+
+    Returns:
+        The arguments by name.
+    """
+    names = ("max_new_tokens", "truncation_penalty", "overlong_tokens", "overlong_penalty", "mask_truncated")
+    return {name: getattr(config, name) for name in names}
+
+
+def tell_schedule(config: Any, minibatches: int) -> None:
+    """Tell that a run which goes on with another number of steps leaves the course of its learning rate.
+
+    Args:
+        config: with the fields of `LearningFlags` and `RunFlags`, and steps.
+        minibatches: updates in an epoch.
+    """
+    before = recorded(config, "steps")
+    if before is None or before == config.steps or not config.decay:
+        return
+    both, shorter = (config.steps, before), min(before, config.steps)
+    rates = [
+        optimizer_of(config, steps, minibatches).learning_rate((shorter - 1) * config.epochs * minibatches)
+        for steps in both
+    ]
+    now, then = map(float, rates)
+    print_once(
+        f"steps={config.steps} in place of {before}: with decay the learning rate falls to 0 at step {config.steps}, so that of "
+        f"step {shorter} is {now:g}, and was {then:g}; --steps {before} keeps its course"
+    )
+
+
+def check_rewards(config: Any, group_size: int) -> None:
+    """Refuse values of `RewardFlags` that cannot work, before anything is loaded.
+
+    Args:
+        config: with the fields of `RewardFlags`, rewards and max_new_tokens.
+        group_size: completions of each prompt.
+
+    Raises:
+        UserError: with the field and its value.
+    """
+    check_weights(config.rewards, config.reward_weights, config.reward_model, config.reward_model_weight)
+    not_negative(
+        config, "truncation_penalty", "overlong_penalty", "reward_workers", "resample_groups", "overlong_tokens"
+    )
+    above_zero(config, "reward_timeout")
+    require(
+        config.overlong_tokens <= config.max_new_tokens,
+        f"overlong_tokens={config.overlong_tokens} is more than max_new_tokens={config.max_new_tokens}",
+    )
+    require(
+        not config.reward_processes or config.reward_workers > 0,
+        f"reward_processes needs workers: reward_workers={config.reward_workers}",
+    )
+    require(
+        config.resample_groups is None or group_size > 1,
+        f"resample_groups={config.resample_groups} is for groups of completions of a prompt, and group_size is {group_size}",
+    )
+    known = [
+        "scores",
+        *(spec.rpartition(":")[2] for spec in config.rewards),
+        *([REWARD_MODEL] if config.reward_model else []),
+    ]
+    require(
+        config.resample_metric in known or len(set(known)) < len(known),
+        f"resample_metric={config.resample_metric!r} is none of {', '.join(known)}",
+    )
+
+
 def check_policy(config: Any) -> None:
     """Refuse values of a config that no sampler and no algorithm can use, before anything is loaded.
 
     Args:
-        config: with the fields of `LearningFlags`, steps, batch_size and truncation_penalty.
+        config: with the fields of `LearningFlags` and `RewardFlags`, steps, batch_size and rewards.
 
     Raises:
         UserError: with the field and its value.
@@ -192,7 +319,7 @@ def check_policy(config: Any) -> None:
         f"top_k must be from 1 to 2^31 - 1, or None, got {config.top_k}",
     )
     require(config.top_p is None or 0 < config.top_p <= 1, f"top_p must be above 0 and at most 1, got {config.top_p}")
-    not_negative(config, "truncation_penalty")
+    check_rewards(config, algorithm.group_size)
     above_zero(config, "importance_cap", "kl_target", "max_approx_kl", "kl_horizon", "adam_eps")
     require(
         config.kl_target is None or config.kl_horizon > 0.2 * config.batch_size,

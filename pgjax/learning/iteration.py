@@ -25,7 +25,9 @@ from pgjax.models.lora import with_lora
 from pgjax.parallel.sharding import check_batch, entered, fold_in, place, replicated, whole_groups
 from pgjax.rollout.sample import Rollout, Rows, Scored, sample, sample_scored
 
-Scores: TypeAlias = jax.typing.ArrayLike | Sequence[float]  # [B] of the black box
+Scores: TypeAlias = (
+    jax.typing.ArrayLike | Sequence[float]
+)  # of the black box, [B]; or [B, max_new_tokens], one for each token
 
 
 class State(NamedTuple):
@@ -53,7 +55,7 @@ class Iteration(NamedTuple):
 
     init: Callable[..., State]
     sample: Callable[[State, Rows, Rows], Sampled]
-    learn: Callable[[State, Sampled, Scores], tuple[State, dict[str, Any]]]
+    learn: Callable[..., tuple[State, dict[str, Any]]]
 
 
 def iteration(
@@ -95,7 +97,10 @@ def iteration(
             starts at 0 unless one is given.
         sample: (state, prompts [B, P], prompt_mask [B, P]) -> rollout; of `algorithm.group_size` adjacent rows, all hold the
             same prompt.
-        learn: (state, rollout, scores [B]) -> state, metrics; each a scalar, averaged over the updates.
+        learn: (state, rollout, scores [B], kept=None) -> state, metrics; each a scalar, averaged over the updates. Scores may
+            also be [B, max_new_tokens], a reward for each token that was sampled. kept [B] is False for rows that are left out
+            of the update, as where nothing could judge them: no mean, no denominator and no baseline counts them, and a
+            minibatch of which nothing is left takes no step.
 
     Raises:
         ValueError: options that do not go together, with the values; a batch that does not divide.
@@ -180,12 +185,17 @@ def iteration(
         ref = None if reference is None else programs.reference_logprobs(lm, reference, *ids, **options)
         return Sampled(*rollout, policy, ref)
 
-    def learn(state: State, rollout: Sampled, scores: Scores) -> tuple[State, dict[str, Any]]:
+    def learn(
+        state: State, rollout: Sampled, scores: Scores, kept: jax.typing.ArrayLike | None = None
+    ) -> tuple[State, dict[str, Any]]:
         _check_kept(state.learner, reference=reference, frozen=frozen)
         rows = len(rollout.tokens)
         scores = scores if isinstance(scores, jax.Array) else place(np.asarray(scores, np.float32), whole)
+        _check_scores(scores.shape, rows, max_new_tokens)
+        if kept is not None and not isinstance(kept, jax.Array):
+            kept = place(np.asarray(kept, bool), whole)
         batch, kl_coef, metrics = prepare(
-            Rollout(*rollout[:4]), rollout.policy, rollout.ref_logprobs, scores, state.kl_coef
+            Rollout(*rollout[:4]), rollout.policy, rollout.ref_logprobs, scores, state.kl_coef, kept
         )
         if sampler_knows:
             del metrics["val/sampler_gap"]  # nothing to compare
@@ -302,6 +312,13 @@ def _check_rows(rows: int, minibatches: int, microbatches: int, group: int) -> N
         raise UserError(
             f"a batch of {rows} does not divide into groups of {group} completions of a prompt: make it a multiple of "
             f"{group}"
+        )
+
+
+def _check_scores(shape: tuple[int, ...], rows: int, max_new_tokens: int) -> None:
+    if shape not in ((rows,), (rows, max_new_tokens)):
+        raise UserError(
+            f"scores of shape {shape} for {rows} completions: give one each, or [{rows}, {max_new_tokens}], one for each token"
         )
 
 

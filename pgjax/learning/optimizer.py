@@ -216,7 +216,7 @@ def accumulate(loss_fn: LossFn, params: Any, batch: Any, weight: jax.Array, micr
 
 
 def apply_gradient(
-    state: TrainState, grad: Any, loss: jax.Array, optimizer: Transformation
+    state: TrainState, grad: Any, loss: jax.Array, optimizer: Transformation, counts: jax.Array | bool = True
 ) -> tuple[TrainState, Metrics]:
     """Take an optimizer step, unless the loss or the gradient is not finite, now or earlier.
 
@@ -225,6 +225,7 @@ def apply_gradient(
         grad: like `state.params`.
         loss: [] checked for being finite.
         optimizer: the one that made `state.opt_state`.
+        counts: [] whether there was anything to learn from; where not, the state stays as it is, moments and all.
 
     Returns:
         The state after the step (the same parameters, with healthy=False, when something was not finite), and
@@ -242,7 +243,8 @@ def apply_gradient(
         updates, opt_state = optimizer.update(grad, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     stepped = TrainState(params, opt_state, state.updates + 1, healthy)
-    kept = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), stepped, state._replace(healthy=healthy))
+    taken = healthy & counts
+    kept = jax.tree.map(lambda new, old: jnp.where(taken, new, old), stepped, state._replace(healthy=healthy))
     kept = constrain_params(kept)  # laid out as the state that came in, whose memory it takes
     metrics = {"train/grad_norm": norm, "train/healthy": healthy}
     if isinstance(optimizer, Optimizer):  # a plain optax transformation does not tell its rate

@@ -148,20 +148,23 @@ def _in_parts(
 )
 def experience(
     rollout: Rollout, policy: Scored, ref_logprobs: jax.Array | None, scores: jax.Array, kl_coef: jax.Array,
-    *, algorithm: Algorithm, importance_cap: float | None = None, importance_level: str = "token",
-    importance_floor: float | None = None, kl_target: float | None = None, kl_horizon: float = 10_000.0,
+    kept: jax.Array | None = None, *, algorithm: Algorithm, importance_cap: float | None = None,
+    importance_level: str = "token", importance_floor: float | None = None, kl_target: float | None = None,
+    kl_horizon: float = 10_000.0,
 ) -> tuple[Batch, jax.Array, Metrics]:  # fmt: skip
     """Turn scores into advantages.
 
     rewards = score at the last sampled token - kl_coef * (log pi - log ref) at every one; returns = the sum of what is
-    still to come; advantages = `algorithm.advantages`, times min(pi / sampler, importance_cap).
+    still to come; advantages = `algorithm.advantages`, times min(pi / sampler, importance_cap). Scores of single tokens are
+    rewards of those in place of one at the last.
 
     Args:
         rollout: of `pg.sample`, [B, T].
         policy: what the sampling policy gives to it, [B, W].
         ref_logprobs: [B, W] nats, what the frozen reference gives to it; None: there is none, and no penalty.
-        scores: [B] of the black box, finite.
+        scores: [B] of the black box, finite where rows are kept; or [B, W - 1], one for each token that was sampled.
         kl_coef: [] reward units a nat.
+        kept: [B] bool, False where a row is left out of the update: no mean and no baseline counts it. None: all are kept.
         algorithm: how advantages are made.
         importance_cap: bound of the weights pi / sampler, where the sampler was not quite the policy (a lower precision, a
             filter such as top_p); None takes the sampler for the policy.
@@ -187,12 +190,21 @@ def experience(
     [[0.0, 2.0, 2.0]]
     """
     check_algorithm(algorithm)
-    mask = rollout.mask[:, -policy.values.shape[1] :]
+    sampled_mask = rollout.mask[:, -policy.values.shape[1] :]
+    mask = sampled_mask if kept is None else sampled_mask & kept[:, None]
     kl = jnp.zeros_like(policy.logprobs) if ref_logprobs is None else kl_k1(policy.logprobs, ref_logprobs)
-    rewards = kl_shaped_rewards(scores, kl, mask, kl_coef=kl_coef)
+    if scores.ndim == 1:
+        scores = scores if kept is None else _group_mean_in_place(scores, kept, algorithm.group_size)
+        rewards = kl_shaped_rewards(scores, kl, mask, kl_coef=kl_coef)
+    else:
+        of_tokens = where_mask(mask, jnp.pad(scores, ((0, 0), (1, 0))))  # the window's first entry is the prompt's last
+        rewards = of_tokens - kl_coef * where_mask(mask, kl)
+        scores = of_tokens.sum(1)
+        scores = scores if kept is None else _group_mean_in_place(scores, kept, algorithm.group_size)
     returns = monte_carlo_returns(rewards, mask, discount=algorithm.discount)
     sampled = rollout.logprobs[:, -mask.shape[1] :]
-    known = Experience(scores, -kl_coef * where_mask(mask, kl), returns, policy.values, policy.logprobs, sampled, mask)
+    penalties = -kl_coef * where_mask(mask, kl)
+    known = Experience(scores, penalties, returns, policy.values, policy.logprobs, sampled, mask, kept)
     advantages = algorithm.advantages(known)
     chosen = None if algorithm.choose is None else algorithm.choose(known, advantages)
     if importance_cap is not None:
@@ -210,26 +222,30 @@ def experience(
         ref_logprobs=ref_logprobs, chosen=chosen,
     )  # fmt: skip
 
-    def a_sequence(x: jax.Array) -> jax.Array:  # summed over its tokens, averaged over sequences
-        return jnp.where(mask, x, 0.0).sum(1).mean()
+    def a_sequence(x: jax.Array) -> jax.Array:  # summed over its tokens, averaged over all that were sampled
+        return jnp.where(sampled_mask, x, 0.0).sum(1).mean()
 
     def variance(x: jax.Array) -> jax.Array:
         return masked_mean(jnp.square(x - masked_mean(x, mask)), mask)
 
     metrics = {
         "objective/entropy": a_sequence(policy.entropy),
-        "policy/entropy_avg": masked_mean(policy.entropy, mask),
-        "val/sampler_gap": masked_mean(jnp.abs(sampled - policy.logprobs), mask),  # sampler against learner, nats
+        "policy/entropy_avg": masked_mean(policy.entropy, sampled_mask),
+        "val/sampler_gap": masked_mean(
+            jnp.abs(sampled - policy.logprobs), sampled_mask
+        ),  # sampler against learner, nats
         "completions/mean_length": a_sequence(jnp.ones_like(kl)),
-        "completions/max_length": mask.sum(1).max(),
+        "completions/max_length": sampled_mask.sum(1).max(),
     }
+    if kept is not None:
+        metrics["completions/left_out"] = (~kept).sum()
     kl_sum = a_sequence(kl)
     if ref_logprobs is not None:
         metrics |= {
             "objective/kl": kl_sum,
             "objective/kl_coef": kl_coef,
             "objective/non_score_reward": -kl_coef * kl_sum,
-            "objective/rlhf_reward": scores.mean() - kl_coef * kl_sum,
+            "objective/rlhf_reward": masked_mean(scores, kept) - kl_coef * kl_sum,
         }
     if algorithm.value_coef != 0:
         metrics["val/explained_variance"] = 1 - variance(returns - policy.values) / (variance(returns) + 1e-8)
@@ -241,6 +257,14 @@ def experience(
         return batch, kl_coef, metrics
     steered = adaptive_kl_coef(kl_coef, kl_sum, target=kl_target, horizon=kl_horizon, batch_size=len(scores))
     return batch, jnp.where(jnp.isfinite(steered), steered, kl_coef), metrics
+
+
+def _group_mean_in_place(scores: jax.Array, kept: jax.Array, group_size: int) -> jax.Array:
+    """Give rows that are left out the mean of the others of their group: what averages all rows of a group finds that mean."""
+    groups, inside = scores.reshape(-1, group_size), kept.reshape(-1, group_size)
+    total = where_mask(inside, groups).sum(1, keepdims=True)
+    mean = total / jnp.maximum(inside.sum(1, keepdims=True), 1).astype(total.dtype)
+    return jnp.where(inside, groups, mean).reshape(-1)
 
 
 @jax.jit
@@ -312,5 +336,5 @@ def update(
         )
 
     grad, metrics = accumulate(loss_fn, state.params, part, part.mask.sum(1), microbatches)
-    state, step_metrics = apply_gradient(state, grad, metrics.pop("loss"), optimizer)
+    state, step_metrics = apply_gradient(state, grad, metrics.pop("loss"), optimizer, part.mask.any())
     return state, metrics | step_metrics

@@ -18,6 +18,7 @@ from pgjax.models.lora import with_lora
 from pgjax.models.reward_model import RewardModel, normalized
 from pgjax.parallel.processes import fetch
 from pgjax.parallel.sharding import batch_sharding, mesh_of, place
+from pgjax.run import stop
 from pgjax.run.statistics import clustered_stderr
 
 
@@ -267,11 +268,12 @@ def _feature_rows(rm: RewardModel, params: Any, tokens: jax.Array, attention_mas
 def _in_batches(
     program: Any, rm: RewardModel, params: Any, rows: Sequence[Sequence[int]], batch_size: int
 ) -> np.ndarray:
-    """Run a program over rows of like length together; a short last batch is filled up."""
+    """Run a program over rows of like length together; a short last batch is filled up. It gives up where the run is to stop."""
     rows_sharding = batch_sharding(mesh_of(params), batch_size)
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
     out: list[np.ndarray] = [np.empty(0)] * len(rows)
     for begin in range(0, len(order), batch_size):
+        stop.check()
         numbers = order[begin : begin + batch_size]
         length = min(bucket_length(len(rows[numbers[0]])), rm.arch.max_positions)
         batch = right_pad([rows[number] for number in (numbers * batch_size)[:batch_size]], length)

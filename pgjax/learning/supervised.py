@@ -16,6 +16,7 @@ from pgjax.models.causal_lm import CausalLM, Params
 from pgjax.models.heads import head_logprobs, logit_options
 from pgjax.models.lora import with_lora
 from pgjax.parallel import sharding
+from pgjax.run import stop
 
 
 def logprobs(lm: CausalLM, params: Any, packed: Packed) -> jax.Array:
@@ -96,12 +97,14 @@ def mean_surprise(lm: CausalLM, params: Any, packed: Packed, batch_size: int) ->
 
     Raises:
       ValueError: no token is learned.
+      GivenUp: the run is to stop.
     """
     if not packed.mask.any():
         raise ValueError(f"none of the {packed.mask.size} tokens is learned: there is no mean")
     spread = sharding.batch_sharding(sharding.mesh_of(params), batch_size)
     total, count = 0.0, 0
     for begin in range(0, len(packed.tokens), batch_size):
+        stop.check()
         rows = [x[begin : begin + batch_size] for x in packed]
         short = batch_size - len(rows[0])  # one shape, one program: rows without learned tokens fill the last batch
         part = Packed(*(np.pad(x, ((0, short), (0, 0))) for x in rows))

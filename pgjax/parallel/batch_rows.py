@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from pgjax.core.errors import UserError
 from pgjax.parallel.sharding import RULES, batch_sharding, check_batch, place
 
 
@@ -58,27 +59,36 @@ def rows_to_feed(mesh: Mesh | None, rows: int) -> list[int]:
     return [row for begin, end, _ in _spans_here(mesh, rows) for row in range(begin, end)]
 
 
-def rows_to_judge(mesh: Mesh | None, rows: int) -> list[int]:
+def rows_to_judge(mesh: Mesh | None, rows: int, group_size: int = 1) -> list[int]:
     """List the rows of a batch that this process judges, a part of those it feeds. Every row is judged by one process.
 
     Args:
       mesh: or None for one device.
       rows: of the whole batch, B.
+      group_size: so many adjacent rows have one prompt, and are judged by one process; divides B.
 
     Returns:
       Their numbers in the batch, rising; there may be none where many processes hold few rows.
 
     Raises:
-      UserError: data x fsdp does not divide the rows.
+      UserError: data x fsdp does not divide the rows, or a group lies with several processes.
 
     Example:
       >>> rows_to_judge(None, 3)
       [0, 1, 2]
     """
     judged: list[int] = []
-    for begin, end, processes in _spans_here(mesh, rows):
-        rank, count, size = processes.index(jax.process_index()), len(processes), end - begin
-        judged += range(begin + rank * size // count, begin + (rank + 1) * size // count)
+    spans = _spans_here(mesh, rows)
+    if any(edge % group_size for begin, end, _ in spans for edge in (begin, end)):
+        spans = _merged(spans)
+    for begin, end, processes in spans:
+        if begin % group_size or end % group_size:
+            raise UserError(
+                f"a group of {group_size} completions of a prompt would be judged by several processes: this one holds the rows "
+                f"{begin} to {end - 1} of {rows}; make the batch a multiple of {group_size} for each process"
+            )
+        rank, count, groups = processes.index(jax.process_index()), len(processes), (end - begin) // group_size
+        judged += range(begin + rank * groups // count * group_size, begin + (rank + 1) * groups // count * group_size)
     return judged
 
 
@@ -142,6 +152,16 @@ def _spans_here(mesh: Mesh | None, rows: int) -> list[tuple[int, int, list[int]]
     parts = processes_of_parts(mesh)
     size = rows // len(parts)
     return [(part * size, (part + 1) * size, parts[part]) for part in _parts_here(parts)]
+
+
+def _merged(spans: list[tuple[int, int, list[int]]]) -> list[tuple[int, int, list[int]]]:
+    """Join spans that follow each other and lie with the same processes."""
+    joined: list[tuple[int, int, list[int]]] = []
+    for begin, end, processes in spans:
+        if joined and joined[-1][1:] == (begin, processes):
+            begin = joined.pop()[0]
+        joined.append((begin, end, processes))
+    return joined
 
 
 def _parts_here(parts: Sequence[Sequence[int]]) -> list[int]:

@@ -25,8 +25,8 @@ from pgjax.models.io.classifier import load_reward_model
 from pgjax.models.io.stops import stop_ids
 from pgjax.models.reward_model import RewardModel
 from pgjax.parallel import batch_rows, processes
-from pgjax.rollout.rewards import RewardError
 from pgjax.rollout.sample import Rollout
+from pgjax.rollout.scoring import RewardError
 
 REWARD_MODEL = "reward_model"  # its name among the rewards, in metrics and samples
 Read = Callable[[], tuple[list[str], np.ndarray]]  # -> completions of the rows fed here; did each end by itself?

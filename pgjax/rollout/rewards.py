@@ -1,57 +1,28 @@
 """Black-box rewards: Python callables, found by name, called on a batch, checked to the last number.
 
-A reward keeps the signature that users know: ``reward(prompts, completions, **columns) -> list[float]``,
-where ``columns`` are the other columns of the prompt file, one value a row. One that names the parameter ``completion_ids`` gets
-the ids that were sampled in each row too (a list of ints, the id that ended it included, no padding), and one that names
-``raw_completions`` the completions with their special tokens (``<think>no</think>yes``), but for the one that ended them.
+A reward keeps the signature that users know: ``reward(prompts, completions, **columns) -> list[float | None]``,
+where ``columns`` are the other columns of the prompt file, one value a row. None says that it does not apply to a row. In place
+of a number it may give a list of them, one for each sampled token. It may be ``async def``: all those are awaited together.
+
+One that names the parameter ``completion_ids`` gets the ids that were sampled in each row too (a list of ints, the id that ended
+it included, no padding), and one that names ``raw_completions`` the completions with their special tokens
+(``<think>no</think>yes``), but for the one that ended them. One that annotates ``completions`` as lists of messages
+(``list[list[dict]]``), as TRL's do, gets each as ``[{"role": "assistant", "content": text}]``.
 """
 
-import asyncio
 import difflib
 import importlib
 import inspect
 import math
-import numbers
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, cast
-
-import numpy as np
 
 from pgjax.core.errors import UserError
 
-Reward = Callable[..., Sequence[float]]
+Reward = Callable[..., Any]  # -> as many numbers as completions, None where it does not apply; or a coroutine of them
 ON_REQUEST = ("completion_ids", "raw_completions")  # what only a reward that names it gets
 RESERVED_COLUMNS = ("prompts", "completions", *ON_REQUEST)  # the names of a reward's own arguments
 _NOT_BY_NAME = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-_SHOWN_CHARACTERS = 600
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
-_LARGEST_SCORE = 1e18  # whose square float32 holds, summed over a batch: else advantages would be 0 without a word
-
-
-class RewardError(UserError):
-    """Say which reward failed, on which prompt and completion, and how.
-
-    Attributes:
-      reward: name of the reward function.
-      row: row of the batch, counted from 0. The first row where the whole batch failed.
-      prompt: the prompt of that row, whole.
-      completion: the completion of that row, whole.
-      value: what the reward returned for that row (or for the batch); None where it raised.
-    """
-
-    def keeps_traceback(self) -> bool:
-        """Say whether the reward's own code raised: its traceback is what the user needs."""
-        return self.__cause__ is not None
-
-    def __init__(self, problem: str, *, reward: str, row: int, prompt: Any, completion: str, value: Any) -> None:
-        super().__init__(f"reward {reward!r} {problem}\n  prompt: {_short(prompt)}\n  completion: {_short(completion)}")
-        self.reward, self.row, self.prompt, self.completion, self.value = (
-            reward,
-            row,
-            prompt,
-            completion,
-            value,
-        )
 
 
 def load_reward(spec: str) -> Reward:
@@ -129,6 +100,21 @@ def named_on_request(rewards: Iterable[Reward]) -> list[str]:
     return [name for name in ON_REQUEST if name in named]
 
 
+def takes_messages(reward: Reward) -> bool:
+    """Say whether a reward asks for completions as messages, by what it annotates them as.
+
+    Example:
+      >>> def reward(completions: list[list[dict[str, str]]], **columns): ...
+      >>> takes_messages(reward), takes_messages(max)
+      (True, False)
+    """
+    try:
+        parameter = inspect.signature(reward).parameters.get("completions")
+    except (TypeError, ValueError):
+        return False
+    return parameter is not None and "dict" in str(parameter.annotation).lower()
+
+
 def _parameters(reward: Reward) -> set[str]:
     try:
         parameters = inspect.signature(reward).parameters.values()
@@ -146,16 +132,14 @@ def check_reward(reward: Reward, columns: Iterable[str] = ()) -> None:
 
     Raises:
       ValueError: the function's signature does not take ``prompts``, ``completions`` and these columns by
-        name, or it is a coroutine, which nobody would await.
+        name.
 
     Example:
       >>> check_reward(lambda prompts, completions, **columns: [0.0], ["topic"])
     """
     columns = list(columns)
-    _check_columns(columns)
+    check_column_names(columns)
     name = reward_names([reward])[0]
-    if inspect.iscoroutinefunction(reward):
-        raise UserError(f"reward {name!r} is async: write a plain def that gives the scores")
     try:
         signature = inspect.signature(reward)
     except (TypeError, ValueError):  # a function written in C may have none: the call itself will tell
@@ -170,65 +154,6 @@ def check_reward(reward: Reward, columns: Iterable[str] = ()) -> None:
         ) from error
 
 
-def score(
-    rewards: Sequence[Reward],
-    weights: Sequence[float] | None,
-    prompts: Sequence[Any],
-    completions: Sequence[str],
-    columns: Mapping[str, Sequence[Any]] | None = None,
-    on_request: Mapping[str, Sequence[Any]] | None = None,
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Score a batch of completions as the weighted sum of black-box rewards.
-
-    score_i = sum_j weight_j * reward_j(prompts, completions, **columns)_i, in float32. Every reward gets
-    lists and dicts of its own, so none can disturb another, and is called once for the batch.
-
-    Args:
-      rewards: the functions, at least one.
-      weights: a finite number for each reward; None is 1 for each.
-      prompts: [B] the prompts as the user wrote them (text, or lists of messages).
-      completions: [B] the texts to judge.
-      columns: further columns of the prompt file, [B] values each.
-      on_request: what rewards name of `ON_REQUEST`, [B] values each; a reward gets what it names.
-
-    Returns:
-      scores [B] float32, and each reward's own values [B] float32 (without its weight), by the names of
-      `reward_names`.
-
-    Raises:
-      RewardError: a reward raised, returned something else than B numbers, or a NaN, an infinity, or a number
-        too large for float32; or a score is beyond 1e18, whose squares would be.
-      ValueError: the lists or the weights don't fit together.
-
-    Example:
-      >>> def length(prompts, completions, **columns):
-      ...     return [len(text) / 10 for text in completions]
-      >>> scores, parts = score([length], [2.0], ["Hi", "Hi"], ["robots", ""])
-      >>> scores.tolist(), list(parts)
-      ([1.2000000476837158, 0.0], ['length'])
-    """
-    columns = {} if columns is None else columns
-    weights = [1.0] * len(rewards) if weights is None else list(weights)
-    on_request = {} if on_request is None else on_request
-    _check_batch(rewards, weights, prompts, completions, columns)
-    names = reward_names(rewards)
-    parts = {}
-    for name, reward in zip(names, rewards, strict=True):
-        wanted = {key: on_request[key] for key in named_on_request([reward]) if key in on_request}
-        parts[name] = _call(reward, name, prompts, completions, {**columns, **wanted})
-    total = np.zeros(len(prompts), np.float64)
-    for name, weight in zip(names, weights, strict=True):
-        total += weight * parts[name].astype(np.float64)
-    too_large = np.flatnonzero(~(np.abs(total) <= _LARGEST_SCORE))
-    if too_large.size:
-        row = int(too_large[0])
-        problem = (
-            f"gives a weighted sum of {total[row]} in row {row}, too large for learning in float32: lower the weights"
-        )
-        raise _failure(" + ".join(names), problem, prompts, completions, float(total[row]), row)
-    return total.astype(np.float32), parts
-
-
 def _import(module_name: str, spec: str) -> Any:
     try:
         return importlib.import_module(module_name)
@@ -240,120 +165,18 @@ def _import(module_name: str, spec: str) -> Any:
             ) from error
         raise UserError(f"reward {spec!r}: module {module_name!r} needs {missing!r}, which isn't installed") from error
     except Exception as error:
-        raise UserError(f"reward {spec!r}: importing {module_name!r} raised {_describe(error)}") from error
+        raise UserError(f"reward {spec!r}: importing {module_name!r} raised {type(error).__name__}: {error}") from error
 
 
-def _check_columns(names: Collection[str]) -> None:
+def check_column_names(names: Collection[str]) -> None:
+    """Refuse columns with the names of a reward's own arguments.
+
+    Example:
+      >>> check_column_names(["topic"])
+    """
     taken = [name for name in names if name in RESERVED_COLUMNS]
     if taken:
         raise UserError(f"a column may not be called {taken[0]!r}: a reward's own argument is; rename the column")
-
-
-def _check_batch(
-    rewards: Sequence[Reward],
-    weights: Sequence[float],
-    prompts: Sequence[Any],
-    completions: Sequence[str],
-    columns: Mapping[str, Sequence[Any]],
-) -> None:
-    if len(rewards) == 0:
-        raise UserError("no reward was given: name at least one")
-    if len(weights) != len(rewards):
-        raise UserError(f"{len(weights)} reward weights for {len(rewards)} rewards: give one a reward")
-    for weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not math.isfinite(weight):
-            raise UserError(f"reward weight {weight!r} is not a finite number (all weights: {list(weights)})")
-    if len(prompts) == 0 or len(prompts) != len(completions):
-        raise UserError(f"{len(prompts)} prompts and {len(completions)} completions: they pair up, at least one")
-    _check_columns(columns.keys())
-    for name, values in columns.items():
-        if len(values) != len(prompts):
-            raise UserError(f"column {name!r} holds {len(values)} values for {len(prompts)} prompts")
-
-
-def _call(
-    reward: Reward,
-    name: str,
-    prompts: Sequence[Any],
-    completions: Sequence[str],
-    columns: Mapping[str, Sequence[Any]],
-) -> np.ndarray:
-    batch = len(prompts)
-    whole = f"(a batch of {batch}, whose first row follows)"
-    own = {key: [_copy(value) for value in column] for key, column in columns.items()}
-    try:
-        values: Any = reward(prompts=[_copy(prompt) for prompt in prompts], completions=list(completions), **own)
-        if hasattr(values, "__array__"):
-            values = list(values) if isinstance(values, np.ma.MaskedArray) else np.asarray(values)
-    except (Exception, SystemExit, asyncio.CancelledError) as error:
-        # SystemExit would end the run in silence, maybe with exit status 0; a cancelled judge is one that failed.
-        # A reward may have effects of its own, so it isn't called again row by row to find the culprit.
-        problem = f"raised {_describe(error)} {whole}"
-        raise _failure(name, problem, prompts, completions, None) from error
-    if not _is_sequence(values):
-        problem = f"returned {_describe_value(values)}, not a list of {batch} numbers {whole}"
-        raise _failure(name, problem, prompts, completions, values)
-    if len(values) != batch:
-        problem = f"returned {len(values)} values for {batch} completions {whole}"
-        raise _failure(name, problem, prompts, completions, values)
-    numbers_or_problems = [_number(value) for value in values]
-    for row, number in enumerate(numbers_or_problems):
-        if isinstance(number, str):
-            problem = f"returned {_describe_value(values[row])} for row {row} of {batch}: {number}"
-            raise _failure(name, problem, prompts, completions, values[row], row)
-    return np.asarray(numbers_or_problems, np.float32)
-
-
-def _copy(value: Any) -> Any:
-    """Copy lists and dicts, as of messages, all the way down; anything else stays what it is."""
-    if isinstance(value, dict):
-        return {key: _copy(x) for key, x in value.items()}
-    return [_copy(x) for x in value] if isinstance(value, list) else value
-
-
-def _failure(
-    name: str, problem: str, prompts: Sequence[Any], completions: Sequence[str], value: Any, row: int = 0
-) -> RewardError:
-    return RewardError(problem, reward=name, row=row, prompt=prompts[row], completion=completions[row], value=value)
-
-
-def _is_sequence(values: Any) -> bool:
-    if isinstance(values, np.ndarray):
-        return values.ndim == 1
-    return isinstance(values, Sequence) and not isinstance(values, (str, bytes))
-
-
-def _number(value: Any) -> float | str:
-    """Convert one returned value to a float, or say what is wrong with it."""
-    not_a_number = "return a number"
-    if isinstance(value, (str, bytes)) or value is np.ma.masked:  # of which NumPy would make 0
-        return not_a_number
-    try:
-        if not isinstance(value, numbers.Real):
-            value = np.asarray(value)  # NumPy, JAX and torch scalars; the kind V is that of bfloat16
-            if value.shape != () or value.dtype.kind not in "biufV":
-                return not_a_number
-        number = float(value)
-    except OverflowError:
-        return "too large for a float"
-    except (TypeError, ValueError, RuntimeError):
-        return not_a_number
-    if not math.isfinite(number):
-        return "return a finite number"
-    return number if abs(number) <= _FLOAT32_MAX else "too large for float32"
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-def _describe_value(value: Any) -> str:
-    return f"{_short(value, 80)} of type {type(value).__name__}"
-
-
-def _short(value: Any, limit: int = _SHOWN_CHARACTERS) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
 
 
 def check_weights(

@@ -21,9 +21,12 @@ from pgjax.models.io.stops import stop_ids, stop_strings
 from pgjax.parallel import batch_rows, processes
 from pgjax.parallel.encoding import plain
 from pgjax.parallel.sharding import fold_in, whole_groups
-from pgjax.rollout import rewards
+from pgjax.rollout import rewards, scoring
+from pgjax.rollout.calling import Caller
 from pgjax.rollout.judge import REWARD_MODEL, ModelJudge
+from pgjax.rollout.judged import SHOWN, Judged, joined, judged_only, mean
 from pgjax.rollout.sample import Rollout, sample
+from pgjax.run import stop
 from pgjax.run.devices import agree_on
 from pgjax.run.statistics import clustered_stderr
 
@@ -33,40 +36,6 @@ class Encoded(NamedTuple):
 
     row: Row
     ids: list[int]
-
-
-class Judged(NamedTuple):
-    """What the black box says of a rollout, whole; on the host of every process."""
-
-    scores: np.ndarray  # [B] float32, weighted sum
-    parts: dict[str, np.ndarray]  # each reward's own, [B]
-    ended: np.ndarray  # [B] True where the completion ended by itself
-    shown: list[tuple[int, Any, str]]  # row, prompt and completion of the first few
-
-    def metrics(self) -> dict[str, float]:
-        """Average what was judged, under the names of the logs."""
-        return {
-            "objective/scores": self.scores.mean(),
-            "objective/scores_std": self.scores.std(),
-            **{f"rewards/{name}": part.mean() for name, part in self.parts.items()},
-            "val/num_eos_tokens": self.ended.sum(),
-            "completions/clipped_ratio": 1 - self.ended.mean(),
-        }
-
-    def samples(self) -> list[Row]:
-        """Say what became of the first few prompts."""
-        return [
-            {
-                "prompt": prompt,
-                "completion": completion,
-                "score": float(self.scores[row]),
-                **{f"rewards/{name}": float(part[row]) for name, part in self.parts.items()},
-            }
-            for row, prompt, completion in self.shown
-        ]
-
-
-SHOWN = 8  # rows of a batch that its samples show
 
 
 class Task(NamedTuple):
@@ -87,7 +56,8 @@ class Task(NamedTuple):
     pad_id: int  # never looked at: masks say what is padding
     reward_model: ModelJudge | None = None  # one more judge, on the device
     mesh: Mesh | None = None  # over which the rows of a batch are spread
-    group_size: int = 1  # so many adjacent rows of a batch have one prompt, whose prefill they share
+    group_size: int = 1  # so many adjacent rows of a batch have one prompt, and are judged by one process
+    caller: Caller | None = None  # how black boxes are called; None: one after the other
     lanes: int | None = None  # rows that are sampled at once
 
     def generate(self, params: Any, batch: Sequence[Encoded], key: jax.Array) -> Rollout:
@@ -95,7 +65,7 @@ class Task(NamedTuple):
         return sample(
             self.lm, params, *self.padded(batch), key,
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
-            group_size=self.group_size, lanes=self.lanes, **self.ends(),
+            group_size=whole_groups(self.mesh, len(batch), self.group_size), lanes=self.lanes, **self.ends(),
         )  # fmt: skip
 
     def ends(self) -> dict[str, Any]:
@@ -117,32 +87,42 @@ class Task(NamedTuple):
         tokens, mask = left_pad([batch[row].ids for row in fed], self.pad_id, length=length)
         return (tokens, mask) if self.mesh is None else batch_rows.feed(self.mesh, (tokens, mask))
 
-    def judge(self, prompts: Sequence[Encoded], rollout: Rollout, model_scores: jax.Array | None = None) -> Judged:
-        """Decode the completions and put them before the black boxes; `model_scores` are those of `queue_reward_model`.
+    def judge(self, prompts: Sequence[Encoded], rollout: Rollout) -> Judged:
+        """Decode the completions and put them before the black boxes, while the reward model scores them on the device.
 
         Each process decodes and judges its own rows; where a black box fails on one, all stop.
         """
-        size = len(rollout.tokens)
-        judged_here = batch_rows.rows_to_judge(self.mesh, size)  # a part of those that are fed
+        model_scores, size = self.queue_reward_model(prompts, rollout), len(rollout.tokens)
+        group = whole_groups(None, size, self.group_size)
+        judged_here = batch_rows.rows_to_judge(self.mesh, size, group)  # a part of those that are fed
         fed = dict(zip(batch_rows.rows_to_feed(self.mesh, size), prompts, strict=True))
 
         def judge_rows() -> tuple[list[int], Judged]:
             rows = [fed[i].row for i in judged_here]
-            sampled = self._sampled(rollout, judged_here)
+            tokens, mask = sampled = self._sampled(rollout, judged_here)
             completions = completion_texts(*sampled, self.tokenizer)
             numbered = zip(judged_here, rows, completions, strict=True)
             shown = [(i, plain(row["prompt"]), text) for i, row, text in numbered if i < SHOWN]
             more = on_request(self.judges, *sampled, self.tokenizer)
-            scored = score_rows(self.judges, self.weights, rows, completions, more)
-            return judged_here, Judged(*scored, self._ended(*sampled), shown)
+            lengths = mask.sum(1)
+            scores, parts = score_rows(
+                self.judges, self.weights, rows, completions, more,
+                lengths=lengths.tolist(), group_size=group, caller=self.caller,
+            )  # fmt: skip
+            of_tokens = None
+            if scores.ndim == 2:
+                of_tokens = np.pad(scores, ((0, 0), (0, self.max_new_tokens - scores.shape[1])))
+                scores = scores.sum(1)
+            return judged_here, Judged(scores, parts, self._ended(tokens, mask), lengths, shown, of_tokens)
 
-        judged = _joined(processes.gather_results(judge_rows))
+        judged = joined(processes.gather_results(judge_rows), self.max_new_tokens)
         if model_scores is None or self.reward_model is None:
             return judged
         text_of = lambda i: completion_texts(*self._sampled(rollout, [i]), self.tokenizer)[0]
         more = self.reward_model.fetch(model_scores, lambda i: (fed[i].row["prompt"], text_of(i)), judged_here)
-        scores = judged.scores + np.float32(self.reward_model.weight) * more
-        return judged._replace(scores=scores, parts=judged.parts | {REWARD_MODEL: more})
+        parts = judged.parts | {REWARD_MODEL: more}
+        weighted = np.float32(self.reward_model.weight) * more
+        return judged.plus(weighted, applies=self.reward_model.weight != 0)._replace(parts=parts)
 
     def queue_reward_model(self, prompts: Sequence[Encoded], rollout: Rollout) -> jax.Array | None:
         """Queue the reward model's scores of a rollout; None without one."""
@@ -189,34 +169,33 @@ class Task(NamedTuple):
     ) -> dict[str, float]:
         """Judge `samples` completions of each prompt: means over all of them, with standard errors clustered by prompt.
 
-        `kl` gives nats a sequence [B], to the reference. There are no standard errors of a single prompt.
+        `kl` gives nats a sequence [B], to the reference. There are no standard errors of a single prompt. Completions to which no
+        reward applies count in no mean; "not_judged" counts them, where there are any. Between batches it gives up where the run
+        is to stop (`stop.check`).
         """
         task = self._replace(group_size=whole_groups(None, samples, self.group_size))
         repeated = [prompt for prompt in prompts for _ in range(samples)]
         found: dict[str, list[np.ndarray]] = {}
         for fed, count, rollout in task.rollouts(params, repeated, batch_size, key):
-            judged = self.judge(fed, rollout, self.queue_reward_model(fed, rollout))
+            stop.check()
+            judged = self.judge(fed, rollout)
             figures = {"scores": judged.scores, **{f"rewards/{name}": part for name, part in judged.parts.items()}}
             if kl is not None:
                 figures["kl"] = processes.fetch(kl(rollout))
             for name, figure in figures.items():
                 found.setdefault(name, []).append(figure[:count])
         whole = {name: np.concatenate(pieces).astype(np.float64) for name, pieces in found.items()}
-        clusters = np.repeat(np.arange(len(prompts)), samples).tolist()
-        errors = {
-            f"{name}_stderr": clustered_stderr(whole[name], clusters) for name in ("scores", "kl") if name in whole
-        }
+        clusters = np.repeat(np.arange(len(prompts)), samples)
+
+        def stderr(values: np.ndarray) -> float | None:
+            applies = ~np.isnan(values)
+            return clustered_stderr(values[applies], clusters[applies].tolist()) if applies.any() else None
+
+        errors = {f"{name}_stderr": stderr(whole[name]) for name in ("scores", "kl") if name in whole}
         known = {name: error for name, error in errors.items() if error is not None}
-        return {name: float(np.mean(values)) for name, values in whole.items()} | known
-
-
-def _joined(pieces: Sequence[tuple[list[int], Judged]]) -> Judged:
-    """Put what the processes judged together, row by row in the order of the batch."""
-    rows, found = zip(*pieces, strict=True)
-    judged = [Judged(*piece) for piece in found]  # between processes they were lists
-    order = np.argsort(np.concatenate(rows))
-    scores, parts, ended = jax.tree.map(lambda *x: np.concatenate(x)[order], *(piece[:3] for piece in judged))
-    return Judged(scores, parts, ended, sorted((x for piece in judged for x in piece.shown), key=lambda x: x[0]))
+        not_judged = int(np.isnan(whole["scores"]).sum())
+        counts = {"not_judged": float(not_judged)} if not_judged else {}
+        return {name: mean(judged_only(values)) for name, values in whole.items()} | known | counts
 
 
 def read_task(
@@ -266,6 +245,7 @@ def make_task(
     reward_model: ModelJudge | None = None,
     mesh: Mesh | None = None,
     group_size: int = 1,
+    caller: Caller | None = None,
     lanes: int | None = None,
 ) -> Task:
     """Encode the prompts of every row set; those that leave too little room in the model's positions are left out, and told.
@@ -285,6 +265,7 @@ def make_task(
         reward_model: one more judge.
         mesh: over which the rows of a batch are spread.
         group_size: so many adjacent rows of a batch have one prompt.
+        caller: how black boxes are called; None: one after the other.
         lanes: as of `sample`.
 
     Returns:
@@ -323,7 +304,7 @@ def make_task(
     eos_ids, strings = stop_ids(tokenizer), stop_table(stop_strings(tokenizer), tokenizer, lm.arch.vocab_size)
     return Task(
         lm, tokenizer, judges, weights, encoded, widths, max_new_tokens, temperature, top_k, top_p, eos_ids, strings,
-        pad_id, reward_model, mesh, group_size, lanes,
+        pad_id, reward_model, mesh, group_size, caller, lanes,
     )  # fmt: skip
 
 
@@ -395,10 +376,11 @@ def score_rows(
     rows: Sequence[Row],
     completions: Sequence[str],
     more: Mapping[str, Sequence[Any]] | None = None,
+    **options: Any,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Put completions and their rows' columns before the black boxes: weighted sums [B], and each one's own scores.
+    """Put completions and their rows' columns before the black boxes: weighted sums, and each one's own scores.
 
-    Without black boxes all sums are 0. `more` is what `on_request` gives.
+    Without black boxes all sums are 0. `more` is what `on_request` gives; options and result are as of `scoring.score`.
 
     Example:
       >>> length = lambda prompts, completions, **columns: [float(len(text)) for text in completions]
@@ -409,7 +391,7 @@ def score_rows(
         nothing = np.zeros(len(rows), np.float32)
         return nothing, dict.fromkeys(rewards.reward_names(judges), nothing)
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    return rewards.score(judges, weights, columns.pop("prompt"), completions, columns, more)
+    return scoring.score(judges, weights, columns.pop("prompt"), completions, columns, more, **options)
 
 
 def check_columns(rows: Sequence[Row], judges: Sequence[rewards.Reward]) -> None:

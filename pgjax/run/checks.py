@@ -156,9 +156,10 @@ def _of(config: Any, names: tuple[str, ...]) -> list[tuple[str, Any]]:
 
 
 def check_lora(config: Any) -> None:
-    """Refuse a rank and an alpha that mean nothing."""
+    """Refuse a rank and an alpha that mean nothing, and adapters to no model."""
     if config.lora_rank is not None:
         at_least_one(config, "lora_rank")
+        require(config.model is not None, f"lora_rank={config.lora_rank} adapts a model that is there: give model too")
     above_zero(config, "lora_alpha")
 
 

@@ -32,7 +32,7 @@ import jax
 from jax.sharding import Mesh
 
 from pgjax.core.errors import UserError
-from pgjax.parallel import processes, sharding
+from pgjax.parallel import batch_rows, processes, sharding
 from pgjax.run.checkpoint.resume import rows_digest
 
 
@@ -153,12 +153,13 @@ def keep_programs(folder: Path | None) -> None:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def check_batch_divides(mesh: Mesh | None, batch_size: int, **parts: int) -> None:
+def check_batch_divides(mesh: Mesh | None, batch_size: int, *, group_size: int = 1, **parts: int) -> None:
     """Refuse a batch that the devices cannot share evenly, whole and in the parts that are learned from.
 
     Args:
       mesh: or None for one device.
       batch_size: its rows.
+      group_size: so many adjacent rows have one prompt, and are judged by one process.
       parts: into how many it is split, by what the user calls them; they divide it.
 
     Raises:
@@ -168,6 +169,7 @@ def check_batch_divides(mesh: Mesh | None, batch_size: int, **parts: int) -> Non
       >>> check_batch_divides(None, 6, minibatches=2, microbatches=3)
     """
     sharding.check_batch(mesh, batch_size, "batch_size")
+    batch_rows.rows_to_judge(mesh, batch_size, group_size)
     quotient = " / ".join(f"{name}={count}" for name, count in {"batch_size": batch_size, **parts}.items())
     sharding.check_batch(mesh, batch_size // math.prod(parts.values()), quotient)
 

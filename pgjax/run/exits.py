@@ -17,7 +17,7 @@ import jax
 
 from pgjax.core.errors import UserError
 from pgjax.parallel import processes
-from pgjax.run import loop
+from pgjax.run import loop, stop
 from pgjax.run.checkpoint.checkpoints import SaveFailed
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -61,7 +61,7 @@ def plain_errors(go_on: str = "the same command with --resume goes on") -> Itera
 def _line(error: BaseException, go_on: str) -> str | None:
     """Give the one line that is printed in place of a traceback; None where the traceback is printed."""
     match error:
-        case loop.Interrupted():
+        case loop.Interrupted() | stop.GivenUp():
             return f"{error}: {go_on}"
         case KeyboardInterrupt():
             return f"stopped; once a step was saved, {go_on} from the last checkpoint"

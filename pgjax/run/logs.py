@@ -5,20 +5,28 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from pgjax.core.errors import UserError
 from pgjax.parallel.encoding import plain
+from pgjax.run import owner
 from pgjax.run.checkpoint.records import other_fields, write_whole
 from pgjax.run.packages import of_scripts
 
 CONFIG, METRICS, SAMPLES = "config.json", "metrics.jsonl", "samples.jsonl"
 
 
-def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool, may_change: Collection[str] = ()) -> Path:
+def open_run(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    *,
+    resume: bool,
+    may_change: Collection[str] = (),
+    claim: Callable[[Path], Any] = lambda folder: None,
+) -> Path:
     """Open a run folder: a fresh one for a new run, the old one to go on with a run.
 
     Args:
@@ -26,6 +34,7 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool, may
         config: the fields of the run's config; values that JSON does not know are written as `str(value)`.
         resume: False starts a run, True goes on with the one that the folder holds.
         may_change: names of fields that may differ on resume (a longer run, another way to show it).
+        claim: called with the folder, which is there, before anything is written in it.
 
     Returns:
         The folder, with `config.json` in it.
@@ -48,8 +57,8 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool, may
     path = folder / CONFIG
     if resume and not path.exists():
         raise UserError(f"there is no run to resume in {folder} (no {CONFIG}): a new run starts without resuming")
-    left_over = CONFIG + ".part"  # of a run that was killed while it wrote its first file
-    if not resume and folder.exists() and any(path.name != left_over for path in folder.iterdir()):
+    left_over = (CONFIG + ".part", owner.FILE)  # of a run that was killed while it wrote its first file; who asks this
+    if not resume and folder.exists() and any(not path.name.startswith(left_over) for path in folder.iterdir()):
         go_on = "resume to go on with the run in it, or " if path.exists() else ""
         raise UserError(f"the output folder {folder} is not empty: {go_on}choose another one")
     new = json.loads(json.dumps(dict(config), default=str))
@@ -61,6 +70,7 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool, may
         folder.mkdir(parents=True, exist_ok=True)
     except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"the output folder {folder} can't be made ({error}): choose another one") from error
+    claim(folder)
     write_whole(path, json.dumps(new, indent=2) + "\n")
     return folder
 

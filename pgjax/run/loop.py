@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from types import FrameType
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,13 +12,14 @@ import numpy as np
 
 from pgjax.core.errors import NotFiniteError
 from pgjax.parallel import processes
+from pgjax.run import stop
 from pgjax.run.checkpoint.checkpoints import Checkpoints, SaveFailed
 
 Report = Callable[[int, dict[str, float], Any], None]
 
 
 class Interrupted(Exception):
-    """A run was asked to stop (Ctrl-C, SIGTERM), and its state is saved.
+    """A run was asked to stop (Ctrl-C, SIGTERM, SIGUSR1), and its state is saved.
 
     >>> Interrupted(7).step
     7
@@ -53,8 +50,9 @@ def run(
     the device never waits for a metric, and a metric that stops the run does so before the next update.
 
     Any exception of `prepare`, `step`, `check` or `report` ends the run after the state is saved, under the number of
-    steps that passed `check`. SIGINT and SIGTERM let the step at hand finish, save and raise `Interrupted`; a second
-    SIGINT stops at once. A save that failed in the background ends the run as well, one step later at most.
+    steps that passed `check`. SIGINT, SIGTERM and SIGUSR1 let the step at hand finish, save and raise `Interrupted`; so does
+    a step that gives up on them (`stop.GivenUp`), which does not count. A second SIGINT stops at once. A save that failed in
+    the background ends the run as well, one step later at most.
 
     Several processes call this alike. What `check` or `report` raises on one of them, a signal that reaches one, and a
     save that fails on one stop them all after the same step. So does what `prepare` or `step` raise together
@@ -117,7 +115,7 @@ def run(
                 settle()  # the state holds the step before already, so it counts, if its metrics let it
             raise
 
-    with stop_signals() as stop_requested:
+    with stop.stop_signals() as stop_requested:
         for i in range(start, steps):
             try:
                 work = prepared(i)
@@ -135,6 +133,8 @@ def run(
             except Exception as error:
                 if processes.is_raised_on_all(error):
                     _rescue(checkpoints, done, state)
+                if stop.is_given_up(error):
+                    raise processes.raised_on_all(Interrupted(checkpoints.latest() or 0)) from None
                 raise
             if stopping:
                 checkpoints.wait()
@@ -160,36 +160,6 @@ def check_finite(done: int, metrics: Mapping[str, float]) -> None:
             f"loss or gradient is not finite in step {done} (gradient norm {metrics['train/grad_norm']}): its bad "
             "update was left out and the state before it is saved; start anew with a lower learning rate"
         )
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Note the first SIGINT or SIGTERM for the caller to look up; a second SIGINT raises KeyboardInterrupt.
-
-    >>> with stop_signals() as stop_requested:
-    ...     stop_requested()
-    False
-    """
-    requested = False
-    if threading.current_thread() is not threading.main_thread():  # where Python takes no handlers
-        yield lambda: False
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal requested
-        if requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        requested = True
-        print(
-            "stopping: this step is finished and saved first (Ctrl-C again stops at once, without saving)", flush=True
-        )
-
-    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: requested
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that Python did not set
 
 
 def _fetched(done: int, metrics: Mapping[str, Any], samples: Any) -> tuple[int, dict[str, float], Any]:

@@ -120,6 +120,7 @@ class Progress:
         self._every = every
         self._first: tuple[int, float] | None = None
         self._printed_at: float | None = None
+        self._told = False  # that there are completions to which no reward applies
         self._bar: Bar | None = None
         if self._console.is_terminal:
             columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}"))
@@ -147,6 +148,12 @@ class Progress:
         now = time.monotonic()
         if self._first is None:
             self._first = (step, now)
+        if metrics.get("completions/not_judged", 0) > 0 and not self._told:
+            self._told = True
+            self.print(
+                f"in step {step} no reward applies to {metrics['completions/not_judged']:.0f} completions: they are left out of "
+                "the update, and completions/not_judged counts them from here on"
+            )
         figures = self._figures(step, metrics, now)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=figures)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from pgjax.core.errors import UserError
 from pgjax.models.io.chat_template import set_template
 from pgjax.parallel import processes
-from pgjax.run import checks, devices, logs
+from pgjax.run import checks, devices, logs, stop
 from pgjax.run.checkpoint.checkpoints import Checkpoints
 from pgjax.run.checkpoint.resume import From, go_on, last_step, open_checkpoints
 from pgjax.run.curves import plot_curves
 from pgjax.run.devices import MACHINE, Flags
+from pgjax.run.owner import owned
 from pgjax.run.progress import Progress
+from pgjax.run.summary import has_metric
 
 Dtype = Literal["float32", "bfloat16", "float16"] | None
 
@@ -67,15 +69,30 @@ def settled(config: ConfigT) -> ConfigT:
         >>> settled(RunFlags(template_date="2026-11-30")).template_date
         '2026-11-30'
     """
-    folder = devices.shared_folder(config.output)
+    config = dataclasses.replace(config, output=devices.shared_folder(config.output))
+    before = recorded(config, "template_date")
+    today = processes.on_process_0(lambda: datetime.date.today().isoformat())
+    return dataclasses.replace(config, template_date=config.template_date or before or today)
 
-    def date() -> str:
-        before = logs.recorded(folder, "template_date") if config.goes_on else None
-        return before or datetime.date.today().isoformat()
 
-    return dataclasses.replace(
-        config, output=folder, template_date=config.template_date or processes.on_process_0(date)
-    )
+def recorded(config: RunFlags, field: str) -> Any:
+    """Read a field that the run which is gone on with was started with, or went on with last.
+
+    Args:
+        config: of the script, settled.
+        field: its name.
+
+    Returns:
+        Its value; None for a new run.
+
+    Raises:
+        UserError: the config of that run is damaged.
+
+    Example:
+        >>> recorded(RunFlags(), "seed") is None
+        True
+    """
+    return processes.on_process_0(lambda: logs.recorded(config.output, field) if config.goes_on else None)
 
 
 def load_options(config: RunFlags) -> dict[str, Any]:
@@ -145,11 +162,29 @@ class Session(NamedTuple):
     writer: logs.Writer  # active on process 0 alone
     progress: Progress
 
-    def report(self, done: int, metrics: dict[str, float], samples: Any = None) -> None:
-        """Write and show the metrics of a step; a `report` of `loop.run`."""
+    def report(self, done: int, metrics: dict[str, float], samples: Any = None, samples_every: int = 1) -> None:
+        """Write and show the metrics of a step, an evaluation among them, and now and then its samples."""
         self.writer.write(done, metrics)
         if done > 0:  # the time that is left is reckoned from the first update on
             self.progress.update(done, metrics)
+        if "eval/scores" in metrics:
+            self.progress.evaluation(done, metrics)
+        if samples and (done % samples_every == 0 or done == 1):
+            self.writer.write_samples(done, samples)
+            self.progress.samples(done, samples[:3])
+
+    def evaluate(self, done: int, name: str, work: Callable[[], dict[str, float]], show: Callable[..., Any]) -> None:
+        """Do the evaluation of a step, unless the metrics hold it, as those of a run that goes on may not.
+
+        Args:
+            done: steps done.
+            name: of a metric that it gives.
+            work: gives the metrics; all processes call it alike.
+            show: (done, metrics) -> None; a report of them.
+        """
+        if not processes.on_process_0(lambda: has_metric(self.folder, done, name)):
+            figures = work()
+            processes.all_or_none(lambda: show(done, figures))
 
 
 @contextlib.contextmanager
@@ -168,7 +203,8 @@ def open_session(
 ) -> Iterator[Session]:
     """Open a run, go on from its last snapshot where that is asked for, and close all of it in the end.
 
-    On the way out the curves are drawn and the snapshots closed, whatever has happened. All processes call this alike;
+    One process at a time owns the folder (`owner.owned`). Signals to stop are heard from here on (`stop.stop_signals`). On the
+    way out the curves are drawn and the snapshots closed, whatever has happened. All processes call this alike;
     files are written by process 0, but for the snapshots, of which each writes its part.
 
     Args:
@@ -187,7 +223,7 @@ def open_session(
         The open run.
 
     Raises:
-        UserError: a folder that is not empty, another config, or more steps done than `steps`.
+        UserError: a folder that is not empty or in which another process runs, another config, or more steps done than `steps`.
         BadCheckpoint: a snapshot that is damaged or of another run.
 
     Example:
@@ -201,13 +237,18 @@ def open_session(
     resume = resume or resume_from is not None
 
     def open_folder() -> None:
+        if resume and (folder / logs.CONFIG).exists():  # who runs in it is told before what does not fit it
+            closing.enter_context(owned(folder))
         if resume and resume_from is None:  # before the new config is written
             _check_steps(steps, last_step(folder), folder)
-        logs.open_run(folder, config, resume=resume, may_change=may_change)
+        claim = lambda folder: None if resume else closing.enter_context(owned(folder))
+        logs.open_run(folder, config, resume=resume, may_change=may_change, claim=claim)
 
-    processes.on_process_0(open_folder)
-    checkpoints = open_checkpoints(folder, config, may_change, keep=keep, keep_best=keep_best, **made_from)
-    try:
+    with contextlib.ExitStack() as closing:
+        closing.enter_context(stop.stop_signals())
+        processes.on_process_0(open_folder)
+        checkpoints = open_checkpoints(folder, config, may_change, keep=keep, keep_best=keep_best, **made_from)
+        closing.callback(checkpoints.close)
         state, start = go_on(checkpoints, state, resume=resume, resume_from=resume_from)
         _check_steps(steps, start, folder)
         writes, log_from = processes.is_process_0(), start + 1 if start else 0
@@ -220,8 +261,6 @@ def open_session(
             finally:
                 if writes:
                     plot_curves(folder)
-    finally:
-        checkpoints.close()
 
 
 def _check_steps(steps: int, done: int, folder: Path) -> None:

@@ -18,21 +18,20 @@ from pgjax.run.checkpoint.digest import digest
 From = Literal["last-good"] | None
 
 
-def frozen_model(source: Any, params: Any) -> str | None:
-    """Name a model that stays as it is: where it came from, and a fingerprint of every bit of it.
+def frozen_model(params: Any) -> str | None:
+    """Name a model that stays as it is by a fingerprint of every bit of it, wherever it lies.
 
     Args:
-      source: as the user gave it.
       params: its parameters, in any sharding; None: there is no such model.
 
     Returns:
       One line, kept in each snapshot in place of a copy; None without a model.
 
     Example:
-      >>> frozen_model("runs/sft/model", {"w": jax.numpy.zeros(2)})
-      'runs/sft/model (digest ...)'
+      >>> frozen_model({"w": jax.numpy.zeros(2)})
+      'digest ...'
     """
-    return None if params is None else f"{source} (digest {digest(params)})"
+    return None if params is None else f"digest {digest(params)}"
 
 
 def rows_digest(rows: Any) -> str:
