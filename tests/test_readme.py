@@ -18,7 +18,7 @@ from tests.tiny_task import save_tiny_model
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 LOSSES, MODEL, ALGORITHM, REWARD = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-SCRIPTS = ("ppo", "sft", "reward_model", "rlhf", "overoptimisation")
+SCRIPTS = ("export", "ppo", "sft", "reward_model", "rlhf", "overoptimisation")
 # flags of other programs: pip, gcloud, srun
 FOREIGN = {"no-deps", "recurse", "worker", "zone", "command", "nodes", "ntasks-per-node", "gpus-per-node"}
 
