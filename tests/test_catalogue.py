@@ -292,7 +292,7 @@ def test_what_cannot_work_is_refused_by_the_arguments_name(call, message):
         call(jnp.zeros((2, 4)))
 
 
-def test_split_over_devices_all_are_those_of_the_whole_batch():
+def test_split_over_devices_and_on_an_explicit_mesh_all_are_those_of_the_whole_batch():
     """The bug: a quantile, a threshold, a mean or a choice of each device's own rows."""
     rows = 8
     draw = np.random.default_rng(5)
@@ -309,6 +309,9 @@ def test_split_over_devices_all_are_those_of_the_whole_batch():
             pg.high_covariance_mask(new, x["a"], x["mask"], fraction=0.3, **o),
             pg.reinforce_plus_plus_advantages(scores, x["lengths"], group_size=2, **o),
             pg.gdpo_advantages(x["a"][:, :2], jnp.ones(2), x["lengths"], group_size=2, **o),
+            pg.maxrl_advantages(scores + 9, group_size=2),
+            pg.pass_at_k_advantages(scores, group_size=2),
+            pg.optimal_token_baseline(x["a"], new, jnp.exp(x["old"]), x["mask"], group_size=2),
         )
         losses = lambda new: jnp.stack(
             [pg.gspo_loss(new, *given, **o), pg.gmpo_loss(new, *given, **o), pg.vespo_loss(new, *given, **o),
@@ -327,6 +330,9 @@ def test_split_over_devices_all_are_those_of_the_whole_batch():
     found, known = jax.jit(mapped)(batch), jax.jit(over_all)(batch)
     assert all(np.asarray(x).any() and not np.asarray(x)[mask].all() for x in known[0][:3])
     assert_close(found, known, 2e-6)
+    explicit = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(explicit):
+        assert_close(jax.jit(over_all)(jax.device_put(batch, jax.NamedSharding(explicit, split))), known, 2e-6)
 
     def dropped(x, axis_name=None):
         options = {"key": jax.random.key(0), "fraction": 0.2, "low": -9.0, "high": 9.0, "clip_eps": jnp.inf}
