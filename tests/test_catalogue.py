@@ -290,3 +290,56 @@ def test_the_unbiased_kl_matches_numpy():
 def test_what_cannot_work_is_refused_by_the_arguments_name(call, message):
     with pytest.raises(ValueError, match=message):
         call(jnp.zeros((2, 4)))
+
+
+def test_split_over_devices_and_on_an_explicit_mesh_all_are_those_of_the_whole_batch():
+    """The bug: a quantile, a threshold, a mean or a choice of each device's own rows."""
+    rows = 8
+    draw = np.random.default_rng(5)
+    new, old, a = draw.normal(-1.5, 0.6, (3, rows, 5)).astype(np.float32)
+    mask = np.arange(5)[None] < np.array([5, 5, 0, 0, 1, 0, 4, 2])[:, None]
+    batch = {"new": new, "old": old, "a": a, "mask": mask, "lengths": mask.sum(1)}
+
+    def over_all(x, axis_name=None):
+        given, o = (x["old"], x["a"], x["mask"]), {"axis_name": axis_name}
+        new, scores = x["new"], jnp.sum(x["a"], axis=1)
+        masks = (
+            pg.m2po_mask(new, x["old"], x["mask"], threshold=0.1, **o),
+            pg.entropy_quantile_mask(-new, x["mask"], fraction=0.4, **o),
+            pg.high_covariance_mask(new, x["a"], x["mask"], fraction=0.3, **o),
+            pg.reinforce_plus_plus_advantages(scores, x["lengths"], group_size=2, **o),
+            pg.gdpo_advantages(x["a"][:, :2], jnp.ones(2), x["lengths"], group_size=2, **o),
+            pg.maxrl_advantages(scores + 9, group_size=2),
+            pg.pass_at_k_advantages(scores, group_size=2),
+            pg.optimal_token_baseline(x["a"], new, jnp.exp(x["old"]), x["mask"], group_size=2),
+        )
+        losses = lambda new: jnp.stack(
+            [pg.gspo_loss(new, *given, **o), pg.gmpo_loss(new, *given, **o), pg.vespo_loss(new, *given, **o),
+             pg.cispo_loss(new, *given, **o), pg.sapo_loss(new, *given, **o), pg.dppo_loss(new, *given, **o),
+             pg.kl_cov_loss(new, *given, fraction=0.3, **o), pg.squared_log_ratio_loss(new, *given, **o),
+             pg.decoupled_ppo_loss(new, x["old"], *given, **o),
+             pg.astar_po_loss(new, x["old"], scores, scores - 1, x["mask"], **o)]
+        )  # fmt: skip
+        return masks, losses(new), jax.grad(lambda y: losses(y).sum())(new)
+
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    mapped = jax.shard_map(
+        functools.partial(over_all, axis_name="data"), mesh=mesh, in_specs=split, out_specs=(split, whole, split)
+    )
+    found, known = jax.jit(mapped)(batch), jax.jit(over_all)(batch)
+    assert all(np.asarray(x).any() and not np.asarray(x)[mask].all() for x in known[0][:3])
+    assert_close(found, known, 2e-6)
+    explicit = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(explicit):
+        assert_close(jax.jit(over_all)(jax.device_put(batch, jax.NamedSharding(explicit, split))), known, 2e-6)
+
+    def dropped(x, axis_name=None):
+        options = {"key": jax.random.key(0), "fraction": 0.2, "low": -9.0, "high": 9.0, "clip_eps": jnp.inf}
+        losses = pg.clip_cov_loss(
+            x["new"], x["new"], jnp.ones_like(x["new"]), x["mask"], reduce="none", axis_name=axis_name, **options
+        )
+        return (losses == 0) & x["mask"]
+
+    mapped = jax.shard_map(functools.partial(dropped, axis_name="data"), mesh=mesh, in_specs=split, out_specs=split)
+    assert jax.jit(mapped)(batch).sum() == jax.jit(dropped)(batch).sum() == int(0.2 * mask.sum())

@@ -19,6 +19,8 @@ from pgjax.learning.optimizer import accumulate
 from pgjax.learning.policy_loss import token_weights
 from tests import catalogue_in_numpy as plain
 from tests.compare import assert_close
+from tests.sizes import campaign_but_for
+from tests.tiny import tiny_lm
 
 RNG = np.random.default_rng(0)
 ROWS, WINDOW, GROUP = 8, 6, 4
@@ -185,3 +187,19 @@ def test_an_iteration_weighs_by_level_and_floor(level, floor):
     raw = plain.importance(OLD.astype(np.float64), SAMPLED, MASK, np.inf, None, level)[MASK]
     cut = (raw > 1.5) | (raw < (floor or 0))
     assert float(metrics["val/importance_capped"]) == pytest.approx(cut.mean()) and 0 < cut.mean() < 1
+
+
+@pytest.mark.parametrize("name", campaign_but_for([function.__name__ for function in NAMED], "kl_cov"))
+def test_an_iteration_learns_with_it(name):
+    """Every one, off its sampler and in parts: several updates, weights of whole sequences, microbatches."""
+    lm = tiny_lm("llama")
+    algorithm = load_algorithm(name, kl_coef=0.0, kl_loss_coef=0.0)
+    it = pg.iteration(
+        lm, algorithm, pg.adamw(1e-2, updates=2), max_new_tokens=4, top_k=5, importance_cap=2.0, importance_level="sequence",
+        minibatches=1 if algorithm.on_policy else 2, microbatches=2,
+    )  # fmt: skip
+    state = it.init(lm.init(jax.random.key(0)), jax.random.key(1))
+    prompts = np.ones((16, 2), np.int32)
+    rollout = it.sample(state, prompts, prompts > 0)
+    state, metrics = it.learn(state, rollout, (np.asarray(rollout.tokens)[:, -4:] % 2).mean(1))
+    assert metrics["train/healthy"] and metrics["train/grad_norm"] > 0, name

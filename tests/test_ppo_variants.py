@@ -335,7 +335,7 @@ def test_evaluating_does_not_change_what_is_learnt(config):
     [
         (
             {"algorithm": "trpo"},
-            "no algorithm 'trpo': it is one of ppo, rloo, grpo, dr_grpo, reinforce, or module:name",
+            "no algorithm 'trpo': it is one of ppo, rloo, grpo, dr_grpo, reinforce, gspo, .*, or module:name",
         ),
         ({**REINFORCE, "clip_eps": 0.1}, "the algorithm reinforce has no option clip_eps"),
         ({"reduce": "mean"}, "reduce must be one of token_mean, sequence_mean, sequence_sum, got 'mean'"),

@@ -45,8 +45,9 @@ def maxrl_advantages(scores: ArrayLike, *, group_size: int, eps: float = 1e-6) -
       ['3.00', '-1.00', '-1.00', '-1.00']
     """
     centred = group_advantages(scores, group_size=group_size, normalize=False)
-    means = jnp.repeat(jnp.mean(groups_of(scores, group_size), axis=1), group_size)
-    return centred / (means + eps)
+    groups = groups_of(scores, group_size)
+    means = jnp.broadcast_to(jnp.mean(groups, axis=1, keepdims=True), groups.shape)
+    return centred / (means.reshape(-1) + eps)
 
 
 def reinforce_plus_plus_advantages(
@@ -241,13 +242,13 @@ def optimal_token_baseline(
     """
     inside, (gains, logp, squares) = aligned(mask, *map(stop_gradient, (returns, logprobs, sum_squares)))
     chex.assert_rank(gains, 2)
-    groups_of(gains[:, 0], group_size)  # refuses what does not divide
+    groups = jax.vmap(lambda x: groups_of(x, group_size), in_axes=1, out_axes=2)(gains)
     weights = where_mask(inside, jnp.cumsum(where_mask(inside, 1.0 - 2.0 * jnp.exp(logp) + squares), axis=1))
     a_group = lambda x: jnp.sum(x.reshape(-1, group_size, x.shape[1]), axis=1, keepdims=True)
     total, met = a_group(weights), a_group(inside.astype(gains.dtype))
     usable = (met > 1) & (total > 0)
     baseline = where_mask(usable, a_group(gains * weights) / jnp.where(usable, total, 1.0))
-    return where_mask(inside, jnp.repeat(baseline[:, 0], group_size, axis=0))
+    return where_mask(inside, jnp.broadcast_to(baseline, groups.shape).reshape(gains.shape))
 
 
 def overlong_penalty(

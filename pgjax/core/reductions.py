@@ -3,6 +3,7 @@
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from pgjax.core.checks import check_number
@@ -117,7 +118,7 @@ def over_sequences(x: jax.Array, mask: jax.Array, *, mean: bool) -> jax.Array:
 
 
 def everywhere(x: jax.Array, axis_name: AxisName) -> jax.Array:
-    """Gather an array's entries from all devices, in one row.
+    """Gather an array's entries from all devices, in one row, inside `shard_map` and on an Explicit mesh.
 
     Args:
       x: any shape.
@@ -131,5 +132,9 @@ def everywhere(x: jax.Array, axis_name: AxisName) -> jax.Array:
       >>> everywhere(jnp.zeros((2, 3)), None).shape
       (6,)
     """
-    flat = x.reshape(-1)
-    return flat if axis_name is None else jax.lax.all_gather(flat, axis_name, tiled=True)
+    if axis_name is not None:
+        return jax.lax.all_gather(x.reshape(-1), axis_name, tiled=True)
+    mesh = jax.typeof(x).sharding.mesh
+    if AxisType.Explicit in mesh.axis_types:  # there nothing is gathered that is not asked for
+        x = jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
+    return x.reshape(-1)

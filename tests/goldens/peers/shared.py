@@ -88,13 +88,21 @@ def entry(function: str, value: Any, gradient: Any = None) -> dict[str, Any]:
     return found if gradient is None else {**found, "gradient": _rounded(gradient)}
 
 
-def write(package: str, version: str, made_by: str, entries: dict[str, dict[str, Any]], *, name: str = "") -> None:
-    """Write one peer's answers to tests/goldens/peers/NAME.json, an entry a line."""
-    head = {"package": package, "version": version, "seed": SEED, "made_by": f"tests/goldens/peers/{made_by}"}
+def write(
+    package: str,
+    version: str,
+    made_by: str,
+    entries: dict[str, dict[str, Any]],
+    *,
+    name: str = "",
+    folder: str = "peers",
+) -> None:
+    """Write one peer's answers to tests/goldens/FOLDER/NAME.json, an entry a line."""
+    head = {"package": package, "version": version, "seed": SEED, "made_by": f"tests/goldens/{folder}/{made_by}"}
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     body = ",\n".join(f"    {json.dumps(key)}: {json.dumps(found)}" for key, found in entries.items())
     text = "{\n" + ",\n".join([*lines, '  "entries": {\n' + body + "\n  }"]) + "\n}\n"
-    (HERE / f"{name or package}.json").write_text(text)
+    (HERE.parent / folder / f"{name or package}.json").write_text(text)
 
 
 def _rounded(x: Any) -> Any:
