@@ -103,12 +103,14 @@ def _kernel(q_ref: Any, k_ref: Any, v_ref: Any, slots_ref: Any, index_ref: Any, 
         marked = triton.load(slots_ref.at[span], mask=inside, other=0) > 0
         key = triton.load(k_ref.at[span, :], mask=whole, other=0.0)
         value = triton.load(v_ref.at[span, :], mask=whole, other=0.0)
-        scores = triton.dot(query, key.T) / math.sqrt(head_dim)
+        scores = jax.lax.dot(query, key.T, preferred_element_type=jnp.float32) / math.sqrt(head_dim)
         scores = jnp.where(jnp.broadcast_to(marked[None, :], scores.shape), scores, lowest)
         new_top = jnp.maximum(top, scores.max(axis=1))
         shrink = jnp.exp(top - new_top)
         weights = jnp.exp(scores - new_top[:, None])
-        seen = seen * shrink[:, None] + triton.dot(weights.astype(value.dtype), value)
+        seen = seen * shrink[:, None] + jax.lax.dot(
+            weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+        )
         return new_top, total * shrink + weights.sum(axis=1), seen
 
     first = jnp.full(rows, lowest), jnp.zeros(rows), jnp.zeros((rows, head_dim))
