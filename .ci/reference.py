@@ -25,13 +25,23 @@ def modules() -> list[str]:
 
 
 def complete(name: str) -> None:
-    """Give the named tuples of a module their types, which constructors have forgotten, and the comments on their fields."""
-    for _, found in inspect.getmembers(importlib.import_module(name), inspect.isclass):
-        if issubclass(found, tuple) and hasattr(found, "_fields") and found.__module__ == name:
+    """Give the named tuples of a module their types, which constructors have forgotten, and the comments on their fields.
+
+    `pg.name` becomes `pgjax.name`, which pdoc makes a link of.
+    """
+    for _, found in inspect.getmembers(importlib.import_module(name)):
+        if not (inspect.isclass(found) or inspect.isfunction(found)) or found.__module__ != name:
+            continue
+        found.__doc__ = _linked(found.__doc__ or "")
+        if inspect.isclass(found) and issubclass(found, tuple) and hasattr(found, "_fields"):
             found.__new__.__annotations__ = typing.get_type_hints(found)
             comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(found), flags=re.MULTILINE))
             for field in found._fields:
-                getattr(found, field).__doc__ = comments.get(field, "")
+                getattr(found, field).__doc__ = _linked(comments.get(field, ""))
+
+
+def _linked(text: str) -> str:
+    return re.sub(r"`pg\.(\w+)", r"`pgjax.\1", text)
 
 
 def main(folder: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import pgjax as pg
+from tests.sizes import campaign_but_for
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("flax", "transformers", "orbax", "optax", "grain", "rich", "safetensors", "gguf")
@@ -52,14 +53,55 @@ print(len([importlib.import_module("pgjax.core." + room.name) for room in rooms]
     assert int(run(code)) >= 9
 
 
-def test_a_type_checker_sees_the_types_of_public_names(tmp_path):
-    """Every public name has a type in the stub, and it is the one that its home gives."""
+USER = """
+from typing import Any
+import jax
+import jax.numpy as jnp
+import optax
+import pgjax as pg
+from pgjax.run.checkpoint.checkpoints import Checkpoints
+
+def hidden(params: Any, tokens: jax.Array) -> jax.Array:
+    return jnp.cumsum(params["table"][tokens], axis=1)
+
+def advantages(experience: pg.Experience) -> jax.Array:
+    return pg.masked_whiten(experience.returns, experience.mask)
+
+def token_loss(logprobs: jax.Array, batch: pg.Batch) -> jax.Array:
+    return -batch.advantages * logprobs
+
+def main(folder: str, key: jax.Array) -> float:
+    lm = pg.bundle(hidden, lambda params: params["table"], vocab_size=4, max_positions=16)
+    params = {"table": jnp.ones((4, 2))}
+    rollout: pg.Rollout = pg.sample(lm, params, [[1]], [[True]], key, max_new_tokens=2, top_p=0.9)
+    for optimizer in (optax.adam(1e-3), pg.adamw(1e-3, updates=3)):
+        it = pg.iteration(lm, pg.Algorithm(advantages, token_loss, "token_mean"), optimizer, max_new_tokens=3)
+        state = it.init(params, key)
+        sampled = it.sample(state, jnp.ones((2, 1), int), jnp.ones((2, 1), bool))
+        state, metrics = it.learn(state, sampled, [0.0, 1.0])
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(1, state.learner, {"version": pg.__version__})
+    loss: jax.Array = pg.policy_gradient_loss(rollout.logprobs, jnp.ones(3), rollout.mask)
+    return float(loss) + float(metrics["objective/entropy"])
+
+reveal_type(pg.masked_mean)
+reveal_type(pg.CausalLM)
+pg.no_such_name
+"""
+
+STRICTNESS = [[], ["--strict"]]
+
+
+@pytest.mark.parametrize("options", campaign_but_for(STRICTNESS, []))
+def test_a_type_checker_sees_the_types_of_public_names(options, tmp_path):
+    """Every public name has a type in the stub, it is the one that its home gives, and a script by it has no error."""
     user = tmp_path / "user.py"
-    user.write_text("import pgjax as pg\nreveal_type(pg.masked_mean)\nreveal_type(pg.CausalLM)\npg.no_such_name\n")
-    command = [sys.executable, "-m", "mypy", "--no-error-summary", "--ignore-missing-imports", str(user)]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
-    assert "def (x: " in said and "pgjax.models.causal_lm.CausalLM" in said
-    assert 'Module has no attribute "no_such_name"' in said
+    user.write_text(USER)
+    command = [sys.executable, "-m", "mypy", *options, "--no-error-summary", "--ignore-missing-imports", str(user)]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    assert "def (x: " in told and "pgjax.models.causal_lm.CausalLM" in told
+    errors = [line for line in told.splitlines() if "user.py" in line and " error: " in line]
+    assert len(errors) == 1 and 'Module has no attribute "no_such_name"' in errors[0], told
     assert (ROOT / "pgjax" / "py.typed").is_file()
 
 
@@ -71,5 +113,16 @@ def test_the_wheel_takes_every_room_and_the_marker_for_type_checkers():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert settings["packages"]["find"]["include"] == ["pgjax*"]
     assert set(settings["package-data"]["pgjax"]) == {"py.typed", "*.pyi"}
+    assert settings["package-dir"] == {"": "."}, (
+        "else an editable install is an import hook, which type checkers do not follow"
+    )
     folders = {path.parent for path in (ROOT / "pgjax").rglob("*.py")}
     assert all((folder / "__init__.py").is_file() for folder in folders)  # a folder without one is no package
+
+
+def test_the_source_archive_takes_every_folder():
+    lines = (ROOT / "MANIFEST.in").read_text().splitlines()
+    held = {line.removeprefix("graft ") for line in lines if line.startswith("graft ")} | {"pgjax"}
+    code = {folder.name for folder in ROOT.iterdir() if folder.is_dir() and next(folder.rglob("*.py"), None)}
+    assert {name for name in code if name not in ("runs", "build") and not name.startswith(".venv")} <= held
+    assert {"tests", "experiments", "benchmarks", "findings", ".ci"} <= held

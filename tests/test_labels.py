@@ -8,7 +8,7 @@ import optax.contrib
 import pytest
 
 import pgjax as pg
-from pgjax.learning.optimizer import muon_dimensions
+from pgjax.learning.optimizer import apply_gradient, init_state, muon_dimensions
 from pgjax.models.causal_lm import per_layer
 from tests.compare import assert_close
 from tests.tiny import FAMILIES, tiny_lm, tiny_params
@@ -61,6 +61,7 @@ def test_every_matrix_decays_and_no_vector_does(name):
         np.testing.assert_array_equal(x, 0.0 if "'b'" in jax.tree_util.keystr(path) else -0.5)
 
 
+@pytest.mark.skipif(not hasattr(optax.contrib, "MuonDimensionNumbers"), reason="optax is older than 0.2.6")
 def test_muon_orthogonalises_each_kernel_of_a_stack_by_itself_and_leaves_all_else_to_adam():
     params = {"lm": tiny_params("qwen2"), "value": pg.init_value_head(16)}
     grad = gradients(params)
@@ -98,7 +99,17 @@ def test_masked_and_multi_transform_go_by_the_labels():
     assert moved == pg.matrix_mask(params)
 
 
+def test_an_optimizer_that_wants_the_loss_gets_it():
+    params = {"w": jnp.full(2, 3.0)}
+    polyak = optax.polyak_sgd()  # steps by loss / |gradient|^2
+    state = init_state(params, polyak)
+    state, metrics = apply_gradient(state, {"w": jnp.ones(2)}, jnp.float32(2.0), polyak)
+    np.testing.assert_allclose(state.params["w"], 3.0 - 1.0, rtol=1e-4)
+    assert metrics["train/healthy"] and "lr" not in metrics
+
+
 @pytest.mark.campaign
+@pytest.mark.skipif(not hasattr(optax.contrib, "MuonDimensionNumbers"), reason="optax is older than 0.2.6")
 def test_an_iteration_takes_muon():
     lm, params = tiny_lm("llama"), tiny_params("llama")
     muon = optax.contrib.muon(1e-2, muon_weight_dimension_numbers=pg.muon_dimensions)

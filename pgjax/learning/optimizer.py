@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import optax
 import optax.contrib
 
 from pgjax.core.checks import check_whole
+from pgjax.core.errors import MissingPackageError
 from pgjax.core.masking import as_float
 from pgjax.learning.labels import matrix_mask, own_axes, parameter_labels
 from pgjax.parallel.sharding import (
@@ -127,12 +128,18 @@ def muon_dimensions(params: Any) -> Any:
     Returns:
         A tree like `params` of `optax.contrib.MuonDimensionNumbers`, and of None for Adam.
 
+    Raises:
+        MissingPackageError: optax is older than 0.2.6, whose muon takes such a tree.
+
     >>> layers = {"q": {"kernel": jnp.ones((3, 2, 2)), "bias": jnp.ones((3, 2))}}
     >>> params = {"embed": {"tokens": jnp.ones((5, 2))}, "layers": layers}
     >>> muon_dimensions(params)["layers"]["q"]
     {'bias': None, 'kernel': MuonDimensionNumbers(reduction_axis=1, output_axis=2)}
     >>> optimizer = optax.contrib.muon(1e-3, muon_weight_dimension_numbers=muon_dimensions)
     """
+
+    if not hasattr(optax.contrib, "MuonDimensionNumbers"):
+        raise MissingPackageError(f"muon on stacked kernels needs optax 0.2.6 or later, got {optax.__version__}")
 
     def of(path: tuple[Any, ...], x: Any, label: str) -> optax.contrib.MuonDimensionNumbers | None:
         kernel = label == "matrices" and own_axes(path, x) == 2
@@ -239,8 +246,9 @@ def apply_gradient(
     """
     norm = optax.global_norm(grad)
     healthy = state.healthy & jnp.isfinite(norm) & jnp.isfinite(loss)
+    step = optax.with_extra_args_support(cast(optax.GradientTransformation, optimizer)).update  # some want the loss
     with jax.numpy_dtype_promotion("standard"):  # optax raises a Python float to the power of its int32 count
-        updates, opt_state = optimizer.update(grad, state.opt_state, state.params)
+        updates, opt_state = step(grad, state.opt_state, state.params, value=loss)
     params = optax.apply_updates(state.params, updates)
     stepped = TrainState(params, opt_state, state.updates + 1, healthy)
     taken = healthy & counts

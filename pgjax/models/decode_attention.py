@@ -129,12 +129,14 @@ def _kernel(
         marked = triton.load(slots_ref.at[span], mask=inside, other=0) > 0
         key = triton.load(k_ref.at[span, :], mask=whole, other=0.0)
         value = triton.load(v_ref.at[span, :], mask=whole, other=0.0)
-        scores = triton.dot(query, key.T) / divided_by
+        scores = jax.lax.dot(query, key.T, preferred_element_type=jnp.float32) / divided_by
         scores = jnp.where(jnp.broadcast_to(marked[None, :], scores.shape), scores, lowest)
         new_top = jnp.maximum(top, scores.max(axis=1))
         shrink = jnp.exp(top - new_top)
         weights = jnp.exp(scores - new_top[:, None])
-        seen = seen * shrink[:, None] + triton.dot(weights.astype(value.dtype), value)
+        seen = seen * shrink[:, None] + jax.lax.dot(
+            weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+        )
         return new_top, total * shrink + weights.sum(axis=1), seen
 
     first = jnp.full(rows, lowest), jnp.zeros(rows), jnp.zeros((rows, head_dim))
