@@ -44,6 +44,7 @@ from pgjax.learning.iteration import State as State
 from pgjax.learning.iteration import iteration as iteration
 from pgjax.learning.optimizer import adamw as adamw
 from pgjax.models.architecture import Architecture as Architecture
+from pgjax.models.architecture import Experts as Experts
 from pgjax.models.architecture import Rope as Rope
 from pgjax.models.causal_lm import CausalLM as CausalLM
 from pgjax.models.causal_lm import causal_lm as causal_lm
