@@ -7,7 +7,9 @@ import pytest
 
 import pgjax as pg
 from pgjax.models.causal_lm import causal_lm
+from pgjax.models.heads import head_logprobs
 from pgjax.models.reward_model import from_causal_lm
+from pgjax.rollout.sample import sample
 from tests.compare import assert_close
 from tests.family_checks import MASK, TOKENS, applied, greedy, logits, lora, opened, reward_model, save, sharded
 from tests.family_models import CASES
@@ -74,6 +76,14 @@ def test_a_layer_with_a_window_caches_no_more_than_the_window():
 def test_a_cap_on_scores_is_not_left_out_by_a_kernel_that_has_none():
     with pytest.raises(pg.UserError, match="kernel='xla' has no cap on the scores"):
         causal_lm(opened("gemma2")[0].arch, kernel="xla")
+
+
+def test_what_was_drawn_has_the_probability_that_one_pass_gives_it():
+    lm, params = opened("gemma2")  # windows that the completion leaves behind, capped scores and logits
+    rollout = sample(lm, params, TOKENS, MASK, jax.random.key(0), max_new_tokens=8)
+    states = jax.jit(lm.hidden)(params, rollout.tokens, rollout.attention_mask)
+    found = head_logprobs(states, lm.unembedding(params), rollout.tokens, logit_cap=lm.arch.logit_cap)
+    assert_close(np.where(rollout.mask, found, 0.0), rollout.logprobs, 1e-5)
 
 
 def test_a_reward_model_reads_states_before_the_scale_of_logits():

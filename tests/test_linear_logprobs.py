@@ -500,3 +500,53 @@ def test_bad_arguments_are_refused():
         linear_token_logprobs(HIDDEN, UNEMBEDDING, TOKENS, mesh=mesh_of(2, 2), unembedding_axes=("fsdp", None))
     with pytest.raises(AssertionError):
         linear_token_logprobs(HIDDEN, UNEMBEDDING[:, :2], TOKENS)
+
+
+def capped_loss(hidden, unembedding, tokens=TOKENS, weights=WEIGHTS, *, cap, known, temperature=0.7):
+    """The naive computation: whole logits, capped, those of padding rows -inf."""
+    logits = jnp.einsum("btd,vd->btv", hidden, unembedding)
+    if cap is not None:
+        logits = cap * jnp.tanh(logits / cap)
+    if known is not None:
+        logits = jnp.where(jnp.arange(logits.shape[-1])[None, None] < known, logits, -jnp.inf)
+    one, two = token_logprobs(logits, tokens, temperature=temperature), token_entropy(logits, temperature=temperature)
+    return jnp.sum(weights * jnp.sin(one) + (weights - 0.5) * jnp.square(two))
+
+
+@pytest.mark.parametrize(
+    ("cap", "known", "chunk_size"),
+    campaign_but_for([(1.5, None, 4), (None, 7, 3), (1.5, 9, 4), (0.5, 1, 100), (30.0, 8, 4)], (1.5, 9, 4)),
+)
+def test_a_soft_cap_and_padding_rows_equal_the_naive_computation(cap, known, chunk_size):
+    tokens = TOKENS % (known or VOCAB)
+    expected = both(capped_loss, HIDDEN, UNEMBEDDING, tokens, cap=cap, known=known)
+    options = {"temperature": 0.7, "chunk_size": chunk_size, "logit_cap": cap, "vocab_size": known}
+    found = both(linear_mixed_loss, HIDDEN, UNEMBEDDING, tokens, **options)
+    assert_same(found, expected)
+    if known is not None:
+        np.testing.assert_array_equal(found[1][1][known:], 0)
+        outside = linear_token_logprobs(HIDDEN, UNEMBEDDING, TOKENS.at[0, 1].set(known), vocab_size=known)
+        assert np.isnan(outside[0, 1])
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    split = {"mesh": mesh, "unembedding_axes": ("tensor", None)}
+    padded = jnp.concatenate([UNEMBEDDING, UNEMBEDDING[:1]])  # 12 rows, 6 on each device
+    options |= {"vocab_size": known or VOCAB}
+    value, (of_hidden, of_rows) = both(linear_mixed_loss, HIDDEN, padded, tokens, **options, **split)
+    assert_same((value, (of_hidden, of_rows[:VOCAB])), expected)
+    np.testing.assert_array_equal(of_rows[known or VOCAB :], 0)
+
+
+def test_no_cap_and_no_padding_cost_nothing():
+    def lowered(**options):
+        return jax.jit(jax.grad(partial(linear_mixed_loss, **options))).lower(HIDDEN, UNEMBEDDING).as_text()
+
+    assert lowered(vocab_size=VOCAB, logit_cap=None) == lowered()
+    assert "tanh" not in lowered() and "tanh" in lowered(logit_cap=2.0)
+    for options, message in [
+        ({"logit_cap": 0.0}, "logit_cap must be above 0 and finite, got 0"),
+        ({"vocab_size": 12}, "vocab_size=12 is more than the 11 rows"),
+        ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
+        ({"batch_axes": ("data",)}, "pass mesh too"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            linear_token_logprobs(HIDDEN, UNEMBEDDING, TOKENS, **options)

@@ -1,183 +1,19 @@
 """Log-probabilities and entropies from hidden states, block by block of the vocabulary.
 
-Neither the forward nor the backward pass ever holds logits [B, T, V]. A loop over the vocabulary keeps running sums
-(online softmax: Milakov and Gimelshein 2018), and the backward pass computes each block of logits again.
+Neither the forward nor the backward pass ever holds logits [B, T, V]: the rule is in `vocabulary_blocks`. On a mesh, each device
+runs it on its own part (`linear_on_mesh`).
 """
-
-from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple, TypeVar
 
 import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh
 
 from pgjax.core.checks import check_number, check_whole
-from pgjax.core.logprobs import next_tokens, picked_logits, token_frame
-from pgjax.core.masking import as_float, where_mask
-
-_State = TypeVar("_State")
-_Outputs = tuple[jax.Array, jax.Array | None]  # logprobs and entropy [B, T]; None where the entropy is not wanted
-_Backward = tuple[jax.Array, jax.Array]  # gradients of hidden [B, T, D] and unembedding [V, D]
-
-
-class _Sums(NamedTuple):
-    """Running sums over the vocabulary, each [B, T]; z are the logits over the temperature."""
-
-    top: jax.Array  # largest z
-    total: jax.Array  # sum of exp(z - top)
-    weighted: jax.Array | None  # sum of exp(z - top) * (z - top); None where the entropy is not wanted
-    picked: jax.Array  # the token's z
-
-
-class _Split(NamedTuple):
-    """The mesh axes that split V and D of the unembedding where the rule below runs; None where it is not split."""
-
-    vocab: str | None
-    width: str | None
-
-
-def _block_logits(hidden: jax.Array, block: jax.Array, temperature: jax.Array) -> jax.Array:
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    logits = jnp.einsum("nd,vd->nv", rows, block, preferred_element_type=temperature.dtype)
-    return logits.reshape(*hidden.shape[:-1], len(block)) / temperature
-
-
-def _over_blocks(step: Callable[[_State, jax.Array, int], _State], state: _State, total: int, size: int) -> _State:
-    """Run `step(state, start, size)` over blocks of `total` entries, a short last one after the loop."""
-    count, rest = divmod(total, size)
-
-    def body(carry: _State, start: jax.Array) -> tuple[_State, None]:
-        return step(carry, start, size), None
-
-    state, _ = jax.lax.scan(body, state, jnp.arange(count, dtype=jnp.int32) * size)
-    return state if rest == 0 else step(state, jnp.asarray(count * size, jnp.int32), rest)
-
-
-def _without_infinities(log_weights: jax.Array) -> jax.Array:
-    """Replace -inf by 0: exp(-inf) * -inf is NaN, where the limit of exp(x) * x is 0."""
-    return jnp.where(jnp.isneginf(log_weights), 0.0, log_weights)
-
-
-def _rescaled(sums: _Sums, top: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Measure `total` and `weighted` from a larger `top`: sum w becomes c sum w, sum w x becomes c (sum w x + log c sum w)."""
-    factor = jnp.exp(sums.top - top)
-    if sums.weighted is None:
-        return sums.total * factor, None
-    drop = jnp.where(factor > 0, sums.top - top, 0.0)  # -inf * 0 would be NaN
-    return sums.total * factor, factor * (sums.weighted + drop * sums.total)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _linear_logprobs(
-    hidden: jax.Array, unembedding: jax.Array, ids: jax.Array, temperature: jax.Array,
-    chunk_size: int, split: _Split, with_entropy: bool,
-) -> _Outputs:  # fmt: skip
-    return _linear_forward(hidden, unembedding, ids, temperature, chunk_size, split, with_entropy)[0]
-
-
-def _linear_forward(
-    hidden: jax.Array, unembedding: jax.Array, ids: jax.Array, temperature: jax.Array,
-    chunk_size: int, split: _Split, with_entropy: bool,
-) -> tuple[_Outputs, tuple[jax.Array | None, ...]]:  # fmt: skip
-    dtype = temperature.dtype
-    whole = _whole_width(unembedding, hidden.dtype, split)
-    here = _ids_here(ids, unembedding, split)
-
-    def step(sums: _Sums, start: jax.Array, size: int) -> _Sums:
-        block = jax.lax.dynamic_slice_in_dim(whole, start, size).astype(hidden.dtype)
-        logits = _block_logits(hidden, block, temperature)
-        # The outputs do not depend on `top`. Held constant, it drops out of their second derivatives (pmax has none).
-        top = jax.lax.stop_gradient(jnp.maximum(sums.top, jnp.max(logits, axis=-1)))
-        shifted = logits - top[..., None]
-        total, weighted = _rescaled(sums, top)
-        total += jnp.sum(jnp.exp(shifted), axis=-1)
-        if weighted is not None:
-            weighted += jnp.sum(jnp.exp(shifted) * _without_infinities(shifted), axis=-1)
-        return _Sums(top, total, weighted, sums.picked + picked_logits(logits, here - start))
-
-    zeros = jnp.zeros_like(ids, dtype=dtype)
-    # From the lowest finite number, not from -inf: a block in which every logit is -inf then adds 0 and not NaN.
-    first = _Sums(jnp.full_like(zeros, jnp.finfo(dtype).min), zeros, zeros if with_entropy else None, zeros)
-    sums = _over_blocks(step, first, unembedding.shape[0], min(chunk_size, unembedding.shape[0]))
-    known = (here >= 0) & (here < unembedding.shape[0])
-    if split.vocab is not None:  # each device has seen its own part of the vocabulary
-        top = jax.lax.pmax(sums.top, split.vocab)
-        parts = (*_rescaled(sums, top), sums.picked, known.astype(jnp.int32))
-        total, weighted, picked, found = jax.lax.psum(parts, split.vocab)
-        sums, known = _Sums(top, total, weighted, picked), found > 0
-    log_total = jnp.log(sums.total)
-    normalizer = sums.top + log_total
-    logprobs = jnp.where(known, sums.picked - normalizer, jnp.nan)
-    entropy = None if sums.weighted is None else log_total - sums.weighted / sums.total
-    return (logprobs, entropy), (hidden, unembedding, ids, temperature, normalizer, known, entropy)
-
-
-def _linear_backward(
-    chunk_size: int, split: _Split, with_entropy: bool, saved: tuple[jax.Array, ...], cotangents: _Outputs
-) -> tuple[jax.Array, jax.Array, None, jax.Array]:
-    hidden, unembedding, ids, temperature, normalizer, known, entropy = saved
-    whole = _whole_width(unembedding, hidden.dtype, split)
-    here = _ids_here(ids, unembedding, split)
-    d_logprobs, d_entropy = cotangents
-    # A position whose cotangent is 0 adds exactly nothing, whatever its hidden state holds. Where the state is
-    # finite, the zero is computed all the same, because it may have a second derivative.
-    finite = jnp.isfinite(normalizer)
-    picked = live = ((d_logprobs != 0) | finite) & known
-    if d_entropy is not None:
-        live = picked | (d_entropy != 0) | finite
-        entropy, entropy_weights = where_mask(live, entropy), where_mask(live, d_entropy) / temperature
-    h = where_mask(jnp.broadcast_to(live[..., None], hidden.shape), hidden)
-    normalizer, weights = where_mask(live, normalizer), where_mask(picked, d_logprobs) / temperature
-    dtype = normalizer.dtype
-
-    def step(state: _Backward, start: jax.Array, size: int) -> _Backward:
-        d_hidden, d_unembedding = state
-        block = jax.lax.dynamic_slice_in_dim(whole, start, size).astype(hidden.dtype)
-        log_p = _block_logits(h, block, temperature) - normalizer[..., None]
-        p = jnp.exp(log_p)
-        hit = jax.lax.broadcasted_iota(ids.dtype, p.shape, 2) == (here - start)[..., None]
-        d_logits = weights[..., None] * (hit.astype(dtype) - p)
-        if d_entropy is not None:
-            d_logits -= entropy_weights[..., None] * p * (_without_infinities(log_p) + entropy[..., None])
-        d_logits = d_logits.astype(h.dtype)
-        flat = d_logits.reshape(-1, size)
-        d_hidden += jnp.einsum("nv,vd->nd", flat, block, preferred_element_type=dtype).reshape(h.shape)
-        d_block = jnp.einsum("nv,nd->vd", flat, h.reshape(-1, h.shape[-1]), preferred_element_type=dtype)
-        return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_unembedding, d_block, start, axis=0)
-
-    # Both sums stay wide until the end: XLA on CPU would rewrite all of a 16-bit d_unembedding at every block.
-    first = (jnp.zeros_like(hidden, dtype=dtype), jnp.zeros_like(whole, dtype=dtype))
-    d_hidden, d_whole = _over_blocks(step, first, unembedding.shape[0], min(chunk_size, unembedding.shape[0]))
-    if split.width is not None:
-        # Scattered along a new leading axis: inside a learner, XLA on TPU forms no reduce-scatter along columns.
-        parts = d_whole.reshape(d_whole.shape[0], -1, unembedding.shape[1]).swapaxes(0, 1)
-        d_whole = jax.lax.psum_scatter(parts, split.width, scatter_dimension=0)
-    return d_hidden.astype(hidden.dtype), d_whole.astype(unembedding.dtype), None, jnp.zeros_like(temperature)
-
-
-_linear_logprobs.defvjp(_linear_forward, _linear_backward)
-
-
-def _whole_width(unembedding: jax.Array, dtype: jnp.dtype, split: _Split) -> jax.Array:
-    if split.width is None:
-        return unembedding
-    return jax.lax.all_gather(unembedding.astype(dtype), split.width, axis=1, tiled=True)  # in the narrower type
-
-
-def _ids_here(ids: jax.Array, unembedding: jax.Array, split: _Split) -> jax.Array:
-    """Count ids from the first row of this device's part of the vocabulary."""
-    return ids if split.vocab is None else ids - jax.lax.axis_index(split.vocab) * unembedding.shape[0]
-
-
-def _varying_alike(*xs: jax.Array) -> tuple[jax.Array, ...]:
-    # Inside shard_map, all inputs of the custom rule must vary over the same axes. Its gradients then vary as its inputs do,
-    # and shard_map itself sums the gradient of a replicated input. Adding a zero made of the other inputs marks an input as
-    # varying, and compiles to nothing.
-    zeros = [jnp.zeros_like(x, shape=(), dtype=jnp.int32) for x in xs]
-    zero = sum(zeros[1:], zeros[0])
-    return tuple(x + zero.astype(x.dtype) for x in xs)
+from pgjax.core.linear_on_mesh import layout_of, logprobs_by_layout
+from pgjax.core.logprobs import next_tokens, token_frame
+from pgjax.core.masking import as_float
+from pgjax.core.vocabulary_blocks import Options, Outputs
 
 
 def linear_token_logprobs(
@@ -188,8 +24,10 @@ def linear_token_logprobs(
     temperature: jax.typing.ArrayLike = 1.0,
     chunk_size: int = 1024,
     mesh: Mesh | AbstractMesh | None = None,
-    batch_axes: tuple[str, ...] = ("data", "fsdp"),
-    unembedding_axes: tuple[str | None, str | None] = (None, None),
+    batch_axes: tuple[str, ...] | None = None,
+    unembedding_axes: tuple[str | None, str | None] | None = None,
+    logit_cap: float | None = None,
+    vocab_size: int | None = None,
 ) -> jax.Array:
     """Compute the tokens' log-probabilities from hidden states, never holding the logits of the whole batch.
 
@@ -198,27 +36,37 @@ def linear_token_logprobs(
     normalizer, log sum_v exp(logit_v / temperature). Memory: a few times B * T * chunk_size floats. Through whole logits
     it is a few times B * T * V.
 
-    With parameters sharded over a mesh, pass `mesh`. The unembedding is gathered once before the loop and its gradient is
-    reduced once after it, so the loop does no communication. A split of the vocabulary is kept: each device loops over its
-    own part, and the sums are added up over devices after the loop.
+    On a mesh with Explicit axes (jax's default), the layout is read off the arguments' types, under `jit` and outside: rows,
+    and time, stay split as `hidden` has them. On a mesh with Auto axes (`parallel.mesh`), pass `mesh`. In both, the unembedding
+    is gathered over axes of the mesh that split rows once before the loop, and its gradient is reduced once after it, so the
+    loop does no communication. A split of the vocabulary over other axes is kept: each device loops over its own part, and
+    the sums are added up over devices after the loop.
+
+    Reverse mode only, but the gradient can be differentiated again, in both modes. For `jax.jvp` and `jax.linearize` of the
+    function itself, take `token_logprobs` of whole logits.
 
     Args:
       hidden: [B, T, D], the model's last hidden states, float32 or bfloat16 (products accumulate in float32).
       unembedding: [V, D]; the product is taken in the dtype of `hidden`.
-      tokens: [B, T] integer ids in [0, V); an id outside gives NaN at its place.
+      tokens: [B, T] integer ids in [0, V), or below `vocab_size`; another gives NaN at its place.
       temperature: [] above 0, the sampler's; may be traced; carries no gradient.
       chunk_size: how many entries of the vocabulary a step of the loop takes; V need not be a multiple of it.
-      mesh: devices to split the rows over, under `jit`; None inside the caller's own `shard_map` or `pmap`, or on one
-        device.
-      batch_axes: the axes of `mesh` that split B; the product of their sizes divides B.
+      mesh: with Auto axes, to split the rows over, under `jit`. None: on a mesh with Explicit axes, inside the caller's own
+        `shard_map` or `pmap`, or on one device.
+      batch_axes: the axes of `mesh` that split B; the product of their sizes divides B. None: data and fsdp, where `mesh`
+        has them.
       unembedding_axes: the axes of `mesh` that split V and D of the unembedding; None where it is not split. The axis of
         V must not be one of `batch_axes`. The axis of D must be one of them: its gradient comes back as a reduce-scatter.
+      logit_cap: above 0; logits become logit_cap * tanh(logits / logit_cap) before the temperature (Gemma 2). None: no cap.
+      vocab_size: how many of the V rows are ids, the first ones. The others pad the unembedding: their logits are -inf, and
+        they get no gradient. None: all of them.
 
     Returns:
       [B, T] float32, in nats; entry 0 is 0. Gradients come back in the dtypes of `hidden` and `unembedding`.
 
     Raises:
-      ValueError: `temperature` is a number not above 0, `chunk_size` is below 1, or the axes do not fit `mesh`.
+      ValueError: `temperature` or `logit_cap` is a number not above 0, `chunk_size` is below 1, `vocab_size` is not in
+        [1, V], or the axes do not fit the mesh.
       AssertionError: the shapes don't fit.
 
     Example:
@@ -228,8 +76,9 @@ def linear_token_logprobs(
       [[ 0.        -1.3862944 -1.3862944]]
     """
     logprobs, _ = _in_token_frame(
-        hidden, unembedding, tokens, temperature, chunk_size, mesh, batch_axes, unembedding_axes, with_entropy=False
-    )
+        hidden, unembedding, tokens, temperature, mesh, batch_axes, unembedding_axes,
+        Options(chunk_size, False, logit_cap, vocab_size),
+    )  # fmt: skip
     return logprobs
 
 
@@ -241,8 +90,10 @@ def linear_token_logprobs_and_entropy(
     temperature: jax.typing.ArrayLike = 1.0,
     chunk_size: int = 1024,
     mesh: Mesh | AbstractMesh | None = None,
-    batch_axes: tuple[str, ...] = ("data", "fsdp"),
-    unembedding_axes: tuple[str | None, str | None] = (None, None),
+    batch_axes: tuple[str, ...] | None = None,
+    unembedding_axes: tuple[str | None, str | None] | None = None,
+    logit_cap: float | None = None,
+    vocab_size: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Compute the tokens' log-probabilities and the entropies of their distributions in one pass over the vocabulary.
 
@@ -262,13 +113,16 @@ def linear_token_logprobs_and_entropy(
       mesh: devices to split the rows over, under `jit`.
       batch_axes: the axes of `mesh` that split B.
       unembedding_axes: the axes of `mesh` that split V and D of the unembedding.
+      logit_cap: the bound of the logits; None: no cap.
+      vocab_size: how many of the V rows are ids; None: all of them.
 
     Returns:
       (logprobs, entropy), each [B, T] float32, in nats; entry 0 is 0. entropy[:, t] is that of the distribution from which
       `tokens[:, t]` was drawn, and is not below 0.
 
     Raises:
-      ValueError: `temperature` is a number not above 0, `chunk_size` is below 1, or the axes do not fit `mesh`.
+      ValueError: `temperature` or `logit_cap` is a number not above 0, `chunk_size` is below 1, `vocab_size` is not in
+        [1, V], or the axes do not fit the mesh.
       AssertionError: the shapes don't fit.
 
     Example:
@@ -279,47 +133,42 @@ def linear_token_logprobs_and_entropy(
       [[0.        1.3862944 1.3862944]]
     """
     logprobs, entropy = _in_token_frame(
-        hidden, unembedding, tokens, temperature, chunk_size, mesh, batch_axes, unembedding_axes, with_entropy=True
-    )
+        hidden, unembedding, tokens, temperature, mesh, batch_axes, unembedding_axes,
+        Options(chunk_size, True, logit_cap, vocab_size),
+    )  # fmt: skip
     assert entropy is not None
     return logprobs, entropy
 
 
 def _in_token_frame(
-    hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array, temperature: jax.typing.ArrayLike, chunk_size: int,
-    mesh: Mesh | AbstractMesh | None, batch_axes: tuple[str, ...], unembedding_axes: tuple[str | None, str | None],
-    *, with_entropy: bool,
-) -> _Outputs:  # fmt: skip
+    hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array, temperature: jax.typing.ArrayLike,
+    mesh: Mesh | AbstractMesh | None, batch_axes: tuple[str, ...] | None,
+    unembedding_axes: tuple[str | None, str | None] | None, options: Options,
+) -> Outputs:  # fmt: skip
     """Check the arguments, run the rule on each device's rows, and shift its outputs to the tokens they speak of."""
     check_number("temperature", temperature, 0, strict=True)
+    hidden, unembedding, tokens = jnp.asarray(hidden), jnp.asarray(unembedding), jnp.asarray(tokens)
     chex.assert_rank([hidden, unembedding, tokens], [3, 2, 2])
     chex.assert_equal_shape_prefix([hidden, tokens], 2)
     chex.assert_axis_dimension(unembedding, 1, hidden.shape[2])
-    check_whole("chunk_size", chunk_size, 1)
+    options = _checked(options, unembedding.shape[0])
     scale = jnp.asarray(temperature).astype(as_float(hidden).dtype)
-    split = _Split(None, None) if mesh is None else _Split(*unembedding_axes)
-
-    def rows(h: jax.Array, w: jax.Array, ids: jax.Array, t: jax.Array) -> _Outputs:
-        return _linear_logprobs(*_varying_alike(h, w, ids, t), chunk_size, split, with_entropy)
-
-    if mesh is not None:
-        _check_axes(mesh, batch_axes, split)
-        if split.width is None:
-            unembedding = unembedding.astype(hidden.dtype)  # gathered in the narrower type
-        by_row = PartitionSpec(batch_axes)
-        specs = (by_row, PartitionSpec(*split), by_row, PartitionSpec())
-        rows = jax.shard_map(rows, mesh=mesh, in_specs=specs, out_specs=by_row)
-    return jax.tree.map(token_frame, rows(hidden, unembedding, next_tokens(tokens), scale))
+    layout = layout_of(hidden, unembedding, tokens, mesh, batch_axes, unembedding_axes)
+    found = logprobs_by_layout(hidden, unembedding, next_tokens(tokens), scale, layout, options)
+    return jax.tree.map(token_frame, found)
 
 
-def _check_axes(mesh: Mesh | AbstractMesh, batch_axes: tuple[str, ...], split: _Split) -> None:
-    absent = [axis for axis in (*batch_axes, *split) if axis is not None and axis not in mesh.axis_names]
-    if absent:
-        raise ValueError(
-            f"{absent} of batch_axes and unembedding_axes are not axes of the mesh, which has {mesh.axis_names}"
-        )
-    if split.vocab in batch_axes or (split.width is not None and split.width not in batch_axes):
-        raise ValueError(
-            f"unembedding_axes {tuple(split)}: the axis of the vocabulary must not be one of batch_axes {batch_axes}, and "
-            "that of the width must be one"
-        )
+def _checked(options: Options, rows: int) -> Options:
+    check_whole("chunk_size", options.chunk_size, 1)
+    cap, known = options.logit_cap, options.vocab_size
+    if cap is not None:
+        if isinstance(cap, jax.core.Tracer):
+            raise ValueError("logit_cap must be a number that is known when the function is traced, got a traced one")
+        check_number("logit_cap", cap, 0, jnp.inf, strict=True)
+        options = options._replace(logit_cap=float(cap))
+    if known is not None:
+        check_whole("vocab_size", known, 1)
+        if known > rows:
+            raise ValueError(f"vocab_size={known} is more than the {rows} rows of the unembedding")
+        options = options._replace(vocab_size=None if known == rows else int(known))
+    return options

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pgjax.core.checks import check_number
+from pgjax.core.layouts import like, whole_along
 from pgjax.core.masking import as_float
 
 
@@ -28,7 +29,8 @@ def token_frame(x: jax.Array) -> jax.Array:
       >>> print(token_frame(jnp.array([[1.0, 2.0, 3.0]])))
       [[0. 1. 2.]]
     """
-    return jnp.concatenate([jnp.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
+    whole = whole_along(x, 1)
+    return like(jnp.concatenate([jnp.zeros_like(whole[:, :1]), whole[:, :-1]], axis=1), x)
 
 
 def next_tokens(tokens: jax.Array) -> jax.Array:
@@ -39,7 +41,8 @@ def next_tokens(tokens: jax.Array) -> jax.Array:
       [[6 7 0]]
     """
     tokens = jnp.asarray(tokens).astype(jnp.int32)
-    return jnp.concatenate([tokens[:, 1:], jnp.zeros_like(tokens[:, :1])], axis=1)
+    whole = whole_along(tokens, 1)
+    return like(jnp.concatenate([whole[:, 1:], jnp.zeros_like(whole[:, :1])], axis=1), tokens)
 
 
 def _scaled(logits: jax.Array, temperature: jax.typing.ArrayLike) -> jax.Array:

@@ -14,7 +14,7 @@ from pgjax.core.masking import masked_mean, where_mask
 from pgjax.learning.algorithm import Algorithm, Batch
 from pgjax.learning.optimizer import Metrics
 from pgjax.models.causal_lm import CausalLM
-from pgjax.models.heads import head_logprobs, head_logprobs_and_entropy, token_values
+from pgjax.models.heads import head_logprobs, head_logprobs_and_entropy, logit_options, token_values
 
 
 def token_weights(mask: jax.Array, reduce: str) -> jax.Array | None:
@@ -86,10 +86,11 @@ def policy_loss(
     group = {"prompt_length": batch.tokens.shape[1] - window + 1, "group_size": group_size}
     hidden = lm.hidden(params["lm"], batch.tokens, batch.attention_mask, **group)[:, -window:]
     of_head = hidden, lm.unembedding(params["lm"]), batch.tokens[:, -window:]
+    options = {"temperature": temperature, **logit_options(lm.arch)}
     if algorithm.entropy_coef != 0:
-        logprobs, entropy = head_logprobs_and_entropy(*of_head, temperature=temperature)
+        logprobs, entropy = head_logprobs_and_entropy(*of_head, **options)
     else:
-        logprobs, entropy = head_logprobs(*of_head, temperature=temperature), None
+        logprobs, entropy = head_logprobs(*of_head, **options), None
     old_logprobs = jax.lax.stop_gradient(logprobs) if batch.old_logprobs is None else batch.old_logprobs
     batch = batch._replace(old_logprobs=old_logprobs)
 

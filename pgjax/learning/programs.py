@@ -17,7 +17,7 @@ from pgjax.learning.algorithm import Algorithm, Batch, Experience, check_algorit
 from pgjax.learning.optimizer import Metrics, TrainState, Transformation, accumulate, apply_gradient
 from pgjax.learning.policy_loss import policy_loss, token_weights
 from pgjax.models.causal_lm import CausalLM
-from pgjax.models.heads import head_logprobs, head_logprobs_and_entropy, token_values
+from pgjax.models.heads import head_logprobs, head_logprobs_and_entropy, logit_options, token_values
 from pgjax.models.lora import with_lora
 from pgjax.parallel.sharding import ambient_mesh, check_batch, constrain, constrain_batch
 from pgjax.rollout.sample import Rollout, Scored
@@ -72,7 +72,8 @@ def teacher_force(
     """
 
     def read(hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array) -> Scored:
-        logprobs, entropy = head_logprobs_and_entropy(hidden, unembedding, tokens, temperature=temperature)
+        options = {"temperature": temperature, **logit_options(lm.arch)}
+        logprobs, entropy = head_logprobs_and_entropy(hidden, unembedding, tokens, **options)
         return Scored(logprobs, token_values(params["value"], hidden), entropy)
 
     return _in_parts(read, lm, params["lm"], tokens, attention_mask, window, parts, group_size)
@@ -113,7 +114,7 @@ def reference_logprobs(
     >>> reference_logprobs(lm, lm.init(jax.random.key(0)), ones, ones > 0, jnp.float32(1.0), window=3, parts=2).shape
     (2, 3)
     """
-    read = functools.partial(head_logprobs, temperature=temperature)
+    read = functools.partial(head_logprobs, temperature=temperature, **logit_options(lm.arch))
     return _in_parts(read, lm, params, tokens, attention_mask, window, parts, group_size)
 
 

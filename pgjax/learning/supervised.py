@@ -13,7 +13,7 @@ from pgjax.core.losses import cross_entropy_loss
 from pgjax.data.packing import Packed
 from pgjax.learning.optimizer import Metrics, TrainState, Transformation, accumulate, apply_gradient
 from pgjax.models.causal_lm import CausalLM, Params
-from pgjax.models.heads import head_logprobs
+from pgjax.models.heads import head_logprobs, logit_options
 from pgjax.models.lora import with_lora
 from pgjax.parallel import sharding
 
@@ -30,7 +30,7 @@ def logprobs(lm: CausalLM, params: Any, packed: Packed) -> jax.Array:
       [B, L] float32, nats; the entry of a segment's first token means nothing.
     """
     hidden = lm.hidden(params, packed.tokens, None, packed.segment_ids)
-    return head_logprobs(hidden, lm.unembedding(params), packed.tokens)
+    return head_logprobs(hidden, lm.unembedding(params), packed.tokens, **logit_options(lm.arch))
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "optimizer", "microbatches"), donate_argnames="state")

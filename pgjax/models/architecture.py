@@ -93,6 +93,7 @@ class Architecture:
     attention_cap: float | None = None  # scores become cap * tanh(scores / cap)
     logit_scale: float | None = None  # hidden states behind the last norm are multiplied by it
     logit_cap: float | None = None  # logits become cap * tanh(logits / cap)
+    known_ids: int | None = None  # ids from here on pad the embedding and have probability 0; None: there are none
     # What differs from layer to layer.
     window: int | None = None  # keys that a query of a windowed layer sees, the token itself included
     windowed: tuple[bool, ...] | None = None  # which layers have the window; None: all

@@ -211,7 +211,8 @@ def _built(
         attention_mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
     ) -> jax.Array:
-        return logits_of(hidden(params, tokens, attention_mask, segment_ids), unembedding(params), cap=arch.logit_cap)
+        states = hidden(params, tokens, attention_mask, segment_ids)
+        return logits_of(states, unembedding(params), cap=arch.logit_cap, known_ids=arch.known_ids)
 
     def init_cache(batch: int, length: int) -> Cache:
         def one(window: int | None) -> KeyValue:
@@ -300,10 +301,10 @@ def _decoded(
     return x[:, 0], tuple(written)
 
 
-def logits_of(hidden: jax.Array, unembedding: jax.Array, *, cap: float | None = None) -> jax.Array:
-    """Return hidden [..., D] @ unembedding[V, D].T in float32, multiplied in the dtype of `hidden`.
-
-    With a cap, cap * tanh(logits / cap).
+def logits_of(
+    hidden: jax.Array, unembedding: jax.Array, *, cap: float | None = None, known_ids: int | None = None
+) -> jax.Array:
+    """Return hidden [..., D] @ unembedding[V, D].T in float32, multiplied in the dtype of `hidden`; then `bounded_logits`.
 
     >>> import jax.numpy as jnp
     >>> logits_of(jnp.ones((2, 3)), jnp.ones((5, 3))).shape
@@ -311,7 +312,21 @@ def logits_of(hidden: jax.Array, unembedding: jax.Array, *, cap: float | None = 
     """
     contract = (((hidden.ndim - 1,), (1,)), ((), ()))
     logits = jax.lax.dot_general(hidden, unembedding.astype(hidden.dtype), contract, preferred_element_type=jnp.float32)
-    return logits if cap is None else cap * jnp.tanh(logits / cap)
+    return bounded_logits(logits, cap=cap, known_ids=known_ids)
+
+
+def bounded_logits(logits: jax.Array, *, cap: float | None, known_ids: int | None) -> jax.Array:
+    """Cap logits softly, and put -inf where an id only pads the embedding: what `Architecture` says of them.
+
+    >>> bounded_logits(jnp.array([0.0, 9.0, 9.0]), cap=2.0, known_ids=2).round(3).tolist()
+    [0.0, 2.0, -inf]
+    """
+    if cap is not None:
+        logits = cap * jnp.tanh(logits / cap)
+    if known_ids is not None:
+        known = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) < known_ids
+        logits = jnp.where(known, logits, -jnp.inf)
+    return logits
 
 
 def _split(cache: jax.Array) -> jax.Array:

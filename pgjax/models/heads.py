@@ -11,12 +11,19 @@ import jax.numpy as jnp
 from pgjax.core.linear_logprobs import linear_token_logprobs, linear_token_logprobs_and_entropy
 from pgjax.core.logprobs import token_frame
 from pgjax.core.masking import as_floats, where_mask
+from pgjax.models.architecture import Architecture
 from pgjax.models.transformer import along_last
 from pgjax.parallel.sharding import ambient_mesh, fitting
 
 
 def head_logprobs(
-    hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array, *, temperature: jax.typing.ArrayLike = 1.0
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    tokens: jax.Array,
+    *,
+    temperature: jax.typing.ArrayLike = 1.0,
+    logit_cap: float | None = None,
+    vocab_size: int | None = None,
 ) -> jax.Array:
     """Compute `linear_token_logprobs` over the ambient mesh, with rows and unembedding split as `parallel.sharding` says.
 
@@ -25,6 +32,7 @@ def head_logprobs(
         unembedding: [V, D].
         tokens: [B, T] ids.
         temperature: [] the sampler's.
+        logit_cap, vocab_size: of the architecture (`logit_options`).
 
     Returns:
         [B, T] float32, nats, in the token frame.
@@ -33,12 +41,18 @@ def head_logprobs(
     >>> head_logprobs(jnp.ones((1, 2, 2)), jnp.zeros((4, 2)), jnp.array([[0, 1]])).round(3).tolist()
     [[0.0, -1.3860000371932983]]
     """
-    axes = _mesh_axes(hidden, unembedding)
-    return linear_token_logprobs(hidden, unembedding, tokens, temperature=temperature, **axes)
+    options: dict[str, Any] = {"temperature": temperature, "logit_cap": logit_cap, "vocab_size": vocab_size}
+    return linear_token_logprobs(hidden, unembedding, tokens, **options, **_mesh_axes(hidden, unembedding))
 
 
 def head_logprobs_and_entropy(
-    hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array, *, temperature: jax.typing.ArrayLike = 1.0
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    tokens: jax.Array,
+    *,
+    temperature: jax.typing.ArrayLike = 1.0,
+    logit_cap: float | None = None,
+    vocab_size: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Compute `linear_token_logprobs_and_entropy` over the ambient mesh, as `head_logprobs` does.
 
@@ -47,6 +61,7 @@ def head_logprobs_and_entropy(
         unembedding: [V, D].
         tokens: [B, T] ids.
         temperature: [] the sampler's.
+        logit_cap, vocab_size: of the architecture (`logit_options`).
 
     Returns:
         (logprobs, entropy), each [B, T] float32, nats, in the token frame.
@@ -56,8 +71,19 @@ def head_logprobs_and_entropy(
     >>> entropy.round(3).tolist()
     [[0.0, 1.3860000371932983]]
     """
-    axes = _mesh_axes(hidden, unembedding)
-    return linear_token_logprobs_and_entropy(hidden, unembedding, tokens, temperature=temperature, **axes)
+    options: dict[str, Any] = {"temperature": temperature, "logit_cap": logit_cap, "vocab_size": vocab_size}
+    return linear_token_logprobs_and_entropy(hidden, unembedding, tokens, **options, **_mesh_axes(hidden, unembedding))
+
+
+def logit_options(arch: Architecture) -> dict[str, Any]:
+    """Name what an architecture does to its logits, as `head_logprobs` and `linear_token_logprobs` take it.
+
+    >>> from pgjax.models.io.config import architecture_of
+    >>> config = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 4}
+    >>> logit_options(architecture_of(config))
+    {'logit_cap': None, 'vocab_size': None}
+    """
+    return {"logit_cap": arch.logit_cap, "vocab_size": arch.known_ids}
 
 
 def _mesh_axes(hidden: jax.Array, unembedding: jax.Array) -> dict[str, Any]:

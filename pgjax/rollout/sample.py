@@ -12,7 +12,7 @@ import numpy as np
 
 from pgjax.core.checks import check_whole
 from pgjax.data.padding import bucket_length
-from pgjax.models.causal_lm import CausalLM, Params, decode_params
+from pgjax.models.causal_lm import CausalLM, Params, bounded_logits, decode_params
 from pgjax.models.heads import state_values
 from pgjax.models.shared_prompts import check_groups, firsts, repeated
 from pgjax.models.transformer import columns_dot
@@ -204,7 +204,8 @@ def _generate(
 
     def choose(hidden: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
         # Every device draws for rows of its own, tensor's too, and needs their logits whole: these change hands here.
-        logits = constrain(constrain(columns_dot(unembedding, hidden), "batch", "vocab"), "row")
+        logits = bounded_logits(columns_dot(unembedding, hidden), cap=lm.arch.logit_cap, known_ids=lm.arch.known_ids)
+        logits = constrain(constrain(logits, "batch", "vocab"), "row")
         kept = kept_logits(logits, **options)
         token, logprob = draw(kept, row_keys, constrain(prompt_lengths + step, "batch"))
         if value_head is None:

@@ -16,7 +16,7 @@ from pgjax.models.architecture import Architecture
 from pgjax.models.causal_lm import CausalLM, causal_lm
 from pgjax.models.io.config import architecture_of, config_of
 from pgjax.models.io.gguf import read_gguf
-from pgjax.models.io.resize import with_rows
+from pgjax.models.io.resize import with_known_ids, with_rows
 from pgjax.models.io.save import write_folder
 from pgjax.models.io.sources import find
 from pgjax.models.io.tensors import Tensors, read_json, read_params, safetensors_of, some_rows_digest
@@ -70,6 +70,7 @@ def load(
                 arch, tensors = with_rows(arch, tensors, largest_id(tokenizer) + 1)
             mend = "give it rows by resize_embedding=True"
             prepare_tokenizer(tokenizer, vocab_size=arch.vocab_size, origin=str(path), mend=mend)
+            arch = with_known_ids(arch, tokenizer)
         lm = causal_lm(arch, dtype=compute_dtype(dtype), param_dtype=param_dtype, remat=remat)
         shapes = laid_out(mesh, jax.eval_shape(lm.init, jax.random.key(0)))
         return (lm, read_params(arch, shapes, tensors), tokenizer), tensors

@@ -1,14 +1,16 @@
-"""Rows of an embedding for the tokens that a tokenizer has beyond it."""
+"""Where a tokenizer and an embedding differ in size: rows for the tokens beyond it, and ids that only pad it."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 
 from pgjax.models.architecture import Architecture
 from pgjax.models.io.tensors import Box, Tensors
+from pgjax.models.io.tokenizer import largest_id
 
 _BY_TOKEN = (
     "embed_tokens.weight",
@@ -66,3 +68,17 @@ def with_rows(arch: Architecture, tensors: Tensors, vocab_size: int) -> tuple[Ar
 
     shapes = {name: (vocab_size, *shape[1:]) if name in grown else shape for name, shape in tensors.shapes.items()}
     return dataclasses.replace(arch, vocab_size=vocab_size), Tensors(tensors.origin, shapes, read)
+
+
+def with_known_ids(arch: Architecture, tokenizer: Any) -> Architecture:
+    """Say which ids a model's tokenizer knows, where the embedding is padded beyond them: the others have probability 0.
+
+    Args:
+        arch: the model's architecture.
+        tokenizer: whose ids all have a row in the embedding.
+
+    Returns:
+        It, with its `known_ids`; None there where each row of the embedding has its id.
+    """
+    known = largest_id(tokenizer) + 1
+    return dataclasses.replace(arch, known_ids=known if known < arch.vocab_size else None)

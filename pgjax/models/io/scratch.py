@@ -15,6 +15,7 @@ from pgjax.core.errors import UserError
 from pgjax.models.architecture import Architecture, Rope
 from pgjax.models.causal_lm import CausalLM, Params, causal_lm
 from pgjax.models.io.config import architecture_of
+from pgjax.models.io.resize import with_known_ids
 from pgjax.models.io.tensors import read_json
 from pgjax.parallel import sharding
 
@@ -140,6 +141,6 @@ def new_model(
         raise UserError(f"vocab_size={vocab_size} is more than the {arch.vocab_size} entries that {config} has")
     if tokenizer is None:
         tokenizer = train_tokenizer(texts, vocab_size)
-    arch = small_architecture(len(tokenizer)) if arch is None else arch
+    arch = small_architecture(len(tokenizer)) if arch is None else with_known_ids(arch, tokenizer)
     lm = causal_lm(arch, dtype=jnp.float32 if dtype is None else jnp.dtype(dtype).type)
     return lm, sharding.init_sharded(lm.init, key, mesh=mesh), tokenizer
