@@ -8,10 +8,23 @@ import pytest
 import pgjax as pg
 from pgjax.models.causal_lm import causal_lm
 from pgjax.models.heads import head_logprobs
+from pgjax.models.io.families import FAMILIES
 from pgjax.models.reward_model import from_causal_lm
 from pgjax.rollout.sample import sample
 from tests.compare import assert_close
-from tests.family_checks import MASK, TOKENS, applied, greedy, logits, lora, opened, reward_model, save, sharded
+from tests.family_checks import (
+    MASK,
+    TOKENS,
+    applied,
+    greedy,
+    logits,
+    lora,
+    of_page,
+    opened,
+    reward_model,
+    save,
+    sharded,
+)
 from tests.family_models import CASES
 from tests.sizes import campaign_but_for
 
@@ -99,3 +112,9 @@ def test_in_16_bits_logits_are_near_those_in_32(case):
     exact, rounded = (applied(lm, params, TOKENS, MASK) for lm in (lm, causal_lm(lm.arch, dtype=jnp.bfloat16)))
     off = np.abs(np.asarray(rounded) - np.asarray(exact))[MASK]
     assert np.median(off) < 0.03 * np.abs(exact).max()  # a router may choose otherwise for a few tokens
+
+
+def test_the_page_has_a_row_for_every_family_and_none_that_fails():
+    rows = [line.strip("| \n").split(" | ") for line in of_page().splitlines()[2:]]
+    assert {row[0] for row in rows} == FAMILIES.keys() - {"gpt2"}  # it has tests of its own
+    assert all(cell == "yes" for row in rows for cell in row[1:])
