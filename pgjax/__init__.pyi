@@ -90,6 +90,7 @@ from pgjax.learning.ratio_algorithms import sapo as sapo
 from pgjax.learning.ratio_algorithms import squared_log_ratio as squared_log_ratio
 from pgjax.learning.ratio_algorithms import vespo as vespo
 from pgjax.models.architecture import Architecture as Architecture
+from pgjax.models.architecture import Experts as Experts
 from pgjax.models.architecture import Rope as Rope
 from pgjax.models.bundle import bundle as bundle
 from pgjax.models.causal_lm import CausalLM as CausalLM

@@ -83,7 +83,8 @@ def sharded(case):
     @jax.jit
     def update(params, tokens, mask):
         def loss(params):
-            logprobs = head_logprobs(lm.hidden(params, tokens, mask), lm.unembedding(params), tokens)
+            of_head = lm.hidden(params, tokens, mask), lm.unembedding(params), tokens
+            logprobs = head_logprobs(*of_head, logit_cap=lm.arch.logit_cap)
             return -jnp.sum(jnp.where(mask, logprobs, 0.0)) / 9
 
         return jax.value_and_grad(loss)(params)

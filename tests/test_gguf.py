@@ -1,5 +1,6 @@
 """GGUF files made here with the package gguf: weights, permuted rows, tokenizers, and errors that name the cause."""
 
+import json
 from pathlib import Path
 
 import gguf
@@ -12,6 +13,7 @@ from pgjax.models.io.gguf import unpermute
 from pgjax.models.io.load import load
 from pgjax.models.io.stops import stop_ids
 from pgjax.models.io.tokenizer import gguf_tokenizer
+from tests.compare import assert_same_bits
 
 GOLDENS = Path(__file__).parent / "goldens"
 NAMES = {  # llama.cpp's names, written out again so that a slip in the table of the module shows
@@ -24,6 +26,13 @@ NAMES = {  # llama.cpp's names, written out again so that a slip in the table of
     "mlp.gate_proj.weight": "ffn_gate.weight",
     "mlp.up_proj.weight": "ffn_up.weight",
     "mlp.down_proj.weight": "ffn_down.weight",
+}
+OF_QWEN = NAMES | {
+    "self_attn.q_proj.bias": "attn_q.bias",
+    "self_attn.k_proj.bias": "attn_k.bias",
+    "self_attn.v_proj.bias": "attn_v.bias",
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
 }
 FIELDS = {
     "general.architecture": "llama",
@@ -87,6 +96,31 @@ def test_gguf_holds_the_same_model_as_the_folder(tmp_path):
     assert lm.arch == expected_lm.arch
     assert tokenizer is None
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, expected))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_gguf_of_qwen_is_the_same_model_as_the_folder(tmp_path, family):
+    folder = GOLDENS / family
+    tensors, layer = load_file(folder / "model.safetensors"), "model.layers."
+    outer = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    outer["lm_head.weight"] = "output.weight"
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", family)
+    config = json.loads((folder / "config.json").read_text())
+    values = {**{name.replace("llama.", f"{family}."): value for name, value in FIELDS.items()},
+              f"{family}.attention.key_length": config.get("head_dim", 8), f"{family}.rope.freq_base": 10000.0}  # fmt: skip
+    for name, value in values.items():
+        if name != "general.architecture":
+            add_field(writer, name, value)
+    for name, value in tensors.items():
+        number, _, rest = name.removeprefix(layer).partition(".")
+        writer.add_tensor(outer[name] if name in outer else f"blk.{number}.{OF_QWEN[rest]}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (lm, params, _), (expected_lm, expected, _) = load(tmp_path / "model.gguf"), load(folder)
+    assert lm.arch == expected_lm.arch
+    assert_same_bits(params, expected)
 
 
 @pytest.mark.parametrize(("kind", "bits"), [(Q.F16, 11), (Q.BF16, 8), (Q.Q8_0, 7), (Q.Q4_1, 3)])
@@ -165,6 +199,7 @@ def byte_level_fields(pre, **more):
         ("smollm", "ab ab 12", ["ab", "\u0120ab", "\u0120", "1", "2"]),
         ("llama-bpe", "ab ab12 1212", ["<s>", "ab", "\u0120ab", "12", "\u0120", "12", "1", "2"]),
         ("smollm", "a</s>b<think>", ["a", "</s>", "b", "<think>"]),
+        ("qwen2", "ab ab12 12", ["ab", "\u0120ab", "1", "2", "\u0120", "1", "2"]),
     ],
 )
 def test_text_is_cut_as_the_file_says(pre, text, pieces):

@@ -197,7 +197,7 @@ def test_a_folder_that_holds_no_model_and_a_file_of_another_kind_are_named(tmp_p
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):
         load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    with pytest.raises(ValueError, match=r"config\.json: model_type 'mamba' is not supported; supported: gemma, "):
+    with pytest.raises(ValueError, match=r"config\.json: model_type 'mamba' is not supported; supported: cohere2, "):
         load(tmp_path)
 
 

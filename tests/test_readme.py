@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 LOSSES, MODEL, ALGORITHM, REWARD = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 SCRIPTS = ("export", "ppo", "sft", "reward_model", "rlhf", "overoptimisation")
 # flags of other programs: pip, gcloud, srun
-FOREIGN = {"no-deps", "recurse", "worker", "zone", "command", "nodes", "ntasks-per-node", "gpus-per-node"}
+FOREIGN = {"no-deps", "recurse", "write", "worker", "zone", "command", "nodes", "ntasks-per-node", "gpus-per-node"}
 
 
 @pytest.fixture

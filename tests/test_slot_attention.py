@@ -30,9 +30,9 @@ def case(batch, heads, kv_heads, length, head_dim, index, dtype=np.float32):
     return query, keys, values, jnp.asarray(slots), jnp.int32(index)
 
 
-def plainly(query, keys, values, slots, _):
+def plainly(query, keys, values, slots, _, **scale):
     """What it must equal."""
-    return attention(query, keys, values, slots[:, None, :])
+    return attention(query, keys, values, slots[:, None, :], **scale)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,7 @@ def plainly(query, keys, values, slots, _):
 def test_it_equals_attention_under_a_mask(heads, kv_heads, length, head_dim, index):
     arguments = case(3, heads, kv_heads, length, head_dim, index)
     assert_close(interpreted(*arguments), plainly(*arguments), 2e-6)
+    assert_close(interpreted(*arguments, scale=0.4), plainly(*arguments, scale=0.4), 2e-6)
     half = case(3, heads, kv_heads, length, head_dim, index, jnp.bfloat16)
     exact = plainly(*(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in half))
     assert_close(interpreted(*half), exact, 0.02)  # scores and sums in float32, weights and result rounded

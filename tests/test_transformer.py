@@ -254,3 +254,13 @@ def test_cached_decode_equals_teacher_forcing(name):
     cached = logits_of(jnp.stack(stepwise, 1), lm.unembedding(params))
     forced = np.asarray(tiny_apply(name)(params, tokens, mask))[:, start - 1 :]
     assert_close(cached, forced, of_max=1e-5)
+
+
+def test_longrope_goes_by_the_length_of_the_array_and_dynamic_ends_where_it_would_change():
+    rope = Rope(100.0, original_max_positions=8, scaling="longrope", short_factors=(1.0, 2.0), long_factors=(4.0, 8.0))
+    short, long = (np.asarray(rope_frequencies(rope, 4, length)) for length in (8, 9))
+    assert_close(short, [1.0, 0.05], 1e-7)
+    assert_close(long, [0.25, 0.0125], 1e-7)
+    dynamic = dataclasses.replace(rope, factor=2.0, scaling="dynamic")
+    table = rotary_table(dynamic, 4, jnp.array([[7, 8]]))
+    assert [bool(np.isnan(x[0, 0, i]).all()) for x in table for i in (0, 1)] == [False, True] * 2

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pgjax.core.errors import UserError
 from pgjax.models.architecture import Architecture, layer_kinds
 from pgjax.models.attention import Kernel, attention, cuda_capability, cudnn_takes
 from pgjax.models.decode_attention import slot_attention, takes
@@ -172,6 +173,9 @@ def causal_lm(
             (`attention.attention`). None: cuDNN if the default device and the sizes allow it, otherwise masked. Rows with
             segment_ids are always masked. With "cudnn", a decode step attends to its cache by `slot_attention`.
 
+    Raises:
+        UserError: a fused kernel for a model that caps the scores of attention.
+
     Returns:
         A `CausalLM`. Parameters are nested dicts; leaves under "layers" are stacked over depth.
 
@@ -185,6 +189,10 @@ def causal_lm(
     >>> lm.apply(params, jax.numpy.array([[1, 2, 3]])).shape
     (1, 3, 11)
     """
+    if arch.attention_cap is not None and kernel not in (None, "masked"):
+        raise UserError(
+            f"kernel={kernel!r} has no cap on the scores of attention, which {arch.family} needs: take 'masked'"
+        )
     return _built(arch, jnp.dtype(dtype), jnp.dtype(param_dtype), remat, kernel)
 
 

@@ -15,6 +15,7 @@ from pgjax.models.architecture import Architecture, Experts
 from pgjax.parallel.sharding import ambient_mesh, fitting
 
 Activation = Callable[[jax.Array], jax.Array]
+BLOCK = 32  # rows that a CPU multiplies at a time
 MAPS = ("expert_gate", "expert_up", "expert_down")
 
 
@@ -49,8 +50,8 @@ def through_experts(
 ) -> jax.Array:
     """Map x [B, T, D] through the chosen experts: y = sum_e p_e down_e(act(gate_e x) * up_e x).
 
-    No token is dropped, however many choose one expert: the (token, expert) pairs are sorted by expert, and one ragged product
-    multiplies each run of them by its expert's kernel. Under a mesh, every device does so for its own rows and its own part of
+    No token is dropped, however many choose one expert: the (token, expert) pairs are sorted by expert, and each run of them is
+    multiplied by its expert's kernel (`expert_dot`). Under a mesh, every device does so for its own rows and its own part of
     each expert's width, and the parts are summed over tensor.
 
     >>> from pgjax.models.architecture import Experts
@@ -68,7 +69,7 @@ def through_experts(
     wide = PartitionSpec(None, None, split)
     specs = (PartitionSpec(rows), PartitionSpec(), wide, wide, PartitionSpec(None, split))
     run = functools.partial(run, summed_over=split)
-    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(rows))(x, *kernels)
+    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(rows), check_vma=False)(x, *kernels)
 
 
 def routed(logits: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array]:
@@ -80,6 +81,94 @@ def routed(logits: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array]:
     """
     weights, chosen = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), experts.per_token)
     return weights / weights.sum(-1, keepdims=True) if experts.normalized else weights, chosen
+
+
+@jax.custom_vjp
+def expert_dot(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Multiply rows that are sorted by expert by each one's kernel, in time in proportion to the rows.
+
+    On a GPU and a TPU it is `jax.lax.ragged_dot`. On a CPU that multiplies every row by every expert; here a loop goes over the
+    experts that have rows, and over blocks of their rows.
+
+    Args:
+        x: [M, D], first the rows of expert 0, then those of expert 1, ...
+        kernels: [E, D, F].
+        sizes: [E] int32, the rows of each, M in all.
+
+    Returns:
+        [M, F] float32.
+
+    >>> expert_dot(jnp.ones((3, 1)), jnp.array([[[2.0]], [[5.0]]]), jnp.array([1, 2])).ravel().tolist()
+    [2.0, 5.0, 5.0]
+    """
+    return jax.lax.platform_dependent(x, kernels, sizes, cpu=_looped, default=_ragged)
+
+
+def _ragged(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
+    return jax.lax.ragged_dot(x, kernels, sizes, preferred_element_type=jnp.float32)
+
+
+def _by_block(sizes: jax.Array, carry: Any, use: Callable[[jax.Array, jax.Array, jax.Array, Any], Any]) -> Any:
+    """Fold `use(expert, first row, row past the expert's last, carry)` over the blocks of rows of each expert that has some."""
+    ends = jnp.cumsum(sizes)
+
+    def one(expert: jax.Array, carry: Any) -> Any:
+        first, end = ends[expert] - sizes[expert], ends[expert]
+        blocks = (sizes[expert] + BLOCK - 1) // BLOCK
+        return jax.lax.fori_loop(0, blocks, lambda i, carry: use(expert, first + i * BLOCK, end, carry), carry)
+
+    return jax.lax.fori_loop(0, len(sizes), one, carry)
+
+
+def _looped(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
+    rows, past = x.shape[0], ((0, BLOCK), (0, 0))
+    x = jnp.pad(x, past)
+
+    def use(expert: jax.Array, first: jax.Array, _: jax.Array, out: jax.Array) -> jax.Array:
+        block = jax.lax.dynamic_slice_in_dim(x, first, BLOCK)
+        product = jnp.matmul(block, kernels[expert], preferred_element_type=jnp.float32)
+        # Rows past the expert's last belong to later ones, which write them again.
+        return jax.lax.dynamic_update_slice_in_dim(out, product, first, axis=0)
+
+    return _by_block(sizes, jnp.zeros((rows + BLOCK, kernels.shape[2]), jnp.float32), use)[:rows]
+
+
+def _looped_by_kernel(x: jax.Array, cotangent: jax.Array, sizes: jax.Array) -> jax.Array:
+    past = ((0, BLOCK), (0, 0))
+    x, cotangent = jnp.pad(x, past), jnp.pad(cotangent, past)
+
+    def use(expert: jax.Array, first: jax.Array, end: jax.Array, out: jax.Array) -> jax.Array:
+        theirs = (first + jnp.arange(BLOCK) < end)[:, None]
+        left = jnp.where(theirs, jax.lax.dynamic_slice_in_dim(x, first, BLOCK), 0)
+        product = jnp.matmul(
+            left.T, jax.lax.dynamic_slice_in_dim(cotangent, first, BLOCK), preferred_element_type=jnp.float32
+        )
+        return out.at[expert].add(product)
+
+    shape = len(sizes), x.shape[1], cotangent.shape[1]
+    return _by_block(sizes, jnp.zeros(shape, jnp.float32), use)
+
+
+def _ragged_by_kernel(x: jax.Array, cotangent: jax.Array, sizes: jax.Array) -> jax.Array:
+    over_rows = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+    )
+    return jax.lax.ragged_dot_general(x, cotangent, sizes, over_rows, preferred_element_type=jnp.float32)
+
+
+def _forward(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return expert_dot(x, kernels, sizes), (x, kernels, sizes)
+
+
+def _backward(saved: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    x, kernels, sizes = saved
+    cotangent = cotangent.astype(x.dtype)
+    by_x = expert_dot(cotangent, kernels.swapaxes(1, 2), sizes).astype(x.dtype)
+    by_kernel = jax.lax.platform_dependent(x, cotangent, sizes, cpu=_looped_by_kernel, default=_ragged_by_kernel)
+    return by_x, by_kernel.astype(kernels.dtype), None
+
+
+expert_dot.defvjp(_forward, _backward)
 
 
 def _run(
@@ -98,10 +187,9 @@ def _run(
     weights, chosen = routed(logits, experts)
     order = jnp.argsort(chosen.ravel(), stable=True)  # of (token, expert) pairs
     sizes = jnp.bincount(chosen.ravel(), length=experts.number).astype(jnp.int32)
-    product = functools.partial(jax.lax.ragged_dot, group_sizes=sizes, preferred_element_type=jnp.float32)
     pairs = tokens[order // experts.per_token]
-    inner = (activation(product(pairs, gate)) * product(pairs, up)).astype(x.dtype)
-    out = product(inner, down)[jnp.argsort(order)].reshape(*chosen.shape, -1)
+    inner = (activation(expert_dot(pairs, gate, sizes)) * expert_dot(pairs, up, sizes)).astype(x.dtype)
+    out = expert_dot(inner, down, sizes)[jnp.argsort(order)].reshape(*chosen.shape, -1)
     y = jnp.sum(out * weights[:, :, None], axis=1)
     y = jax.lax.psum(y, summed_over) if summed_over else y
     return y.astype(x.dtype).reshape(x.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -40,7 +41,7 @@ def reward_model(
     be on either side. Its id does not matter, and may be the end-of-sequence id.
 
     Args:
-        arch: of the body; its field `tied` has no effect.
+        arch: of the body; its fields `tied`, `logit_scale` and `logit_cap` have no effect.
         dtype: of activations.
         param_dtype: of the parameters that `init` makes.
         remat: recompute each layer in the backward pass.
@@ -57,7 +58,8 @@ def reward_model(
     >>> bool(jnp.allclose(rm.apply(params, tokens), rm.apply(params, padded, mask)))
     True
     """
-    lm = causal_lm(arch, dtype=dtype, param_dtype=param_dtype, remat=remat)
+    # The score reads what the last norm gives, which a model's scale of logits does not touch.
+    lm = causal_lm(dataclasses.replace(arch, logit_scale=None), dtype=dtype, param_dtype=param_dtype, remat=remat)
 
     def init(key: jax.Array) -> Params:
         body_key, head_key = jax.random.split(key)

@@ -26,8 +26,9 @@ def parameter_counts(arch: Architecture) -> ParameterCounts:
 
         body = L * (2 * D * H * hd + 2 * D * Hkv * hd + m * D * F),   head = V * D
 
-    m is 3 for a gated MLP and 2 for a plain one. Embedding look-ups, norms and biases are not counted: they do
-    no matrix product, and together they are well under 1% of the work of a forward pass.
+    m is 3 for a gated MLP and 2 for a plain one. Of experts, those that a token goes through are counted, and the
+    router, D * E. Embedding look-ups, norms and biases are not counted: they do no matrix product, and together
+    they are well under 1% of the work of a forward pass.
 
     Args:
         arch: the model's sizes.
@@ -48,6 +49,8 @@ def parameter_counts(arch: Architecture) -> ParameterCounts:
     """
     attention = 2 * arch.width * arch.heads * arch.head_dim + 2 * arch.width * arch.kv_heads * arch.head_dim
     mlp = (3 if arch.gated_mlp else 2) * arch.width * arch.mlp_width
+    if arch.experts is not None:
+        mlp = 3 * arch.width * arch.mlp_width * arch.experts.per_token + arch.width * arch.experts.number
     return ParameterCounts(body=arch.depth * (attention + mlp), head=arch.vocab_size * arch.width)
 
 

@@ -30,7 +30,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     64
     >>> architecture_of({"model_type": "mamba"})
     Traceback (most recent call last):
-    pgjax.UserError: model_type 'mamba' is not supported; supported: gemma, ...
+    pgjax.UserError: model_type 'mamba' is not supported; supported: cohere2, ...
     """
     name = config.get("model_type")
     if name is None:

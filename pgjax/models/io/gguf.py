@@ -1,4 +1,4 @@
-"""Weights and architecture from a GGUF file of the llama family, with the package `gguf` and without torch."""
+"""Weights and architecture from a GGUF file of Llama (with it Mistral), Qwen2 or Qwen3, with the package `gguf`, not torch."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ _TENSORS = {  # the name in the file: the name in Hugging Face layout
     "attn_k.bias": "self_attn.k_proj.bias",
     "attn_v.weight": "self_attn.v_proj.weight",
     "attn_v.bias": "self_attn.v_proj.bias",
+    "attn_q_norm.weight": "self_attn.q_norm.weight",
+    "attn_k_norm.weight": "self_attn.k_norm.weight",
     "attn_output.weight": "self_attn.o_proj.weight",
     "attn_output.bias": "self_attn.o_proj.bias",
     "ffn_norm.weight": "post_attention_layernorm.weight",
@@ -36,34 +38,35 @@ _OUTER = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+FAMILIES = ("llama", "qwen2", "qwen3")  # general.architecture, which the metadata's names begin with
 _REQUIRED = (
-    "llama.block_count",
-    "llama.context_length",
-    "llama.embedding_length",
-    "llama.feed_forward_length",
-    "llama.attention.head_count",
-    "llama.attention.layer_norm_rms_epsilon",
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
 )
 _OPTIONAL: dict[str, Any] = {  # with llama.cpp's defaults; None: derived from the others
-    "llama.attention.head_count_kv": None,
-    "llama.attention.key_length": None,
-    "llama.attention.value_length": None,
-    "llama.rope.dimension_count": None,
-    "llama.rope.freq_base": 10000.0,
-    "llama.vocab_size": None,
+    "attention.head_count_kv": None,
+    "attention.key_length": None,
+    "attention.value_length": None,
+    "rope.dimension_count": None,
+    "rope.freq_base": 10000.0,
+    "vocab_size": None,
 }
-_ONLY: dict[str, Any] = {"llama.rope.scaling.type": "none", "llama.expert_count": 0, "llama.expert_used_count": 0}
+_ONLY: dict[str, Any] = {"rope.scaling.type": "none", "expert_count": 0, "expert_used_count": 0}
 
 
 def read_gguf(file: Path) -> tuple[Architecture, Tensors, Any | None]:
-    """Open a GGUF file of the llama family.
+    """Open a GGUF file.
 
     Args:
         file: the path. Quantised tensors are dequantised to float32 when they are read.
 
     Returns:
-        The architecture, the tensors under their Hugging Face names (query and key rows, which the format permutes, put
-        back in Hugging Face's order), and the tokenizer, None where the file holds none.
+        The architecture, the tensors under their Hugging Face names (Llama's query and key rows, which the format permutes,
+        put back in Hugging Face's order), and the tokenizer, None where the file holds none.
 
     Raises:
         UserError: for an architecture, an option or a tokenizer that is not implemented, or a damaged file.
@@ -79,7 +82,7 @@ def read_gguf(file: Path) -> tuple[Architecture, Tensors, Any | None]:
     shapes = {name: tuple(int(n) for n in reversed(blob.shape)) for name, blob in blobs.items()}
     arch = gguf_architecture(fields, shapes, origin=str(file))
     source = {_hf_name(name): name for name in blobs}
-    heads = {".attn_q.": arch.heads, ".attn_k.": arch.kv_heads}
+    heads = {".attn_q.": arch.heads, ".attn_k.": arch.kv_heads} if arch.family == "llama" else {}
 
     def read(name: str, box: Box) -> np.ndarray:
         blob = blobs[source[name]]
@@ -133,53 +136,58 @@ def gguf_architecture(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int,
         origin: the file's name, for messages.
 
     Raises:
-        UserError: when the architecture is not "llama", or a key is missing or has a value that is not implemented.
+        UserError: when the architecture is not one of `FAMILIES`, or a key is missing or has a value that is not implemented.
     """
     family = fields.get("general.architecture")
-    if family != "llama":
-        raise UserError(f"{origin}: general.architecture {family!r} is not supported in GGUF; supported: llama")
-    _check_fields(fields, shapes, origin)
-    known = {**_OPTIONAL, **fields}
-    width, heads = known["llama.embedding_length"], known["llama.attention.head_count"]
+    if family not in FAMILIES:
+        supported = ", ".join(FAMILIES)
+        raise UserError(f"{origin}: general.architecture {family!r} is not supported in GGUF; supported: {supported}")
+    _check_fields(fields, shapes, family, origin)
+    known = {f"{family}.{name}": value for name, value in _OPTIONAL.items()} | dict(fields)
+    get = lambda name: known[f"{family}.{name}"]
+    width, heads = get("embedding_length"), get("attention.head_count")
     if not isinstance(heads, int):
-        raise UserError(f"{origin}: llama.attention.head_count = {heads!r} must be one number for all layers")
-    kv_heads, rows = known["llama.attention.head_count_kv"], known["llama.vocab_size"]
-    head_dim = width // heads if known["llama.attention.key_length"] is None else known["llama.attention.key_length"]
-    for name in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        if known[name] is not None and known[name] != head_dim:
-            raise UserError(f"{origin}: {name} = {known[name]} is not supported; supported: the head size, {head_dim}")
+        raise UserError(f"{origin}: {family}.attention.head_count = {heads!r} must be one number for all layers")
+    kv_heads, rows, head_dim = get("attention.head_count_kv"), get("vocab_size"), get("attention.key_length")
+    head_dim = width // heads if head_dim is None else head_dim
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if get(name) is not None and get(name) != head_dim:
+            raise UserError(
+                f"{origin}: {family}.{name} = {get(name)} is not supported; supported: the head size, {head_dim}"
+            )
     return Architecture(
-        family="llama",
+        family=family,
         vocab_size=shapes["token_embd.weight"][0] if rows is None else rows,
         width=width,
-        depth=known["llama.block_count"],
+        depth=get("block_count"),
         heads=heads,
         kv_heads=heads if kv_heads is None else kv_heads,
         head_dim=head_dim,
-        mlp_width=known["llama.feed_forward_length"],
-        max_positions=known["llama.context_length"],
+        mlp_width=get("feed_forward_length"),
+        max_positions=get("context_length"),
         activation="silu",
         norm="rms",
-        norm_eps=_decimal(known["llama.attention.layer_norm_rms_epsilon"]),
-        rope=Rope(theta=_decimal(known["llama.rope.freq_base"])),
+        norm_eps=_decimal(get("attention.layer_norm_rms_epsilon")),
+        rope=Rope(theta=_decimal(get("rope.freq_base"))),
         gated_mlp=True,
         qkv_bias="blk.0.attn_q.bias" in shapes,
         out_bias="blk.0.attn_output.bias" in shapes,
         mlp_bias="blk.0.ffn_up.bias" in shapes,
-        qk_norm=False,
+        qk_norm=family == "qwen3",
         tied="output.weight" not in shapes,
     )
 
 
-def _check_fields(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], origin: str) -> None:
-    missing = [name for name in _REQUIRED if name not in fields]
+def _check_fields(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], family: str, origin: str) -> None:
+    missing = [f"{family}.{name}" for name in _REQUIRED if f"{family}.{name}" not in fields]
     if missing:
         raise UserError(f"{origin} lacks the metadata {', '.join(missing)}")
     for name, only in _ONLY.items():
-        if name in fields and fields[name] != only:
-            raise UserError(f"{origin}: {name} = {fields[name]!r} is not supported; supported: {only!r}")
-    known = {*_REQUIRED, *_OPTIONAL, *_ONLY}
-    strange = sorted(name for name in fields if name.startswith("llama.") and name not in known)
+        value = fields.get(f"{family}.{name}", only)
+        if value != only:
+            raise UserError(f"{origin}: {family}.{name} = {value!r} is not supported; supported: {only!r}")
+    known = {f"{family}.{name}" for name in (*_REQUIRED, *_OPTIONAL, *_ONLY)}
+    strange = sorted(name for name in fields if name.startswith(f"{family}.") and name not in known)
     if strange:
         raise UserError(
             f"{origin}: the metadata {', '.join(strange)} is not supported; supported: {', '.join(sorted(known))}"

@@ -29,7 +29,8 @@ _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-PRE_TOKENIZERS = ("gpt-2", "llama-bpe", "smollm")
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")  # digits one by one
+PRE_TOKENIZERS = ("gpt-2", "llama-bpe", "qwen2", "smollm")
 _CONTROL, _USER_DEFINED = 3, 4  # token types in GGUF
 
 
@@ -153,7 +154,7 @@ def gguf_tokenizer(fields: Mapping[str, Any], *, max_length: int) -> Any | None:
 
 
 def _byte_level_bpe(fields: Mapping[str, Any], pre: str) -> Any:
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     cuts: dict[str, list[Any]] = {
         "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
@@ -162,12 +163,18 @@ def _byte_level_bpe(fields: Mapping[str, Any], pre: str) -> Any:
             pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ],
+        "qwen2": [
+            pre_tokenizers.Split(Regex(_QWEN2_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ],
     }
     tokens, merges = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.merges"]
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
     vocab = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre == "llama-bpe"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts[pre])
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     kinds = list(zip(tokens, fields["tokenizer.ggml.token_type"], strict=True))
     tokenizer.add_special_tokens(

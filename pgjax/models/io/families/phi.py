@@ -21,6 +21,7 @@ from pgjax.models.io.families.family import (
     rotary_fields,
 )
 from pgjax.models.io.families.llama import everywhere
+from pgjax.models.io.families.ropes import read_rope
 
 
 def _phi3(fields: Fields) -> Architecture:
@@ -49,6 +50,11 @@ def _phi3_fields(arch: Architecture) -> dict[str, Any]:
         partial_rotary_factor=share, resid_pdrop=0.0, embd_pdrop=0.0,
     )  # fmt: skip
     fields["rope_parameters"] = {**fields["rope_parameters"], "partial_rotary_factor": share}
+    if arch.rope.scaling == "longrope":  # transformers 4 wants these three fields and no other
+        lists = {name: fields["rope_scaling"][name] for name in ("short_factor", "long_factor")}
+        short = {**fields, "rope_parameters": None, "rope_scaling": {"type": "longrope", **lists}}
+        if read_rope(short, arch.head_dim, partial=True) == arch.rope:
+            fields["rope_scaling"] = short["rope_scaling"]
     return fields
 
 
