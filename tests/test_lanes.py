@@ -129,3 +129,18 @@ def test_an_iteration_samples_in_lanes_what_it_samples_without():
         found.append(jax.device_get(it.sample(it.init(params, KEY), PROMPTS.repeat(2, 0)[:B], MASK.repeat(2, 0)[:B])))
     for actual, expected in zip(jax.tree.leaves(found[1]), jax.tree.leaves(found[0]), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
+
+
+def test_no_completion_is_shorter_than_the_shortest_allowed_and_later_draws_are_as_ever():
+    options = {"eos_ids": EOS, "pad_id": 7}
+    free, bound = rolled(**options), rolled(**options, min_new_tokens=5)
+    lengths, free_lengths = bound.mask.sum(1), free.mask.sum(1)
+    assert free_lengths.min() < 5 <= lengths.min() and lengths.max() <= NEW
+    drawn = bound.tokens[:, -NEW:]
+    assert not np.isin(drawn[:, :4], EOS).any() and not np.isin(free.tokens[free_lengths >= 5, -NEW:][:, :4], EOS).any()
+    same = free_lengths > 5  # a row that did not want to end early draws what it drew: only the ending ids are closed
+    np.testing.assert_array_equal(bound.tokens[same, -NEW:][:, :5], free.tokens[same, -NEW:][:, :5])
+    assert (bound.logprobs[same, -NEW:][:, :5] >= free.logprobs[same, -NEW:][:, :5] - 1e-6).all()
+    assert_same_rollout(rolled(**options, min_new_tokens=5, lanes=8), bound)
+    with pytest.raises(ValueError, match="min_new_tokens=13 is more than max_new_tokens=12"):
+        rolled(**options, min_new_tokens=13)

@@ -26,6 +26,7 @@ class LearningFlags:
     """Sampling, an algorithm with its options, and its optimizer; None leaves an option as the algorithm has it."""
 
     max_new_tokens: int = 32  # the longest completion, in tokens
+    min_new_tokens: int = 0  # the shortest: before, the ids that end a completion are not drawn
     temperature: float = 1.0  # of the policy: in sampling and in every log-probability
     top_k: int | None = None  # sample from this many likeliest tokens; None: from all, as on-policy learning asks
     top_p: float | None = None  # sample from the likeliest tokens up to this probability; None: from all, likewise
@@ -161,9 +162,10 @@ def sampling_options(config: Any) -> dict[str, Any]:
 
     Example:
         >>> sampling_options(LearningFlags())
-        {'max_new_tokens': 32, 'temperature': 1.0, 'top_k': None, 'top_p': None, 'lanes': None}
+        {'max_new_tokens': 32, 'temperature': 1.0, 'top_k': None, 'top_p': None, 'lanes': None, 'min_new_tokens': 0}
     """
-    return {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "lanes")}
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "lanes", "min_new_tokens")
+    return {name: getattr(config, name) for name in names}
 
 
 def iteration_options(config: Any, algorithm: Algorithm) -> dict[str, Any]:
@@ -320,6 +322,11 @@ def check_policy(config: Any) -> None:
     )
     require(config.top_p is None or 0 < config.top_p <= 1, f"top_p must be above 0 and at most 1, got {config.top_p}")
     check_rewards(config, algorithm.group_size)
+    require(
+        0 <= config.min_new_tokens <= config.max_new_tokens and not (config.min_new_tokens and config.stop_strings),
+        f"min_new_tokens must be from 0 to max_new_tokens={config.max_new_tokens}, and 0 with stop_strings, got "
+        f"{config.min_new_tokens}",
+    )
     above_zero(config, "importance_cap", "kl_target", "max_approx_kl", "kl_horizon", "adam_eps")
     require(
         config.kl_target is None or config.kl_horizon > 0.2 * config.batch_size,
@@ -329,6 +336,7 @@ def check_policy(config: Any) -> None:
     check_importance(config.importance_cap, config.importance_level, config.importance_floor)
     check_options(
         algorithm, config.epochs, config.kl_target,
-        plain=config.top_k is None and config.top_p is None and config.importance_cap is None,
+        plain=config.top_k is None and config.top_p is None and config.importance_cap is None
+        and config.min_new_tokens == 0,
         teacher_force=config.teacher_force,
     )  # fmt: skip

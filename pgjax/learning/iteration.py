@@ -63,6 +63,7 @@ def iteration(
     reference: Params | None = None, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
     top_p: float | None = None, min_p: float | None = None, eos_ids: Sequence[int] = (),
     stop_table: jax.typing.ArrayLike | None = None, pad_id: int = 0, lanes: int | None = None,
+    min_new_tokens: int = 0,
     epochs: int = 1, minibatches: int = 1, microbatches: int = 1, max_approx_kl: float | None = None,
     importance_cap: float | None = None, importance_level: str = "token", importance_floor: float | None = None,
     kl_target: float | None = None, kl_horizon: float = 10_000.0,
@@ -81,7 +82,7 @@ def iteration(
         reference: parameters of the frozen model that the KL is measured to; None: there is no KL, and no pass for it.
         max_new_tokens: the longest completion, in tokens.
         temperature: of the policy, above 0: in sampling and in every log-probability.
-        top_k, top_p, min_p, eos_ids, stop_table, pad_id, lanes: as of `pg.sample`.
+        top_k, top_p, min_p, eos_ids, stop_table, pad_id, lanes, min_new_tokens: as of `pg.sample`.
         epochs: passes over an iteration's completions.
         minibatches: optimizer steps in an epoch.
         microbatches: parts of a minibatch, for memory; the gradient is the same.
@@ -122,7 +123,7 @@ def iteration(
     check_number("temperature", temperature, 0, math.inf, strict=True)
     for name, number in {"epochs": epochs, "minibatches": minibatches, "microbatches": microbatches}.items():
         check_whole(name, number, 1)
-    filtered = any(x is not None for x in (top_k, top_p, min_p))
+    filtered = any(x is not None for x in (top_k, top_p, min_p)) or min_new_tokens > 0
     once = epochs * minibatches == 1
     plain = not filtered and importance_cap is None  # the sampler draws from the policy itself
     check_options(algorithm, epochs, kl_target, plain=plain, teacher_force=teacher_force)
@@ -177,7 +178,7 @@ def iteration(
         if sampler_knows:
             rollout, policy = sample_scored(lm, params, prompts, prompt_mask, keys(state)[0], **sampler)
         else:
-            sampler |= {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+            sampler |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, "min_new_tokens": min_new_tokens}
             rollout = sample(lm, params["lm"], prompts, prompt_mask, keys(state)[0], **sampler)
         ids = rollout.tokens, rollout.attention_mask, scale
         if not sampler_knows:
@@ -272,8 +273,8 @@ def check_options(
         raise UserError(f"kl_target={kl_target} adapts kl_coef by factors: it must start above 0")
     if teacher_force is False and not plain:
         raise UserError(
-            "teacher_force=False takes the sampler's log-probabilities for the policy's, but top_k, top_p, min_p and "
-            "importance_cap make them differ: leave it out"
+            "teacher_force=False takes the sampler's log-probabilities for the policy's, but top_k, top_p, min_p, "
+            "min_new_tokens and importance_cap make them differ: leave it out"
         )
 
 

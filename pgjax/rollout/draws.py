@@ -20,7 +20,7 @@ Drawn = tuple[
 
 def draw_tokens(
     arch: Any, unembedding: jax.Array, hidden: jax.Array, row_keys: jax.Array, positions: jax.Array, options: dict[str, Any],
-    value_head: Any,
+    value_head: Any, closed: tuple[jax.Array, jax.Array] | None = None,
 ) -> Drawn:  # fmt: skip
     """Draw each row's next token.
 
@@ -32,6 +32,7 @@ def draw_tokens(
         positions: [B] int32, of the tokens to draw.
         options: temperature, top_k, top_p and min_p, as of `filters.kept_logits`.
         value_head: of a critic; None: neither values nor entropies are computed.
+        closed: [B] bool, rows that may not end yet, and [E] int32, the ids that would end them; None: any may.
 
     Returns:
         [B] each: the token, its log-probability, and with a value head the value and the entropy.
@@ -45,6 +46,10 @@ def draw_tokens(
     # Every device draws for rows of its own, tensor's too, and needs their logits whole: these change hands here.
     logits = bounded_logits(columns_dot(unembedding, hidden), cap=arch.logit_cap, known_ids=arch.known_ids)
     logits = constrain(constrain(logits, "batch", "vocab"), "row")
+    if closed is not None:
+        early, eos = closed
+        ending = jnp.isin(jnp.arange(logits.shape[1]), eos)
+        logits = jnp.where(early[:, None] & ending[None], -jnp.inf, logits)
     kept = kept_logits(logits, **options)
     token, logprob = draw(kept, row_keys, constrain(positions, "batch"))
     if value_head is None:

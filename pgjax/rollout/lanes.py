@@ -36,7 +36,7 @@ class _Lanes(NamedTuple):
 def generate_in_lanes(
     lm: CausalLM, params: Any, prompts: jax.Array, prompt_mask: jax.Array, key: jax.Array, options: dict[str, Any],
     eos: jax.Array, stop_table: jax.Array | None, *, max_new_tokens: int, lanes: int, parts: int, group_size: int,
-    value_head: Any,
+    value_head: Any, min_new_tokens: int = 0,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """Draw completions of all rows; the tokens are those of a loop over all rows at once.
 
@@ -57,6 +57,7 @@ def generate_in_lanes(
         parts: of the mesh over which the rows are split; each samples its own rows.
         group_size: adjacent rows with one prompt, which is read once.
         value_head: as of `draws.draw_tokens`.
+        min_new_tokens: as of `sample`.
 
     Returns:
         [B, N] each: the tokens, -1 after a row's end; their log-probabilities; with a value head their values and entropies.
@@ -74,11 +75,16 @@ def generate_in_lanes(
     by_part = lambda x: constrain(x.reshape(parts, -1, *x.shape[1:]), "batch", None, "heads")
     flat_heads = lambda x: constrain(x.reshape(-1, *x.shape[2:]), "batch", "heads")
 
-    def chosen(hidden: jax.Array, row: jax.Array, position: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """Draw for rows [p, k]: the tokens, and all that is written of them."""
+    def chosen(
+        hidden: jax.Array, row: jax.Array, length: jax.Array, drawn: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Draw for rows [p, k] of so many tokens, and so many drawn: the tokens, and all that is written of them."""
         numbers = row + rows * jnp.arange(parts, dtype=jnp.int32)[:, None]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, flat(numbers))
-        token, logprob, more = draw_tokens(lm.arch, unembedding, hidden, keys, flat(position), options, value_head)
+        token, logprob, more = draw_tokens(
+            lm.arch, unembedding, hidden, keys, flat(length + drawn), options, value_head,
+            (flat(drawn < min_new_tokens), eos) if min_new_tokens else None,
+        )  # fmt: skip
         token, *others = (parted(x) for x in (token, logprob, *more))
         return token, (token, *others)
 
@@ -86,7 +92,7 @@ def generate_in_lanes(
         seen = lane.seen | (jnp.arange(slots) == lane.slot)[None, None]
         inputs = flat(lane.token), flat(lane.length + lane.drawn - 1), lane.slot, flat(seen)
         hidden, cache = lm.decode(weights, *inputs, lane.cache)
-        token, found = chosen(hidden, lane.row, lane.length + lane.drawn)
+        token, found = chosen(hidden, lane.row, lane.length, lane.drawn)
         over, state = ends(token, lane.state, eos, stop_table)
         return lane._replace(
             slot=(lane.slot + 1) % slots, drawn=lane.drawn + 1, token=token, state=state, seen=seen, cache=cache,
@@ -109,7 +115,7 @@ def generate_in_lanes(
         read = lm.prefill(params, *once, lm.init_cache(parts * refill // group_size, before))
         hidden, kv = jax.tree.map(lambda x: repeated(x, group_size), read)
         length = mask.sum(2, dtype=jnp.int32)
-        token, found = chosen(hidden, row, length)
+        token, found = chosen(hidden, row, length, jnp.zeros_like(length))
         over, state = ends(token, None if lane.state is None else jnp.zeros_like(token), eos, stop_table)
         ring = (lane.slot - before + jnp.arange(before)) % slots
         seen = jnp.roll(jnp.pad(mask, ((0, 0), (0, 0), (0, max_new_tokens))), lane.slot - before, axis=2)

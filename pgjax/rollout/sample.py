@@ -65,6 +65,7 @@ def sample(
     pad_id: int = 0,
     group_size: int = 1,
     lanes: int | None = None,
+    min_new_tokens: int = 0,
 ) -> Rollout:
     """Continue left-padded prompts until each row's end-of-sequence token or the length limit.
 
@@ -90,6 +91,7 @@ def sample(
         group_size: completions a prompt: so many adjacent rows hold the same one, and its prefill is computed once.
         lanes: rows in the decode loop at once, fewer than B: where a row ends, the next one takes its place. The tokens are the
             same, in less time where lengths differ and with a smaller cache; log-probabilities up to rounding. None: all rows.
+        min_new_tokens: of a completion, at least so many: before, the ids that would end it are not drawn.
 
     Returns:
         A `Rollout`.
@@ -109,9 +111,10 @@ def sample(
     """
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     stops = eos_ids, stop_table
-    return _run(lm, params, None, prompts, prompt_mask, key, max_new_tokens, options, stops, pad_id, group_size, lanes)[
-        0
-    ]
+    return _run(
+        lm, params, None, prompts, prompt_mask, key, max_new_tokens, options, stops, pad_id, group_size, lanes,
+        min_new_tokens,
+    )[0]  # fmt: skip
 
 
 def sample_scored(
@@ -162,7 +165,10 @@ def sample_scored(
     )
 
 
-def _run(lm, params, value_head, prompts, prompt_mask, key, max_new_tokens, options, stops, pad_id, group_size, lanes):
+def _run(
+    lm, params, value_head, prompts, prompt_mask, key, max_new_tokens, options, stops, pad_id, group_size, lanes,
+    min_new_tokens=0,
+):  # fmt: skip
     """Check the arguments and run the compiled program."""
     prompts, prompt_mask = (x if isinstance(x, jax.Array) else np.asarray(x) for x in (prompts, prompt_mask))
     if prompts.dtype.kind not in "iu":
@@ -174,6 +180,13 @@ def _run(lm, params, value_head, prompts, prompt_mask, key, max_new_tokens, opti
     if stop_table is not None and (stop_table.ndim != 2 or stop_table.shape[1] != lm.arch.vocab_size):
         raise ValueError(f"stop_table must be [S, {lm.arch.vocab_size}], a column for each id, got {stop_table.shape}")
     check_whole("pad_id", pad_id, 0)
+    check_whole("min_new_tokens", min_new_tokens, 0)
+    if min_new_tokens > max_new_tokens:
+        raise ValueError(f"min_new_tokens={min_new_tokens} is more than max_new_tokens={max_new_tokens}")
+    if min_new_tokens and stop_table is not None:
+        raise ValueError(
+            f"min_new_tokens={min_new_tokens} keeps ids from ending a completion, and no stop strings: leave one out"
+        )
     mesh = mesh_of(params)
     check_batch(mesh, len(prompts) // group_size, "prompts")
     parts = batch_parts(mesh)
@@ -198,12 +211,12 @@ def _run(lm, params, value_head, prompts, prompt_mask, key, max_new_tokens, opti
         rollout, outputs = _generate(
             lm, params, *batch, key, *others,
             max_new_tokens=max_new_tokens, value_head=value_head, group_size=group_size, few=few,
-            stop_table=stop_table,
+            stop_table=stop_table, min_new_tokens=min_new_tokens,
         )  # fmt: skip
         return _without_columns(rollout, extra) if extra else rollout, outputs
 
 
-@functools.partial(jax.jit, static_argnames=("lm", "max_new_tokens", "group_size", "few"))
+@functools.partial(jax.jit, static_argnames=("lm", "max_new_tokens", "group_size", "few", "min_new_tokens"))
 def _generate(
     lm,
     params,
@@ -218,12 +231,13 @@ def _generate(
     group_size: int = 1,
     few: tuple[int, int] | None = None,
     stop_table=None,
+    min_new_tokens: int = 0,
 ) -> tuple[Rollout, Scored | None]:
     prompts, prompt_mask = constrain_batch((prompts, prompt_mask))
     if few is not None:
         drawn = generate_in_lanes(
             lm, params, prompts, prompt_mask, key, options, eos, stop_table, max_new_tokens=max_new_tokens, lanes=few[0],
-            parts=few[1], group_size=group_size, value_head=value_head,
+            parts=few[1], group_size=group_size, value_head=value_head, min_new_tokens=min_new_tokens,
         )  # fmt: skip
         return _joined(prompts, prompt_mask, pad_id, *drawn)
     batch, start = prompts.shape
@@ -234,7 +248,8 @@ def _generate(
     unembedding = lm.unembedding(weights).astype(lm.dtype)
 
     def choose(hidden: jax.Array, step: jax.Array) -> Drawn:
-        return draw_tokens(lm.arch, unembedding, hidden, row_keys, prompt_lengths + step, options, value_head)
+        closed = (jnp.broadcast_to(step < min_new_tokens, batch), eos) if min_new_tokens else None
+        return draw_tokens(lm.arch, unembedding, hidden, row_keys, prompt_lengths + step, options, value_head, closed)
 
     def write(step: jax.Array, alive: jax.Array, chosen: tuple[Any, ...], written: tuple[Rollout, Any]) -> Any:
         token, *outputs = chosen

@@ -59,13 +59,15 @@ class Task(NamedTuple):
     group_size: int = 1  # so many adjacent rows of a batch have one prompt, and are judged by one process
     caller: Caller | None = None  # how black boxes are called; None: one after the other
     lanes: int | None = None  # rows that are sampled at once
+    min_new_tokens: int = 0  # of a completion
 
     def generate(self, params: Any, batch: Sequence[Encoded], key: jax.Array) -> Rollout:
         """Sample a completion for each prompt of a batch, given as to `padded`; returns while the device is still at it."""
         return sample(
             self.lm, params, *self.padded(batch), key,
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
-            group_size=whole_groups(self.mesh, len(batch), self.group_size), lanes=self.lanes, **self.ends(),
+            group_size=whole_groups(self.mesh, len(batch), self.group_size), lanes=self.lanes,
+            min_new_tokens=self.min_new_tokens, **self.ends(),
         )  # fmt: skip
 
     def ends(self) -> dict[str, Any]:
@@ -247,6 +249,7 @@ def make_task(
     group_size: int = 1,
     caller: Caller | None = None,
     lanes: int | None = None,
+    min_new_tokens: int = 0,
 ) -> Task:
     """Encode the prompts of every row set; those that leave too little room in the model's positions are left out, and told.
 
@@ -266,7 +269,8 @@ def make_task(
         mesh: over which the rows of a batch are spread.
         group_size: so many adjacent rows of a batch have one prompt.
         caller: how black boxes are called; None: one after the other.
-        lanes: as of `sample`.
+        lanes: as of `sample`, like min_new_tokens.
+        min_new_tokens: likewise.
 
     Returns:
         The task.
@@ -304,7 +308,7 @@ def make_task(
     eos_ids, strings = stop_ids(tokenizer), stop_table(stop_strings(tokenizer), tokenizer, lm.arch.vocab_size)
     return Task(
         lm, tokenizer, judges, weights, encoded, widths, max_new_tokens, temperature, top_k, top_p, eos_ids, strings,
-        pad_id, reward_model, mesh, group_size, caller, lanes,
+        pad_id, reward_model, mesh, group_size, caller, lanes, min_new_tokens,
     )  # fmt: skip
 
 
