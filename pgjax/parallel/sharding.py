@@ -114,7 +114,7 @@ def check_batch(mesh: Mesh | AbstractMesh | None, rows: int, name: str) -> None:
 
     >>> check_batch(None, 3, "batch_size")
     """
-    shares = _shares(mesh)
+    shares = batch_parts(mesh)
     if rows % shares:
         sizes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in RULES["batch"] if axis in mesh.shape)  # type: ignore[union-attr]
         up = rows + -rows % shares
@@ -134,10 +134,10 @@ def whole_groups(mesh: Mesh | AbstractMesh | None, rows: int, group_size: int) -
     >>> whole_groups(None, 8, 4), whole_groups(None, 6, 4)
     (4, 1)
     """
-    return group_size if rows % (_shares(mesh) * group_size) == 0 else 1
+    return group_size if rows % (batch_parts(mesh) * group_size) == 0 else 1
 
 
-def _shares(mesh: Mesh | AbstractMesh | None) -> int:
+def batch_parts(mesh: Mesh | AbstractMesh | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"] if axis in mesh.shape)
 
 
