@@ -41,10 +41,22 @@ def attention(
     scores = jnp.einsum("bnrd,bnsd->bnrs", rows, key, preferred_element_type=jnp.float32) / divisor(head_dim, scale)
     scores = scores if cap is None else cap * jnp.tanh(scores / cap)
     scores = scores.reshape(batch, heads, length, slots)
-    scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jax.lax.platform_dependent(scores, mask, tpu=_lowered, default=_replaced)
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype).reshape(batch, kv_heads, -1, slots)
     seen = jnp.einsum("bnrs,bnsd->bnrd", weights, value, preferred_element_type=jnp.float32)
     return seen.astype(query.dtype).reshape(query.shape)
+
+
+_LOWEST = jnp.finfo(jnp.float32).min
+
+
+def _replaced(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    return jnp.where(mask[:, None], scores, _LOWEST)
+
+
+def _lowered(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """Add half the lowest number instead: a TPU's compiler lays a mask out anew, head by head, in every layer."""
+    return scores + jnp.where(mask, 0.0, _LOWEST / 2)[:, None]
 
 
 def divisor(head_dim: int, scale: float | None) -> float:
