@@ -343,3 +343,11 @@ def test_split_over_devices_and_on_an_explicit_mesh_all_are_those_of_the_whole_b
 
     mapped = jax.shard_map(functools.partial(dropped, axis_name="data"), mesh=mesh, in_specs=split, out_specs=split)
     assert jax.jit(mapped)(batch).sum() == jax.jit(dropped)(batch).sum() == int(0.2 * mask.sum())
+
+
+def test_kl_cov_holds_nothing_before_the_policy_has_moved():
+    """The bug: jnp.abs has slope 1 at 0, so that the first update is pulled away from the old policy."""
+    new = jnp.asarray(NEW, jnp.float32)
+    found = jax.grad(lambda x: pg.kl_cov_loss(x, new, ADVANTAGES, MASK, fraction=0.5, coef=3.0))(new)
+    known = jax.grad(lambda x: pg.policy_gradient_loss(x, ADVANTAGES, MASK))(new)
+    assert_close(found, known, 1e-7)

@@ -137,7 +137,7 @@ def test_no_completion_is_shorter_than_the_shortest_allowed_and_later_draws_are_
     lengths, free_lengths = bound.mask.sum(1), free.mask.sum(1)
     assert free_lengths.min() < 5 <= lengths.min() and lengths.max() <= NEW
     drawn = bound.tokens[:, -NEW:]
-    assert not np.isin(drawn[:, :4], EOS).any() and not np.isin(free.tokens[free_lengths >= 5, -NEW:][:, :4], EOS).any()
+    assert not np.isin(drawn[:, :5], EOS).any() and not np.isin(free.tokens[free_lengths >= 5, -NEW:][:, :4], EOS).any()
     same = free_lengths > 5  # a row that did not want to end early draws what it drew: only the ending ids are closed
     np.testing.assert_array_equal(bound.tokens[same, -NEW:][:, :5], free.tokens[same, -NEW:][:, :5])
     assert (bound.logprobs[same, -NEW:][:, :5] >= free.logprobs[same, -NEW:][:, :5] - 1e-6).all()

@@ -88,9 +88,9 @@ def seen(monkeypatch):
     calls = []
     original = programs.experience
 
-    def recorded(rollout, policy, ref_logprobs, scores, kl_coef, **options):
+    def recorded(rollout, policy, ref_logprobs, scores, *others, **options):
         calls.append(jax.device_get((rollout, scores)))
-        return original(rollout, policy, ref_logprobs, scores, kl_coef, **options)
+        return original(rollout, policy, ref_logprobs, scores, *others, **options)
 
     monkeypatch.setattr(iteration.programs, "experience", recorded)
     return calls

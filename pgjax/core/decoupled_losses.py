@@ -71,8 +71,8 @@ def decoupled_ppo_loss(
 def a3po_logprobs(logprobs: ArrayLike, sampler_logprobs: ArrayLike, *, alpha: ArrayLike) -> jax.Array:
     """Put a proximal policy between the sampler and the present policy, without a pass of its own: A-3PO.
 
-    log pi_prox = sg[log mu + alpha (log pi - log mu)], for `decoupled_ppo_loss`. "A-3PO: Accelerating Asynchronous LLM Training
-    with Staleness-aware Proximal Policy Approximation" (2025).
+    log pi_prox = sg[log mu + alpha (log pi - log mu)], for `decoupled_ppo_loss`. Li et al. (2025), "A-3PO: Accelerating
+    Asynchronous LLM Training with Staleness-aware Proximal Policy Approximation".
 
     Only the clip depends on it: r = (pi / mu)^(1 - alpha), w = (pi / mu)^alpha, and w r is pi / mu at every alpha. At alpha = 0
     the loss is `clipped_surrogate_loss` around mu, at alpha = 1 nothing is clipped. (It is no normalised distribution.)

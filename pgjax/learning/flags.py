@@ -26,7 +26,7 @@ class LearningFlags:
     """Sampling, an algorithm with its options, and its optimizer; None leaves an option as the algorithm has it."""
 
     max_new_tokens: int = 32  # the longest completion, in tokens
-    min_new_tokens: int = 0  # the shortest: before, the ids that end a completion are not drawn
+    min_new_tokens: int = 0  # so many at least: before, no id is drawn that ends a completion
     temperature: float = 1.0  # of the policy: in sampling and in every log-probability
     top_k: int | None = None  # sample from this many likeliest tokens; None: from all, as on-policy learning asks
     top_p: float | None = None  # sample from the likeliest tokens up to this probability; None: from all, likewise

@@ -191,7 +191,7 @@ def a3po(
     normalize: bool = True, reduce: str = "token_mean", kl_coef: float = 0.0,
     kl_loss_coef: float = 0.0, entropy_coef: float = 0.0,
 ) -> Algorithm:  # fmt: skip
-    """Build A-3PO (2025): PPO's clip around a policy between the one that sampled and the present one (`pg.a3po_logprobs`).
+    """Build A-3PO (Li et al. 2025): PPO's clip around a policy between the old and the present one (`pg.a3po_logprobs`).
 
     Decoupled PPO itself is any algorithm with a clip and `importance_cap=inf` of `pg.iteration`: its proximal policy is the
     one that began the iteration.

@@ -91,7 +91,7 @@ def sample(
         group_size: completions a prompt: so many adjacent rows hold the same one, and its prefill is computed once.
         lanes: rows in the decode loop at once, fewer than B: where a row ends, the next one takes its place. The tokens are the
             same, in less time where lengths differ and with a smaller cache; log-probabilities up to rounding. None: all rows.
-        min_new_tokens: of a completion, at least so many: before, the ids that would end it are not drawn.
+        min_new_tokens: so many tokens at least, and then the one that ends it: before, no id that would is drawn.
 
     Returns:
         A `Rollout`.
