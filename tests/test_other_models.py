@@ -69,7 +69,7 @@ def test_adapters_to_chosen_leaves_learn_alone(name):
     lm, params = built(name)
     adapters = pg.init_lora(jax.random.key(1), params, rank=4, targets=MATRICES[name])
     before = jax.device_get(params)
-    learned = train(lm, adapters, frozen=params, steps=8, learning_rate=5e-2)
+    learned = train(lm, adapters, frozen=params, steps=12, learning_rate=2e-2)
     assert np.mean(learned.means[-2:]) > learned.means[0] + 0.1, learned.means
     assert learned.gap <= 1e-5
     assert_same_bits(params, before)
