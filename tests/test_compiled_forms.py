@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pgjax.core.linear_logprobs import linear_token_logprobs
-from pgjax.models.causal_lm import decode_params, write_slot
+from pgjax.models.cache import write_slot
+from pgjax.models.causal_lm import decode_params
 from pgjax.models.transformer import columns_dot
 from tests.compile_options import AS_FOR_USERS
 from tests.tiny import tiny_lm, tiny_params
