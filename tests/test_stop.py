@@ -103,7 +103,7 @@ def test_an_evaluation_stops_between_its_batches(monkeypatch):
                 os.kill(os.getpid(), signal.SIGUSR1)
             return type("Judged", (), {"scores": np.zeros(1), "parts": {}})
 
-    task = Slow(*[None] * 12)
+    task = Slow(*[None] * (len(Task._fields) - len(Task._field_defaults)))
     with stop.stop_signals():
         assert stop.unless_stopped(lambda: task.evaluate(None, [], 1, 1, None)) == {}
     assert judged == [0, 1, 2]

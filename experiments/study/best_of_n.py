@@ -18,6 +18,7 @@ from pgjax.data.sources import load_rows
 from pgjax.models.io.stops import set_stops, told_stops
 from pgjax.rollout import rewards
 from pgjax.rollout.task import make_task
+from pgjax.run import checks
 from pgjax.run.session import templated
 from pgjax.run.stages import Done, run_stage, write_json
 from pgjax.run.statistics import clustered_stderr
@@ -66,6 +67,10 @@ def sample(base: ppo.Config, sizes: Sequence[int], samples: int, folder: Path, r
     for fed, count, rollout in task.rollouts(params, prompts, size, jax.random.key(base.seed)):
         proxy += jax.device_get(scorer(rm_params, rollout.tokens, rollout.attention_mask))[:count].tolist()
         gold += task.judge(fed, rollout).scores[:count].tolist()
+    checks.require(
+        bool(np.isfinite(gold).all()),
+        f"{base.rewards[0]} does not apply to every completion, which the best of n needs",
+    )
     both = {"proxy": np.reshape(proxy, (-1, samples)), "gold": np.reshape(gold, (-1, samples))}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "scores.json", {name: x.tolist() for name, x in both.items()})

@@ -110,6 +110,9 @@ def write_pairs(
     """Judge completions by their gold score, write the pairs, and give the figures of `judge`."""
     more: dict[str, Sequence[Any]] = {"completion_ids": written.ids, "raw_completions": written.raw}
     scores, _ = score_rows([rewards.load_reward(gold)], None, rows, written.texts, more)
+    checks.require(
+        bool(np.isfinite(scores).all()), f"gold {gold} does not apply to every completion, and pairs need it to"
+    )
     answers = [raw + end for raw, end in zip(written.raw, written.ends, strict=True)]
     pairs, found = judge(scores, rows, answers, scale=scale, seed=seed)
     write_lines(path, pairs)
