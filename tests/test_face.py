@@ -71,5 +71,6 @@ def test_the_wheel_takes_every_room_and_the_marker_for_type_checkers():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert settings["packages"]["find"]["include"] == ["pgjax*"]
     assert set(settings["package-data"]["pgjax"]) == {"py.typed", "*.pyi"}
+    assert settings["package-data"]["pgjax.run.report"] == ["page.*"]  # its style and its script
     folders = {path.parent for path in (ROOT / "pgjax").rglob("*.py")}
     assert all((folder / "__init__.py").is_file() for folder in folders)  # a folder without one is no package

@@ -206,8 +206,8 @@ def open_session(
     """Open a run, go on from its last snapshot where that is asked for, and close all of it in the end.
 
     One process at a time owns the folder (`owner.owned`). Signals to stop are heard from here on (`stop.stop_signals`). On the
-    way out the curves and the report page are drawn and the snapshots closed, whatever has happened. All processes call this alike;
-    files are written by process 0, but for the snapshots, of which each writes its part.
+    way out the curves and the report page are drawn and the snapshots closed, whatever has happened. All processes call this
+    alike; files are written by process 0, but for the snapshots, of which each writes its part.
 
     Args:
         folder: of the run, as `devices.shared_folder` gives it; made where it is not there.

@@ -24,7 +24,7 @@ const score = x => x === null ? "\u2013" : x.toFixed(3);
 // Control characters show as their pictures (U+2400 on), halves of a letter as a mark.
 const visible = text => text.replace(/[\u0000-\u0008\u000b-\u001f]/g, c => String.fromCharCode(0x2400 + c.charCodeAt(0)))
   .replace(/[\u007f-\u009f\u200e\u200f\u202a-\u202e\u2066-\u2069]|\p{Surrogate}/gu, "\ufffd");
-const text = value => make("div", {class: "text", tabindex: 0}, visible(value) || "(empty)");
+const text = value => make("div", value.length > 300 ? {class: "text", tabindex: 0} : {class: "text"}, visible(value) || "(empty)");
 const choice = (name, values, chosen, change) => {
   const select = make("select", {"aria-label": name, change});
   values.forEach(([value, label]) => select.append(make("option", {value}, label)));
@@ -78,7 +78,7 @@ function panel([name, title, other], wantsLog) {
     svg.append(group);
     for (const s of l.lost) svg.append(draw("path", {class: "lost", d: `M${x(s) - 3},${H - B - 6}l6,6m0,-6l-6,6`}));
   }
-  svg.addEventListener("pointermove", event => {
+  for (const kind of ["pointermove", "pointerdown"]) svg.addEventListener(kind, event => {
     const box = svg.getBoundingClientRect(), px = (event.clientX - box.left) / box.width * W, py = (event.clientY - box.top) / box.height * H;
     let best = null, distance = Infinity;
     for (const l of lines) l.steps.forEach((s, k) => {
@@ -119,7 +119,7 @@ function time() {
       make("span", {style: `width:${100 * s / (total || 1)}%;background:${colour(colours[part])}`, title: `${part} ${share(s)}`}))),
     make("div", {class: "scroll"}, make("table", {}, make("tr", {}, make("th", {}, "part"), ...["seconds", "share", "seconds an iteration"].map(h => make("th", {class: "number"}, h))),
       ...parts.map(([part, s]) => make("tr", {}, make("td", {}, swatch(part), words[part]),
-        ...[s.toFixed(1), share(s), (s / Math.max(run.iterations, 1)).toFixed(3)].map(v => make("td", {class: "number"}, v)))))));
+        ...[s.toFixed(total < 100 ? 3 : 1), share(s), (s / Math.max(run.iterations, 1)).toFixed(3)].map(v => make("td", {class: "number"}, v)))))));
   }
 }
 
@@ -133,17 +133,18 @@ function compare() {
   if (!samples.length) return byId("compare").append("No completions are logged.");
   const places = list => [...new Map(list.map(s => [`${s.r}/${s.step}`, s])).values()].sort((a, b) => a.step - b.step || a.r - b.r);
   const ordered = [...prompts].sort((a, b) => places(b[1]).length - places(a[1]).length).slice(0, 500);
-  const panes = make("div", {class: "pair"});
+  const promptText = make("div"), panes = make("div", {class: "pair"});
   const show = i => {
     const list = ordered[i][1], at = places(list), options = at.map((s, k) => [k, (runs.length > 1 ? visible(runs[s.r].name) + ", " : "") + `step ${s.step}`]);
-    panes.replaceChildren(text(ordered[i][0]), make("div"), ...[["before", 0], ["after", at.length - 1]].map(([name, first]) => {
+    promptText.replaceChildren(...(/^[^\n]{1,80}$/.test(ordered[i][0]) ? [] : [text(ordered[i][0])]));
+    panes.replaceChildren(...[["before", 0], ["after", at.length - 1]].map(([name, first]) => {
       const cards = make("div"), update = k => cards.replaceChildren(...list.filter(s => s.r === at[k].r && s.step === at[k].step)
         .sort((a, b) => b.score - a.score).map(s => make("div", {class: "card"}, make("strong", {}, "score " + score(s.score)), text(s.completion))));
       update(first);
       return make("div", {}, choice(name, options, first, event => update(+event.target.value)), cards);
     }));
   };
-  byId("compare").append(choice("prompt", ordered.map(([p], i) => [i, visible(p).slice(0, 80) || "(empty)"]), 0, event => show(+event.target.value)), panes);
+  byId("compare").append(choice("prompt", ordered.map(([p], i) => [i, visible(p).slice(0, 80) || "(empty)"]), 0, event => show(+event.target.value)), promptText, panes);
   if (prompts.size > ordered.length) byId("compare").prepend(make("p", {class: "faint"}, `The ${ordered.length} of ${prompts.size} prompts with the most steps.`));
   show(0);
 }
