@@ -105,6 +105,15 @@ def test_a_page_that_fails_ends_no_run(tmp_path, capsys):
         write_report([tmp_path / "nowhere"], tmp_path / "page.html")
 
 
+def test_versions_outlive_a_line_cut_short_and_damage_ends_no_run(tmp_path, capsys):
+    (tmp_path / versions.VERSIONS).write_text('{"step": 0, "jax": "1"}\n{"step": 2, "ja')
+    versions.record_versions(tmp_path, 3)
+    assert [row["step"] for row in versions.read_versions(tmp_path)] == [0, 3]
+    (tmp_path / versions.VERSIONS).write_text("no row\n")
+    versions.record_versions(tmp_path, 4)
+    assert capsys.readouterr().out.startswith("no versions are recorded: ")
+
+
 def test_the_script_lays_runs_over_each_other(tmp_path):
     runs = (write_run(tmp_path / "a"), write_run(tmp_path / "b", texts=()))
     assert script.main(script.Config(runs[:1])) == tmp_path / "a" / "report.html"

@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from pgjax.core.errors import UserError
+from pgjax.run.checkpoint.records import write_whole
 from pgjax.run.logs import read_lines
 
 VERSIONS = "versions.jsonl"
@@ -53,9 +55,9 @@ def record_versions(folder: Path, step: int) -> None:
         step: that the run starts or goes on from.
     """
     try:
-        with (folder / VERSIONS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **versions()}) + "\n")
-    except OSError as error:
+        rows = [*read_versions(folder), {"step": step, **versions()}]  # without a line that was cut short
+        write_whole(folder / VERSIONS, "".join(json.dumps(row) + "\n" for row in rows))
+    except (OSError, UserError) as error:
         print(f"no versions are recorded: {error}")
 
 
