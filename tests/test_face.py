@@ -116,6 +116,7 @@ def test_the_wheel_takes_every_room_and_the_marker_for_type_checkers():
     assert settings["package-dir"] == {"": "."}, (
         "else an editable install is an import hook, which type checkers do not follow"
     )
+    assert settings["package-data"]["pgjax.run.report"] == ["page.*"]  # its style and its script
     folders = {path.parent for path in (ROOT / "pgjax").rglob("*.py")}
     assert all((folder / "__init__.py").is_file() for folder in folders)  # a folder without one is no package
 

@@ -41,6 +41,7 @@ def run(
 
     def report(done, metrics, samples):
         log.append(f"report {done}")
+        assert 0 < metrics.pop("timing/iteration") < 60
         assert metrics == {"x": done - 1.0, "many": float(done)} and samples == [done - 1]
         on_report(done)
 

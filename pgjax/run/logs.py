@@ -63,7 +63,7 @@ def open_run(
         raise UserError(f"the output folder {folder} is not empty: {go_on}choose another one")
     new = json.loads(json.dumps(dict(config), default=str))
     if resume:
-        lines = other_fields(_read_config(path), new, ("in the run", "now"), may_change)
+        lines = other_fields(read_config(path), new, ("in the run", "now"), may_change)
         if lines:
             raise UserError(f"the run in {folder} was started with another config: " + "; ".join(lines))
     try:
@@ -93,10 +93,10 @@ def recorded(folder: str | Path, field: str) -> Any:
         True
     """
     path = Path(folder) / CONFIG
-    return _read_config(path).get(field) if path.exists() else None
+    return read_config(path).get(field) if path.exists() else None
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -106,7 +106,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read a JSON Lines file; a last line cut short by a killed run is left out."""
     if not path.exists():
         return []
@@ -166,7 +166,7 @@ class Writer:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, SAMPLES):
-            rows = [row for row in _read_lines(self.folder / name) if row["step"] < start_step]
+            rows = [row for row in read_lines(self.folder / name) if row["step"] < start_step]
             write_whole(self.folder / name, "".join(_dump(row) for row in rows))
         self._metrics = (self.folder / METRICS).open("a", encoding="utf-8")
         self._samples = (self.folder / SAMPLES).open("a", encoding="utf-8")
@@ -247,5 +247,5 @@ def read_metrics(folder: str | Path) -> list[dict[str, float]]:
         >>> read_metrics("a folder that is not there")
         []
     """
-    rows = _read_lines(Path(folder) / METRICS)
+    rows = read_lines(Path(folder) / METRICS)
     return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,7 +64,8 @@ def run(
         steps: the number of steps of the whole run.
         prepare: (state, i) -> work.
         step: (state, i, work) -> (state, metrics, samples). Metrics are device scalars, lists of them (averaged),
-            numbers, or functions without arguments that are called when the step's work has ended (stopwatches).
+            numbers, or functions without arguments that are called when the step's work has ended (stopwatches). Beside
+            them comes "timing/iteration", the seconds since the end of the step before, saving and reporting included.
         check: (steps done, metrics) -> None; raises where the step must not count, as for a loss that is not finite.
         report: (steps done, metrics, samples) -> None; shows and writes what was measured.
         checkpoints: where states are saved, under the number of steps done.
@@ -116,13 +118,15 @@ def run(
             raise
 
     with stop.stop_signals() as stop_requested:
+        now = time.perf_counter()
         for i in range(start, steps):
             try:
                 work = prepared(i)
                 settle()
                 checkpoints.poll()  # here, where `done` is the number of steps that the state has made
                 state, metrics, samples = step(state, i, work)
-                pending = i + 1, metrics, samples
+                now, began = time.perf_counter(), now
+                pending = i + 1, {**metrics, "timing/iteration": now - began}, samples
                 stopping = processes.any_process(stop_requested())
                 if stopping or (i + 1) % save_every == 0 or i + 1 == steps:
                     settle()

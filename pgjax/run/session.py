@@ -19,6 +19,8 @@ from pgjax.run.curves import plot_curves
 from pgjax.run.devices import MACHINE, Flags
 from pgjax.run.owner import owned
 from pgjax.run.progress import Progress
+from pgjax.run.report.page import report_at_end
+from pgjax.run.report.versions import record_versions
 from pgjax.run.summary import has_metric
 
 Dtype = Literal["float32", "bfloat16", "float16"] | None
@@ -204,8 +206,8 @@ def open_session(
     """Open a run, go on from its last snapshot where that is asked for, and close all of it in the end.
 
     One process at a time owns the folder (`owner.owned`). Signals to stop are heard from here on (`stop.stop_signals`). On the
-    way out the curves are drawn and the snapshots closed, whatever has happened. All processes call this alike;
-    files are written by process 0, but for the snapshots, of which each writes its part.
+    way out the curves and the report page are drawn and the snapshots closed, whatever has happened. All processes call this
+    alike; files are written by process 0, but for the snapshots, of which each writes its part.
 
     Args:
         folder: of the run, as `devices.shared_folder` gives it; made where it is not there.
@@ -232,7 +234,7 @@ def open_session(
         ...     with open_session(Path(folder, "run"), {"w": jnp.zeros(2)}, config={"seed": 0}, steps=3) as run:
         ...         run.writer.write(0, {"loss": 0.5})
         ...     run.start, sorted(path.name for path in run.folder.iterdir() if "events" not in path.name)
-        (0, ['config.json', 'metrics.jsonl', 'samples.jsonl'])
+        (0, ['config.json', 'metrics.jsonl', 'report.html', 'samples.jsonl', 'versions.jsonl'])
     """
     resume = resume or resume_from is not None
 
@@ -256,11 +258,14 @@ def open_session(
             processes.all_or_none(lambda: logs.Writer(folder, start_step=log_from, active=writes)) as writer,
             Progress(steps, start=start) as progress,
         ):
+            if writes:
+                record_versions(folder, start)
             try:
                 yield Session(folder, state, start, checkpoints, writer, progress)
             finally:
                 if writes:
                     plot_curves(folder)
+                    report_at_end(folder)
 
 
 def _check_steps(steps: int, done: int, folder: Path) -> None:
