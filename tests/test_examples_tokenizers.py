@@ -2,7 +2,7 @@
 
 import pytest
 
-from pgjax.data.drafts import EMPTY_TURN, LAST_ONLY, REWRITTEN, UNANSWERED, UNUSED_TOOLS, UNWRITTEN
+from pgjax.data.drafts import EMPTY_TURN, LAST_ONLY, OPENED_OTHERWISE, UNANSWERED, UNUSED_TOOLS, UNWRITTEN
 from pgjax.data.examples import check_examples, encode_examples, texts_of
 from pgjax.data.tokens import INSIDE, added_text, encode_texts
 from pgjax.models.io.chat_template import set_template
@@ -147,15 +147,15 @@ def test_where_a_template_rewrites_earlier_turns_the_last_one_is_learned_and_cou
     assert len(learned(found.examples[1], tokenizer)) == 2
 
 
-def test_a_row_whose_last_turn_is_rewritten_too_is_left_out_and_another_learned():
+def test_a_last_turn_that_is_opened_otherwise_is_learned_as_the_conversation_has_it():
     tokenizer = prepared("byte-level")
     opens = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"  # as the distils of R1
     tokenizer.chat_template = THOUGHTS.split("{% if add_generation_prompt %}")[0] + opens
     found = encode(
         tokenizer, {"messages": [USER, BOT]}, {"messages": [USER, {**BOT, "content": "<think>no</think>yes"}]}
     )
-    assert found.left_out == {REWRITTEN: ["line 1"]}
-    assert learned(found.examples[0], tokenizer) == ["no</think>yes<|im_end|>"]
+    assert found.left_out == {} and found.remarks == {OPENED_OTHERWISE: ["line 1"]}
+    assert [learned(x, tokenizer) for x in found.examples] == [["I am great<|im_end|>"], ["no</think>yes<|im_end|>"]]
 
 
 @pytest.mark.parametrize("kind", KINDS)

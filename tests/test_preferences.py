@@ -68,7 +68,8 @@ def test_every_way_to_write_a_pair_is_read_as_the_same_pair():
     ]
     for way in ways:
         (pair,) = check_pairs(placed(way)).kept
-        assert pair.chosen == Answered([USER], " blue") and pair.rejected == Answered([USER], " green")
+        wraps = bot if isinstance(way["chosen"], list) else str  # a message is written by the chat template
+        assert pair.chosen == Answered([USER], wraps(" blue")) and pair.rejected == Answered([USER], wraps(" green"))
         in_json = {name: json.dumps(x) if isinstance(x, list) else x for name, x in way.items()}  # as CSV has it
         assert check_pairs(placed(in_json)).kept == [pair]
     assert check_pairs(placed(row())).kept[0].chosen == Answered("Sky?", " blue")
@@ -77,7 +78,7 @@ def test_every_way_to_write_a_pair_is_read_as_the_same_pair():
 def test_a_conversation_of_several_turns_is_judged_by_its_last_answer():
     turns = [USER, bot(" blue"), {"role": "user", "content": "And at night?"}]
     (pair,) = check_pairs(placed({"chosen": [*turns, bot(" black")], "rejected": [*turns, bot(" red")]})).kept
-    assert pair.chosen == Answered(turns, " black")
+    assert pair.chosen == Answered(turns, bot(" black"))
     more = {"prompt": [USER], "chosen": [*turns[1:], bot(" black")], "rejected": [*turns[1:], bot(" red")]}
     assert check_pairs(placed(more)).kept[0].chosen == pair.chosen
 
@@ -154,7 +155,7 @@ def test_reference_rows_need_a_prompt_and_a_completion():
     found = check_answers(placed({"prompt": "Sky?", "completion": " blue"}))
     assert found.kept == [Reference("line 1", Answered("Sky?", " blue"))] and found.notes() == []
     found = check_answers(placed({"prompt": [USER], "completion": [bot("b")]}))
-    assert found.kept == [Reference("line 1", Answered([USER], "b"))]
+    assert found.kept == [Reference("line 1", Answered([USER], bot("b")))]
     with pytest.raises(ValueError, match="line 1: there is no column 'completion'"):
         check_answers(placed({"prompt": "Sky?"}))
     with pytest.raises(ValueError, match="line 1: there is no column 'prompt'"):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from pgjax.data.messages import all_text, conversation, joined, says_anything, writes_calls
+from pgjax.data.messages import all_text, conversation, joined, says_anything, words, writes_calls
 from pgjax.data.prompts import TOOLS
 from pgjax.data.tables import Row
 from pgjax.data.templates import Message, dropped_space, names_tools, render, tagged_tokens
@@ -20,6 +22,11 @@ REWRITTEN = (
 UNWRITTEN = "the chat template does not write the answer, or not its tool calls"
 # What is said of rows that are kept, behind "in 2 rows".
 LAST_ONLY = "only the last turn is learned, since the chat template rewrites earlier ones"
+OPENED_OTHERWISE = (
+    "the answer is learned as the chat template writes it in a conversation, not behind all that opens a turn"
+)
+THOUGHT_DROPPED = "the chat template leaves out the answer's thought, which is not learned"
+OPENED_TWICE = "the answer begins with the tag that the chat template opens the turn with, which is written once"
 UNANSWERED = "the assistant's opening turn answers nothing and is not learned"
 EMPTY_TURN = "an empty turn of the assistant is not learned"
 UNUSED_TOOLS = "the tools are not used: only a chat template that names them writes them"
@@ -56,8 +63,61 @@ def write_draft(place: str, row: Row, tokenizer: Any, chat: bool) -> Draft | str
         return Draft([prompt, completion], [len(completion)], [completion], special=True, remarks=remarks)
     messages = conversation(prompt)
     opened = render(messages, tokenizer, place=place, tools=tools)
-    answer = dropped_space(messages, opened) + completion
-    return Draft([opened, answer], [len(answer)], [completion], special=False, remarks=_unused(tools, tokenizer))
+    answer, remarks = answer_behind(messages, opened, completion)
+    remarks = [*unused_tools(tools, tokenizer), *remarks]
+    return Draft([opened, answer], [len(answer)], [completion], special=False, remarks=remarks)
+
+
+def answer_behind(messages: Sequence[Message], opened: str, answer: str) -> tuple[str, list[str]]:
+    """Write the text of an answer as it goes on behind an opened turn.
+
+    Args:
+      messages: those before the answer.
+      opened: what `templates.render` makes of them.
+      answer: the text.
+
+    Returns:
+      The text, with the space that the template leaves out, and without a tag that the template has written; and what is to be
+      said of that.
+
+    Example:
+      >>> answer_behind([{"role": "user", "content": "1 + 1?"}], "1 + 1?<think>", "<think>So</think>2")[0]
+      'So</think>2'
+    """
+    tag = _OPENING_TAG.search(opened)
+    if tag is None or messages[-1]["role"] == "assistant" or not answer.lstrip().startswith(tag[1]):
+        return dropped_space(messages, opened) + answer, []
+    return answer.lstrip().removeprefix(tag[1]).removeprefix(tag[2]), [OPENED_TWICE]
+
+
+_OPENING_TAG = re.compile(r"(<[^<>\s/]+>)(\s*)\Z")
+
+
+def write_answer(
+    place: str, given: Sequence[Message], answer: Message, tokenizer: Any, tools: Any
+) -> tuple[str, str, list[str]] | str:
+    """Write a message as the answer to others, as the chat template does in a conversation.
+
+    Args:
+      place: where the messages stand, for errors.
+      given: the messages before; the words of a last one of the assistant go on.
+      answer: the assistant's message.
+      tokenizer: a Hugging Face tokenizer.
+      tools: as for `templates.render`.
+
+    Returns:
+      The text before the answer, the text of the answer and what the template puts behind it, and what is to be said of them;
+      or the reason why that cannot be told.
+    """
+    show = functools.partial(render, tokenizer=tokenizer, place=place, tools=tools)
+    goes_on = given[-1]["role"] == "assistant"
+    closed = show([*given[:-1], joined(given[-1], answer)] if goes_on else [*given, answer], open_turn=False)
+    opened = _opening(answer, show(given), closed, lambda: show(given[:-1] if goes_on else given, open_turn=False))
+    if isinstance(opened, str):
+        return opened
+    before, remarks = opened
+    losses = _losses(answer, before, closed)
+    return losses if isinstance(losses, str) else (before, closed[len(before) :], remarks + losses)
 
 
 def _turns(place: str, given: Sequence[Message], added: Sequence[Message], tokenizer: Any, tools: Any) -> Draft | str:
@@ -69,7 +129,7 @@ def _turns(place: str, given: Sequence[Message], added: Sequence[Message], token
     numbers = [n for n in spoken if says_anything(messages[n])]
     if not numbers:
         return "without an answer to learn"
-    remarks = _unused(tools, tokenizer)
+    remarks = unused_tools(tools, tokenizer)
     remarks += [UNANSWERED] if not given and messages[0]["role"] == "assistant" else []
     remarks += [EMPTY_TURN] if len(numbers) < len(spoken) else []
 
@@ -81,32 +141,69 @@ def _turns(place: str, given: Sequence[Message], added: Sequence[Message], token
     if not _is_growing(itertools.chain.from_iterable(zip(opened, closed, strict=True))):
         context = opened[0] if goes_on or any(message["role"] == "assistant" for message in messages[:begin]) else ""
         if tagged is not None and closed[-1].startswith(context):
-            before = _equal_until(encode_texts([context], tokenizer, special=False)[0], tagged[0]) if context else 0
+            before = equal_until(encode_texts([context], tokenizer, special=False)[0], tagged[0]) if context else 0
             return Draft([closed[-1]], [], list(map(all_text, turns)), False, remarks, tagged, before)
         remarks += [LAST_ONLY] if len(numbers) > 1 else []
         turns, opened, closed = turns[-1:], opened[-1:], closed[-1:]
-    draft = _cut(turns, opened, closed)
-    return draft if isinstance(draft, str) else draft._replace(remarks=remarks, tagged=tagged)
-
-
-def _cut(turns: Sequence[Message], opened: Sequence[str], closed: Sequence[str]) -> Draft | str:
-    """Cut a conversation where turns begin, of which each is given opened and closed."""
-    if not closed[0].startswith(opened[0]):
-        return REWRITTEN
-    texts = [after[len(before) :] for before, after in zip(opened, closed, strict=True)]
-    if not all(text and writes_calls(turn, text) for turn, text in zip(turns, texts, strict=True)):
-        return UNWRITTEN
+        last = numbers[-1]
+        found = _opening(turns[0], opened[0], closed[0], lambda: show(messages[:last], open_turn=False))
+        if isinstance(found, str):
+            return found
+        opened, remarks = [found[0]], remarks + found[1]
+    losses = [_losses(*turn) for turn in zip(turns, opened, closed, strict=True)]
+    for loss in losses:
+        if isinstance(loss, str):
+            return loss
+        remarks += [remark for remark in loss if remark not in remarks]
+    ends = [len(after) - len(before) for before, after in zip(opened, closed, strict=True)]
     parts = [after[len(before) :] for before, after in itertools.pairwise(["", *opened, closed[-1]])]
-    return Draft(parts, list(map(len, texts)), list(map(all_text, turns)), special=False)
+    return Draft(parts, ends, list(map(all_text, turns)), False, remarks, tagged)
+
+
+def _opening(turn: Message, opened: str, closed: str, bare: Callable[[], str]) -> tuple[str, list[str]] | str:
+    """Give the text before a last turn, and what is to be said of it; or the reason why it cannot be found.
+
+    Where a conversation does not begin as the opened turn does, a turn begins behind what both have in common, if that holds all
+    messages before it, which `bare` renders.
+    """
+    if closed.startswith(opened):
+        return opened, []
+    begins = [re.sub(r"<[^<>\s]*\Z", "", os.path.commonprefix([opened, closed]))]  # before a tag that is another one
+    spoken = words(turn).strip()
+    if spoken and spoken in closed:  # of which the first letters may be those of what opens a turn
+        begins.append(closed[: closed.rindex(spoken)])
+    begin = next((x for x in begins if _losses(turn, x, closed) == []), begins[0])
+    return (begin, [OPENED_OTHERWISE]) if begin.startswith(bare()) else REWRITTEN
+
+
+def _losses(turn: Message, opened: str, closed: str) -> str | list[str]:
+    """Say what a template leaves out of a turn: a reason to leave the row out, or what is to be said of it."""
+    text = closed[len(opened) :]
+    if not text or not writes_calls(turn, text):
+        return UNWRITTEN
+    tag = _OPENING_TAG.search(opened)
+    shown, spoken = _letters((tag[0] if tag else "") + text), words(turn)
+    if _letters(spoken) in shown:
+        return []
+    thought, _, rest = spoken.rpartition("</think>")
+    if not thought or not rest.strip() or _letters(rest) not in shown:
+        return UNWRITTEN
+    return [THOUGHT_DROPPED] if thought.strip().removeprefix("<think>").strip() else []
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split())
 
 
 def _is_growing(texts: Iterable[str]) -> bool:
     return all(after.startswith(before) for before, after in itertools.pairwise(texts))
 
 
-def _equal_until(one: Sequence[int], other: Sequence[int]) -> int:
+def equal_until(one: Sequence[int], other: Sequence[int]) -> int:
+    """Count the ids that two rows have in common from the first on."""
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-def _unused(tools: Any, tokenizer: Any) -> list[str]:
+def unused_tools(tools: Any, tokenizer: Any) -> list[str]:
+    """Say of tools that the chat template does not write them."""
     return [UNUSED_TOOLS] if tools and not names_tools(tokenizer, tools) else []

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from pgjax.core.checks import check_whole
 from pgjax.core.errors import UserError
-from pgjax.data.drafts import Draft, write_draft
+from pgjax.data.drafts import Draft, equal_until, write_draft
 from pgjax.data.messages import words
 from pgjax.data.prompts import TOOLS, Prompt, as_tools, check_prompt
 from pgjax.data.tables import (
@@ -23,7 +22,7 @@ from pgjax.data.tables import (
     left_out_notes,
     note,
 )
-from pgjax.data.tokens import INSIDE, added_text, encode_parts, encode_texts
+from pgjax.data.tokens import INSIDE, encode_parts, stopped_inside
 from pgjax.models.io.stops import end_id, stop_ids
 
 KINDS = (("prompt", "completion"), ("messages",), ("text",))  # the columns that make a row an example
@@ -181,7 +180,7 @@ def encode_examples(
             drafts.append((place, draft))
     texts, special = [draft.parts for _, draft in drafts], [draft.special for _, draft in drafts]
     pieces = encode_parts(texts, tokenizer, special=special)
-    odd = _stopped_inside([answer for _, draft in drafts for answer in draft.answers], tokenizer, stops)
+    odd = stopped_inside([answer for _, draft in drafts for answer in draft.answers], tokenizer, stops)
     for (place, draft), parts, inside in zip(drafts, *pieces, strict=True):
         example = _example(draft, parts, stops, ends[draft.special], tokenizer)
         if not any(example.learned):
@@ -237,14 +236,6 @@ def _check_tokenizer(tokenizer: Any, placed: Placed, chat: bool) -> None:
         raise UserError("the tokenizer has no end-of-sequence token, so a model could not learn to end: add one")
 
 
-def _stopped_inside(answers: Sequence[str], tokenizer: Any, stops: Sequence[int]) -> set[str]:
-    """Find the answers that hold an end of sequence before their end."""
-    marks = [tokenizer.decode([stop], clean_up_tokenization_spaces=False) for stop in stops]
-    suspects = [answer for answer in dict.fromkeys(answers) if any(mark in answer for mark in marks)]
-    ids = encode_texts(suspects, tokenizer, special=False)
-    return {answer for answer, row in zip(suspects, ids, strict=True) if not set(stops).isdisjoint(row[:-1])}
-
-
 def _example(draft: Draft, pieces: Sequence[list[int]], stops: Sequence[int], end: int, tokenizer: Any) -> Example:
     """Put an example together; what a template writes after the last end of a turn is left out."""
     ids = list(itertools.chain.from_iterable(pieces))
@@ -255,8 +246,8 @@ def _example(draft: Draft, pieces: Sequence[list[int]], stops: Sequence[int], en
         ids = ids if ids and ids[-1] in stops else [*ids, end]
         return Example(ids, [True] * len(ids))
     learned = [False] * len(pieces[0])
-    for part, text, characters in zip(pieces[1:-1], draft.parts[1:-1], draft.ends[:-1], strict=True):
-        until = _end_of_turn(ids[: len(learned)], part, text[:characters], stops, tokenizer)
+    for number, part in enumerate(pieces[1:-1], start=1):
+        until = _end_of_turn(draft, number, part, stops, tokenizer)
         learned += [True] * until + [False] * (len(part) - until)
     stop = _first(stops, pieces[-1])
     last = [*pieces[-1], end] if stop is None else pieces[-1][: stop + 1]
@@ -267,15 +258,16 @@ def _first(stops: Sequence[int], ids: Sequence[int]) -> int | None:
     return min((ids.index(stop) for stop in stops if stop in ids), default=None)
 
 
-def _end_of_turn(before: Sequence[int], ids: Sequence[int], text: str, stops: Sequence[int], tokenizer: Any) -> int:
+def _end_of_turn(draft: Draft, number: int, ids: Sequence[int], stops: Sequence[int], tokenizer: Any) -> int:
     """Count the ids of a turn's text, up to an end of sequence in it; what stands between it and the next turn follows."""
     stop = _first(stops, ids)
     until = len(ids) if stop is None else stop + 1
+    text = draft.parts[number][: draft.ends[number - 1]]
     added = tokenizer.added_tokens_decoder
     if stop is not None and any(i in added and added[i].content in text for i in stops):
         return until
-    counts = range(until + 1)
-    return bisect.bisect_right(counts, len(text), key=lambda n: len(added_text(before, ids[:n], tokenizer))) - 1
+    ((*_, turn),), _ = encode_parts([[*draft.parts[:number], text]], tokenizer, special=draft.special)
+    return min(until, equal_until(turn, ids))
 
 
 def _as_tagged(ids: list[int], tagged: list[bool], stops: Sequence[int], end: int) -> Example:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from pgjax.core.errors import UserError
 from pgjax.data.batches import split_rows
-from pgjax.data.messages import conversation, says_anything, words, writes_calls
+from pgjax.data.drafts import UNUSED_TOOLS, answer_behind, unused_tools, write_answer
+from pgjax.data.messages import conversation, says_anything, words
 from pgjax.data.prompts import TOOLS, Prompt, as_tools, check_prompt
 from pgjax.data.sources import load_rows
 from pgjax.data.tables import (
@@ -22,9 +23,10 @@ from pgjax.data.tables import (
     note,
 )
 from pgjax.data.templates import Message, dropped_space, render
-from pgjax.data.tokens import INSIDE, encode_parts
+from pgjax.data.tokens import INSIDE, encode_parts, stopped_inside
 from pgjax.models.io.stops import end_id, stop_ids
 
+STOPPED = "an end of sequence inside the answer"
 DIALOGUE = "\n\nAssistant:"  # opens an answer in pairs that are written as two whole dialogues
 TEMPLATED = "prompts_were_templated"  # a tokenizer's setting: was a reward model trained with its chat template?
 
@@ -33,7 +35,7 @@ class Answered(NamedTuple):
     """A prompt with an answer to it."""
 
     prompt: Prompt
-    answer: str | Message  # a message where it calls tools: the chat template writes the calls
+    answer: str | Message  # a message is written by the chat template; a text goes on from the opened turn as it is
     tools: Sequence[Any] | None = None  # what the chat template is told of tools, as JSON schemas
 
 
@@ -67,12 +69,11 @@ class Kept(NamedTuple):
 
     kept: list[Any]
     left_out: dict[str, list[str]]  # reason -> locations of the rows
-    inside: Sequence[str] = ()  # locations of kept rows with an answer that begins inside a token of the whole text
+    remarks: Mapping[str, Sequence[str]] = {}  # what is said of kept rows -> their locations
 
     def notes(self) -> list[str]:
-        """Report what was left out or tokenised apart, a line for each reason; an empty list where nothing was."""
-        apart = [note("in", self.inside, "row", f" {INSIDE}")] if self.inside else []
-        return left_out_notes(self.left_out) + apart
+        """Report what was left out, and what is said of other rows, a line each; an empty list where there is nothing."""
+        return left_out_notes(self.left_out) + [note("in", x, "row", f" {what}") for what, x in self.remarks.items()]
 
 
 def check_pairs(placed: Placed) -> Kept:
@@ -114,6 +115,11 @@ def check_pairs(placed: Placed) -> Kept:
     for place, row in placed:
         chosen, rejected = (_answered(place, row, name) for name in ("chosen", "rejected"))
         pair = Pair(place, chosen, rejected, _margin(place, row))
+        if isinstance(chosen.prompt, str) != isinstance(rejected.prompt, str):
+            one, other = (
+                ("a text", "a list of messages") if isinstance(chosen.prompt, str) else ("a list of messages", "a text")
+            )
+            raise UserError(f"{place}: 'chosen' is {one} and 'rejected' is {other}: make both the same")
         if "prompt" not in row and isinstance(chosen.prompt, str) and chosen.prompt != rejected.prompt:
             left_out.setdefault(f"two dialogues that differ before their last {DIALOGUE!r}", []).append(place)
             continue
@@ -178,7 +184,8 @@ def encode_answers(answers: Sequence[Answered], tokenizer: Any, *, chat: bool, e
     """Turn prompts with their answers into token ids, as a policy samples them: the prompt's ids, then the answer's.
 
     An answer's ids are those that stand behind the prompt's in the whole text, and end with the end of sequence. Where the answer
-    begins inside a token of the whole text, it is tokenised as what goes on from the prompt.
+    begins inside a token of the whole text, it is tokenised as what goes on from the prompt. A text stands behind the opened turn
+    as it is, as a policy may have written it; a message stands as the chat template writes it in a conversation.
 
     Args:
       answers: prompts with answers.
@@ -202,7 +209,10 @@ def encode_answers(answers: Sequence[Answered], tokenizer: Any, *, chat: bool, e
       [[1, 2, 3, 0]]
     """
     places = [f"answer {number} (counted from 0)" for number in range(len(answers))]
-    return [coded.prompt + coded.answer for coded in _encode(places, answers, tokenizer, chat=chat, eos=eos)]
+    found = _encode(places, answers, tokenizer, chat=chat, eos=eos, sampled=True)
+    if odd := next((f"{place}: {coded.why}" for place, coded in zip(places, found, strict=True) if coded.why), None):
+        raise UserError(odd)
+    return [coded.prompt + coded.answer for coded in found]
 
 
 class _Encoded(NamedTuple):
@@ -210,60 +220,78 @@ class _Encoded(NamedTuple):
 
     prompt: list[int]
     answer: list[int]
-    inside: bool  # whether the answer begins inside a token of the whole text
+    remarks: Sequence[str]
+    why: str | None = None  # the reason why they cannot be scored
+
+
+class _Written(NamedTuple):
+    """A prompt and an answer as texts."""
+
+    prompt: str
+    answer: str
+    remarks: Sequence[str] = ()
+    why: str | None = None
 
 
 def _encode(
-    places: Sequence[str], answers: Sequence[Answered], tokenizer: Any, *, chat: bool, eos: bool
+    places: Sequence[str], answers: Sequence[Answered], tokenizer: Any, *, chat: bool, eos: bool, sampled: bool = False
 ) -> list[_Encoded]:
-    """Encode as `encode_answers` does, keeping the ids of a prompt and of its answer separate."""
+    """Encode as `encode_answers` does, keeping the ids of a prompt and of its answer separate; `sampled` texts are kept whole."""
     stops = stop_ids(tokenizer)
     if eos and not stops:
         raise UserError("the tokenizer has no end-of-sequence token to end an answer with: add one, or use eos=False")
     plain = [not chat and isinstance(answered.prompt, str) for answered in answers]
     prompts: dict[str, str] = {}  # the two answers of a pair, and often many pairs, share one
-    texts: list[tuple[Any, Any]] = []
+    texts: list[_Written] = []
     for place, answered, is_plain in zip(places, answers, plain, strict=True):
+        unused = [UNUSED_TOOLS] if is_plain and answered.tools else unused_tools(answered.tools, tokenizer)
         if is_plain:
-            texts.append((answered.prompt, answered.answer))
-            continue
-        key = repr((answered.prompt, answered.tools))
-        if key not in prompts:
-            prompts[key] = render(conversation(answered.prompt), tokenizer, place=place, tools=answered.tools)
-        texts.append((prompts[key], _behind(place, answered, prompts[key], tokenizer)))
-    rows, inside = encode_parts(texts, tokenizer, special=plain)
+            texts.append(_Written(str(answered.prompt), str(answered.answer), unused))
+        elif isinstance(answered.answer, str):
+            messages, key = conversation(answered.prompt), repr((answered.prompt, answered.tools))
+            if key not in prompts:
+                prompts[key] = render(messages, tokenizer, place=place, tools=answered.tools)
+            opened = prompts[key]
+            spaced = dropped_space(messages, opened) + answered.answer, list[str]()
+            text, remarks = spaced if sampled else answer_behind(messages, opened, answered.answer)
+            texts.append(_Written(opened, text, [*unused, *remarks]))
+        else:
+            texts.append(_of_message(place, answered, answered.answer, unused, tokenizer))
+    rows, inside = encode_parts([text[:2] for text in texts], tokenizer, special=plain)
     ends = {x: end for x in set(plain) if eos and (end := end_id(tokenizer, chat=not x)) is not None}
     encoded = []
-    for place, answered, is_plain, (prompt, ids), torn in zip(places, answers, plain, rows, inside, strict=True):
+    for place, answered, is_plain, text, (prompt, ids), torn in zip(
+        places, answers, plain, texts, rows, inside, strict=True
+    ):
         if not prompt:
             raise UserError(f"{place} has no tokens: {answered.prompt!r}")
         if not isinstance(answered.answer, str):  # the chat template has ended it
             stop = next((i for i, token in enumerate(ids) if token in stops), len(ids))
             ids = ids[: stop + 1 if eos else stop]
         ending = [ends[is_plain]] if is_plain in ends and not (ids and ids[-1] in stops) else []
-        encoded.append(_Encoded(prompt, ids + ending, torn))
+        encoded.append(_Encoded(prompt, ids + ending, [*text.remarks, *([INSIDE] if torn else [])], text.why))
     return encoded
 
 
-def _behind(place: str, answered: Answered, opened: str, tokenizer: Any) -> str:
-    """Write an answer as it stands behind the opened turn of its prompt."""
-    messages, answer = conversation(answered.prompt), answered.answer
-    if isinstance(answer, str):
-        return dropped_space(messages, opened) + answer
-    text = render([*messages, answer], tokenizer, place=place, open_turn=False, tools=answered.tools)
-    if not text.startswith(opened) or not writes_calls(answer, text[len(opened) :]):
+def _of_message(place: str, answered: Answered, answer: Message, unused: list[str], tokenizer: Any) -> _Written:
+    """Write an answer that is a message as the chat template does."""
+    found = write_answer(place, conversation(answered.prompt), answer, tokenizer, answered.tools)
+    if not isinstance(found, str):
+        inside = stopped_inside([words(answer)], tokenizer, stop_ids(tokenizer))
+        return _Written(found[0], found[1], [*unused, *found[2]], STOPPED if inside else None)
+    if answer.get("tool_calls"):
         raise UserError(
             f"{place}: the chat template does not write the answer's tool calls behind its prompt: leave the row out, or use a "
             "model for tool calls"
         )
-    return text[len(opened) :]
+    return _Written("-", "-", why=found)
 
 
 def encode_pairs(pairs: Kept, tokenizer: Any, *, chat: bool, eos: bool, max_length: int) -> Kept:
     """Turn pairs into token ids; nothing is truncated.
 
     Left out are pairs of which an answer is too long or holds an end of sequence before its end, which a policy would have
-    stopped at, and pairs whose answers have the same ids.
+    stopped at, and pairs whose answers have the same ids, or that the chat template does not write.
 
     Args:
       pairs: of `check_pairs`.
@@ -292,7 +320,7 @@ def encode_pairs(pairs: Kept, tokenizer: Any, *, chat: bool, eos: bool, max_leng
     ids = _encode(places, answers, tokenizer, chat=chat, eos=eos)
     stops = set(stop_ids(tokenizer))
     found = Kept([], {why: list(places) for why, places in pairs.left_out.items()})
-    inside: list[str] = []
+    remarks: dict[str, list[str]] = {}
     prompts: dict[tuple[int, ...], int] = {}
     for pair, chosen, rejected in zip(pairs.kept, ids[::2], ids[1::2], strict=True):
         why = _fault(chosen, stops, max_length) or _fault(rejected, stops, max_length)
@@ -304,8 +332,9 @@ def encode_pairs(pairs: Kept, tokenizer: Any, *, chat: bool, eos: bool, max_leng
         number = prompts.setdefault(tuple(chosen.prompt), len(prompts))
         both = (chosen.prompt + chosen.answer, rejected.prompt + rejected.answer)
         found.kept.append(EncodedPair(*both, pair.margin, number))
-        inside.extend([pair.place] if chosen.inside or rejected.inside else [])
-    return _some_left(found._replace(inside=inside), "pair is left to learn from")
+        for remark in dict.fromkeys([*chosen.remarks, *rejected.remarks]):
+            remarks.setdefault(remark, []).append(pair.place)
+    return _some_left(found._replace(remarks=remarks), "pair is left to learn from")
 
 
 def encode_references(references: Kept, tokenizer: Any, *, chat: bool, eos: bool, max_length: int) -> Kept:
@@ -337,15 +366,16 @@ def encode_references(references: Kept, tokenizer: Any, *, chat: bool, eos: bool
     places, answers = zip(*references.kept, strict=True)
     stops = set(stop_ids(tokenizer))
     found = Kept([], {why: list(places) for why, places in references.left_out.items()})
-    inside: list[str] = []
+    remarks: dict[str, list[str]] = {}
     for place, coded in zip(places, _encode(places, answers, tokenizer, chat=chat, eos=eos), strict=True):
         why = _fault(coded, stops, max_length)
         if why is not None:
             found.left_out.setdefault(why, []).append(place)
             continue
         found.kept.append(coded.prompt + coded.answer)
-        inside.extend([place] if coded.inside else [])
-    return _some_left(found._replace(inside=inside), "reference is left")
+        for remark in coded.remarks:
+            remarks.setdefault(remark, []).append(place)
+    return _some_left(found._replace(remarks=remarks), "reference is left")
 
 
 def encode_sets(
@@ -385,8 +415,10 @@ def encode_sets(
 
 def _fault(coded: _Encoded, stops: set[int], max_length: int) -> str | None:
     """Give the reason why a prompt with its answer cannot be scored, or None."""
+    if coded.why is not None:
+        return coded.why
     if not stops.isdisjoint(coded.answer[:-1]):
-        return "an end of sequence inside the answer"
+        return STOPPED
     return f"longer than {max_length} tokens" if len(coded.prompt) + len(coded.answer) > max_length else None
 
 
@@ -413,8 +445,7 @@ def _answered(place: str, row: Row, name: str) -> Answered:
     if value[0]["role"] == "assistant":
         check_prompt(place, prompt)
         before = conversation(prompt)
-    answer = value[-1] if value[-1].get("tool_calls") else words(value[-1])
-    return Answered([*before, *value[:-1]], answer, tools)
+    return Answered([*before, *value[:-1]], value[-1], tools)
 
 
 def _of_dialogue(place: str, row: Row, name: str) -> Answered:

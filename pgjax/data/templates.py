@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -85,17 +87,38 @@ def _applied(messages: Sequence[Message], tokenizer: Any, place: str, tools: Any
     if tokenizer.chat_template is None:
         raise UserError(f"{place}: the tokenizer has no chat template: use an instruct model, or chat=False")
     given = [{name: value for name, value in message.items() if value is not None} for message in messages]
+    texts = [text for message in given if isinstance(text := message.get("content"), str) and text.strip()]
     settings = tokenizer.init_kwargs
-    try:
+
+    def attempt(given: Sequence[Message]) -> tuple[Any, str]:
         template = _dated(tokenizer.get_chat_template(None, tools), settings.get(chat_template.DATE))
-        return tokenizer.apply_chat_template(
+        made = tokenizer.apply_chat_template(
             given, chat_template=template, tools=tools or None, **how, **settings.get(chat_template.ARGS, {})
         )
+        return made, made if isinstance(made, str) else tokenizer.decode(made["input_ids"])
+
+    refusal = None
+    try:
+        found, text = attempt(given)
+        if not texts or any(words.strip() in text for words in texts):
+            return found
     except Exception as error:  # a template is a program of its own: it may fail with anything
+        found, refusal = None, error
+    with contextlib.suppress(Exception):  # some templates take content in parts alone
+        in_parts, text = attempt(list(map(_in_parts, given)))
+        if all(words.strip() in text for words in texts) and "{'type'" not in text:
+            return in_parts
+    if found is None:
         begins = str(messages[-1].get("content"))[:80]
         raise UserError(
-            f"{place}: the chat template refuses the messages ({error}); the last begins {begins!r}"
-        ) from error
+            f"{place}: the chat template refuses the messages ({refusal}); the last begins {begins!r}"
+        ) from refusal
+    return found
+
+
+def _in_parts(message: Message) -> Message:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def names_tools(tokenizer: Any, tools: Any) -> bool:
@@ -125,8 +148,20 @@ def dropped_space(messages: Sequence[Message], opened: str) -> str:
 
 @functools.lru_cache
 def _dated(template: str, date: str | None) -> str:
-    """Write a date into a template in place of its calls for today's: a function given to it would not reach it."""
-    if date is None:
+    """Let a template's calls for today's date write a given one, however it calls."""
+    if date is None or "strftime_now" not in template:
         return template
     day = as_date(date)
-    return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda call: repr(day.strftime(call[2])), template)
+    names = [mark + letter for mark in ("", "-") for letter in string.ascii_letters]
+    written = {"\0": "%"} | {name: text for name in names if (text := day.strftime(f"%{name}")) != f"%{name}"}
+    behind = re.sub(r"^[ \t]+(?=\{[%#](?!\+))", "", template)  # as lstrip_blocks does where a line begins
+    return _FIXED_DATE.replace("WRITTEN", repr(written)) + behind
+
+
+# A macro hides the function of the same name that transformers gives to templates; a function given to one would not reach it.
+_FIXED_DATE = (
+    "{%- macro strftime_now(format) -%}{%- set written = WRITTEN -%}"
+    "{%- for part in format.replace('%%', '%\\0').split('%') -%}{{- part if loop.first"
+    " else written[part[:2]] + part[2:] if part[:2] in written"
+    " else written[part[:1]] + part[1:] if part[:1] in written else '%' + part -}}{%- endfor -%}{%- endmacro +%}"
+)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 # A tokenizer may write a space in front of a text. Behind one of these it writes none; the first that does not merge with the
@@ -146,6 +148,30 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(added.union(tokenizer.all_special_ids))
 
 
+def stopped_inside(answers: Sequence[str], tokenizer: Any, stops: Collection[int]) -> set[str]:
+    """Find the answers that hold an end of sequence before their end.
+
+    Args:
+      answers: any number of texts.
+      tokenizer: a fast Hugging Face tokenizer.
+      stops: the ids that end a sequence.
+
+    Returns:
+      Those that do.
+
+    Example:
+      >>> from tokenizers import Tokenizer, models
+      >>> from transformers import PreTrainedTokenizerFast
+      >>> letters = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"e": 0, "a": 1}, merges=[])))
+      >>> stopped_inside(["ae", "aea"], letters, [0])
+      {'aea'}
+    """
+    marks = [tokenizer.decode([stop], clean_up_tokenization_spaces=False) for stop in stops]
+    suspects = [answer for answer in dict.fromkeys(answers) if any(mark in answer for mark in marks)]
+    ids = encode_texts(suspects, tokenizer, special=False)
+    return {answer for answer, row in zip(suspects, ids, strict=True) if not set(stops).isdisjoint(row[:-1])}
+
+
 def added_text(before: Sequence[int], ids: Sequence[int], tokenizer: Any) -> str:
     """Decode ids as the text that they add to the ids before them.
 
@@ -168,11 +194,32 @@ def added_text(before: Sequence[int], ids: Sequence[int], tokenizer: Any) -> str
       >>> tokenizer.decode([1]), added_text([0], [1], tokenizer)
       ('great', ' great')
     """
-    context = list(before[-_CONTEXT:])
-    old, new = (tokenizer.decode(x, clean_up_tokenization_spaces=False) for x in (context, [*context, *ids]))
-    if not new.startswith(old):  # the ids before end within a character, which those that follow complete
-        old = old.rstrip("\N{REPLACEMENT CHARACTER}")
-    return new[len(old) :]
+    begin = max(0, len(before) - _CONTEXT)
+    while begin > 0 and _is_byte(before[begin], tokenizer):  # of a run of bytes all: no character of it is cut then
+        begin -= 1
+    context = list(before[begin:])
+    decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    old, new = decode(context), decode([*context, *ids])
+    known = len(context)
+    while not new.startswith(old) and old.endswith(_CUT) and known > max(0, len(context) - _CHARACTER):
+        known -= 1  # the ids before end within a character, which those that follow complete
+        old = decode(context[:known])
+    if new.startswith(old):
+        return new[len(old) :]
+    known = len(context)
+    while known > 0 and _is_byte(context[known - 1], tokenizer):
+        known -= 1
+    if known < len(context):  # a decoder that spoils a whole run of bytes where one is no part of a character
+        return added_text(context[:known], ids, tokenizer)
+    return new[len(old.rstrip(_CUT)) :]
 
 
-_CONTEXT = 8  # ids: more than a character has bytes
+_CUT = "\N{REPLACEMENT CHARACTER}"  # written for a part of a character
+_CONTEXT = 8  # ids
+_CHARACTER = 4  # bytes, at most
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+def _is_byte(token_id: int, tokenizer: Any) -> bool:
+    """Say whether a token is one byte of a character that is not in the vocabulary."""
+    return _BYTE.fullmatch(tokenizer.convert_ids_to_tokens(int(token_id)) or "") is not None

@@ -296,10 +296,9 @@ def make_task(
         lengths = {"the model": list(map(len, ids))}
         if reward_model is not None:
             lengths["the reward model"] = reward_model.prompt_lengths(rows, ids)
-        fits = _fitting(names, lengths, positions, max_new_tokens)
+        fits = _fitting(names, lengths, positions, max_new_tokens, _SETS[number] if len(row_sets) == len(_SETS) else "")
         encoded.append([Encoded(rows[i], ids[i]) for i in fits])
-    if chat:
-        _tell_unused_tools(tokenizer, [prompt.row for prompts in encoded for prompt in prompts])
+    _tell_unused_tools(tokenizer, [prompt.row for prompts in encoded for prompt in prompts], chat)
     rising = sorted({len(prompt.ids) for prompts in encoded for prompt in prompts})
     longest_of = {bucket_length(length): length for length in rising}  # the last of each bucket stays
     widths = tuple(longest_of.values())
@@ -312,8 +311,15 @@ def make_task(
     )  # fmt: skip
 
 
+_SETS = ("training prompts: ", "held-out prompts: ")  # what row sets are called where there are two
+
+
 def _fitting(
-    places: Sequence[str], lengths: Mapping[str, Sequence[int]], positions: Mapping[str, int], max_new_tokens: int
+    places: Sequence[str],
+    lengths: Mapping[str, Sequence[int]],
+    positions: Mapping[str, int],
+    max_new_tokens: int,
+    which: str,
 ) -> list[int]:
     """Number the prompts that leave room for a completion in every model's positions, and tell which do not."""
     left_out: dict[str, list[str]] = {}
@@ -325,7 +331,7 @@ def _fitting(
             continue
         why = f"whose prompt leaves no room for max_new_tokens={max_new_tokens} in the {positions[short[0]]} positions of "
         left_out.setdefault(why + short[0], []).append(f"{place} ({lengths[short[0]][i]:,} tokens)")
-    notes = left_out_notes(left_out)
+    notes = [f"{which}{note}" for note in left_out_notes(left_out)]
     if not fits:
         raise UserError(
             f"no row is left: {'; '.join(notes)}. Shorten the prompts, ask for fewer new tokens, or use a model with more "
@@ -336,13 +342,12 @@ def _fitting(
     return fits
 
 
-def _tell_unused_tools(tokenizer: Any, rows: Sequence[Row]) -> None:
-    """Tell that a chat template leaves the tools of prompts out."""
+def _tell_unused_tools(tokenizer: Any, rows: Sequence[Row], chat: bool) -> None:
+    """Tell that the tools of prompts are left out: by a chat template, or for want of one."""
     with_tools = [tools for row in rows if (tools := as_tools("a row", row.get(TOOLS))) is not None]
-    if with_tools and not names_tools(tokenizer, with_tools[0]):
-        processes.print_once(
-            f"the chat template names no tools: of the column 'tools', which {len(with_tools)} rows fill, prompts show nothing"
-        )
+    if with_tools and not (chat and names_tools(tokenizer, with_tools[0])):
+        why = "the chat template names no tools" if chat else "without a chat template no tools are written"
+        processes.print_once(f"{why}: of the column 'tools', which {len(with_tools)} rows fill, prompts show nothing")
 
 
 def on_request(judges: Sequence[rewards.Reward], tokens: Any, mask: Any, tokenizer: Any) -> dict[str, list[Any]]:
