@@ -41,7 +41,7 @@ def test_greedy_tokens_are_those_of_generate_and_the_cache_is_teacher_forcing(ca
     greedy(case)
 
 
-@pytest.mark.parametrize("case", campaign_but_for(CASES, WINDOWS, EXPERTS))
+@pytest.mark.parametrize("case", campaign_but_for(CASES, WINDOWS))
 def test_gradients_are_finite_and_the_same_on_every_mesh(case):
     sharded(case)
 
@@ -70,6 +70,7 @@ def test_a_fused_kernel_has_the_windows_and_the_thetas_of_each_layer():
     assert_close(found, expected, of_max=1e-5)
 
 
+@pytest.mark.campaign
 def test_rows_of_a_group_and_texts_in_one_row_see_the_windows_that_they_see_alone():
     row, width = TOKENS[0], TOKENS.shape[1]
     alone = np.asarray(applied(LM, PARAMS, row[None], None))[0]

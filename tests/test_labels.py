@@ -61,6 +61,7 @@ def test_every_matrix_decays_and_no_vector_does(name):
         np.testing.assert_array_equal(x, 0.0 if "'b'" in jax.tree_util.keystr(path) else -0.5)
 
 
+@pytest.mark.campaign
 @pytest.mark.skipif(not hasattr(optax.contrib, "MuonDimensionNumbers"), reason="optax is older than 0.2.6")
 def test_muon_orthogonalises_each_kernel_of_a_stack_by_itself_and_leaves_all_else_to_adam():
     params = {"lm": tiny_params("qwen2"), "value": pg.init_value_head(16)}

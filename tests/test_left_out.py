@@ -145,6 +145,7 @@ def test_rewards_of_single_tokens_are_returns_from_their_token_on():
     assert_close(at_the_end, placed, 1e-6)
 
 
+@pytest.mark.campaign
 def test_an_iteration_takes_both_and_refuses_other_shapes():
     it = pg.iteration(LM, pg.rloo(group_size=2, kl_coef=0.0), SGD, max_new_tokens=3)
     prompts, mask = np.repeat([[5, 6], [7, 8]], 2, axis=0), np.ones((4, 2), bool)

@@ -50,7 +50,7 @@ def built(name):
     return importlib.import_module(f"experiments.other_models.{name}_model").build(jax.random.key(0))
 
 
-@pytest.mark.parametrize("name", campaign_but_for(PACKAGES, "dict", "nnx"))
+@pytest.mark.parametrize("name", campaign_but_for(PACKAGES, "nnx"))
 def test_it_learns_and_the_sampler_agrees_with_the_learner_and_a_snapshot_gives_it_back(name, tmp_path):
     lm, params = built(name)
     learned = train(lm, params, steps=6, learning_rate=2e-2)

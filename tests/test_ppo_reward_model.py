@@ -284,7 +284,7 @@ def test_a_score_that_is_not_finite_stops_the_run_and_names_the_row(config, monk
         ({"reward_model_weight": float("nan")}, "reward_model_weight must be finite, got nan"),
         (
             {"max_new_tokens": 30},
-            r"no row is left: left out 8 rows, .* max_new_tokens=30 in the 40 positions of the reward model",
+            r"no row is left: training prompts: left out 8 rows, .* max_new_tokens=30 in the 40 positions of the reward model",
         ),
     ],
 )

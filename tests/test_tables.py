@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
 
 from pgjax.core.errors import UserError
 from pgjax.data import sources
-from pgjax.data.prompts import check_rows
+from pgjax.data.prompts import as_tools, check_prompts, check_rows
 from pgjax.data.sources import load_rows
 from pgjax.data.tables import as_messages, check_messages, check_same_columns, read_table
 
@@ -74,7 +75,6 @@ def test_a_text_is_read_as_messages_only_where_it_is_a_json_list_of_them() -> No
         "[{'a': 1}]",
         "['role', 'content']",
         "[{role: user}]",
-        '{"role": "user", "content": "hi"}',
         "[" * 200_000,
     ):
         assert read(text) == text
@@ -322,3 +322,43 @@ def test_only_the_columns_that_count_are_compared() -> None:
 def test_bad_messages_are_named(messages) -> None:
     with pytest.raises(ValueError, match="line 7: "):
         check_messages("line 7", "the answer", messages)
+
+
+SAID = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize("make", [tuple, lambda x: np.array(x, dtype=object), list])
+def test_messages_and_tools_may_stand_in_tuples_and_arrays_as_pandas_holds_them(make):
+    row = {"prompt": make([{**SAID, "content": make([{"type": "text", "text": "a"}])}]), "tools": make([{"name": "b"}])}
+    ((_, read),) = check_prompts([("row 0", row)])
+    assert read["prompt"] == [SAID] and as_tools("row 0", row["tools"]) == [{"name": "b"}]
+
+
+@pytest.mark.parametrize(
+    "nothing", [None, float("nan"), np.float64("nan"), "", "  ", "null", "None", "[]", (), np.array([])]
+)
+def test_no_tools_may_be_written_in_any_way(nothing):
+    assert as_tools("row 0", nothing) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "mend"),
+    [
+        ("array([{'role': 'user', 'content': 'a'}], dtype=object)", "as Python prints it: write it in JSON"),
+        ("({'role': 'user', 'content': 'a'},)", "as Python prints it: write it in JSON"),
+        ("{'role': 'user', 'content': 'a'}", "as Python prints it: write it in JSON"),
+        (json.dumps(SAID), "a single message: write a list of it"),
+        (json.dumps(json.dumps([SAID])), "in JSON within JSON: encode it once"),
+        (json.dumps([{"from": "human", "value": "a"}]), "name them 'role' and 'content'"),
+    ],
+)
+def test_a_cell_that_holds_messages_in_another_form_is_no_prompt_to_be_read_as_it_is(text, mend):
+    with pytest.raises(ValueError, match=f"row 0: the prompt is .*{mend}"):
+        check_prompts([("row 0", {"prompt": text})])
+
+
+@pytest.mark.parametrize(
+    "text", ["[1] from here", '"role" is a word', "(from: me)", '{"role": 1}', "{'from' 'role'}", '["role"]']
+)
+def test_a_text_that_only_looks_like_messages_is_a_text(text):
+    assert check_prompts([("row 0", {"prompt": text})])[0][1]["prompt"] == text

@@ -102,6 +102,9 @@ def test_arguments_reach_the_template_and_are_refused_where_it_names_none():
     assert render(MESSAGES[:1], tokenizer, place="row 0").endswith("<think>\n\n</think>\n\n")
     with pytest.raises(UserError, match="names no 'enable_thoughts'"):
         set_template(tokenizer, args={"enable_thoughts": False})
+    for name in ("messages", "tools", "add_generation_prompt"):
+        with pytest.raises(UserError, match=f"'{name}' is no argument to set for the chat template"):
+            set_template(tokenizer, args={name: []})
     with pytest.raises(UserError, match="not one like 2026-11-30"):
         set_template(tokenizer, date="30 Nov")
 

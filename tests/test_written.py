@@ -79,6 +79,8 @@ def test_the_tools_of_a_row_reach_its_prompt_and_rewards_or_it_is_told_that_they
     assert '"name": "clock"' in task.tokenizer.decode(first.ids) and not capsys.readouterr().out
     new_task(with_template("byte-level", "ChatML"), rows, chat=True)
     assert "names no tools: of the column 'tools', which 2 rows fill" in capsys.readouterr().out
+    new_task(KINDS["byte-level"](), [{**row, "prompt": "no"} for row in rows])
+    assert "without a chat template no tools are written: of the column 'tools', which 2" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"row 0 .*the column 'tools' is 'a hammer', not a list of JSON schemas"):
         new_task(task.tokenizer, [{"prompt": [USER], "tools": "a hammer"}], chat=True)
 
@@ -177,6 +179,9 @@ def test_an_overlong_prompt_leaves_out_its_row_and_says_which(capsys):
     assert [prompt.row["prompt"] for prompt in task.prompt_sets[0]] == ["no", "yes"] and max(task.widths) < 8
     line = f"in the {positions} positions of the model: p.jsonl, line 2 ({positions} tokens)"
     assert capsys.readouterr().out.strip() == f"left out 1 row, whose prompt leaves no room for max_new_tokens=4 {line}"
+    options = {"chat": False, "max_new_tokens": 4, "temperature": 1.0}
+    make_task(pg.causal_lm(ARCHITECTURES["llama"]), tokenizer, [], None, [rows[:1], rows], **options)
+    assert capsys.readouterr().out.startswith("held-out prompts: left out 1 row, whose prompt leaves no room")
     with pytest.raises(UserError, match=r"no row is left: left out 1 row, .*row 0 .*Shorten the prompts"):
         new_task(tokenizer, rows[1:2])
 

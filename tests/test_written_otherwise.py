@@ -19,6 +19,7 @@ from pgjax.data.preferences import (
 from pgjax.data.prompts import check_rows, completion_texts, encode_prompts
 from pgjax.data.tokens import added_text
 from pgjax.models.io.chat_template import set_template
+from pgjax.models.io.tokenizer import folder_tokenizer, missing_tokenizer
 from tests.tokenizer_kinds import CHATML, KINDS, LLAMA3, byte_level, sentencepiece_like
 
 USER = {"role": "user", "content": "q"}
@@ -227,3 +228,10 @@ def test_the_date_is_fixed_however_a_template_asks_for_it(written, expected):
     (ids,) = encode_prompts(["a"], tokenizer, chat=True)
     assert tokenizer.decode(ids).split("|<")[0] == expected
     assert tokenizer.chat_template == written + "|" + CHATML  # the saved one stays as it was
+
+
+def test_a_folder_with_a_tokenizer_in_another_form_is_told_which_and_what_to_do(tmp_path):
+    (tmp_path / "tekken.json").write_text("{}")
+    assert folder_tokenizer(tmp_path) is None
+    assert "holds no tokenizer that is read: tekken.json is another form; add the" in missing_tokenizer(tmp_path)
+    assert missing_tokenizer(tmp_path / "none").endswith("holds no tokenizer: add its files")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -168,7 +167,7 @@ def _opening(turn: Message, opened: str, closed: str, bare: Callable[[], str]) -
     """
     if closed.startswith(opened):
         return opened, []
-    begins = [re.sub(r"<[^<>\s]*\Z", "", os.path.commonprefix([opened, closed]))]  # before a tag that is another one
+    begins = [re.sub(r"<[^<>\s]*\Z", "", closed[: equal_until(opened, closed)])]  # before a tag that is another one
     spoken = words(turn).strip()
     if spoken and spoken in closed:  # of which the first letters may be those of what opens a turn
         begins.append(closed[: closed.rindex(spoken)])
@@ -199,8 +198,8 @@ def _is_growing(texts: Iterable[str]) -> bool:
     return all(after.startswith(before) for before, after in itertools.pairwise(texts))
 
 
-def equal_until(one: Sequence[int], other: Sequence[int]) -> int:
-    """Count the ids that two rows have in common from the first on."""
+def equal_until(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Count the ids, or letters, that two rows have in common from the first on."""
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 

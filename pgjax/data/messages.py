@@ -59,6 +59,27 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(x) for x in value] if isinstance(value, list) else value
 
 
+def listed(value: Any) -> Any:
+    """Turn tuples and arrays of objects into lists, also inside, as pandas and NumPy hold messages.
+
+    Args:
+      value: dicts, lists, tuples and arrays, and what else they hold.
+
+    Returns:
+      The same of dicts and lists.
+
+    Example:
+      >>> listed(({"role": "user", "content": ("a",)},))
+      [{'role': 'user', 'content': ['a']}]
+    """
+    if isinstance(value, str):
+        return value
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Mapping):
+        return {key: listed(x) for key, x in value.items()}
+    return [listed(x) for x in value] if isinstance(value, list | tuple) else value
+
+
 def words(message: Message) -> str:
     """Give the text of a message's content, which may be none, or parts of text.
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pgjax.core.errors import UserError
-from pgjax.data.messages import conversation, without_nulls
+from pgjax.data.messages import conversation, listed, without_nulls
 from pgjax.data.tables import Placed, Row, as_messages, check_messages, check_same_columns, check_text
 from pgjax.data.templates import Message, render
 from pgjax.data.tokens import added_text, encode_texts, special_ids
@@ -97,7 +97,7 @@ def as_tools(place: str, value: Any) -> list[Any] | None:
         sets put a key into all schemas that one has.
 
     Returns:
-      The schemas; None where there are none.
+      The schemas; None where there are none: NaN, null, an empty text or list.
 
     Raises:
       UserError: naming the row.
@@ -106,19 +106,23 @@ def as_tools(place: str, value: Any) -> list[Any] | None:
       >>> as_tools("line 2", '[{"name": "clock", "default": null}]'), as_tools("line 3", [{"name": "clock", "default": None}])
       ([{'name': 'clock', 'default': None}], [{'name': 'clock'}])
     """
-    tools = value
-    if isinstance(value, str) and value.strip():
+    tools = value = listed(value)
+    if isinstance(value, str):
         try:
             tools = json.loads(value)
         except (ValueError, RecursionError):
             tools = None
-    if value is None or value == "" or (isinstance(tools, list) and not tools):
+    is_nothing = value is None or value != value or (isinstance(value, str) and value.strip() in _NO_TOOLS)
+    if is_nothing or (isinstance(tools, list) and not tools):
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise UserError(
             f"{place}: the column 'tools' is {str(value)[:80]!r}, not a list of JSON schemas: write it so, or rename the column"
         )
     return tools if isinstance(value, str) else without_nulls(tools)
+
+
+_NO_TOOLS = ("", "null", "None", "nan")  # as tables write that there is nothing
 
 
 def encode_prompts(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pgjax.core.errors import UserError
-from pgjax.data.messages import is_like
+from pgjax.data.messages import is_like, listed
 from pgjax.data.records import read_dataset, read_parquet
 
 Row = dict[str, Any]
@@ -167,7 +167,7 @@ def check_messages(place: str, name: str, messages: Any) -> None:
 
 
 def as_messages(place: str, name: str, value: Any) -> Any:
-    """Read a value as messages where it is a list of them, or a text that is one in JSON, as a CSV file holds it.
+    """Read a value as messages where it is a list, tuple or array of them, or a text that is a list in JSON, as CSV holds it.
 
     Args:
       place: location of its row, for messages.
@@ -179,7 +179,8 @@ def as_messages(place: str, name: str, value: Any) -> Any:
       parts of text; any other value as it is.
 
     Raises:
-      UserError: a text that is a list of messages as Python prints it, naming the row.
+      UserError: a text that holds messages in another form, as Python prints them, one alone, or in JSON twice; it names the
+        row.
 
     Example:
       >>> as_messages("line 2", "the prompt", '[{"role": "user", "content": [{"type": "text", "text": "Hi"}], "name": null}]')
@@ -190,18 +191,34 @@ def as_messages(place: str, name: str, value: Any) -> Any:
       Traceback (most recent call last):
       pgjax.UserError: line 2: the prompt is a list of messages as Python prints it: write it in JSON, as json.dumps does
     """
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            found = json.loads(value)
-        except (ValueError, RecursionError):
-            if _is_printed(value):
-                raise UserError(
-                    f"{place}: {name} is a list of messages as Python prints it: write it in JSON, as json.dumps does"
-                ) from None
-            return value
-        like = bool(found) and all(isinstance(message, dict) and is_like(message) for message in found)
-        value = found if like else value
+    value = _read_cell(place, name, value) if isinstance(value, str) else listed(value)
     return [_in_one_form(message) for message in value] if isinstance(value, list) else value
+
+
+def _read_cell(place: str, name: str, text: str) -> Any:
+    """Read a text that is messages in JSON; one that holds them otherwise is refused."""
+    if not text.lstrip().startswith(("[", "{", "(", '"', "array(")) or not ("role" in text or "from" in text):
+        return text
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        if _is_printed(text):
+            raise UserError(
+                f"{place}: {name} is a list of messages as Python prints it: write it in JSON, as json.dumps does"
+            ) from None
+        return text
+    if isinstance(found, list) and found and all(isinstance(x, dict) and is_like(x) for x in found):
+        return found
+    if isinstance(found, list) and found and all(isinstance(x, dict) and {"from", "value"} <= set(x) for x in found):
+        raise UserError(
+            f"{place}: {name} is a list of {{'from', 'value'}}: name them 'role' and 'content', and the roles 'user' and "
+            "'assistant'"
+        )
+    if isinstance(found, dict) and is_like(found):
+        raise UserError(f"{place}: {name} is a single message: write a list of it, [{{...}}]")
+    if isinstance(found, str) and isinstance(_read_cell(place, name, found), list):
+        raise UserError(f"{place}: {name} is a list of messages in JSON within JSON: encode it once")
+    return text
 
 
 def _in_one_form(message: Any) -> Any:
@@ -235,17 +252,19 @@ def _texts(place: str, message: Mapping[str, Any]) -> list[str]:
 
 
 def _is_printed(text: str) -> bool:
-    """Say whether a text is a list of messages as Python prints it, or NumPy, which leaves out the commas. Nothing is run."""
-    if not re.match(r"\s*\[\s*\{\s*['\"]", text):
+    """Say whether a text is messages as Python prints them, or NumPy, which leaves out the commas. Nothing is run."""
+    if not re.match(r"\s*(array\()?\s*[\[(]?\s*\{\s*['\"]", text):
         return False
     for source in (text, re.sub(r"\}\s+\{", "}, {", text)):
         try:
-            found = ast.parse(source.strip(), mode="eval").body
+            found: ast.AST = ast.parse(source.strip(), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             continue
-        return isinstance(found, ast.List) and all(
+        if isinstance(found, ast.Call) and found.args:
+            found = found.args[0]
+        return all(
             isinstance(message, ast.Dict) and is_like([getattr(key, "value", None) for key in message.keys])
-            for message in found.elts
+            for message in (found.elts if isinstance(found, ast.List | ast.Tuple) else [found])
         )
     return False
 

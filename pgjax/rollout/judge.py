@@ -23,6 +23,7 @@ from pgjax.models.causal_lm import CausalLM
 from pgjax.models.io import chat_template
 from pgjax.models.io.classifier import load_reward_model
 from pgjax.models.io.stops import stop_ids
+from pgjax.models.io.tokenizer import missing_tokenizer
 from pgjax.models.reward_model import RewardModel
 from pgjax.parallel import batch_rows, processes
 from pgjax.rollout.sample import Rollout
@@ -125,9 +126,7 @@ def load_judge(
         return None
     rm, params, rm_tokenizer = load_reward_model(source, mesh=mesh)
     if rm_tokenizer is None:
-        raise UserError(
-            f"the reward model {source} holds no tokenizer: nobody can tell what its ids mean; add its files"
-        )
+        raise UserError(f"nobody can tell what the reward model's ids mean: {missing_tokenizer(source)}")
     if tokenizer is None:
         raise UserError("the policy's source holds no tokenizer, and prompts are text: add its tokenizer files")
     if rm_tokenizer.init_kwargs.get(TEMPLATED, chat) != chat:

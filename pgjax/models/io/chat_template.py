@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +27,8 @@ def set_template(tokenizer: Any, *, args: Mapping[str, Any] | None = None, date:
         The same tokenizer.
 
     Raises:
-        UserError: there are arguments, but no chat template or none that names them; or no such date.
+        UserError: there are arguments, but no chat template or none that names them, or that conversations give, as
+            ``messages`` and ``tools``; or no such date.
 
     Example:
         >>> from tokenizers import Tokenizer, models
@@ -42,6 +44,9 @@ def set_template(tokenizer: Any, *, args: Mapping[str, Any] | None = None, date:
         template = tokenizer.chat_template
         if args and template is None:
             raise UserError(f"the tokenizer has no chat template that could take {dict(args)}")
+        taken = {"messages", "strftime_now", *inspect.signature(tokenizer.apply_chat_template).parameters}
+        if odd := sorted(taken & set(args)):
+            raise UserError(f"{odd[0]!r} is no argument to set for the chat template: each conversation gives its own")
         texts = template.values() if isinstance(template, Mapping) else [template]
         for name in args:
             if not any(re.search(rf"\b{re.escape(name)}\b", text) for text in texts):

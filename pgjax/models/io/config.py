@@ -59,7 +59,8 @@ def config_of(arch: Architecture) -> dict[str, Any]:
     >>> config_of(architecture_of(config))["n_inner"]
     64
     """
-    arch = dataclasses.replace(arch, known_ids=None)  # the tokenizer's files say that
+    if arch.known_ids is not None:  # which the tokenizer's files say
+        arch = dataclasses.replace(arch, known_ids=None)
     if arch.family not in FAMILIES:
         raise UserError(f"family {arch.family!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
     if arch.activation not in ACTIVATION_NAMES:

@@ -23,6 +23,7 @@ TOKENIZER_FILES = (
     "additional_chat_templates",  # a folder, of named ones
 )
 _WHOLE = ("tokenizer.json", "vocab.json", "tokenizer.model")  # any one of them makes a tokenizer
+_FOREIGN = ("tekken.json", "spiece.model", "vocab.txt", "sentencepiece.bpe.model")  # of which none is read
 
 # How text is split before the byte-pair merges, by `tokenizer.ggml.pre`.
 _LLAMA3_SPLIT = (
@@ -66,6 +67,22 @@ def folder_tokenizer(folder: Path) -> Any | None:
     tokenizer.init_kwargs[STOP_IDS] = list(read_stops(folder, tokenizer))
     set_stops(tokenizer, (), read_stop_strings(folder, tokenizer))
     return tokenizer
+
+
+def missing_tokenizer(source: object) -> str:
+    """Say that a model's source holds no tokenizer, and what to do about one in files that are not read.
+
+    Example:
+        >>> missing_tokenizer("models/tiny")
+        'models/tiny holds no tokenizer: add its files'
+    """
+    found = next((name for name in _FOREIGN if (Path(str(source)) / name).is_file()), None)
+    if found is None:
+        return f"{source} holds no tokenizer: add its files"
+    return (
+        f"{source} holds no tokenizer that is read: {found} is another form; add the tokenizer.json that transformers' "
+        "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes of it"
+    )
 
 
 def largest_id(tokenizer: Any) -> int:
