@@ -85,8 +85,8 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     lm, params, tokenizer = pg.load(config.model, mesh=mesh, **load_options(config))
     checks.require(tokenizer is not None, missing_tokenizer(config.model))
     model = frozen_model(params)
-    rm, params = from_causal_lm(lm, params, jax.random.key(config.seed), remat=config.remat)
-    rm, params, tokenizer = with_padding_token(rm, params, templated(tokenizer, config))
+    judge = from_causal_lm(lm, params, jax.random.key(config.seed), remat=config.remat)
+    rm, params, tokenizer = with_padding_token(*judge, templated(tokenizer, config))
     checks.check_length(config.max_length, rm.arch.max_positions)
     (train_pairs, held_out), references, notes = processes.all_or_none(
         lambda: preferences.encode_sets(
@@ -98,12 +98,11 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     differ = config.reference is None or len(set(map(tuple, references))) > 1
     checks.require(differ, f"{config.reference}: all references are the same: normalising needs at least 2 that differ")
     devices.agree_on(f"what the tokenizer makes of {config.pairs}", (train_pairs, held_out, references))
-
     updates = steps_of(config.epochs, len(train_pairs), config.batch_size)  # of all passes
-    steps = min(updates, config.end_after or updates)
+    steps, warmup = min(updates, config.end_after or updates), min(config.warmup_updates, updates)
     optimizer = adamw(
-        config.learning_rate, updates=updates, warmup=min(config.warmup_updates, updates), decay=config.decay,
-        max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay,
+        config.learning_rate, updates=updates, warmup=warmup, decay=config.decay, max_grad_norm=config.max_grad_norm,
+        weight_decay=config.weight_decay,
     )  # fmt: skip
     frozen, trained = freeze(params, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed, mesh=mesh)
     state = init_state(trained, optimizer)
