@@ -103,8 +103,8 @@ def spec_of(*axes: Axes) -> PartitionSpec:
     """Write names of axes, a tuple for each axis of an array, as a `PartitionSpec`.
 
     Example:
-      >>> spec_of((), ("data",))
-      PartitionSpec(None, 'data')
+      >>> tuple(spec_of((), ("data",)))
+      (None, 'data')
     """
     return PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in axes))
 
