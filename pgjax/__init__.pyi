@@ -33,6 +33,7 @@ from pgjax.core.kl import kl_k3 as kl_k3
 from pgjax.core.kl import kl_k3_unbiased as kl_k3_unbiased
 from pgjax.core.linear_logprobs import linear_token_logprobs as linear_token_logprobs
 from pgjax.core.linear_logprobs import linear_token_logprobs_and_entropy as linear_token_logprobs_and_entropy
+from pgjax.core.logprobs import aligned_token_logprobs as aligned_token_logprobs
 from pgjax.core.logprobs import token_entropy as token_entropy
 from pgjax.core.logprobs import token_frame as token_frame
 from pgjax.core.logprobs import token_logprobs as token_logprobs

@@ -11,7 +11,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import pgjax as pg
 from pgjax.core.linear_logprobs import linear_token_logprobs, linear_token_logprobs_and_entropy
+from pgjax.core.logprobs import token_frame
 from tests.compare import assert_close
 from tests.compile_options import AS_FOR_USERS
 from tests.sizes import campaign_but_for
@@ -124,3 +126,24 @@ def test_a_layout_that_is_told_twice_or_not_at_all_is_refused():
     auto = jax.make_mesh((2, 2), ("dp", "tp"), axis_types=(AxisType.Auto,) * 2)
     with pytest.raises(ValueError, match=r"\('dp', 'tp'\), none of them data or fsdp: .* batch_axes"):
         linear_token_logprobs(HIDDEN, UNEMBEDDING, TOKENS, mesh=auto)
+
+
+def test_groups_and_sequences_that_lie_on_several_devices():
+    mesh = jax.make_mesh((4,), ("x",))
+    rng = np.random.default_rng(1)
+    scores, rewards = rng.standard_normal(8).astype(np.float32), rng.standard_normal((2, 8)).astype(np.float32)
+    mask = np.arange(8)[None] % 3 < np.array([[2], [1]])
+
+    def rows(scores):
+        return pg.leave_one_out_baseline(scores, group_size=4), pg.group_advantages(scores, group_size=4)
+
+    def times(rewards, mask):
+        returns = pg.monte_carlo_returns(rewards, mask, discount=0.9)
+        return returns, token_frame(rewards), pg.monte_carlo_advantages(rewards, returns * 0.5, mask)
+
+    split = jax.device_put(scores, NamedSharding(mesh, P("x")))
+    over_time = [jax.device_put(x, NamedSharding(mesh, P(None, "x"))) for x in (rewards, mask)]
+    found = jax.jit(rows)(split), jax.jit(times)(*over_time)
+    assert_same(found, (rows(jnp.asarray(scores)), times(jnp.asarray(rewards), jnp.asarray(mask))))
+    assert {str(jax.typeof(x)) for x in found[0]} == {"float32[8@x]"}
+    assert {str(jax.typeof(x)) for x in found[1]} == {"float32[2,8@x]"}

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 import pgjax as pg
 from pgjax.learning.optimizer import accumulate
 from pgjax.parallel.sharding import check_batch, constrain, make_mesh, param_shardings, parse_mesh
+from tests.tiny import tiny_lm, tiny_params
 from tests.tiny_task import save_tiny_model
 
 
@@ -99,3 +100,32 @@ def test_the_layout_of_every_parameter_is_in_the_table():
     layout = param_shardings(mesh, shapes)["layers"]
     assert layout["q"]["kernel"].spec == PartitionSpec(None, "fsdp", "tensor")
     assert layout["norm"]["scale"].spec == PartitionSpec()
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "message"),
+    [
+        (
+            ("dp", "tp"),
+            AxisType.Auto,
+            r"axes \('dp', 'tp'\), none of data, fsdp, tensor: over others nothing would be split",
+        ),
+        (
+            ("data", "tensor"),
+            AxisType.Explicit,
+            r"axes \('data', 'tensor'\) of the mesh are Explicit: .* want Auto ones",
+        ),
+    ],
+)
+def test_a_mesh_on_which_nothing_would_be_split_is_refused(names, kind, message):
+    # The bug: with names of its own, a mesh replicated everything, and said nothing.
+    mesh = jax.make_mesh((2, 2), names, axis_types=(kind,) * 2)
+    lm, params = tiny_lm("llama"), tiny_params("llama")
+    prompts, mask = np.ones((4, 2), np.int32), np.ones((4, 2), bool)
+    whole = jax.device_put(params, jax.sharding.NamedSharding(mesh, PartitionSpec()))
+    with pytest.raises(ValueError, match=message):
+        pg.sample(lm, whole, prompts, mask, jax.random.key(0), max_new_tokens=2)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
+        jax.jit(lm.apply)(params, prompts)
+    with pytest.raises(ValueError, match=message):
+        param_shardings(mesh, params)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from pgjax.core.checks import check_number, check_whole
+from pgjax.core.layouts import like, whole_along
 from pgjax.core.masking import as_float, as_floats, as_mask, where_mask
 
 _Affine = tuple[jax.Array, jax.Array]  # x -> second + first * x
@@ -105,7 +106,7 @@ def monte_carlo_returns(
       [B, T] float32, reward units; 0 outside the mask.
 
     Raises:
-      ValueError: `discount` is a number below 0.
+      ValueError: `discount` is a number outside [0, 1].
       AssertionError: the shapes don't fit.
 
     Example:
@@ -114,11 +115,12 @@ def monte_carlo_returns(
       >>> print(monte_carlo_returns(jnp.array([[7.0, 1.0, 2.0, 7.0]]), mask, discount=0.5))
       [[0. 2. 2. 0.]]
     """
-    rewards = as_float(rewards)
-    check_number("discount", discount, 0)
+    given = as_float(rewards)
+    rewards = whole_along(given, -1)
+    check_number("discount", discount, 0, most=1)
     factor = jnp.asarray(discount).astype(rewards.dtype)
     chex.assert_rank([rewards, factor], [2, 0])
-    inside = as_mask(mask, rewards)
+    inside = whole_along(as_mask(mask, given), -1)
     factors = jnp.where(inside, factor, 1.0)
 
     def join(later: _Affine, earlier: _Affine) -> _Affine:
@@ -126,7 +128,7 @@ def monte_carlo_returns(
 
     elements = (factors, where_mask(inside, rewards))
     _, returns = jax.lax.associative_scan(join, elements, reverse=True, axis=1)
-    return where_mask(inside, returns)
+    return like(where_mask(inside, returns), given)
 
 
 def monte_carlo_advantages(
@@ -188,12 +190,12 @@ def groups_of(scores: jax.typing.ArrayLike, group_size: int) -> jax.Array:
     """
     scores = as_float(scores)
     chex.assert_rank(scores, 1)
-    if group_size < 2:
+    if not isinstance(group_size, jax.core.Tracer) and group_size < 2:
         raise ValueError(f"group_size must be at least 2, got {group_size}: one sample has none to compare with")
     check_whole("group_size", group_size, 2)
     if scores.shape[0] % group_size:
         raise ValueError(f"{scores.shape[0]} scores do not divide into groups of group_size {group_size}")
-    return scores.reshape(-1, group_size)
+    return whole_along(scores, 0).reshape(-1, group_size)  # a group may lie on several devices
 
 
 def leave_one_out_baseline(
@@ -230,9 +232,9 @@ def leave_one_out_baseline(
         others = jnp.sum(counted, axis=1, keepdims=True) - counted
         count = jnp.sum(inside, axis=1, keepdims=True) - inside.astype(jnp.int32)
         mean = others / jnp.maximum(count, 1).astype(others.dtype)
-        return jnp.where(count > 0, mean, counted).reshape(-1)
+        return like(jnp.where(count > 0, mean, counted).reshape(-1), as_float(scores))
     others = jnp.sum(groups, axis=1, keepdims=True) - groups
-    return (others / (group_size - 1)).reshape(-1)
+    return like((others / (group_size - 1)).reshape(-1), as_float(scores))
 
 
 def group_advantages(
@@ -274,14 +276,14 @@ def group_advantages(
     """
     groups = groups_of(scores, group_size)
     if mask is not None:
-        return _advantages_inside(groups, _inside(mask, groups), normalize).reshape(-1)
+        return like(_advantages_inside(groups, _inside(mask, groups), normalize).reshape(-1), as_float(scores))
     # Relative to the group's first score, equal scores are exactly 0: the division would scale a rounding error up by 1e4.
     shifted = groups - groups[:, :1]
     centred = shifted - jnp.mean(shifted, axis=1, keepdims=True)
     if not normalize:
-        return centred.reshape(-1)
+        return like(centred.reshape(-1), as_float(scores))
     variance = jnp.sum(jnp.square(centred), axis=1, keepdims=True) / (group_size - 1)
-    return (centred / (_root(variance) + 1e-4)).reshape(-1)
+    return like((centred / (_root(variance) + 1e-4)).reshape(-1), as_float(scores))
 
 
 def _inside(mask: jax.typing.ArrayLike, groups: jax.Array) -> jax.Array:

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 
 
 def check_number(
-    name: str, x: jax.typing.ArrayLike, low: float, below: float | None = None, *, strict: bool = False
+    name: str,
+    x: jax.typing.ArrayLike,
+    low: float,
+    below: float | None = None,
+    *,
+    strict: bool = False,
+    most: float | None = None,
 ) -> None:
     """Refuse a number that is out of its range. A traced number passes, as its value is not known.
 
@@ -17,6 +23,7 @@ def check_number(
       x: [] the number.
       low: its lower bound.
       below: its upper bound, which is excluded; None: no upper bound.
+      most: its upper bound, which is included; None: no upper bound.
       strict: whether `low` itself is excluded too.
 
     Raises:
@@ -34,6 +41,27 @@ def check_number(
     if not (low < number if strict else low <= number) or not (below is None or number < below):
         end = "" if below is None else " and finite" if below == jnp.inf else f" and below {below}"
         raise ValueError(f"{name} must be {'above' if strict else 'at least'} {low}{end}, got {x}")
+    if most is not None and number > most:
+        raise ValueError(f"{name} must be at most {most}, got {x}")
+
+
+def check_ids(name: str, x: jax.Array) -> None:
+    """Refuse token ids that are not whole numbers: as ids, truth values and fractions would be rounded in silence.
+
+    Args:
+      name: of the function and the argument, for the message.
+      x: the ids.
+
+    Raises:
+      ValueError: with the dtype.
+
+    Example:
+      >>> check_ids("token_logprobs: tokens", jnp.ones(2))
+      Traceback (most recent call last):
+      ValueError: token_logprobs: tokens must be whole numbers, ids of the vocabulary, got float32
+    """
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{name} must be whole numbers, ids of the vocabulary, got {x.dtype}")
 
 
 def check_whole(name: str, x: object, least: int) -> None:
@@ -52,6 +80,10 @@ def check_whole(name: str, x: object, least: int) -> None:
       Traceback (most recent call last):
       ValueError: batch_size must be a whole number, got 2.0
     """
+    if isinstance(x, jax.core.Tracer):
+        raise ValueError(
+            f"{name} must be known when the function is traced, got a traced value: make it a static argument"
+        )
     try:
         number = None if isinstance(x, bool) else operator.index(x)  # type: ignore[arg-type]
     except TypeError:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from pgjax.core.checks import check_number, check_whole
+from pgjax.core.checks import check_ids, check_number, check_whole
 from pgjax.core.linear_on_mesh import layout_of, logprobs_by_layout
 from pgjax.core.logprobs import next_tokens, token_frame
 from pgjax.core.masking import as_float
@@ -151,6 +151,10 @@ def _in_token_frame(
     chex.assert_rank([hidden, unembedding, tokens], [3, 2, 2])
     chex.assert_equal_shape_prefix([hidden, tokens], 2)
     chex.assert_axis_dimension(unembedding, 1, hidden.shape[2])
+    check_ids("linear_token_logprobs: tokens", tokens)
+    for name, x in (("hidden", hidden), ("unembedding", unembedding)):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"linear_token_logprobs: {name} must be of a floating type, got {x.dtype}")
     options = _checked(options, unembedding.shape[0])
     scale = jnp.asarray(temperature).astype(as_float(hidden).dtype)
     layout = layout_of(hidden, unembedding, tokens, mesh, batch_axes, unembedding_axes)

@@ -8,7 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from pgjax.core.checks import check_number
+from pgjax.core.checks import check_ids, check_number
 from pgjax.core.layouts import like, whole_along
 from pgjax.core.masking import as_float
 
@@ -97,7 +97,7 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array, *, temperature: jax.typ
       [B, T] float32, in nats; entry 0 is 0.
 
     Raises:
-      ValueError: `temperature` is a number that is not above 0.
+      ValueError: `temperature` is a number that is not above 0, or `tokens` are not whole numbers.
       AssertionError: the shapes don't fit.
 
     Example:
@@ -105,13 +105,50 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array, *, temperature: jax.typ
       >>> print(token_logprobs(jnp.zeros((1, 3, 4)), jnp.array([[0, 1, 2]])))
       [[ 0.        -1.3862944 -1.3862944]]
     """
-    check_number("temperature", temperature, 0, strict=True)
+    logits, tokens = jnp.asarray(logits), jnp.asarray(tokens)
     chex.assert_rank([logits, tokens], [3, 2])
-    chex.assert_equal_shape_prefix([logits, tokens], 2)
-    ids = next_tokens(tokens)
+    check_ids("token_logprobs: tokens", tokens)
+    return token_frame(_at_positions(logits, next_tokens(tokens), temperature))
+
+
+def aligned_token_logprobs(
+    logits: jax.Array, tokens: jax.Array, *, temperature: jax.typing.ArrayLike = 1.0
+) -> jax.Array:
+    """Compute each token's log-probability from logits that stand beside it: those of completions, in much other code.
+
+    logprobs[:, t] = log softmax(logits[:, t] / temperature)[tokens[:, t]]: nothing is shifted. For logits of whole
+    sequences, in which position t predicts token t + 1, take `token_logprobs`.
+
+    Args:
+      logits: [B, C, V] of any floating type; logits[:, t] are those that tokens[:, t] was drawn from.
+      tokens: [B, C] integer ids in [0, V); an id outside gives NaN at its place.
+      temperature: [] above 0, the sampler's; carries no gradient.
+
+    Returns:
+      [B, C] float32, in nats.
+
+    Raises:
+      ValueError: `temperature` is a number that is not above 0, or `tokens` are not whole numbers.
+      AssertionError: the shapes don't fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(aligned_token_logprobs(jnp.array([[[0.0, 0.0], [0.0, 9.0]]]), jnp.array([[0, 1]])).round(3))
+      [[-0.693 -0.   ]]
+    """
+    logits, tokens = jnp.asarray(logits), jnp.asarray(tokens)
+    check_ids("aligned_token_logprobs: tokens", tokens)
+    return _at_positions(logits, tokens.astype(jnp.int32), temperature)
+
+
+def _at_positions(logits: jax.Array, ids: jax.Array, temperature: jax.typing.ArrayLike) -> jax.Array:
+    """Compute the log-probability of one id at each position."""
+    check_number("temperature", temperature, 0, strict=True)
+    chex.assert_rank([logits, ids], [3, 2])
+    chex.assert_equal_shape_prefix([logits, ids], 2)
     z, usable = shifted_logits(_scaled(logits, temperature))
     logprobs = picked_logits(z, ids) - jnp.log(jnp.sum(jnp.exp(z), axis=-1))
-    return token_frame(jnp.where(usable & (ids >= 0) & (ids < logits.shape[-1]), logprobs, jnp.nan))
+    return jnp.where(usable & (ids >= 0) & (ids < logits.shape[-1]), logprobs, jnp.nan)
 
 
 def token_entropy(logits: jax.Array, *, temperature: jax.typing.ArrayLike = 1.0) -> jax.Array:

@@ -206,7 +206,14 @@ def cross_entropy_loss(logprobs: ArrayLike, mask: ArrayLike | None = None, *, ax
 
 
 def preference_loss(
-    chosen: ArrayLike, rejected: ArrayLike, *, margin: ArrayLike | None = None, center_coef: ArrayLike = 0.0
+    chosen: ArrayLike,
+    rejected: ArrayLike,
+    mask: ArrayLike | None = None,
+    *,
+    margin: ArrayLike | None = None,
+    center_coef: ArrayLike = 0.0,
+    weights: ArrayLike | None = None,
+    axis_name: AxisName = None,
 ) -> jax.Array:
     """Compute the Bradley-Terry loss of a reward model.
 
@@ -220,8 +227,11 @@ def preference_loss(
     Args:
       chosen: [B], the model's scores of the preferred answers; carries gradient.
       rejected: [B], of the other answers; carries gradient.
+      mask: [B] boolean, the pairs that count; None counts every pair.
       margin: [B] or [], by how much the chosen score should exceed the rejected one; carries no gradient.
       center_coef: [] weight of the squared sum of the two scores.
+      weights: [B] not below 0; both means are then sums of weight times term over the sum of weights. Carries no gradient.
+      axis_name: mapped axis or axes to reduce over too.
 
     Returns:
       [], float32.
@@ -241,10 +251,23 @@ def preference_loss(
     chex.assert_rank(weight, 0)
     if offset.ndim:
         chex.assert_equal_shape([chosen, offset])
-    losses = -jax.nn.log_sigmoid(chosen - rejected - offset)
+    inside = as_mask(mask, chosen)
+    chosen, rejected, offset = (
+        where_mask(inside, jnp.broadcast_to(x, chosen.shape)) for x in (chosen, rejected, offset)
+    )
+
+    def mean(terms: jax.Array) -> jax.Array:
+        if weights is None:
+            return masked_mean(terms, inside, axis_name=axis_name)
+        of_pairs = where_mask(inside, stop_gradient(jnp.asarray(weights)).astype(terms.dtype))
+        chex.assert_equal_shape([of_pairs, terms])
+        total = global_sum(of_pairs, axis_name)
+        return (global_sum(of_pairs * terms, axis_name) / jnp.where(total > 0, total, 1.0)).astype(jnp.float32)
+
     # Without centring, the square of a large sum must not overflow.
     sums = jnp.where(weight == 0, 0.0, chosen + rejected)
-    return masked_mean(losses) + weight.astype(jnp.float32) * masked_mean(jnp.square(sums))
+    losses = -jax.nn.log_sigmoid(chosen - rejected - offset)
+    return mean(losses) + weight.astype(jnp.float32) * mean(jnp.square(sums))
 
 
 def surrogate_diagnostics(

@@ -64,11 +64,48 @@ def _part(unembedding: jax.Array, ids: jax.Array, dtype: jnp.dtype, options: Opt
     return _Part(unembedding, ids, total, known)
 
 
+# XLA on CPU computes in 32 bits. Of 16-bit rows that a loop reads or writes it would keep a whole copy in 32 bits, or convert all
+# of them at every block. It does not see through integers of the same bits, and a derivative needs rules of its own.
+def _on_cpu_as_bits(function: Callable[..., jax.Array], start: jax.Array, *xs: jax.Array) -> jax.Array:
+    if xs[0].dtype.itemsize != 2:
+        return function(start, *xs)
+
+    def by_bits(start: jax.Array, *xs: jax.Array) -> jax.Array:
+        start, *xs = jax.lax.optimization_barrier((start, *xs))
+        done = function(start, *(jax.lax.bitcast_convert_type(x, jnp.uint16) for x in xs))
+        return jax.lax.bitcast_convert_type(done, xs[0].dtype)
+
+    return jax.lax.platform_dependent(start, *xs, cpu=by_bits, default=function)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _taken(rows: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    """Return `size` rows from `start` on."""
+    return _on_cpu_as_bits(lambda at, x: jax.lax.dynamic_slice_in_dim(x, at, size), start, rows)
+
+
+@_taken.defjvp
+def _taken_jvp(size: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return _taken(*primals, size), jax.lax.dynamic_slice_in_dim(tangents[0], primals[1], size)
+
+
+@jax.custom_jvp
+def _put(rows: jax.Array, start: jax.Array, block: jax.Array) -> jax.Array:
+    """Write a block of rows from `start` on."""
+    write = partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+    return _on_cpu_as_bits(lambda at, x, y: write(x, y, at), start, rows, block)
+
+
+@_put.defjvp
+def _put_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return _put(*primals), jax.lax.dynamic_update_slice_in_dim(tangents[0], tangents[2], primals[1], axis=0)
+
+
 def _block(
     hidden: jax.Array, part: _Part, start: jax.Array, size: int, temperature: jax.Array, cap: float | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Compute a block: its rows [size, D], z [B, T, size], and the slope of the cap (None without one)."""
-    block = jax.lax.dynamic_slice_in_dim(part.rows, start, size).astype(hidden.dtype)
+    block = _taken(part.rows, start, size).astype(hidden.dtype)
     rows = hidden.reshape(-1, hidden.shape[-1])
     logits = jnp.einsum("nd,vd->nv", rows, block, preferred_element_type=temperature.dtype)
     logits, slope = logits.reshape(*hidden.shape[:-1], size), None
@@ -196,10 +233,11 @@ def backward(options: Options, saved: Any, cotangents: Outputs) -> tuple[jax.Arr
         flat = d_logits.reshape(-1, size)
         d_hidden += jnp.einsum("nv,vd->nd", flat, block, preferred_element_type=dtype).reshape(h.shape)
         d_block = jnp.einsum("nv,nd->vd", flat, h.reshape(-1, h.shape[-1]), preferred_element_type=dtype)
-        return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_unembedding, d_block, start, axis=0)
+        return d_hidden, _put(d_unembedding, start, d_block.astype(d_unembedding.dtype))
 
-    # Both sums stay wide until the end: XLA on CPU would rewrite all of a 16-bit d_unembedding at every block.
-    first = (jnp.zeros_like(hidden, dtype=dtype), jnp.zeros_like(part.rows, dtype=dtype))
+    # Each block of rows gets its whole gradient at once, so it is rounded right away, unless devices' gradients are still summed.
+    narrow = dtype if options.width_axes else unembedding.dtype
+    first = (jnp.zeros_like(hidden, dtype=dtype), jnp.zeros_like(part.rows, dtype=narrow))
     d_hidden, d_rows = _over_blocks(step, first, part.total, min(options.chunk_size, part.total))
     if options.width_axes:
         # Scattered along a new leading axis: inside a learner, XLA on TPU forms no reduce-scatter along columns.

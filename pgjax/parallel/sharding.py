@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from pgjax.core.errors import UserError
+from pgjax.parallel.mesh import AXES
 from pgjax.parallel.mesh import make_mesh as make_mesh
 from pgjax.parallel.mesh import parse_mesh as parse_mesh
 
@@ -71,6 +72,7 @@ def param_shardings(mesh: Mesh, tree: Any) -> Any:
     >>> param_shardings(mesh, {"norm": {"scale": jnp.zeros(4)}})["norm"]["scale"].is_fully_replicated
     True
     """
+    check_axes(mesh)
     return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, _param_spec(mesh, path, x)), tree)
 
 
@@ -142,6 +144,31 @@ def batch_parts(mesh: Mesh | AbstractMesh | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"] if axis in mesh.shape)
 
 
+def check_axes(mesh: Mesh | AbstractMesh) -> None:
+    """Refuse a mesh on which the model and its training would not be split as it says.
+
+    Args:
+        mesh: any.
+
+    Raises:
+        ValueError: all its axes are Explicit, or none of them has a name that is known, so that all devices would do the same.
+
+    >>> check_axes(jax.make_mesh((1,), ("data",)))
+    Traceback (most recent call last):
+    pgjax.UserError: the axes ('data',) of the mesh are Explicit: the model, its sampler and its training want Auto ones, ...
+    """
+    if mesh.are_all_axes_explicit:
+        raise UserError(
+            f"the axes {mesh.axis_names} of the mesh are Explicit: the model, its sampler and its training want Auto ones, as "
+            "of jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * n); the pure functions take both"
+        )
+    if mesh.size > 1 and mesh.are_all_axes_auto and not set(mesh.axis_names) & set(AXES):
+        raise UserError(
+            f"the mesh has the axes {mesh.axis_names}, none of {', '.join(AXES)}: over others nothing would be split, and all "
+            "devices would do the same"
+        )
+
+
 def place(tree: Any, sharding: Any) -> Any:
     """Put values onto the mesh; of host values every process holds all, and gives its own devices their parts.
 
@@ -199,7 +226,10 @@ def mesh_of(tree: Any) -> Mesh | None:
     """
     for x in jax.tree.leaves(tree):
         if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
-            return x.sharding.mesh if isinstance(x.sharding.mesh, Mesh) else None
+            if not isinstance(x.sharding.mesh, Mesh):
+                return None
+            check_axes(x.sharding.mesh)
+            return x.sharding.mesh
     return None
 
 
@@ -210,7 +240,10 @@ def ambient_mesh() -> AbstractMesh | None:
     True
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or not mesh.are_all_axes_auto else mesh
+    if mesh.empty:
+        return None
+    check_axes(mesh)
+    return mesh if mesh.are_all_axes_auto else None
 
 
 def entered(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
