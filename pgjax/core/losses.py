@@ -11,7 +11,7 @@ from jax.lax import stop_gradient
 from jax.typing import ArrayLike
 
 from pgjax.core.checks import check_number
-from pgjax.core.masking import AxisName, global_sum, masked_mean, where_mask
+from pgjax.core.masking import AxisName, as_floats, as_mask, global_sum, masked_mean, where_mask
 from pgjax.core.reductions import aligned, ratio_range, reduced
 
 
