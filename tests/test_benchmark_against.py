@@ -42,7 +42,9 @@ Path({log!r}).open("a").write({name!r})
 def checkout(folder, log, *, seconds, size):
     for package in ("pgjax", "benchmarks/peers", "experiments"):
         (folder / package).mkdir(parents=True)
+        (folder / package / "__init__.py").touch()  # else this repository's package, on the path too, would be taken
     words = {"log": str(log), "name": folder.name[0], "seconds": seconds, "size": size}
+    (folder / "benchmarks/__init__.py").touch()
     (folder / "pgjax/__init__.py").write_text(PACKAGE)
     for name in ("iteration", "learner", "rollout"):
         (folder / f"benchmarks/{name}.py").write_text(BENCHMARK.format(**words))
