@@ -207,7 +207,9 @@ def iteration(
         for epoch in range(epochs):
             order = updates.minibatches(fold_in(shuffle_key, epoch), rows, minibatches, unsplit)
             for number in numbers:
-                learner, of_update = take_update(learner, batch, order, number, base, group_size=rows_a_prompt(rows))
+                learner, of_update = take_update(
+                    learner, batch, order, number, base, group_size=rows_a_prompt(rows), left_out=kept is not None
+                )
                 taken.append(of_update)
             if max_approx_kl is not None and jax.device_get(of_update["policy/approxkl_avg"]) > max_approx_kl:
                 break

@@ -251,7 +251,7 @@ def apply_gradient(
         updates, opt_state = step(grad, state.opt_state, state.params, value=loss)
     params = optax.apply_updates(state.params, updates)
     stepped = TrainState(params, opt_state, state.updates + 1, healthy)
-    taken = healthy & counts
+    taken = healthy if counts is True else healthy & counts
     kept = jax.tree.map(lambda new, old: jnp.where(taken, new, old), stepped, state._replace(healthy=healthy))
     kept = constrain_params(kept)  # laid out as the state that came in, whose memory it takes
     metrics = {"train/grad_norm": norm, "train/healthy": healthy}

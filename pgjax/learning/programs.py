@@ -287,13 +287,13 @@ def sequence_kl(logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array) -
 
 @functools.partial(
     jax.jit,
-    static_argnames=("lm", "algorithm", "optimizer", "microbatches", "temperature", "group_size"),
+    static_argnames=("lm", "algorithm", "optimizer", "microbatches", "temperature", "group_size", "left_out"),
     donate_argnames=("state",),
 )
 def update(
     state: TrainState, batch: Batch, order: jax.Array, number: jax.Array, frozen: dict[str, Any] | None = None,
     *, lm: CausalLM, algorithm: Algorithm, optimizer: Transformation, microbatches: int = 1, temperature: float = 1.0,
-    group_size: int = 1,
+    group_size: int = 1, left_out: bool = False,
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
     """Take one optimizer step on one minibatch; the state's buffers are given away.
 
@@ -309,6 +309,7 @@ def update(
         microbatches: parts whose gradients are added up, for memory; the gradient is the same.
         temperature: the sampler's.
         group_size: as of `policy_loss`.
+        left_out: whether rows may be left out, all of a minibatch even, which then takes no step; False saves memory.
 
     Returns:
         The state after it, and the metrics of `policy_loss` and `optimizer.apply_gradient`.
@@ -336,5 +337,5 @@ def update(
         )
 
     grad, metrics = accumulate(loss_fn, state.params, part, part.mask.sum(1), microbatches)
-    state, step_metrics = apply_gradient(state, grad, metrics.pop("loss"), optimizer, part.mask.any())
+    state, step_metrics = apply_gradient(state, grad, metrics.pop("loss"), optimizer, not left_out or part.mask.any())
     return state, metrics | step_metrics
