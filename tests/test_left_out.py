@@ -124,7 +124,7 @@ def test_an_algorithm_that_knows_nothing_of_rows_left_out_finds_the_mean_of_the_
 def test_where_nothing_is_left_no_step_is_taken():
     algorithm = with_all_terms("sequence_sum")
     batch = experienced(algorithm, np.arange(ROWS), SCORES, np.zeros(ROWS, bool))[0]
-    state, metrics = updated(algorithm, batch, ROWS, microbatches=2)
+    state, metrics = updated(algorithm, batch, ROWS, microbatches=2, left_out=True)
     assert_same_bits(state.params, params())
     assert int(state.updates) == 0 and bool(state.healthy) and bool(metrics["train/healthy"])
 
