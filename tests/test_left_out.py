@@ -46,11 +46,11 @@ def experienced(algorithm, rows, scores, kept=None, kl_coef=0.1):
     )  # fmt: skip
 
 
-def updated(algorithm, batch: Batch, rows: int, microbatches=1):
+def updated(algorithm, batch: Batch, rows: int, microbatches=1, left_out=False):
     state = init_state(params(), SGD)
     return programs.update(
         state, batch, jnp.arange(rows)[None], jnp.int32(0),
-        lm=LM, algorithm=algorithm, optimizer=SGD, microbatches=microbatches,
+        lm=LM, algorithm=algorithm, optimizer=SGD, microbatches=microbatches, left_out=left_out,
     )  # fmt: skip
 
 
