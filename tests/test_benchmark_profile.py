@@ -38,6 +38,7 @@ def test_the_products_of_a_step_are_those_on_paper(report, tmp_path):
     assert sum(row["flops"] for row in attention) == 4 * 4 * arch.depth * arch.heads * arch.head_dim * slots
 
 
+@pytest.mark.campaign
 def test_an_updates_products_are_forward_and_backward(report, tmp_path):
     arch = pg.load(save_tiny_model(tmp_path))[0].arch
     rows = rows_of(report, "update", "weights")

@@ -221,6 +221,7 @@ def test_ppo_with_one_epoch_and_no_kl_is_actor_critic(small):
     assert int(ppo_step(small, params, scores, epochs=3)[0].updates) == 3
 
 
+@pytest.mark.campaign
 def test_the_kl_penalty_makes_what_the_reference_would_not_say_less_likely(small):
     # All scores are 0: whatever moves the policy is the penalty. Were its sign wrong, sum A dlogp would be below 0.
     lm, params, _, rollout, scores = small
@@ -254,6 +255,7 @@ def test_chapter_runs_and_draws(chapter, ran):
     assert all(len(curve) == SIZES["steps"] and 0 < min(curve) <= max(curve) <= 1 for curve in scores)
 
 
+@pytest.mark.campaign
 def test_chapter_4_without_a_baseline_is_chapter_3(ran):
     (_, first, told), (_, second, _) = ran(ch3), ran(ch4)
     assert ch3.TABLE in told

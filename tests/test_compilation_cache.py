@@ -39,6 +39,7 @@ def test_a_second_process_compiles_nothing_that_the_first_one_did(trained):
     assert reads["compile_requests_use_cache"] == writes["compile_requests_use_cache"]
 
 
+@pytest.mark.campaign
 def test_nothing_of_a_result_depends_on_where_its_programs_came_from(trained):
     """The state, the exported policies, every figure but the clock's, and the samples: bit for bit."""
     without, writes, reads = (kill_campaign.results(trained / name) for name in compilation_cache_processes.NAMES)

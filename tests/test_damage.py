@@ -311,6 +311,7 @@ def train(folder, *, steps, save_every, start=0, state=None, on_step=lambda i: N
         )  # fmt: skip
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("last", campaign_but_for([False, True], False), ids=["on the way", "at the end"])
 def test_a_run_that_cannot_save_ends_in_one_line_and_goes_on_from_the_older_one(tmp_path, last, capsys):
     seen = []

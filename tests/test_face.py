@@ -92,6 +92,7 @@ pg.no_such_name
 STRICTNESS = [[], ["--strict"]]
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("options", campaign_but_for(STRICTNESS, []))
 def test_a_type_checker_sees_the_types_of_public_names(options, tmp_path):
     """Every public name has a type in the stub, it is the one that its home gives, and a script by it has no error."""

@@ -36,7 +36,7 @@ def test_logits_are_torchs(case):
     logits(case)
 
 
-@pytest.mark.parametrize("case", campaign_but_for(CASES, WINDOWS, "smollm3", "gpt_neox_serial", EXPERTS))
+@pytest.mark.parametrize("case", campaign_but_for(CASES, WINDOWS, EXPERTS))
 def test_greedy_tokens_are_those_of_generate_and_the_cache_is_teacher_forcing(case):
     greedy(case)
 
@@ -92,6 +92,7 @@ def test_a_cap_on_scores_is_not_left_out_by_a_kernel_that_has_none():
         causal_lm(opened("gemma2")[0].arch, kernel="xla")
 
 
+@pytest.mark.campaign
 def test_what_was_drawn_has_the_probability_that_one_pass_gives_it():
     lm, params = opened("gemma2")  # windows that the completion leaves behind, capped scores and logits
     rollout = sample(lm, params, TOKENS, MASK, jax.random.key(0), max_new_tokens=8)

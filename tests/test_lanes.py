@@ -133,6 +133,7 @@ def test_an_iteration_samples_in_lanes_what_it_samples_without():
         np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.campaign
 def test_no_completion_is_shorter_than_the_shortest_allowed_and_later_draws_are_as_ever():
     options = {"eos_ids": EOS, "pad_id": 7}
     free, bound = rolled(**options), rolled(**options, min_new_tokens=5)

@@ -81,6 +81,7 @@ def test_the_update_leaves_rows_of_padding_as_they_are():
     assert_close(split, pg.linear_token_logprobs(hidden, rows[:9], tokens[:, :3]), 1e-5)
 
 
+@pytest.mark.campaign
 def test_a_tokenizer_smaller_than_the_embedding_bounds_what_is_drawn(tmp_path):
     tokenizer = KINDS[next(iter(KINDS))]()
     known = max(tokenizer.get_vocab().values()) + 1

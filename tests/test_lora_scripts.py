@@ -33,6 +33,7 @@ def only_kernels_moved(before, after):
         assert same != ("layers" in str(path) and "kernel" in str(path)), path
 
 
+@pytest.mark.campaign
 def test_ppo_trains_adapters_beside_one_copy_of_the_model_and_goes_on_to_the_same_bits(folder, tmp_path):
     options = {
         "rewards": (EARLY_LETTERS,), "max_new_tokens": 6, "minibatches": 1, "warmup_updates": 0, "eval_samples": 2,

@@ -189,6 +189,7 @@ def test_an_iteration_weighs_by_level_and_floor(level, floor):
     assert float(metrics["val/importance_capped"]) == pytest.approx(cut.mean()) and 0 < cut.mean() < 1
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("name", campaign_but_for([function.__name__ for function in NAMED], "kl_cov"))
 def test_an_iteration_learns_with_it(name):
     """Every one, off its sampler and in parts: several updates, weights of whole sequences, microbatches."""

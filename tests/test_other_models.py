@@ -64,6 +64,7 @@ def test_it_learns_and_the_sampler_agrees_with_the_learner_and_a_snapshot_gives_
     assert_same_bits(restored, state)
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("name", campaign_but_for(PACKAGES, "dict"))
 def test_adapters_to_chosen_leaves_learn_alone(name):
     lm, params = built(name)

@@ -77,6 +77,7 @@ def rows(judged):
     return json.loads(judged.read_text())
 
 
+@pytest.mark.campaign
 def test_the_bytes_of_a_chip_are_all_accounted_for(rows):
     for row in rows:
         memory = row["memory"]

@@ -57,8 +57,9 @@ def seen(monkeypatch):
     calls = []
     original = programs.experience
 
-    def recorded(rollout, policy, ref_logprobs, scores, kl_coef, **options):
-        found = original(rollout, policy, ref_logprobs, scores, kl_coef, **options)
+    def recorded(rollout, policy, ref_logprobs, scores, kl_coef, kept, **options):
+        assert kept is None, "no row is left out"
+        found = original(rollout, policy, ref_logprobs, scores, kl_coef, kept, **options)
         calls.append(jax.device_get((rollout, policy, ref_logprobs, scores, kl_coef, found[0])))
         return found
 

@@ -69,6 +69,7 @@ def flip(folder: Path) -> None:
     file.write_bytes(bytes(content))
 
 
+@pytest.mark.campaign
 def test_the_best_snapshot_and_its_policy_are_kept_beside_the_latest(done):
     with Checkpoints(done.output / "checkpoints", keep_best=True) as checkpoints:
         assert checkpoints.steps() == [2, 3, 4] and checkpoints.best() == 2

@@ -26,6 +26,7 @@ def folder(tmp_path_factory):
     return save_tiny_task(tmp_path_factory.mktemp("mesh"))
 
 
+@pytest.mark.campaign
 def test_fine_tuning_on_a_mesh(folder):
     config = sft.Config(
         model=str(folder / "model"), data=str(folder / "texts.jsonl"), held_out=str(folder / "texts.jsonl"), max_length=16,

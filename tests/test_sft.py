@@ -181,6 +181,7 @@ def test_a_finished_run_is_not_overwritten(config):
     assert all(np.array_equal(a, b) for a, b in zip(before, parameters(config.output), strict=True))
 
 
+@pytest.mark.campaign
 def test_it_goes_on_from_a_checkpoint_and_learns_all_tokens_where_asked(config, tmp_path):
     model = save_tiny_model(tmp_path / "tiny")
     config = change(config, model=str(model), config=None)

@@ -93,6 +93,7 @@ def test_decoding_uses_it_beside_cudnn_alone():
         assert "slot_attention" not in decode(other)
 
 
+@pytest.mark.campaign
 def test_greedy_tokens_are_the_same(monkeypatch):
     monkeypatch.setattr(causal_lm, "slot_attention", interpreted)
     plain = lm_of(16)
