@@ -271,6 +271,15 @@ def test_no_other_word_is_told_about_a_full_disk_by_a_script(tmp_path, monkeypat
     assert told == [] and caplog.text == ""
 
 
+def test_a_write_that_failed_without_a_traceback_is_left_out_too(caplog):
+    # The bug: tensorstore's futures name neither orbax nor a line of code.
+    words = 'Future exception was never retrieved\nfuture: <Future finished exception=ValueError(\'Error writing "w/0.0" in '
+    with plain_errors():
+        logging.getLogger("asyncio").error(words + "OCDBT database at local file ...')>")
+        logging.getLogger("asyncio").error(words + "my own file')>")
+    assert [record.message for record in caplog.records] == [words + "my own file')>"]
+
+
 @pytest.mark.parametrize("library, told", [("orbax", False), ("of_the_user", True)])
 def test_of_failures_that_nobody_waits_for_orbaxs_alone_are_left_out(library, told, caplog):
     # The bug: a save that failed in several gathered tasks was told by asyncio, in words that do not name orbax.

@@ -279,10 +279,10 @@ def _decoded(
         window = kinds[kind].window
 
         def attend(query, key, value, keys=keys, values=values, marked=marked[kind], window=window):
-            slot, filled = (index, index) if window is None else (index % window, jnp.minimum(index, window - 1))
+            slot = index if window is None else index % window
             kv = _split(write_slot(keys, key, slot)), _split(write_slot(values, value, slot))
             if by_one_kernel:
-                return slot_attention(query, *kv, marked, filled, scale=arch.attention_scale), kv
+                return slot_attention(query, *kv, marked, scale=arch.attention_scale), kv
             options = {"scale": arch.attention_scale, "cap": arch.attention_cap}
             return attention(query, *kv, marked[:, None, :], **options), kv
 

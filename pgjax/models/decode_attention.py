@@ -24,22 +24,21 @@ def slot_attention(
     keys: jax.Array,
     values: jax.Array,
     slots: jax.Array,
-    index: jax.Array,
     *,
     scale: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Attend from query [B, H, 1, hd] to the marked slots among the first index + 1 of a cache.
+    """Attend from query [B, H, 1, hd] to the marked slots of a cache.
 
     The same as `attention.attention` with the mask slots[:, None, :], but the scores are not written to memory. There is one
     program per row and key head. It loops over blocks of slots with a running maximum and sum (online softmax: Milakov &
-    Gimelshein 2018), and does not read blocks beyond `index`. Under a mesh, every device runs it on its own rows and heads.
+    Gimelshein 2018), and reads no block beyond the row's last marked slot. Under a mesh, every device runs it on its own rows
+    and heads.
 
     Args:
         query: [B, H, 1, hd] of a 16-bit float type; hd is a power of two.
         keys, values: [B, Hkv, S, hd].
-        slots: [B, S] boolean; at least one of the first index + 1 must be True.
-        index: [] int32, the last slot that is written.
+        slots: [B, S] boolean; at least one of a row must be True.
         scale: of scores; None: 1 / sqrt(hd).
         interpret: run it as ordinary JAX operations, slowly, on any device.
 
@@ -47,7 +46,7 @@ def slot_attention(
         [B, H, 1, hd].
 
     >>> q, kv = jnp.ones((1, 4, 1, 16), jnp.bfloat16), jnp.ones((1, 2, 3, 16), jnp.bfloat16)
-    >>> slot_attention(q, kv, kv, jnp.array([[False, True, True]]), jnp.int32(2), interpret=True).shape
+    >>> slot_attention(q, kv, kv, jnp.array([[False, True, True]]), interpret=True).shape
     (1, 4, 1, 16)
     """
     batch, heads, _, head_dim = query.shape
@@ -58,9 +57,9 @@ def slot_attention(
     if mesh is not None:
         rows, split = fitting(mesh, batch, "batch"), fitting(mesh, kv_heads, "heads")
         by_head = PartitionSpec(rows, split)
-        specs = (by_head, by_head, by_head, PartitionSpec(rows), PartitionSpec())
+        specs = (by_head, by_head, by_head, PartitionSpec(rows))
         run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=by_head, check_vma=False)
-    return run(grouped, keys, values, slots, index).reshape(query.shape)
+    return run(grouped, keys, values, slots).reshape(query.shape)
 
 
 def takes(head_dim: int) -> bool:
@@ -77,13 +76,15 @@ def _attend(
     keys: jax.Array,
     values: jax.Array,
     slots: jax.Array,
-    index: jax.Array,
     *,
     divided_by: float,
     interpret: bool,
 ) -> jax.Array:
     batch, kv_heads, group, head_dim = query.shape
     rows = max(LEAST_ROWS, pl.next_power_of_2(group))
+    last = jnp.max(
+        jnp.where(slots, jnp.arange(slots.shape[1], dtype=jnp.int32)[None], 0), axis=1
+    )  # marked, of each row
     per_head = lambda length: pl.BlockSpec((None, None, length, head_dim), lambda b, h: (b, h, 0, 0))
     return pl.pallas_call(
         functools.partial(_kernel, group=group, rows=rows, divided_by=divided_by),
@@ -93,14 +94,14 @@ def _attend(
             per_head(keys.shape[2]),
             per_head(keys.shape[2]),
             pl.BlockSpec((None, keys.shape[2]), lambda b, h: (b, 0)),
-            pl.BlockSpec((), lambda b, h: ()),
+            pl.BlockSpec((None,), lambda b, h: (b,)),
         ],
         out_specs=per_head(rows),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES),
         interpret=interpret,
         name="slot_attention",
-    )(query, keys, values, slots.astype(jnp.int8), index)
+    )(query, keys, values, slots.astype(jnp.int8), last)
 
 
 def _kernel(
@@ -108,7 +109,7 @@ def _kernel(
     k_ref: Any,
     v_ref: Any,
     slots_ref: Any,
-    index_ref: Any,
+    last_ref: Any,
     out_ref: Any,
     *,
     group: int,
@@ -140,6 +141,6 @@ def _kernel(
         return new_top, total * shrink + weights.sum(axis=1), seen
 
     first = jnp.full(rows, lowest), jnp.zeros(rows), jnp.zeros((rows, head_dim))
-    blocks = (jnp.minimum(index_ref[()] + 1, length) + BLOCK - 1) // BLOCK
+    blocks = (last_ref[()] + BLOCK) // BLOCK
     _, total, seen = jax.lax.fori_loop(0, blocks, step, first)
     triton.store(out_ref, (seen / total[:, None]).astype(out_ref.dtype), mask=real)
