@@ -14,7 +14,7 @@ from pgjax.learning import algorithms, group_algorithms, programs, ratio_algorit
 from pgjax.learning.algorithm import Batch, Experience, check_algorithm
 from pgjax.learning.by_name import NAMED, load_algorithm
 from pgjax.learning.flags import LearningFlags, algorithm_of, iteration_options
-from pgjax.learning.iteration import check_importance
+from pgjax.learning.iteration_checks import check_importance
 from pgjax.learning.optimizer import accumulate
 from pgjax.learning.policy_loss import token_weights
 from tests import catalogue_in_numpy as plain

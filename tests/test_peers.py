@@ -388,8 +388,8 @@ CASES = {
 }
 
 
-def golden(peer):
-    return json.loads((GOLDENS / f"{peer}.json").read_text())
+def golden(folder, peer):
+    return json.loads((folder / f"{peer}.json").read_text())
 
 
 def agree(found, theirs, inside):
@@ -400,9 +400,8 @@ def agree(found, theirs, inside):
     return all(np.allclose(x, y, rtol=1e-5, atol=1e-6) for x, y in seen)
 
 
-@pytest.mark.parametrize(("peer", "name"), [(peer, name) for peer in CASES for name in CASES[peer]])
-def test_pgjax_agrees_with_a_peer_or_differs_for_the_reason_given(peer, name):
-    case, entry = CASES[peer][name], golden(peer)["entries"][name]
+def assert_held(case, entry):
+    """Hold pgjax's answer to a peer's, or to its relation where the peer differs."""
     theirs = [np.asarray(entry[part]) for part in ("value", "gradient") if part in entry]
     found = case.ours()
     if case.relation is not None:
@@ -412,15 +411,25 @@ def test_pgjax_agrees_with_a_peer_or_differs_for_the_reason_given(peer, name):
     assert agree(found, theirs, case.inside), (found, theirs)
 
 
-def test_every_golden_has_its_case_and_every_file_its_script():
-    assert {path.stem for path in GOLDENS.glob("*.json")} == set(CASES)
-    for peer, cases in CASES.items():
-        made = golden(peer)
-        assert set(made["entries"]) == set(cases)
+def assert_complete(folder, cases):
+    """Each golden has its case, and each file its script, version and seed."""
+    assert {path.stem for path in folder.glob("*.json")} == set(cases)
+    for peer, entries in cases.items():
+        made = golden(folder, peer)
+        assert set(made["entries"]) == set(entries)
         assert made["seed"] == shared.SEED
         assert made["version"]
-        assert (GOLDENS.parents[2] / made["made_by"]).is_file()
+        assert (folder.parents[2] / made["made_by"]).is_file()
         assert all(entry["function"] for entry in made["entries"].values())
+
+
+@pytest.mark.parametrize(("peer", "name"), [(peer, name) for peer in CASES for name in CASES[peer]])
+def test_pgjax_agrees_with_a_peer_or_differs_for_the_reason_given(peer, name):
+    assert_held(CASES[peer][name], golden(GOLDENS, peer)["entries"][name])
+
+
+def test_every_golden_has_its_case_and_every_file_its_script():
+    assert_complete(GOLDENS, CASES)
 
 
 def test_the_arrays_reach_every_branch_of_the_losses():

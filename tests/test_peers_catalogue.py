@@ -4,7 +4,6 @@ Where a peer computes something else, its case says why and holds the exact rela
 seed: tests/goldens/catalogue.
 """
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +13,17 @@ import pytest
 
 import pgjax as pg
 from tests.goldens.peers import shared
-from tests.test_peers import SAMPLE_VARIANCE, SAMPLED, Case, agree, differentiated, scaled, value
+from tests.test_peers import (
+    SAMPLE_VARIANCE,
+    SAMPLED,
+    Case,
+    assert_complete,
+    assert_held,
+    differentiated,
+    golden,
+    scaled,
+    value,
+)
 
 GOLDENS = Path(__file__).parent / "goldens" / "catalogue"
 X = shared.inputs()
@@ -181,27 +190,10 @@ def openrlhf_gspo():
     return np.where(X.mask, (gradient.sum(1) / LENGTHS)[:, None], 0)
 
 
-def golden(peer):
-    return json.loads((GOLDENS / f"{peer}.json").read_text())
-
-
 @pytest.mark.parametrize(("peer", "name"), [(peer, name) for peer in CASES for name in CASES[peer]])
 def test_pgjax_agrees_with_a_peer_or_differs_for_the_reason_given(peer, name):
-    case, entry = CASES[peer][name], golden(peer)["entries"][name]
-    theirs = [np.asarray(entry[part]) for part in ("value", "gradient") if part in entry]
-    found = case.ours()
-    if case.relation is not None:
-        assert case.why
-        assert not agree(found, theirs, case.inside), "the peer no longer differs: the relation has nothing to explain"
-        found = case.relation(found)
-    assert agree(found, theirs, case.inside), (found, theirs)
+    assert_held(CASES[peer][name], golden(GOLDENS, peer)["entries"][name])
 
 
 def test_every_golden_has_its_case_and_every_file_its_script():
-    assert {path.stem for path in GOLDENS.glob("*.json")} == set(CASES)
-    for peer, cases in CASES.items():
-        made = golden(peer)
-        assert set(made["entries"]) == set(cases)
-        assert made["seed"] == shared.SEED and made["version"]
-        assert (GOLDENS.parents[2] / made["made_by"]).is_file()
-        assert all(entry["function"] for entry in made["entries"].values())
+    assert_complete(GOLDENS, CASES)

@@ -118,11 +118,11 @@ def _byte_level_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_level_alphabet()
 
 
-def ends_at_string(table: np.ndarray | None, completions: Sequence[Sequence[int]]) -> np.ndarray:
+def ends_at_string(table: np.ndarray, completions: Sequence[Sequence[int]]) -> np.ndarray:
     """Say which completions have come to a stop string.
 
     Args:
-      table: of `stop_table`, or None.
+      table: of `stop_table`.
       completions: the ids of each.
 
     Returns:
@@ -133,10 +133,10 @@ def ends_at_string(table: np.ndarray | None, completions: Sequence[Sequence[int]
       [True, False]
     """
 
-    def found(ids: Sequence[int], table: np.ndarray) -> bool:
+    def found(ids: Sequence[int]) -> bool:
         state = 0
         for i in ids:
             state = table[state, i] if state >= 0 else state
         return state < 0
 
-    return np.array([table is not None and found(ids, table) for ids in completions], bool)
+    return np.array([found(ids) for ids in completions], bool)

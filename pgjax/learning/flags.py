@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pgjax.learning.algorithm import Algorithm
 from pgjax.learning.by_name import load_algorithm
-from pgjax.learning.iteration import check_importance, check_options
+from pgjax.learning.iteration_checks import check_importance, check_options
 from pgjax.learning.optimizer import Optimizer, adamw
 from pgjax.parallel.processes import print_once
 from pgjax.rollout.calling import Caller

@@ -43,12 +43,8 @@ def length_advantages(experience: Experience, *, group_size: int) -> jax.Array:
     Returns:
         [B, W] float32, 0 outside the mask.
     """
-    lengths = experience.mask.sum(1)
-    return score_advantages(
-        experience, group_size=group_size, compare=lambda scores, group_size: advantages_of.opo_advantages(
-            scores, lengths, group_size=group_size
-        ),
-    )  # fmt: skip
+    scores = advantages_of.opo_advantages(experience.scores, experience.mask.sum(1), group_size=group_size)
+    return with_penalties(scores, experience, group_size=group_size)
 
 
 def whitened_advantages(experience: Experience, *, group_size: int) -> jax.Array:

@@ -11,7 +11,7 @@ Label = Literal["matrices", "norms", "embeddings"]
 _EMBEDDINGS = re.compile(r"embed|^(wte|wpe|head|lm_head|unembedding)$", re.IGNORECASE)
 
 
-def own_axes(path: tuple[Any, ...], x: Any) -> int:
+def layer_axes(path: tuple[Any, ...], x: Any) -> int:
     """Count the axes of a parameter in its own layer.
 
     Args:
@@ -21,7 +21,7 @@ def own_axes(path: tuple[Any, ...], x: Any) -> int:
 
     >>> import jax.numpy as jnp
     >>> stacked, listed = {"layers": {"norm": jnp.ones((3, 2))}}, {"layers": [{"up": jnp.ones((3, 2))}]}
-    >>> [own_axes(*jax.tree_util.tree_leaves_with_path(params)[0]) for params in (stacked, listed)]
+    >>> [layer_axes(*jax.tree_util.tree_leaves_with_path(params)[0]) for params in (stacked, listed)]
     [1, 2]
     """
     steps = [jax.tree_util.keystr((step,), simple=True) for step in path]
@@ -56,7 +56,7 @@ def parameter_labels(params: Any) -> Any:
     """
 
     def label(path: tuple[Any, ...], x: Any) -> Label:
-        if own_axes(path, x) < 2:
+        if layer_axes(path, x) < 2:
             return "norms"
         named = any(_EMBEDDINGS.search(jax.tree_util.keystr((step,), simple=True)) for step in path)
         return "embeddings" if named else "matrices"
@@ -73,4 +73,4 @@ def matrix_mask(params: Any) -> Any:
     {'layers': {'norm': False, 'up': True}}
     >>> decaying = optax.lion(1e-4, weight_decay=0.1, mask=matrix_mask)
     """
-    return jax.tree_util.tree_map_with_path(lambda path, x: own_axes(path, x) > 1, params)
+    return jax.tree_util.tree_map_with_path(lambda path, x: layer_axes(path, x) > 1, params)

@@ -15,7 +15,7 @@ import optax.contrib
 from pgjax.core.checks import check_whole
 from pgjax.core.errors import MissingPackageError
 from pgjax.core.masking import as_float
-from pgjax.learning.labels import matrix_mask, own_axes, parameter_labels
+from pgjax.learning.labels import layer_axes, matrix_mask, parameter_labels
 from pgjax.parallel.sharding import (
     ambient_mesh,
     check_batch,
@@ -142,7 +142,7 @@ def muon_dimensions(params: Any) -> Any:
         raise MissingPackageError(f"muon on stacked kernels needs optax 0.2.6 or later, got {optax.__version__}")
 
     def of(path: tuple[Any, ...], x: Any, label: str) -> optax.contrib.MuonDimensionNumbers | None:
-        kernel = label == "matrices" and own_axes(path, x) == 2
+        kernel = label == "matrices" and layer_axes(path, x) == 2
         return optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1) if kernel else None
 
     return jax.tree_util.tree_map_with_path(of, params, parameter_labels(params))

@@ -141,6 +141,11 @@ def whole_groups(mesh: Mesh | AbstractMesh | None, rows: int, group_size: int) -
 
 
 def batch_parts(mesh: Mesh | AbstractMesh | None) -> int:
+    """Count the parts into which a mesh splits a batch's rows.
+
+    >>> batch_parts(None)
+    1
+    """
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"] if axis in mesh.shape)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pgjax.core.checks import check_whole
-from pgjax.core.errors import UserError
 from pgjax.data.padding import bucket_length
 from pgjax.models.causal_lm import CausalLM, Params
-from pgjax.models.shared_prompts import check_groups, firsts, repeated
+from pgjax.models.shared_prompts import firsts, repeated
 from pgjax.parallel.sharding import (
     batch_parts,
     batch_sharding,
@@ -27,6 +26,7 @@ from pgjax.parallel.sharding import (
 )
 from pgjax.rollout.draws import Drawn, draw_tokens, ends
 from pgjax.rollout.lanes import generate_in_lanes
+from pgjax.rollout.sample_checks import check_lanes, check_options, check_prompts
 
 Rows: TypeAlias = jax.typing.ArrayLike | Sequence[Sequence[int]]  # [B, P] of token ids, or of True and False
 
@@ -174,9 +174,9 @@ def _run(
     if prompts.dtype.kind not in "iu":
         raise ValueError(f"prompts must be token ids, whole numbers, got {prompts.dtype}")
     prompts, prompt_mask = prompts.astype(np.int32), prompt_mask.astype(np.bool_)
-    _check_prompts(lm, prompts, prompt_mask, max_new_tokens, group_size)
+    check_prompts(lm, prompts, prompt_mask, max_new_tokens, group_size)
     eos_ids, stop_table = stops
-    _check_options(lm.arch.vocab_size, **options, eos_ids=eos_ids)
+    check_options(lm.arch.vocab_size, **options, eos_ids=eos_ids)
     if stop_table is not None and (stop_table.ndim != 2 or stop_table.shape[1] != lm.arch.vocab_size):
         raise ValueError(f"stop_table must be [S, {lm.arch.vocab_size}], a column for each id, got {stop_table.shape}")
     check_whole("pad_id", pad_id, 0)
@@ -190,7 +190,7 @@ def _run(
     mesh = mesh_of(params)
     check_batch(mesh, len(prompts) // group_size, "prompts")
     parts = batch_parts(mesh)
-    _check_lanes(lanes, parts, group_size)
+    check_lanes(lanes, parts, group_size)
     few = None if lanes is None or lanes >= len(prompts) else (lanes, parts)
     length = prompts.shape[1]
     extra = bucket_length(length) - length
@@ -323,74 +323,3 @@ def _without_columns(rollout: Rollout, count: int) -> Rollout:
 
 def _as_scalar(x: jax.typing.ArrayLike, dtype: type[np.generic]) -> jax.Array | np.generic:
     return x.astype(dtype) if isinstance(x, jax.Array) else dtype(x)
-
-
-def _check_lanes(lanes: int | None, parts: int, group_size: int) -> None:
-    if lanes is None:
-        return
-    check_whole("lanes", lanes, 1)
-    if lanes % (parts * group_size):
-        over = f" over {parts} parts of the mesh" if parts > 1 else ""
-        raise UserError(
-            f"lanes={lanes} do not divide into groups of {group_size}{over}: make it a multiple of {parts * group_size}"
-        )
-
-
-def _check_prompts(
-    lm: CausalLM, prompts: jax.Array | np.ndarray, mask: jax.Array | np.ndarray, new: int, group_size: int
-) -> None:
-    if prompts.ndim != 2 or prompts.shape != mask.shape or 0 in prompts.shape:
-        raise ValueError(f"prompts and prompt_mask must both be [B, P], got {prompts.shape} and {mask.shape}")
-    check_whole("max_new_tokens", new, 1)
-    check_groups(prompts.shape, 0, group_size)
-    length, limit = prompts.shape[1] + new, lm.arch.max_positions
-    if length > limit:
-        raise ValueError(
-            f"prompts of {prompts.shape[1]} tokens with max_new_tokens={new} need {length} positions, but the model has "
-            f"{limit}: shorten the prompts or the completions"
-        )
-    known_mask, known = _known(mask), _known(prompts)
-    if known_mask is not None:
-        real_last = known_mask[:, -1] & (known_mask[:, 1:] >= known_mask[:, :-1]).all(1)
-        if not real_last.all():
-            row = int(np.argmin(real_last))
-            raise ValueError(
-                f"row {row} of prompt_mask is not padding on the left and then tokens: pad with data.left_pad"
-            )
-        if known is not None and (odd := known_mask & ((known < 0) | (known >= lm.arch.vocab_size))).any():
-            row, column = np.argwhere(odd)[0]
-            raise ValueError(
-                f"row {row} of prompts holds the id {known[row, column]}, outside the vocabulary of {lm.arch.vocab_size}"
-            )
-        shown = None if known is None else np.where(known_mask, known, -1)
-        if shown is not None and (odd := (shown != np.repeat(shown[::group_size], group_size, axis=0)).any(1)).any():
-            row = int(np.argmax(odd))
-            raise ValueError(
-                f"row {row} of prompts is not that of row {row - row % group_size}, but group_size={group_size}"
-            )
-
-
-def _known(x: Any) -> np.ndarray | None:
-    """Bring a value to the host by an explicit transfer; None for a tracer or one that lies on other processes."""
-    if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
-        return None
-    return np.asarray(jax.device_get(x))
-
-
-def _check_options(vocab: int, temperature: Any, top_k: Any, top_p: Any, min_p: Any, eos_ids: Sequence[int]) -> None:
-    def check(name: str, value: Any, ok: Callable[[float], bool], meant: str) -> None:
-        known = None if value is None else _known(value)
-        if known is not None and (known.ndim or not ok(float(known))):
-            raise ValueError(f"{name} must be {meant}, got {value}")
-
-    check("temperature", temperature, lambda x: 0 <= x < float("inf"), "a finite number not below 0 (0 is greedy)")
-    check(
-        "top_k", top_k, lambda x: 1 <= x < 2**31 and x == int(x), "a whole number of at least 1 and below 2^31, or None"
-    )
-    check("top_p", top_p, lambda x: 0 < x <= 1, "above 0 and at most 1, or None")
-    check("min_p", min_p, lambda x: 0 <= x <= 1, "from 0 to 1, or None")
-    if not isinstance(eos_ids, Collection):
-        raise ValueError(f"eos_ids must be a sequence of ids, got {eos_ids!r}")
-    for eos in eos_ids:
-        if not 0 <= eos < vocab or eos != int(eos):
-            raise ValueError(f"eos_ids holds {eos}, no id of the vocabulary of {vocab}")

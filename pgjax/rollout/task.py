@@ -144,8 +144,10 @@ class Task(NamedTuple):
         return tokens, mask
 
     def _ended(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        at_token = np.isin(last_sampled(tokens, mask), self.eos_ids)
-        return at_token | ends_at_string(self.stop_table, completion_ids(tokens, mask))
+        ended = np.isin(last_sampled(tokens, mask), self.eos_ids)
+        return (
+            ended if self.stop_table is None else ended | ends_at_string(self.stop_table, completion_ids(tokens, mask))
+        )
 
     def rollouts(
         self, params: Any, prompts: Sequence[Encoded], batch_size: int, key: jax.Array

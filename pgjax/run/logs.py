@@ -97,6 +97,11 @@ def recorded(folder: str | Path, field: str) -> Any:
 
 
 def read_config(path: Path) -> dict[str, Any]:
+    """Read a run's config.
+
+    Raises:
+      UserError: the file is damaged.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
