@@ -15,11 +15,9 @@ from pgjax.rollout.draws import draw_tokens, ends
 REFILL = 4  # a part of the lanes is refilled at once: larger ones wait longer, smaller ones are more programs to run
 
 
-class _Lanes(NamedTuple):
-    """The loop's state; p parts of the mesh with L lanes each, S = P + N slots of the cache as a ring."""
+class _Rows(NamedTuple):
+    """What the lanes hold of the rows in them; p parts of the mesh with L lanes each."""
 
-    slot: jax.Array  # [] the slot that all lanes write next
-    taken: jax.Array  # [p] rows of each part that have been taken
     row: jax.Array  # [p, L] which of the part's rows a lane samples
     drawn: jax.Array  # [p, L] tokens drawn for it
     token: jax.Array  # [p, L] the last one
@@ -27,10 +25,17 @@ class _Lanes(NamedTuple):
     length: jax.Array  # [p, L] of its prompt
     state: jax.Array | None  # [p, L] of its stop strings
     seen: jax.Array  # [p, L, S] the slots that hold its keys and values
+
+
+class _Lanes(NamedTuple):
+    """The loop's state, with S = P + N slots of the cache as a ring."""
+
+    slot: jax.Array  # [] the slot that all lanes write next
+    taken: jax.Array  # [p] rows of each part that have been taken
+    held: _Rows
     cache: Any  # of all lanes, [p * L, heads, S, hd] a leaf
-    written: tuple[
-        jax.Array, ...
-    ]  # [p, R, N] each: tokens, -1 where none was drawn; log-probabilities; value and entropy
+    # [p, R, N] each: tokens, -1 where none was drawn; log-probabilities; with a value head values and entropies
+    written: tuple[jax.Array, ...]
 
 
 def generate_in_lanes(
@@ -89,26 +94,27 @@ def generate_in_lanes(
         return token, (token, *others)
 
     def advance(lane: _Lanes) -> _Lanes:
-        seen = lane.seen | (jnp.arange(slots) == lane.slot)[None, None]
-        inputs = flat(lane.token), flat(lane.length + lane.drawn - 1), lane.slot, flat(seen)
+        held = lane.held
+        seen = held.seen | (jnp.arange(slots) == lane.slot)[None, None]
+        inputs = flat(held.token), flat(held.length + held.drawn - 1), lane.slot, flat(seen)
         hidden, cache = lm.decode(weights, *inputs, lane.cache)
-        token, found = chosen(hidden, lane.row, lane.length, lane.drawn)
-        over, state = ends(token, lane.state, eos, stop_table)
-        return lane._replace(
-            slot=(lane.slot + 1) % slots, drawn=lane.drawn + 1, token=token, state=state, seen=seen, cache=cache,
-            written=_write(lane.written, jnp.where(lane.alive, lane.row, rows), lane.drawn, found),
-            alive=lane.alive & ~over & (lane.drawn + 1 < max_new_tokens),
+        token, found = chosen(hidden, held.row, held.length, held.drawn)
+        over, state = ends(token, held.state, eos, stop_table)
+        alive = held.alive & ~over & (held.drawn + 1 < max_new_tokens)
+        return _Lanes(
+            (lane.slot + 1) % slots, lane.taken,
+            held._replace(drawn=held.drawn + 1, token=token, alive=alive, state=state, seen=seen), cache,
+            _write(lane.written, jnp.where(held.alive, held.row, rows), held.drawn, found),
         )  # fmt: skip
 
     def wanted(lane: _Lanes) -> jax.Array:
         """Which parts have enough free lanes for the next rows, [p]."""
-        return (lane.taken < rows) & (width - lane.alive.sum(1) >= refill)
+        return (lane.taken < rows) & (width - lane.held.alive.sum(1) >= refill)
 
     def refilled(lane: _Lanes) -> _Lanes:
-        ready = wanted(lane)
         row = jnp.minimum(lane.taken, rows - refill)[:, None] + jnp.arange(refill, dtype=jnp.int32)[None]
-        valid = ready[:, None] & (row >= lane.taken[:, None])
-        free = jnp.argsort(lane.alive, axis=1, stable=True)[:, :refill]
+        valid = wanted(lane)[:, None] & (row >= lane.taken[:, None])
+        free = jnp.argsort(lane.held.alive, axis=1, stable=True)[:, :refill]
         to = jnp.where(valid, free, width)  # beyond the lanes: nothing is written
         prompt, mask = (jax.vmap(jnp.take, (0, 0, None))(x, row, 0) for x in (prompts, prompt_mask))
         once = (firsts(flat(x), group_size) for x in (prompt, mask))
@@ -116,36 +122,28 @@ def generate_in_lanes(
         hidden, kv = jax.tree.map(lambda x: repeated(x, group_size), read)
         length = mask.sum(2, dtype=jnp.int32)
         token, found = chosen(hidden, row, length, jnp.zeros_like(length))
-        over, state = ends(token, None if lane.state is None else jnp.zeros_like(token), eos, stop_table)
+        over, state = ends(token, None if stop_table is None else jnp.zeros_like(token), eos, stop_table)
         ring = (lane.slot - before + jnp.arange(before)) % slots
         seen = jnp.roll(jnp.pad(mask, ((0, 0), (0, 0), (0, max_new_tokens))), lane.slot - before, axis=2)
-        put_slots = jax.vmap(lambda x, i, y: x.at[i[:, None], :, ring[None]].set(y.swapaxes(1, 2), mode="drop"))
+        new = _Rows(row, jnp.ones_like(row), token, valid & ~over & (max_new_tokens > 1), length, state, seen)
         put = jax.vmap(lambda x, i, y: x.at[i].set(y, mode="drop"))
-        new = lane._replace(
-            row=row, drawn=jnp.ones_like(row), token=token, alive=valid & ~over & (max_new_tokens > 1), length=length,
-            state=state, seen=seen,
-        )  # fmt: skip
-        fields = ("row", "drawn", "token", "alive", "length", "state", "seen")
-        put_fields: dict[str, Any] = {
-            name: None if getattr(new, name) is None else put(getattr(lane, name), to, getattr(new, name))
-            for name in fields
-        }
-        return lane._replace(
-            taken=lane.taken + valid.sum(1, dtype=jnp.int32),
-            cache=jax.tree.map(lambda x, y: flat_heads(put_slots(by_part(x), to, by_part(y))), lane.cache, kv),
-            written=_write(lane.written, jnp.where(valid, row, rows), jnp.zeros_like(row), found), **put_fields,
+        put_slots = jax.vmap(lambda x, i, y: x.at[i[:, None], :, ring[None]].set(y.swapaxes(1, 2), mode="drop"))
+        return _Lanes(
+            lane.slot, lane.taken + valid.sum(1, dtype=jnp.int32),
+            jax.tree.map(lambda x, y: put(x, to, y), lane.held, new),
+            jax.tree.map(lambda x, y: flat_heads(put_slots(by_part(x), to, by_part(y))), lane.cache, kv),
+            _write(lane.written, jnp.where(valid, row, rows), jnp.zeros_like(row), found),
         )  # fmt: skip
 
     def round_(lane: _Lanes) -> _Lanes:
-        return jax.lax.while_loop(lambda x: x.alive.any() & ~wanted(x).any(), advance, refilled(lane))
+        return jax.lax.while_loop(lambda x: x.held.alive.any() & ~wanted(x).any(), advance, refilled(lane))
 
     blank = jnp.zeros((parts, width), jnp.int32)
     nothing = jnp.zeros((parts, rows, max_new_tokens), jnp.float32)
     written = (jnp.full(nothing.shape, -1, jnp.int32), nothing, *((nothing, nothing) if value_head is not None else ()))
-    lane = _Lanes(
-        jnp.int32(before % slots), jnp.zeros(parts, jnp.int32), blank, blank, blank, blank != 0, blank,
-        None if stop_table is None else blank, jnp.zeros((parts, width, slots), bool), lm.init_cache(lanes, slots), written,
-    )  # fmt: skip
+    seen = jnp.zeros((parts, width, slots), bool)
+    empty = _Rows(blank, blank, blank, blank != 0, blank, None if stop_table is None else blank, seen)
+    lane = _Lanes(jnp.int32(before % slots), jnp.zeros(parts, jnp.int32), empty, lm.init_cache(lanes, slots), written)
     lane = jax.lax.while_loop(lambda x: (x.taken < rows).any(), round_, lane)
     return tuple(flat(x) for x in lane.written)
 
