@@ -55,6 +55,7 @@ class Config(flags.LearningFlags, flags.RewardFlags, RunFlags):
     steps: int = 16  # iterations of rollout and update
     batch_size: int = 32  # completions sampled in an iteration
     eval_samples: int = 8  # completions of each held-out prompt in an evaluation
+    eval_max_new_tokens: int | None = None  # the longest of them; None: max_new_tokens
     eval_every: int | None = None  # iterations between evaluations; None: before and after alone
     samples_every: int = 8  # iterations between tables of samples
     save_every: int = 8  # iterations between checkpoints
@@ -97,7 +98,8 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     reward_model = load_judge(config.reward_model, weight, lm, tokenizer, chat=config.chat, mesh=mesh)
     task = make_task(
         lm, tokenizer, judges, config.reward_weights or None, row_sets, places=places, chat=config.chat, mesh=mesh,
-        reward_model=reward_model, group_size=group_size, caller=flags.caller_of(config), **flags.sampling_options(config),
+        reward_model=reward_model, group_size=group_size, caller=flags.caller_of(config),
+        eval_max_new_tokens=config.eval_max_new_tokens, **flags.sampling_options(config),
     )  # fmt: skip
     processes.print_once(told_stops(tokenizer))
     train_prompts, held_out = task.prompt_sets
@@ -186,7 +188,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
 def check(config: Config) -> None:
     """Refuse a run that cannot work, before anything is read or computed."""
     checks.check_run(config)
-    checks.at_least_one(config, "eval_samples", "samples_every", "eval_every")
+    checks.at_least_one(config, "eval_samples", "samples_every", "eval_every", "eval_max_new_tokens")
     flags.check_policy(config)
 
 

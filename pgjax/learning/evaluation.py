@@ -35,9 +35,10 @@ def evaluate(
         parts: of a batch in the teacher-forced passes, for memory.
 
     Returns:
-        "eval/scores", "eval/kl" in nats a sequence, "eval/rewards/NAME" of each reward, all means; "eval/scores_stderr" and
-        "eval/kl_stderr", clustered by prompt, where there are several prompts.
+        "eval/scores", "eval/kl" in nats a sequence, "eval/ended" of those that ended by themselves, "eval/rewards/NAME" of each
+        reward, all means; NAME_stderr of each, clustered by prompt, where there are several prompts.
     """
+    task = task.for_evaluation()
     group = whole_groups(task.mesh, batch_size // parts, whole_groups(None, samples, task.group_size))
     logprobs = functools.partial(
         programs.reference_logprobs, task.lm, temperature=place(np.float32(task.temperature), replicated(task.mesh)),

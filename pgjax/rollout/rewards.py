@@ -6,7 +6,8 @@ of a number it may give a list of them, one for each sampled token. It may be ``
 
 One that names the parameter ``completion_ids`` gets the ids that were sampled in each row too (a list of ints, the id that ended
 it included, no padding), and one that names ``raw_completions`` the completions with their special tokens
-(``<think>no</think>yes``), but for the one that ended them. One that annotates ``completions`` as lists of messages
+(``<think>no</think>yes``), but for the one that ended them. One that names ``ended`` is told of each whether it ended by itself,
+before the longest length. One that annotates ``completions`` as lists of messages
 (``list[list[dict]]``), as TRL's do, gets each as ``[{"role": "assistant", "content": text}]``.
 """
 
@@ -20,7 +21,7 @@ from typing import Any, cast
 from pgjax.core.errors import UserError
 
 Reward = Callable[..., Any]  # -> as many numbers as completions, None where it does not apply; or a coroutine of them
-ON_REQUEST = ("completion_ids", "raw_completions")  # what only a reward that names it gets
+ON_REQUEST = ("completion_ids", "raw_completions", "ended")  # what only a reward that names it gets
 RESERVED_COLUMNS = ("prompts", "completions", *ON_REQUEST)  # the names of a reward's own arguments
 _NOT_BY_NAME = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 

@@ -60,6 +60,11 @@ class Task(NamedTuple):
     caller: Caller | None = None  # how black boxes are called; None: one after the other
     lanes: int | None = None  # rows that are sampled at once
     min_new_tokens: int = 0  # of a completion
+    eval_max_new_tokens: int | None = None  # of a completion in an evaluation; None: max_new_tokens
+
+    def for_evaluation(self) -> Task:
+        """Give the task with the longest completion that evaluations allow."""
+        return self._replace(max_new_tokens=self.eval_max_new_tokens or self.max_new_tokens)
 
     def generate(self, params: Any, batch: Sequence[Encoded], key: jax.Array) -> Rollout:
         """Sample a completion for each prompt of a batch, given as to `padded`; returns while the device is still at it."""
@@ -101,12 +106,13 @@ class Task(NamedTuple):
 
         def judge_rows() -> tuple[list[int], Judged]:
             rows = [fed[i].row for i in judged_here]
-            tokens, mask = sampled = self._sampled(rollout, judged_here)
+            sampled = self._sampled(rollout, judged_here)
             completions = completion_texts(*sampled, self.tokenizer)
             numbered = zip(judged_here, rows, completions, strict=True)
             shown = [(i, plain(row["prompt"]), text) for i, row, text in numbered if i < SHOWN]
-            more = on_request(self.judges, *sampled, self.tokenizer)
-            lengths = mask.sum(1)
+            ended = self._ended(*sampled)
+            more = on_request(self.judges, *sampled, self.tokenizer, ended)
+            lengths = sampled[1].sum(1)
             scores, parts = score_rows(
                 self.judges, self.weights, rows, completions, more,
                 lengths=lengths.tolist(), group_size=group, caller=self.caller,
@@ -115,7 +121,7 @@ class Task(NamedTuple):
             if scores.ndim == 2:
                 of_tokens = np.pad(scores, ((0, 0), (0, self.max_new_tokens - scores.shape[1])))
                 scores = scores.sum(1)
-            return judged_here, Judged(scores, parts, self._ended(tokens, mask), lengths, shown, of_tokens)
+            return judged_here, Judged(scores, parts, ended, lengths, shown, of_tokens)
 
         judged = joined(processes.gather_results(judge_rows), self.max_new_tokens)
         if model_scores is None or self.reward_model is None:
@@ -173,17 +179,18 @@ class Task(NamedTuple):
     ) -> dict[str, float]:
         """Judge `samples` completions of each prompt: means over all of them, with standard errors clustered by prompt.
 
-        `kl` gives nats a sequence [B], to the reference. There are no standard errors of a single prompt. Completions to which no
-        reward applies count in no mean; "not_judged" counts them, where there are any. Between batches it gives up where the run
-        is to stop (`stop.check`).
+        `kl` gives nats a sequence [B], to the reference; "ended" is the share that ended by itself. There are no standard errors of
+        a single prompt. Completions to which no reward applies count in no mean; "not_judged" counts them, where there are any.
+        Between batches it gives up where the run is to stop (`stop.check`).
         """
-        task = self._replace(group_size=whole_groups(None, samples, self.group_size))
+        task = self.for_evaluation()._replace(group_size=whole_groups(None, samples, self.group_size))
         repeated = [prompt for prompt in prompts for _ in range(samples)]
         found: dict[str, list[np.ndarray]] = {}
         for fed, count, rollout in task.rollouts(params, repeated, batch_size, key):
             stop.check()
-            judged = self.judge(fed, rollout)
-            figures = {"scores": judged.scores, **{f"rewards/{name}": part for name, part in judged.parts.items()}}
+            judged = task.judge(fed, rollout)
+            figures = {"scores": judged.scores, "ended": judged.ended}
+            figures |= {f"rewards/{name}": part for name, part in judged.parts.items()}
             if kl is not None:
                 figures["kl"] = processes.fetch(kl(rollout))
             for name, figure in figures.items():
@@ -195,7 +202,7 @@ class Task(NamedTuple):
             applies = ~np.isnan(values)
             return clustered_stderr(values[applies], clusters[applies].tolist()) if applies.any() else None
 
-        errors = {f"{name}_stderr": stderr(whole[name]) for name in ("scores", "kl") if name in whole}
+        errors = {f"{name}_stderr": stderr(values) for name, values in whole.items()}
         known = {name: error for name, error in errors.items() if error is not None}
         not_judged = int(np.isnan(whole["scores"]).sum())
         counts = {"not_judged": float(not_judged)} if not_judged else {}
@@ -252,6 +259,7 @@ def make_task(
     caller: Caller | None = None,
     lanes: int | None = None,
     min_new_tokens: int = 0,
+    eval_max_new_tokens: int | None = None,
 ) -> Task:
     """Encode the prompts of every row set; those that leave too little room in the model's positions are left out, and told.
 
@@ -273,6 +281,7 @@ def make_task(
         caller: how black boxes are called; None: one after the other.
         lanes: as of `sample`, like min_new_tokens.
         min_new_tokens: likewise.
+        eval_max_new_tokens: the longest completion in evaluations; None: max_new_tokens.
 
     Returns:
         The task.
@@ -285,11 +294,11 @@ def make_task(
     positions = {"the model": lm.arch.max_positions}
     if reward_model is not None:
         positions["the reward model"] = reward_model.rm.arch.max_positions
+    longest = max(max_new_tokens, eval_max_new_tokens or 0)
+    limit = f"{'' if longest == max_new_tokens else 'eval_'}max_new_tokens={longest}"
     for whose, most in positions.items():
-        if most - max_new_tokens < 1:
-            raise UserError(
-                f"max_new_tokens={max_new_tokens} leaves no room for a prompt in {most} positions of {whose}"
-            )
+        if most - longest < 1:
+            raise UserError(f"{limit} leaves no room for a prompt in {most} positions of {whose}")
     encoded = []
     for number, rows in enumerate(row_sets):
         prompts = [row["prompt"] for row in rows]
@@ -298,7 +307,9 @@ def make_task(
         lengths = {"the model": list(map(len, ids))}
         if reward_model is not None:
             lengths["the reward model"] = reward_model.prompt_lengths(rows, ids)
-        fits = _fitting(names, lengths, positions, max_new_tokens, _SETS[number] if len(row_sets) == len(_SETS) else "")
+        fits = _fitting(
+            names, lengths, positions, (longest, limit), _SETS[number] if len(row_sets) == len(_SETS) else ""
+        )
         encoded.append([Encoded(rows[i], ids[i]) for i in fits])
     _tell_unused_tools(tokenizer, [prompt.row for prompts in encoded for prompt in prompts], chat)
     rising = sorted({len(prompt.ids) for prompts in encoded for prompt in prompts})
@@ -310,6 +321,7 @@ def make_task(
     return Task(
         lm, tokenizer, judges, weights, encoded, widths, max_new_tokens, temperature, top_k, top_p, eos_ids, strings,
         pad_id, reward_model, mesh, group_size, caller, lanes, min_new_tokens,
+        eval_max_new_tokens,
     )  # fmt: skip
 
 
@@ -320,18 +332,21 @@ def _fitting(
     places: Sequence[str],
     lengths: Mapping[str, Sequence[int]],
     positions: Mapping[str, int],
-    max_new_tokens: int,
+    limit: tuple[int, str],
     which: str,
 ) -> list[int]:
-    """Number the prompts that leave room for a completion in every model's positions, and tell which do not."""
+    """Number the prompts that leave room for a completion in every model's positions, and tell which do not.
+
+    `limit` is the longest completion, and that in words.
+    """
     left_out: dict[str, list[str]] = {}
     fits = []
     for i, place in enumerate(places):
-        short = [whose for whose, counts in lengths.items() if counts[i] + max_new_tokens > positions[whose]]
+        short = [whose for whose, counts in lengths.items() if counts[i] + limit[0] > positions[whose]]
         if not short:
             fits.append(i)
             continue
-        why = f"whose prompt leaves no room for max_new_tokens={max_new_tokens} in the {positions[short[0]]} positions of "
+        why = f"whose prompt leaves no room for {limit[1]} in the {positions[short[0]]} positions of "
         left_out.setdefault(why + short[0], []).append(f"{place} ({lengths[short[0]][i]:,} tokens)")
     notes = [f"{which}{note}" for note in left_out_notes(left_out)]
     if not fits:
@@ -352,7 +367,9 @@ def _tell_unused_tools(tokenizer: Any, rows: Sequence[Row], chat: bool) -> None:
         processes.print_once(f"{why}: of the column 'tools', which {len(with_tools)} rows fill, prompts show nothing")
 
 
-def on_request(judges: Sequence[rewards.Reward], tokens: Any, mask: Any, tokenizer: Any) -> dict[str, list[Any]]:
+def on_request(
+    judges: Sequence[rewards.Reward], tokens: Any, mask: Any, tokenizer: Any, ended: np.ndarray
+) -> dict[str, list[Any]]:
     """Give of sampled rows what rewards name beside their texts, and nothing that none of them names.
 
     Args:
@@ -360,6 +377,7 @@ def on_request(judges: Sequence[rewards.Reward], tokens: Any, mask: Any, tokeniz
         tokens: [B, T] token ids, prompt and all.
         mask: [B, T] bool, True where the policy sampled the token.
         tokenizer: the policy's.
+        ended: [B] True where the completion ended by itself.
 
     Returns:
         [B] values for each name.
@@ -367,6 +385,7 @@ def on_request(judges: Sequence[rewards.Reward], tokens: Any, mask: Any, tokeniz
     make: dict[str, Callable[[], list[Any]]] = {
         "completion_ids": lambda: completion_ids(tokens, mask),
         "raw_completions": lambda: completion_texts(tokens, mask, tokenizer, keep_special=True),
+        "ended": ended.tolist,
     }
     return {name: make[name]() for name in rewards.named_on_request(judges)}
 
