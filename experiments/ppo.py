@@ -145,8 +145,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         timing["timing/update"] = update_seconds = timer.queued()
         paid = learned(judged, keep=keep, **flags.learned_options(config))
         state, metrics = it.learn(state._replace(key=key), rollout, *paid)
-        counts = {"episode": (i + 1) * config.batch_size, "completions/padded_length": rollout.tokens.shape[1]}
-        metrics |= {**judged.metrics(), **groups, **timing, **counts}
+        metrics |= {**judged.metrics(), **groups, **timing, "episode": (i + 1) * config.batch_size}
         if flags.evaluates(config, i + 1):
             jax.block_until_ready(state)
             metrics |= {"timing/update": update_seconds(), **stop.unless_stopped(lambda: evaluated(state))}
@@ -155,7 +154,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
 
     speed = functools.partial(
         policy_speed, arch=lm.arch, dtype=lm.dtype, mesh=mesh, batch_size=config.batch_size, adapters=frozen is not None,
-        new_tokens=config.max_new_tokens, minibatches=options["minibatches"], parts=parts, group_size=group_size,
+        minibatches=options["minibatches"], parts=parts, group_size=group_size,
     )  # fmt: skip
     with open_session(
         config.output, state, **session_options(config), may_change=MAY_CHANGE, steps=config.steps,

@@ -96,6 +96,33 @@ def test_any_optax_optimizer_will_do(name):
     assert np.any(state.learner.params["lm"]["embed"]["tokens"] != params()["embed"]["tokens"])
 
 
+@pytest.mark.parametrize("name", campaign_but_for(LEARNERS, "ppo"))
+def test_columns_that_no_completion_reaches_are_neither_computed_nor_missed(name):
+    algorithm, options = LEARNERS[name]
+    ends = tuple(range(3, 13))  # half of the vocabulary: completions are short
+    it = pg.iteration(
+        LM, algorithm, SGD, reference=other_params(), max_new_tokens=40, eos_ids=ends, temperature=0.7, **options
+    )
+    states = [it.init(params(), jax.random.key(1)) for _ in range(3)]
+    rollout = it.sample(states[0], PROMPTS, PROMPT_MASK)
+    assert rollout.tokens.shape == (16, 5 + 16) and rollout.ref_logprobs.shape == rollout.policy.values.shape == (
+        16,
+        17,
+    )
+    whole = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 24))), rollout)
+    scores = odd(rollout)
+    of_tokens = np.zeros((16, 40), np.float32)
+    of_tokens[np.arange(16), np.asarray(rollout.mask).sum(1) - 1] = scores
+    short, long, by_token = (
+        it.learn(state, sampled, paid)
+        for state, sampled, paid in zip(states, (rollout, whole, rollout), (scores, scores, of_tokens), strict=True)
+    )
+    for other in (long, by_token):
+        assert_close(short[0].learner.params, other[0].learner.params, 1e-6)
+        for metric, value in short[1].items():
+            np.testing.assert_allclose(value, other[1][metric], rtol=2e-5, atol=2e-6, err_msg=metric)
+
+
 def test_without_a_reference_there_is_no_pass_for_it_and_no_kl(monkeypatch):
     def refuse(*args, **options):
         raise AssertionError("a pass for nothing")

@@ -200,12 +200,11 @@ def test_a_prompt_in_common_is_counted_once_and_frozen_weights_have_no_gradient(
 def test_a_steps_metrics_give_its_speed_on_the_chips_of_the_mesh(monkeypatch):
     metrics = {
         "timing/rollout": 2.0, "timing/score": 1.0, "timing/update": 5.0, "train/updates": 3,
-        "completions/padded_length": 10, "completions/mean_length": 3.0, "completions/max_length": 4.0,
+        "completions/padded_prompt": 6, "completions/padded_length": 10,
+        "completions/mean_length": 3.0, "completions/max_length": 4.0,
     }  # fmt: skip
     monkeypatch.setattr(jax, "local_devices", lambda: [device("NVIDIA H200")])
     mesh = make_mesh(data=2, tensor=2)  # a replica is two chips
-    found = policy_speed(
-        metrics, arch=LLAMA, dtype="bfloat16", mesh=mesh, batch_size=8, new_tokens=4, minibatches=2, group_size=2
-    )
+    found = policy_speed(metrics, arch=LLAMA, dtype="bfloat16", mesh=mesh, batch_size=8, minibatches=2, group_size=2)
     peaks = known_peaks(device("NVIDIA H200"), "bfloat16")
     assert found == step_speed(LLAMA, peaks, **STEP, epochs=1.5, group_size=2, devices=4, replicas=2)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import pgjax as pg
+from pgjax.core.errors import UserError
 from pgjax.parallel import batch_rows
 from pgjax.parallel.encoding import decode, encode
 from pgjax.rollout import task as tasks
@@ -74,6 +75,30 @@ def test_an_evaluation_pads_batch_by_batch_and_fills_up_the_last(loaded, monkeyp
     counts = [count for _, count, _ in task.rollouts(None, prompts, 2, key)]
     assert counts == [2, 2, 1]
     assert widths == [((2, 4), [3, 4]), ((2, 100), [3, 100]), ((2, 20), [20, 20])]
+
+
+def test_an_evaluation_has_a_limit_of_its_own_and_counts_what_ended_by_itself(loaded):
+    # The bug: a limit that cuts what training cuts hides that nothing ends.
+    lengths = lambda prompts, completions, completion_ids, ended, **columns: [
+        float(len(ids)) * (-1 if end else 1) for ids, end in zip(completion_ids, ended, strict=True)
+    ]
+    lm, params, tokenizer = loaded
+    options = {"chat": False, "max_new_tokens": 4, "temperature": 1.0, "eval_max_new_tokens": 40}
+    task = make_task(lm, tokenizer, [lengths], None, [[{"prompt": "ab"}, {"prompt": "c"}]], **options)
+    figures = task.evaluate(params, task.prompt_sets[0], 8, 8, jax.random.key(0))
+    judged = [
+        task.for_evaluation().judge(fed, rollout)
+        for fed, _, rollout in task.for_evaluation()._replace(group_size=8).rollouts(
+            params, [prompt for prompt in task.prompt_sets[0] for _ in range(8)], 8, jax.random.key(0)
+        )
+    ]  # fmt: skip
+    scores = np.concatenate([x.scores for x in judged])
+    assert np.abs(scores).max() == 40 and figures["scores"] == pytest.approx(scores.mean())
+    assert 0 < figures["ended"] == (scores < 0).mean() < 1
+    assert figures["ended_stderr"] >= 0 and figures["rewards/lambda_stderr"] == figures["scores_stderr"]
+    assert task.generate(params, task.prompt_sets[0], jax.random.key(0)).tokens.shape == (2, 2 + 4)
+    with pytest.raises(UserError, match="eval_max_new_tokens=4096 leaves no room for a prompt in 4096 positions"):
+        make_task(lm, tokenizer, [], None, [[{"prompt": "a"}]], **options | {"eval_max_new_tokens": 4096})
 
 
 def test_processes_can_exchange_what_is_shown_of_prompts_with_dates(loaded):

@@ -97,8 +97,8 @@ def test_a_completion_is_the_text_that_it_adds(kind, cleans):
     assert completion_texts(tokens, mask & False, tokenizer) == [""]
     told = {}
 
-    def reward(prompts, completions, completion_ids, *, raw_completions, **columns):
-        told.update(ids=completion_ids, raw=raw_completions, texts=completions, columns=columns)
+    def reward(prompts, completions, completion_ids, *, raw_completions, ended, **columns):
+        told.update(ids=completion_ids, raw=raw_completions, texts=completions, ended=ended, columns=columns)
         return [0.0]
 
     task = new_task(tokenizer, [{"prompt": "The film was", "topic": "film"}], [reward])
@@ -106,7 +106,7 @@ def test_a_completion_is_the_text_that_it_adds(kind, cleans):
     judged = task.judge(task.prompt_sets[0], rollout)
     assert told == {
         "ids": [ids], "raw": [" great , I am<think>no</think>yes"], "texts": [" great , I amnoyes"],
-        "columns": {"topic": ["film"]},
+        "columns": {"topic": ["film"]}, "ended": [True],
     }  # fmt: skip
     assert judged.shown == [(0, "The film was", " great , I amnoyes")] and judged.ended.tolist() == [True]
 

@@ -1,7 +1,7 @@
 """The shape of a haiku as a black-box reward: three lines of 5, 7 and 5 syllables, near misses paid in part.
 
-Syllables are counted by the package `syllapy` (a dictionary, and a rule for other words), so the reward
-judges English.
+A completion that was cut at the longest length is no whole haiku, whatever its lines. Syllables are counted by the package
+`syllapy` (a dictionary, and a rule for other words), so the reward judges English.
 """
 
 import re
@@ -165,6 +165,70 @@ def haiku_reward(prompts: Sequence[Any], completions: Sequence[str], **columns: 
       [1.0, 0.0]
     """
     return [haiku_score(text) for text in completions]
+
+
+def whole_haiku_score(text: str) -> float:
+    """TODO."""
+    return 0.0
+
+
+def whole_haiku_reward(
+    prompts: Sequence[Any], completions: Sequence[str], ended: Sequence[bool], **columns: Any
+) -> list[float]:
+    """Score each completion that ended by itself with `whole_haiku_score`; one that was cut gets 0.
+
+    Args:
+      prompts: [B] not looked at.
+      completions: [B] texts.
+      ended: [B] True where the completion ended by itself.
+      **columns: not looked at.
+
+    Returns:
+      [B] scores in [0, 1].
+
+    Example:
+      >>> pond = "An old silent pond\\nA frog jumps into the pond\\nSplash! Silence again"
+      >>> whole_haiku_reward(["Write a haiku"] * 2, [pond, pond], [True, False])
+      [1.0, 0.0]
+    """
+    return [whole_haiku_score(text) if end else 0.0 for text, end in zip(completions, ended, strict=True)]
+
+
+def three_lines(
+    prompts: Sequence[Any], completions: Sequence[str], ended: Sequence[bool], **columns: Any
+) -> list[float]:
+    """Say which completions ended by themselves after three lines: with the weight 0 a share that is reported.
+
+    Args:
+      prompts, completions, ended, **columns: as of `whole_haiku_reward`.
+
+    Returns:
+      [B] 1 or 0.
+
+    Example:
+      >>> three_lines([""] * 3, ["a\\nb\\nc", "a\\nb", "a\\nb\\nc"], [True, True, False])
+      [1.0, 0.0, 0.0]
+    """
+    return [float(end and len(_lines(text)) == 3) for text, end in zip(completions, ended, strict=True)]
+
+
+def exact_haiku(
+    prompts: Sequence[Any], completions: Sequence[str], ended: Sequence[bool], **columns: Any
+) -> list[float]:
+    """Say which completions ended by themselves with the exact shape (`exact_575`), likewise.
+
+    Args:
+      prompts, completions, ended, **columns: as of `whole_haiku_reward`.
+
+    Returns:
+      [B] 1 or 0.
+
+    Example:
+      >>> pond = "An old silent pond\\nA frog jumps into the pond\\nSplash! Silence again"
+      >>> exact_haiku([""] * 2, [pond, pond], [True, False])
+      [1.0, 0.0]
+    """
+    return [float(end and exact_575(text)) for text, end in zip(completions, ended, strict=True)]
 
 
 def _lines(text: str) -> list[str]:

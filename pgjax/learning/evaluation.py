@@ -16,6 +16,7 @@ from pgjax.learning import programs
 from pgjax.parallel.sharding import place, replicated, whole_groups
 from pgjax.rollout.sample import Rollout
 from pgjax.rollout.task import Task
+from pgjax.rollout.trim import columns_behind, without_last
 
 
 def evaluate(
@@ -42,11 +43,13 @@ def evaluate(
     group = whole_groups(task.mesh, batch_size // parts, whole_groups(None, samples, task.group_size))
     logprobs = functools.partial(
         programs.reference_logprobs, task.lm, temperature=place(np.float32(task.temperature), replicated(task.mesh)),
-        window=task.max_new_tokens + 1, parts=parts, group_size=group,
+        parts=parts, group_size=group,
     )  # fmt: skip
 
     def kl(rollout: Rollout) -> jax.Array:
-        own, ref = (logprobs(x, rollout.tokens, rollout.attention_mask) for x in (params, reference))
+        unused = columns_behind(rollout.mask, task.max_new_tokens)
+        rollout, window = without_last(rollout, unused), task.max_new_tokens + 1 - unused
+        own, ref = (logprobs(x, rollout.tokens, rollout.attention_mask, window=window) for x in (params, reference))
         return programs.sequence_kl(own, ref, rollout.mask)
 
     figures = task.evaluate(params, prompts, samples, batch_size, key, kl)

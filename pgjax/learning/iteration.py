@@ -31,6 +31,7 @@ from pgjax.models.heads import init_value_head
 from pgjax.models.lora import with_lora
 from pgjax.parallel.sharding import check_batch, entered, fold_in, place, replicated, whole_groups
 from pgjax.rollout.sample import Rollout, Rows, Scored, sample, sample_scored
+from pgjax.rollout.trim import columns_behind, without_last
 
 Scores: TypeAlias = (
     jax.typing.ArrayLike | Sequence[float]
@@ -47,7 +48,10 @@ class State(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """A rollout, and what the policy and the reference give to it; W = max_new_tokens + 1 entries."""
+    """A rollout, and what the policy and the reference give to it.
+
+    T = P + N columns and W = N + 1 entries; N is max_new_tokens, or less where every completion is shorter (`rollout.trim`).
+    """
 
     tokens: jax.Array  # [B, T] int32
     attention_mask: jax.Array  # [B, T] bool
@@ -104,7 +108,7 @@ def iteration(
         init: (params, key, critic=None) -> state; the parameters are copied; the critic, a head as of `init_value_head`,
             starts at 0 unless one is given.
         sample: (state, prompts [B, P], prompt_mask [B, P]) -> rollout; of `algorithm.group_size` adjacent rows, all hold the
-            same prompt.
+            same prompt. It waits for the completions: what comes after is computed up to the longest of them.
         learn: (state, rollout, scores [B], kept=None) -> state, metrics; each a scalar, averaged over the updates. Scores may
             also be [B, max_new_tokens], a reward for each token that was sampled. kept [B] is False for rows that are left out
             of the update, as where nothing could judge them: no mean, no denominator and no baseline counts them, and a
@@ -137,7 +141,7 @@ def iteration(
     check_importance(importance_cap, importance_level, importance_floor)
     check_reference(algorithm, reference)
     sampler_knows = plain and once if teacher_force is None else not teacher_force
-    group, window, whole = algorithm.group_size, max_new_tokens + 1, replicated(mesh)
+    group, whole = algorithm.group_size, replicated(mesh)
     parts = minibatches * microbatches
     base = None if frozen is None else {"lm": frozen}
     scale = place(np.float32(temperature), whole)
@@ -180,18 +184,20 @@ def iteration(
     def sample_(state: State, prompts: Rows, prompt_mask: Rows) -> Sampled:
         params = with_lora(base, state.learner.params)
         rows = len(prompts)  # type: ignore[arg-type]
-        options = {"window": window, "parts": parts, "group_size": rows_a_prompt(rows)}
+        a_prompt = rows_a_prompt(rows)
         sampler = {**sampling, "group_size": whole_groups(mesh, rows, group)}
         if sampler_knows:
             rollout, policy = sample_scored(lm, params, prompts, prompt_mask, keys(state)[0], **sampler)
         else:
             sampler |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, "min_new_tokens": min_new_tokens}
             rollout = sample(lm, params["lm"], prompts, prompt_mask, keys(state)[0], **sampler)
+        unused = columns_behind(rollout.mask, max_new_tokens)
+        rollout = without_last(rollout, unused)
         ids = rollout.tokens, rollout.attention_mask, scale
-        if not sampler_knows:
-            policy = programs.teacher_force(lm, params, *ids, **options)
+        options = {"window": max_new_tokens + 1 - unused, "parts": parts, "group_size": a_prompt}
+        known = without_last(policy, unused) if sampler_knows else programs.teacher_force(lm, params, *ids, **options)
         ref = None if reference is None else programs.reference_logprobs(lm, reference, *ids, **options)
-        return Sampled(*rollout, policy, ref)
+        return Sampled(*rollout, known, ref)
 
     def learn(
         state: State, rollout: Sampled, scores: Scores, kept: jax.typing.ArrayLike | None = None
@@ -200,6 +206,8 @@ def iteration(
         rows = len(rollout.tokens)
         scores = scores if isinstance(scores, jax.Array) else place(np.asarray(scores, np.float32), whole)
         check_scores(scores.shape, rows, max_new_tokens)
+        if scores.ndim == 2:
+            scores = without_last(scores, max_new_tokens + 1 - rollout.policy.values.shape[1])
         if kept is not None and not isinstance(kept, jax.Array):
             kept = place(np.asarray(kept, bool), whole)
         batch, kl_coef, metrics = prepare(
@@ -221,7 +229,12 @@ def iteration(
             if max_approx_kl is not None and jax.device_get(of_update["policy/approxkl_avg"]) > max_approx_kl:
                 break
         averaged = _averaged(taken) | {"train/healthy": of_update["train/healthy"]}  # once False, it stays so
-        metrics = {**metrics, **averaged, "train/updates": np.int32(len(taken))}
+        length, window = rollout.tokens.shape[1], rollout.policy.values.shape[1]
+        padded = {
+            "completions/padded_prompt": np.int32(length - window + 1),
+            "completions/padded_length": np.int32(length),
+        }
+        metrics = {**metrics, **averaged, **padded, "train/updates": np.int32(len(taken))}
         return State(learner, kl_coef, _one_more(state.iterations), state.key), metrics
 
     def rows_a_prompt(rows: int) -> int:

@@ -179,9 +179,9 @@ class Task(NamedTuple):
     ) -> dict[str, float]:
         """Judge `samples` completions of each prompt: means over all of them, with standard errors clustered by prompt.
 
-        `kl` gives nats a sequence [B], to the reference; "ended" is the share that ended by itself. There are no standard errors of
-        a single prompt. Completions to which no reward applies count in no mean; "not_judged" counts them, where there are any.
-        Between batches it gives up where the run is to stop (`stop.check`).
+        `kl` gives nats a sequence [B], to the reference; "ended" is the share that ended by itself. There are no standard
+        errors of a single prompt. Completions to which no reward applies count in no mean; "not_judged" counts them. Between
+        batches it gives up where the run is to stop (`stop.check`).
         """
         task = self.for_evaluation()._replace(group_size=whole_groups(None, samples, self.group_size))
         repeated = [prompt for prompt in prompts for _ in range(samples)]

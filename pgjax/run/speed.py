@@ -52,7 +52,7 @@ def step_speed(
         dtype: of the arithmetic, and of weights and cache while decoding.
         batch_size: B, completions a step.
         prompt_length: P, in tokens, as padded.
-        new_tokens: N, the most that are sampled.
+        new_tokens: N, that the longest completion takes, as padded.
         mean_length: of the completions, in tokens.
         max_length: of the completions, in tokens.
         rollout_seconds: that sampling took.
@@ -98,7 +98,7 @@ def step_speed(
 
 
 def policy_speed(
-    metrics: Mapping[str, float], *, arch: Architecture, dtype: DTypeLike, mesh: Mesh | None, batch_size: int, new_tokens: int,
+    metrics: Mapping[str, float], *, arch: Architecture, dtype: DTypeLike, mesh: Mesh | None, batch_size: int,
     minibatches: int, parts: int = 1, group_size: int = 1, adapters: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Work out `step_speed` from the metrics of a step, on the published peaks of the device.
@@ -109,7 +109,6 @@ def policy_speed(
         dtype: of its activations.
         mesh: that it runs on; None: one device.
         batch_size: completions a step.
-        new_tokens: the most that are sampled.
         minibatches: updates in an epoch.
         parts: that the batch is learned in.
         group_size: completions of each prompt; a part of whole groups computes their prompts once.
@@ -122,15 +121,16 @@ def policy_speed(
         >>> from pgjax.models.io.config import architecture_of
         >>> config = {"model_type": "gpt2", "vocab_size": 10, "n_embd": 4, "n_layer": 1, "n_head": 2, "n_positions": 8}
         >>> metrics = {f"timing/{name}": 0.5 for name in ("rollout", "score", "update")} | {"train/updates": 2}
-        >>> metrics |= {"completions/padded_length": 8, "completions/mean_length": 3.0, "completions/max_length": 4}
-        >>> policy_speed(metrics, arch=architecture_of(config), dtype="float32", mesh=None, batch_size=8, new_tokens=4,
-        ...              minibatches=2)
+        >>> metrics |= {f"completions/{name}": x for name, x in
+        ...             {"padded_prompt": 4, "padded_length": 8, "mean_length": 3.0, "max_length": 4}.items()}
+        >>> policy_speed(metrics, arch=architecture_of(config), dtype="float32", mesh=None, batch_size=8, minibatches=2)
         {'perf/tokens_per_second': 16.0}
     """
     devices, tensor = (1, 1) if mesh is None else (mesh.size, dict(mesh.shape).get("tensor", 1))
     return step_speed(
         arch, known_peaks(jax.local_devices()[0], dtype), dtype=dtype, batch_size=batch_size,
-        prompt_length=metrics["completions/padded_length"] - new_tokens, new_tokens=new_tokens,
+        prompt_length=metrics["completions/padded_prompt"],
+        new_tokens=int(metrics["completions/padded_length"] - metrics["completions/padded_prompt"]),
         mean_length=metrics["completions/mean_length"], max_length=metrics["completions/max_length"],
         rollout_seconds=metrics["timing/rollout"], score_seconds=metrics["timing/score"],
         update_seconds=metrics["timing/update"], epochs=metrics["train/updates"] / minibatches,
