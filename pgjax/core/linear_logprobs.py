@@ -151,10 +151,11 @@ def _in_token_frame(
     chex.assert_rank([hidden, unembedding, tokens], [3, 2, 2])
     chex.assert_equal_shape_prefix([hidden, tokens], 2)
     chex.assert_axis_dimension(unembedding, 1, hidden.shape[2])
-    check_ids("linear_token_logprobs: tokens", tokens)
+    caller = "linear_token_logprobs" + ("_and_entropy" if options.with_entropy else "")
+    check_ids(f"{caller}: tokens", tokens)
     for name, x in (("hidden", hidden), ("unembedding", unembedding)):
         if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"linear_token_logprobs: {name} must be of a floating type, got {x.dtype}")
+            raise ValueError(f"{caller}: {name} must be of a floating type, got {x.dtype}")
     options = _checked(options, unembedding.shape[0])
     scale = jnp.asarray(temperature).astype(as_float(hidden).dtype)
     layout = layout_of(hidden, unembedding, tokens, mesh, batch_axes, unembedding_axes)
