@@ -1,7 +1,9 @@
 """A call of each public function of the core, and the transformations that each has to stand: `transform_table` prints both."""
 
 import inspect
+from collections.abc import Mapping
 from functools import cache, partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -44,7 +46,7 @@ class Case(NamedTuple):
     """A call: the inputs' names in `BATCH`, in order, and keywords."""
 
     inputs: str
-    options: dict[str, Any] = {}
+    options: Mapping[str, Any] = MappingProxyType({})
     reduces: bool = False  # to what all devices share; else row by row
     no_gradient: str = ""  # why, where there is none
 
@@ -153,7 +155,9 @@ CASES = {
 def function(name, axis_name=None):
     """Return the call of a case as a function of its inputs; `axis_name` goes to those that take one."""
     call = _CALLS.get(name, getattr(pg, name))
-    named = {} if axis_name is None or "axis_name" not in inspect.signature(call).parameters else {"axis_name": axis_name}
+    named = (
+        {} if axis_name is None or "axis_name" not in inspect.signature(call).parameters else {"axis_name": axis_name}
+    )
     return partial(call, **CASES[name].options, **named)
 
 

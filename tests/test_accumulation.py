@@ -15,7 +15,9 @@ MASK = BATCH["mask"]
 # What to divide the sum of "none" by, for each of the other reductions: of tokens, and of all that is accumulated.
 OF_TOKENS = {"token_mean": 1.0, "sequence_sum": 1.0, "sequence_mean": jnp.maximum(MASK.sum(1, keepdims=True), 1)}
 OF_ALL = {"token_mean": MASK.sum(), "sequence_sum": MASK.any(1).sum(), "sequence_mean": MASK.any(1).sum()}
-LOSSES = [name for name, case in CASES.items() if name.endswith("_loss") and "mask" in case.inputs and name != "astar_po_loss"]
+LOSSES = [
+    name for name, case in CASES.items() if name.endswith("_loss") and "mask" in case.inputs and name != "astar_po_loss"
+]
 CHOOSE_AMONG_ALL = ("kl_cov_loss", "clip_cov_loss")  # and so depend on the parts
 
 
@@ -32,7 +34,9 @@ def accumulated(loss, start, parts):
 
 
 @pytest.mark.parametrize("reduce", campaign_but_for(OF_ALL, "sequence_mean"))
-@pytest.mark.parametrize("name", campaign_but_for([name for name in LOSSES if name not in CHOOSE_AMONG_ALL], "value_loss"))
+@pytest.mark.parametrize(
+    "name", campaign_but_for([name for name in LOSSES if name not in CHOOSE_AMONG_ALL], "value_loss")
+)
 def test_foreign_accumulation_is_exact(name, reduce):
     call = function(name)
     others = tuple(BATCH[field] for field in CASES[name].inputs.split()[1:])

@@ -50,7 +50,7 @@ def with_mask(name, mask):
 def test_a_mask_of_fractions_is_refused_under_jit_too(name):
     # The bug: 0.9 counted as 1, and a mask that is added to logits, 0 and -inf, as its opposite.
     floats = BATCH["mask"].astype(jnp.float32)
-    with pytest.raises(ValueError, match="mask must be boolean or whole numbers .*got float32: pass mask > 0"):
+    with pytest.raises(ValueError, match=r"mask must be boolean or whole numbers .*got float32: pass mask > 0"):
         jax.eval_shape(function(name), *with_mask(name, floats))
     for mask in (0.9 * floats, jnp.log(floats)):
         with pytest.raises(ValueError, match="mask must hold only 0 and 1, got"):

@@ -138,7 +138,10 @@ def on_explicit_vocabulary(name):
 def in_64_bits(name):
     """Entries keep 64 bits, and so do gradients; the numbers of losses come back in 32."""
     with jax.enable_x64(True):
-        wide = [x.astype(jnp.float64) if x.dtype == jnp.float32 else x.astype(jnp.int64) if x.dtype == jnp.int32 else x for x in inputs(name)]
+        wide = [
+            x.astype(jnp.float64) if x.dtype == jnp.float32 else x.astype(jnp.int64) if x.dtype == jnp.int32 else x
+            for x in inputs(name)
+        ]
         given, gradients = jax.jit(of(name))(*wide)
         assert_close((given, gradients), eager(name), atol=2e-5, rtol=1e-4)
         assert all(x.dtype == jnp.float64 for x in gradients)
