@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
+from jax.typing import ArrayLike
 
 from pgjax.core.checks import check_ids, check_number, check_whole
 from pgjax.core.linear_on_mesh import layout_of, logprobs_by_layout
@@ -17,11 +18,11 @@ from pgjax.core.vocabulary_blocks import Options, Outputs
 
 
 def linear_token_logprobs(
-    hidden: jax.Array,
-    unembedding: jax.Array,
-    tokens: jax.Array,
+    hidden: ArrayLike,
+    unembedding: ArrayLike,
+    tokens: ArrayLike,
     *,
-    temperature: jax.typing.ArrayLike = 1.0,
+    temperature: ArrayLike = 1.0,
     chunk_size: int = 1024,
     mesh: Mesh | AbstractMesh | None = None,
     batch_axes: tuple[str, ...] | None = None,
@@ -83,11 +84,11 @@ def linear_token_logprobs(
 
 
 def linear_token_logprobs_and_entropy(
-    hidden: jax.Array,
-    unembedding: jax.Array,
-    tokens: jax.Array,
+    hidden: ArrayLike,
+    unembedding: ArrayLike,
+    tokens: ArrayLike,
     *,
-    temperature: jax.typing.ArrayLike = 1.0,
+    temperature: ArrayLike = 1.0,
     chunk_size: int = 1024,
     mesh: Mesh | AbstractMesh | None = None,
     batch_axes: tuple[str, ...] | None = None,
@@ -141,7 +142,7 @@ def linear_token_logprobs_and_entropy(
 
 
 def _in_token_frame(
-    hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array, temperature: jax.typing.ArrayLike,
+    hidden: ArrayLike, unembedding: ArrayLike, tokens: ArrayLike, temperature: ArrayLike,
     mesh: Mesh | AbstractMesh | None, batch_axes: tuple[str, ...] | None,
     unembedding_axes: tuple[str | None, str | None] | None, options: Options,
 ) -> Outputs:  # fmt: skip
