@@ -291,7 +291,7 @@ def group_advantages(
 
 
 def _inside(mask: jax.typing.ArrayLike, groups: jax.Array) -> jax.Array:
-    return as_mask(jnp.asarray(mask).reshape(groups.shape), groups)
+    return as_mask(whole_along(jnp.asarray(mask), 0).reshape(groups.shape), groups)
 
 
 def _advantages_inside(groups: jax.Array, inside: jax.Array, normalize: bool) -> jax.Array:
