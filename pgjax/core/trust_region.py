@@ -238,7 +238,8 @@ def trust_region_step(
     Args:
       loss_fn: params -> [], the loss to minimise. With `axis_name` it must be the global batch's: pass `axis_name` to it too.
       logits_fn: params -> logits [B, T, V], as in `fisher_vector_product`.
-      params: any tree of floating arrays, of any dtypes; replicated over `axis_name`.
+      params: any tree of floating arrays, of any dtypes; replicated over `axis_name`. On a mesh they and the logits may be split
+        as `logits_fn` has them; where its axes are Explicit, all have to lie on it (`jax.device_put`).
       mask: [B, T] boolean in the token frame, the tokens that F and the KL are averaged over; None counts every entry.
       max_kl: [] above 0, nats per token.
       damping: [] not below 0, in the unit of F. With 0, a singular F can give a wrong direction, which the line search rejects.
