@@ -53,6 +53,18 @@ def test_foreign_accumulation_is_exact(name, reduce):
     assert_close(scale - stepped, whole, atol=2e-6, rtol=2e-5)
 
 
+def test_foreign_accumulation_of_sequences_is_exact():
+    fields = [BATCH[name] for name in CASES["astar_po_loss"].inputs.split()]
+
+    def part_loss(scale, part):
+        losses = pg.astar_po_loss(part[0] * scale, *part[1:], beta=0.5, reduce="none")
+        return jnp.sum(losses) * PARTS / MASK.any(1).sum().astype(jnp.float32)
+
+    stepped = accumulated(part_loss, jnp.ones(()), tuple(fields))
+    whole = jax.grad(lambda scale: pg.astar_po_loss(fields[0] * scale, *fields[1:], beta=0.5))(1.0)
+    assert_close(1.0 - stepped, whole, atol=2e-5, rtol=2e-5)
+
+
 def test_foreign_accumulation_of_weighed_pairs_is_exact():
     chosen, rejected, weights = BATCH["scores"], BATCH["others"], jnp.arange(1.0, 9.0)
     options = {"margin": jnp.asarray(0.1), "center_coef": 0.05}

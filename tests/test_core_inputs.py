@@ -58,6 +58,12 @@ def test_a_mask_of_fractions_is_refused_under_jit_too(name):
     jax.eval_shape(function(name), *with_mask(name, BATCH["mask"].astype(jnp.int32)))
 
 
+def test_tokens_chosen_by_fractions_are_refused():
+    fields = inputs("kl_cov_loss")
+    with pytest.raises(ValueError, match="mask must hold only 0 and 1"):
+        pg.kl_cov_loss(*fields, chosen=0.5 * BATCH["mask"].astype(jnp.float32))
+
+
 @pytest.mark.parametrize("name", campaign_but_for(MASKED, "kl_shaped_rewards", "finished_mask", "value_loss"))
 def test_no_mask_counts_every_entry(name):
     if name == "place_scores":
