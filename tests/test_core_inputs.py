@@ -58,6 +58,26 @@ def test_a_mask_of_fractions_is_refused_under_jit_too(name):
     jax.eval_shape(function(name), *with_mask(name, BATCH["mask"].astype(jnp.int32)))
 
 
+def test_numbers_that_are_not_real_are_refused():
+    # The bug: the imaginary part was dropped.
+    with pytest.raises(ValueError, match="numbers must be real, got complex64"):
+        jax.jit(pg.masked_mean)(jnp.ones(3, jnp.complex64))
+
+
+def test_parameters_that_have_no_gradient_are_named():
+    params = {"scale": jnp.ones(3), "count": jnp.arange(3)}
+    logits_fn = lambda params: jnp.zeros((1, 2, 3)) + params["scale"][None, None]
+    with pytest.raises(ValueError, match=r"params\['count'\] must be of a floating type, got int32"):
+        pg.fisher_vector_product(logits_fn, params, params)
+    with pytest.raises(ValueError, match=r"params\['count'\] must be of a floating type, got int32"):
+        pg.trust_region_step(lambda params: params["scale"][0], logits_fn, params)
+
+
+def test_a_mask_of_samples_has_their_shape():
+    with pytest.raises(AssertionError):
+        pg.group_advantages(jnp.arange(4.0), group_size=2, mask=jnp.ones((2, 2), bool))
+
+
 def test_tokens_chosen_by_fractions_are_refused():
     fields = inputs("kl_cov_loss")
     with pytest.raises(ValueError, match="mask must hold only 0 and 1"):

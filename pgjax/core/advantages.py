@@ -291,7 +291,9 @@ def group_advantages(
 
 
 def _inside(mask: jax.typing.ArrayLike, groups: jax.Array) -> jax.Array:
-    return as_mask(whole_along(jnp.asarray(mask), 0).reshape(groups.shape), groups)
+    whole = whole_along(jnp.asarray(mask), 0)
+    chex.assert_shape(whole, (groups.size,))
+    return as_mask(whole.reshape(groups.shape), groups)
 
 
 def _advantages_inside(groups: jax.Array, inside: jax.Array, normalize: bool) -> jax.Array:

@@ -19,12 +19,17 @@ def as_float(x: jax.typing.ArrayLike) -> jax.Array:
     Returns:
       The same values, float32 (float64 if `x` is float64).
 
+    Raises:
+      ValueError: the numbers are complex: their imaginary parts would be dropped.
+
     Example:
       >>> import jax.numpy as jnp
       >>> as_float(jnp.array([1, 0])).dtype
       dtype('float32')
     """
     array = jnp.asarray(x)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise ValueError(f"numbers must be real, got {array.dtype}")
     wide = array.dtype == jnp.float64 and type(x) is not float
     return array if wide else array.astype(jnp.float32)
 

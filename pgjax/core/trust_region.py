@@ -42,6 +42,13 @@ def _floats(tree: _Tree) -> _Tree:
     return jax.tree.unflatten(structure, as_floats(*leaves))
 
 
+def _check_floats(params: _Tree) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            name = f"params{jax.tree_util.keystr(path)}"
+            raise ValueError(f"{name} must be of a floating type, got {jnp.result_type(leaf)}: leave it out of params")
+
+
 def _dot(x: _Tree, y: _Tree) -> jax.Array:
     return jax.tree.reduce(jnp.add, jax.tree.map(lambda a, b: jnp.sum(a * b), x, y))
 
@@ -64,6 +71,7 @@ def _fisher(
     logits_fn: Callable[[_Tree], jax.Array], params: _Tree, mask: ArrayLike | None, axis_name: AxisName
 ) -> tuple[jax.Array, Callable[[_Tree], _Tree]]:
     """Run the model forward once; return its logits, and a function that multiplies float32 trees by the Fisher matrix."""
+    _check_floats(params)
     varying = _varying(params, axis_name)
     logits, pull = jax.vjp(logits_fn, varying)
     chex.assert_rank(logits, 3)
@@ -120,6 +128,7 @@ def fisher_vector_product(
       A tree like `params`, in its dtypes: nats per squared unit of `params`, times the unit of `vector`.
 
     Raises:
+      ValueError: a parameter is not of a floating type.
       AssertionError: the logits are not of rank 3, the mask is not [B, T], or the trees differ.
 
     Example:
@@ -254,7 +263,7 @@ def trust_region_step(
       backtracks, accepted (1 or 0), cg_residual (|(F + damping I) x + grad L| / |grad L|).
 
     Raises:
-      ValueError: a number is out of its range.
+      ValueError: a number is out of its range, or a parameter is not of a floating type.
       AssertionError: the logits are not of rank 3, or the mask is not [B, T].
 
     Example:
@@ -270,6 +279,7 @@ def trust_region_step(
     check_number("cg_iterations", cg_iterations, 1, jnp.inf)
     check_number("backtracks", backtracks, 0, jnp.inf)
     check_number("shrink", shrink, 0, 1, strict=True)
+    _check_floats(params)
     loss_before, gradient = jax.value_and_grad(loss_fn)(params)
     # In pmap the devices' gradients differ, and their mean is the global gradient (see `masking.masked_mean`).
     gradient = _replicated(_floats(gradient), axis_name)
