@@ -1,6 +1,8 @@
 """The pure core under jit, vmap, scan, shard_map and pmap: the numbers of one device, uneven masks included."""
 
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,9 @@ import pgjax.core.logprobs as lp
 import pgjax.core.losses as losses
 import pgjax.core.masking as masking
 from pgjax.core.linear_logprobs import linear_token_logprobs, linear_token_logprobs_and_entropy
+from tests import transform_table
 from tests.compare import assert_close
+from tests.core_cases import CASES
 from tests.sizes import campaign_but_for
 
 ROWS, LENGTH, VOCAB, WIDTH = 8, 5, 6, 3
@@ -127,6 +131,35 @@ def joined(tree):
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 
+def test_every_public_function_of_the_core_has_a_row_of_yes_on_the_page():
+    stub = Path(transform_table.PAGE).parents[1] / "__init__.pyi"
+    public = re.findall(r"^from pgjax\.core\.(?!errors)\w+ import (\w+)", stub.read_text(), flags=re.MULTILINE)
+    assert sorted(CASES) == sorted(public)
+    shown = transform_table.of_page()
+    assert shown.startswith(transform_table.head()) and "**no**" not in shown
+    assert re.findall(r"^\| `(\w+)`", shown, flags=re.MULTILINE) == list(CASES)
+
+
+@pytest.mark.parametrize("name", campaign_but_for(CASES, "opo_advantages", "high_covariance_mask"))
+def test_the_page_shows_what_holds_under_every_transformation(name):
+    assert transform_table.row(name) in transform_table.of_page()
+
+
+def test_a_trust_region_step_with_parameters_split_over_an_explicit_mesh_is_that_of_one_device():
+    # The bug: the solver's inner products had no layout there.
+    transform_table.on_explicit_vocabulary("trust_region_step")
+
+
+def test_forward_mode_of_a_reverse_rule_is_refused_and_a_hessian_is_not():
+    batch = {name: x[:1] for name, x in BATCH.items()}
+    of_theta = lambda theta: linear_token_logprobs(batch["hidden"], theta, batch["tokens"], chunk_size=4)
+    with pytest.raises(TypeError, match=r"can't apply forward-mode .* to a custom_vjp function"):
+        jax.jvp(of_theta, (THETA,), (THETA,))
+    whole = lambda theta: lp.token_logprobs(jnp.einsum("btd,vd->btv", batch["hidden"], theta), batch["tokens"])
+    total = lambda function: jax.jit(jax.hessian(lambda theta: jnp.sum(jnp.sin(function(theta)))))
+    assert_agree(total(of_theta)(THETA), total(whole)(THETA))
+
+
 def test_vmap_equals_one_at_a_time():
     parts = split(BATCH)
     assert_agree(joined(jax.jit(jax.vmap(by_row, (None, 0)))(THETA, parts)), on_one_device(by_row))
@@ -191,19 +224,6 @@ def test_a_mean_of_device_means_would_be_another_number():
     parts = split(BATCH)
     means = jax.vmap(lambda x, m: masking.masked_mean(x, m))(parts["old"], parts["mask"])
     assert abs(float(means.mean()) - float(masking.masked_mean(BATCH["old"], BATCH["mask"]))) > 0.05
-
-
-def test_the_remaining_scalars_transform():
-    def scalars(x):
-        coef = kl.adaptive_kl_coef(0.1, x[0], target=6.0, horizon=100, batch_size=8)
-        return coef, losses.preference_loss(x, x[::-1], margin=0.1, center_coef=0.01)
-
-    rows = BATCH["old"]
-    each = jax.tree.map(lambda *x: jnp.stack(x), *[scalars(row) for row in rows])
-    assert_agree(jax.jit(jax.vmap(scalars))(rows), each)
-    assert_agree(jax.lax.map(scalars, rows), each)
-    assert_agree(shard_map(lambda x: jax.lax.map(scalars, x), "one axis", ("rows",), "rows")(rows), each)
-    assert_agree(joined(jax.pmap(lambda x: jax.lax.map(scalars, x))(split(rows))), each)
 
 
 def test_float64_stays_float64_inside_and_scalars_stay_float32():

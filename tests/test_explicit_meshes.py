@@ -147,3 +147,32 @@ def test_groups_and_sequences_that_lie_on_several_devices():
     assert_same(found, (rows(jnp.asarray(scores)), times(jnp.asarray(rewards), jnp.asarray(mask))))
     assert {str(jax.typeof(x)) for x in found[0]} == {"float32[8@x]"}
     assert {str(jax.typeof(x)) for x in found[1]} == {"float32[2,8@x]"}
+
+
+def test_policies_that_lie_on_several_devices():
+    # The bug: under vmap, the rule took over the axis that splits the policies.
+    mesh = jax.make_mesh((2, 2), ("policy", "rows"))
+    several = jnp.stack([UNEMBEDDING, 2 * UNEMBEDDING])
+    total = lambda weights, hidden, tokens: jnp.sum(jax.vmap(lambda w: mixed(hidden, w, tokens))(weights))
+    placed = [
+        jax.device_put(x, NamedSharding(mesh, spec))
+        for x, spec in ((several, P("policy")), (HIDDEN, P("rows")), (TOKENS, P("rows")))
+    ]
+    each = jax.jit(jax.grad(mixed, 1))
+    expected = jnp.stack([each(HIDDEN, w, TOKENS) for w in several])
+    with jax.set_mesh(mesh):  # which jax itself wants for any loop under such a vmap
+        assert_same(jax.jit(jax.grad(total))(*placed), expected)
+        assert_same(jax.jit(jax.grad(total))(placed[0], HIDDEN, TOKENS), expected)  # nothing else is split
+
+
+def test_compared_samples_and_their_tokens_that_lie_on_several_devices():
+    mesh = jax.make_mesh((2, 2), ("x", "y"))
+    rng = np.random.default_rng(1)
+    scores, returns, logprobs = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in (8, (8, 6), (8, 6)))
+    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+    compared = jax.jit(partial(pg.group_advantages, group_size=4))
+    both_axes = P(("x", "y"))
+    assert_same(compared(put(scores, both_axes), mask=put(scores > 0, both_axes)), compared(scores, mask=scores > 0))
+    baseline = jax.jit(partial(pg.optimal_token_baseline, group_size=4))
+    split = [put(x, P("x", "y")) for x in (returns, logprobs, logprobs)]
+    assert_same(baseline(*split), baseline(returns, logprobs, logprobs))

@@ -87,6 +87,7 @@ def main(folder: str, key: jax.Array) -> float:
 reveal_type(pg.masked_mean)
 reveal_type(pg.CausalLM)
 pg.no_such_name
+pg.adamw(1e-3)
 """
 
 STRICTNESS = [[], ["--strict"]]
@@ -102,7 +103,8 @@ def test_a_type_checker_sees_the_types_of_public_names(options, tmp_path):
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     assert "def (x: " in told and "pgjax.models.causal_lm.CausalLM" in told
     errors = [line for line in told.splitlines() if "user.py" in line and " error: " in line]
-    assert len(errors) == 1 and 'Module has no attribute "no_such_name"' in errors[0], told
+    assert len(errors) == 2 and 'Module has no attribute "no_such_name"' in errors[0], told
+    assert 'Missing named argument "updates" for "adamw"' in errors[1], told
     assert (ROOT / "pgjax" / "py.typed").is_file()
 
 

@@ -1,6 +1,7 @@
 """Format, lint and types, so that one pytest command is the whole gate."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,5 +32,9 @@ def test_the_reference_is_written_without_a_warning(tmp_path: Path) -> None:
     missing = [name for name in pg.__all__ if f'id="{name}"' not in page]
     assert not missing
     assert "min(r A, clip(r, 1 - clip_eps, 1 + clip_eps_high) A)" in page, "equations are there"
+    assert "b<sub>i</sub> = Σ<sub>j ≠ i</sub> s<sub>j</sub> / (G - 1)" in page, "and set"
+    assert "logprobs: jax.typing.ArrayLike" in re.sub("<[^>]*>", "", page), (
+        "a union that would run off the page has its name"
+    )
     assert "jaxlib" not in page
     assert "True where a token is not padding" in page, "comments on fields are there"

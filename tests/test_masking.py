@@ -54,7 +54,7 @@ def test_every_number_but_0_and_1_is_refused(others):
 
 
 def test_a_traced_mask_of_zeros_and_ones_is_taken_and_a_boolean_one_costs_nothing():
-    x, mask = jnp.array([1.0, 3.0]), jnp.array([0.0, 1.0])
+    x, mask = jnp.array([1.0, 3.0]), jnp.array([0, 1])
     assert jax.jit(masked_mean)(x, mask) == 3.0
     assert jax.jit(jax.grad(masked_mean))(x, mask).tolist() == [0.0, 1.0]
     text = str(jax.make_jaxpr(masked_mean)(x, mask > 0))

@@ -176,7 +176,7 @@ def constant(prompts, completions, **columns):
     return [3.7] * len(completions)
 
 
-SGD = Optimizer(optax.sgd(1.0).init, optax.sgd(1.0).update, lambda update: 1.0)
+SGD = Optimizer.at(optax.sgd(1.0), lambda update: 1.0)
 LENGTHS = (5, 1, 3, 4, 2, 5, 1, 2)
 
 

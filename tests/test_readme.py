@@ -110,7 +110,15 @@ def test_every_flag_is_one_of_a_script():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "experiments/README.md", "findings/README.md"]
+    "page",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "pgjax/core/README.md",
+        "experiments/README.md",
+        "findings/README.md",
+    ],
 )
 def test_every_link_leads_somewhere(page):
     links = re.findall(r"\]\(([^)#\s]+)(#[^)\s]*)?\)", (ROOT / page).read_text())

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import pgjax as pg
@@ -76,11 +77,7 @@ def test_the_packed_gradient_is_that_of_the_examples_apart(name, microbatches):
     rows = 4 * -(-len(packed.tokens) // 4)
     packed = Packed(*(np.pad(x, ((0, rows - len(x)), (0, 0))) for x in packed))  # rows without a token, too
     assert len({int(n) for n in packed.mask.sum(1)}) > 2  # uneven rows
-    optimizer = Optimizer(  # a step is minus the gradient
-        lambda params: (),
-        lambda grad, state, params: (jax.tree.map(jnp.negative, grad), state),
-        lambda i: jnp.float32(1),
-    )
+    optimizer = Optimizer.at(optax.scale(-1.0), lambda i: jnp.float32(1))  # a step is minus the gradient
     given = init_state(jax.tree.map(jnp.copy, params), optimizer)
     state, metrics = supervised.update(
         given, jax.device_put(packed), lm=lm, optimizer=optimizer, microbatches=microbatches

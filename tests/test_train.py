@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import pgjax as pg
@@ -135,3 +136,20 @@ def test_a_number_that_is_not_finite_changes_nothing_now_or_later(grad, loss):
 def test_options_out_of_range_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         adamw(**options)
+
+
+def test_adamw_is_a_transformation_of_optax_wherever_one_is_taken():
+    # The bug: a tuple of three, which optax.chain could not unpack.
+    params, gradient = {"w": jnp.ones((2, 2))}, {"w": jnp.full((2, 2), 0.1)}
+    plain = adamw(0.1, updates=4)
+    with jax.numpy_dtype_promotion("standard"):
+        expected, _ = plain.update(gradient, plain.init(params), params)
+        for wrapped in (
+            optax.chain(optax.clip(1.0), plain),
+            optax.apply_if_finite(plain, 1),
+            optax.MultiSteps(plain, 1),
+            optax.multi_transform({"all": plain}, {"w": "all"}),
+            optax.masked(plain, {"w": True}),
+        ):
+            found, _ = wrapped.update(gradient, wrapped.init(params), params)
+            np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-6)

@@ -189,7 +189,7 @@ def schedule(peak: float, updates: int) -> optax.Schedule:
 def policy_optimizer(rate: float, updates: int) -> Optimizer:
     """Build Adam on that schedule."""
     adam = optax.adam(schedule(rate, updates))
-    return Optimizer(adam.init, adam.update, schedule(rate, updates))
+    return Optimizer.at(adam, schedule(rate, updates))
 
 
 def critic_optimizer(config: Config) -> Optimizer:

@@ -25,6 +25,7 @@ def place_scores(scores: jax.typing.ArrayLike, mask: jax.typing.ArrayLike) -> ja
       [B, T] float32; a row with an empty mask is all zeros.
 
     Raises:
+      ValueError: `mask` is None: it alone says how many tokens there are.
       AssertionError: the shapes don't fit.
 
     Example:
@@ -32,6 +33,8 @@ def place_scores(scores: jax.typing.ArrayLike, mask: jax.typing.ArrayLike) -> ja
       >>> print(place_scores(jnp.array([0.9]), jnp.array([[False, True, True, False]])))
       [[0.  0.  0.9 0. ]]
     """
+    if mask is None:
+        raise ValueError("place_scores: mask must be given: it alone says how many tokens there are")
     scores, mask = as_float(scores), jnp.asarray(mask)
     chex.assert_rank([scores, mask], [1, 2])
     chex.assert_equal_shape_prefix([scores, mask], 1)
@@ -43,7 +46,7 @@ def place_scores(scores: jax.typing.ArrayLike, mask: jax.typing.ArrayLike) -> ja
 def kl_shaped_rewards(
     scores: jax.typing.ArrayLike,
     kl: jax.typing.ArrayLike,
-    mask: jax.typing.ArrayLike,
+    mask: jax.typing.ArrayLike | None,
     *,
     kl_coef: jax.typing.ArrayLike,
 ) -> jax.Array:
@@ -59,7 +62,7 @@ def kl_shaped_rewards(
     Args:
       scores: [B], reward units.
       kl: [B, T], nats per token, usually `kl_k1(old_logprobs, ref_logprobs)`.
-      mask: [B, T] boolean, sampled by the policy.
+      mask: [B, T] boolean, sampled by the policy; None counts every entry.
       kl_coef: [], reward units per nat.
 
     Returns:
@@ -78,7 +81,8 @@ def kl_shaped_rewards(
     # Cast, because where 64 bits are enabled, a Python number would make everything float64.
     coef = jnp.asarray(kl_coef).astype(kl.dtype)
     chex.assert_rank([kl, coef], [2, 0])
-    return place_scores(scores, mask) - coef * where_mask(as_mask(mask, kl), kl)
+    inside = as_mask(mask, kl)
+    return place_scores(scores, inside) - coef * where_mask(inside, kl)
 
 
 def monte_carlo_returns(
@@ -287,7 +291,9 @@ def group_advantages(
 
 
 def _inside(mask: jax.typing.ArrayLike, groups: jax.Array) -> jax.Array:
-    return as_mask(jnp.asarray(mask).reshape(groups.shape), groups)
+    whole = whole_along(jnp.asarray(mask), 0)
+    chex.assert_shape(whole, (groups.size,))
+    return as_mask(whole.reshape(groups.shape), groups)
 
 
 def _advantages_inside(groups: jax.Array, inside: jax.Array, normalize: bool) -> jax.Array:

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from pgjax.core.checks import check_number
 from pgjax.core.losses import clipped_surrogate_loss
-from pgjax.core.masking import AxisName, global_sum, where_mask
+from pgjax.core.masking import AxisName, as_mask, global_sum, where_mask
 from pgjax.core.reductions import aligned, everywhere, ratio_range, reduced
 
 
@@ -109,7 +109,7 @@ def kl_cov_loss(
         chosen = high_covariance_mask(new, advantages, inside, fraction=fraction, axis_name=axis_name)
     losses = clipped_surrogate_loss(new, old, advantages, inside, clip_eps=jnp.inf, reduce="none")
     moved = jnp.sign(stop_gradient(new - old)) * (new - old)  # jnp.abs has slope 1 at 0
-    held = stop_gradient(jnp.asarray(coef).astype(new.dtype)) * where_mask(jnp.asarray(chosen), moved)
+    held = stop_gradient(jnp.asarray(coef).astype(new.dtype)) * where_mask(as_mask(chosen, moved), moved)
     return reduced(losses + held, inside, reduce, axis_name)
 
 

@@ -86,7 +86,7 @@ def a3po_logprobs(logprobs: ArrayLike, sampler_logprobs: ArrayLike, *, alpha: Ar
       The same shape, float32, nats; carries no gradient.
 
     Raises:
-      ValueError: `alpha` is a number below 0.
+      ValueError: `alpha` is a number outside [0, 1].
       AssertionError: the shapes differ.
 
     Example:
@@ -94,6 +94,6 @@ def a3po_logprobs(logprobs: ArrayLike, sampler_logprobs: ArrayLike, *, alpha: Ar
       >>> print(a3po_logprobs(jnp.array([-1.0]), jnp.array([-3.0]), alpha=0.25))
       [-2.5]
     """
-    check_number("alpha", alpha, 0)
+    check_number("alpha", alpha, 0, most=1)
     _, (new, old) = aligned(None, stop_gradient(logprobs), stop_gradient(sampler_logprobs))
     return old + stop_gradient(jnp.asarray(alpha).astype(new.dtype)) * (new - old)

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from pgjax.core.advantages import group_advantages, groups_of
 from pgjax.core.checks import check_number, check_whole
+from pgjax.core.layouts import like, whole_along
 from pgjax.core.masking import AxisName, as_float, as_floats, global_sum, where_mask
 from pgjax.core.reductions import aligned
 
@@ -242,13 +243,15 @@ def optimal_token_baseline(
     """
     inside, (gains, logp, squares) = aligned(mask, *map(stop_gradient, (returns, logprobs, sum_squares)))
     chex.assert_rank(gains, 2)
+    given = gains
+    inside, gains, logp, squares = (whole_along(whole_along(x, 0), 1) for x in (inside, gains, logp, squares))
     groups = jax.vmap(lambda x: groups_of(x, group_size), in_axes=1, out_axes=2)(gains)
     weights = where_mask(inside, jnp.cumsum(where_mask(inside, 1.0 - 2.0 * jnp.exp(logp) + squares), axis=1))
     a_group = lambda x: jnp.sum(x.reshape(-1, group_size, x.shape[1]), axis=1, keepdims=True)
     total, met = a_group(weights), a_group(inside.astype(gains.dtype))
     usable = (met > 1) & (total > 0)
     baseline = where_mask(usable, a_group(gains * weights) / jnp.where(usable, total, 1.0))
-    return where_mask(inside, jnp.broadcast_to(baseline, groups.shape).reshape(gains.shape))
+    return like(where_mask(inside, jnp.broadcast_to(baseline, groups.shape).reshape(gains.shape)), given)
 
 
 def overlong_penalty(

@@ -22,6 +22,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from pgjax.core.checks import check_number
 from pgjax.core.logprobs import shifted_logits, token_frame
@@ -29,10 +30,10 @@ from pgjax.core.masking import as_float, as_floats, where_mask
 from pgjax.core.reductions import aligned
 
 
-def _log_ratio(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
-    logprobs, ref_logprobs = as_floats(logprobs, ref_logprobs)
-    chex.assert_equal_shape([logprobs, ref_logprobs])
-    return logprobs - jax.lax.stop_gradient(ref_logprobs)
+def _log_ratio(logprobs: ArrayLike, ref_logprobs: ArrayLike) -> jax.Array:
+    policy, reference = as_floats(logprobs, ref_logprobs)
+    chex.assert_equal_shape([policy, reference])
+    return policy - jax.lax.stop_gradient(reference)
 
 
 def _finite_gradient(function: Callable[[Any], jax.Array], d: Any) -> jax.Array:
@@ -43,7 +44,7 @@ def _finite_gradient(function: Callable[[Any], jax.Array], d: Any) -> jax.Array:
     return jnp.where(finite, function(jax.tree.map(lambda x: jnp.where(finite, x, 0.0), d)), value)
 
 
-def kl_k1(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
+def kl_k1(logprobs: ArrayLike, ref_logprobs: ArrayLike) -> jax.Array:
     """Estimate KL(policy || reference) by the log-ratio: unbiased, and positive or negative.
 
     k1 = d = log pi - log ref. Schulman (2020), "Approximating KL Divergence", joschu.net/blog/kl-approx.html.
@@ -69,7 +70,7 @@ def kl_k1(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
     return _log_ratio(logprobs, ref_logprobs)
 
 
-def kl_k2(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
+def kl_k2(logprobs: ArrayLike, ref_logprobs: ArrayLike) -> jax.Array:
     """Estimate KL(policy || reference) by half the squared log-ratio: biased, never negative.
 
     k2 = d^2 / 2, d = log pi - log ref. Schulman (2020), "Approximating KL Divergence".
@@ -97,7 +98,7 @@ def kl_k2(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
     return _finite_gradient(lambda d: 0.5 * jnp.square(d), _log_ratio(logprobs, ref_logprobs))
 
 
-def kl_k3(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
+def kl_k3(logprobs: ArrayLike, ref_logprobs: ArrayLike) -> jax.Array:
     """Estimate KL(policy || reference) without bias and never below zero.
 
     k3 = exp(-d) - 1 + d, d = log pi - log ref. Schulman (2020), "Approximating KL Divergence"; the KL term of
@@ -126,7 +127,7 @@ def kl_k3(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
     return _finite_gradient(lambda d: jnp.expm1(-d) + d, _log_ratio(logprobs, ref_logprobs))
 
 
-def kl_k3_unbiased(logprobs: jax.Array, ref_logprobs: jax.Array, old_logprobs: jax.Array) -> jax.Array:
+def kl_k3_unbiased(logprobs: ArrayLike, ref_logprobs: ArrayLike, old_logprobs: ArrayLike) -> jax.Array:
     """Estimate KL(policy || reference) by k3, weighted so that its gradient as a loss is the KL's own.
 
     r k3, r = exp(logprobs - old_logprobs), k3 = exp(-d) - 1 + d, d = log pi - log ref; the gradient goes through both.
@@ -159,7 +160,7 @@ def kl_k3_unbiased(logprobs: jax.Array, ref_logprobs: jax.Array, old_logprobs: j
     return _finite_gradient(lambda both: jnp.exp(both[1]) * (jnp.expm1(-both[0]) + both[0]), (d, log_ratio))
 
 
-def categorical_kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
+def categorical_kl(logits: ArrayLike, ref_logits: ArrayLike) -> jax.Array:
     """Sum KL(policy || reference) over the vocabulary, at each token.
 
     kl[:, t] = sum_v p_v (log p_v - log q_v), p = softmax(logits[:, t - 1]), q = softmax(ref_logits[:, t - 1]).
@@ -183,9 +184,9 @@ def categorical_kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
       >>> print(categorical_kl(jnp.zeros((1, 2, 4)), jnp.array([[[0.0] * 4, [9.0] * 4]])))
       [[0. 0.]]
     """
-    chex.assert_rank(logits, 3)
-    chex.assert_equal_shape([logits, ref_logits])
     policy, reference = as_floats(logits, jax.lax.stop_gradient(ref_logits))
+    chex.assert_rank(policy, 3)
+    chex.assert_equal_shape([policy, reference])
     z, usable = shifted_logits(policy)
     ref_z, ref_usable = shifted_logits(reference)
     logp = z - jnp.log(jnp.sum(jnp.exp(z), axis=-1, keepdims=True))
@@ -201,7 +202,7 @@ def categorical_kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
 
 
 def distillation_advantages(
-    teacher_logprobs: jax.typing.ArrayLike, logprobs: jax.typing.ArrayLike, mask: jax.typing.ArrayLike | None = None
+    teacher_logprobs: ArrayLike, logprobs: ArrayLike, mask: ArrayLike | None = None
 ) -> jax.Array:
     """Reward each token of the policy's own samples by how much likelier the teacher finds it: on-policy distillation.
 
@@ -233,12 +234,12 @@ def distillation_advantages(
 
 
 def adaptive_kl_coef(
-    coef: jax.typing.ArrayLike,
-    kl: jax.typing.ArrayLike,
+    coef: ArrayLike,
+    kl: ArrayLike,
     *,
-    target: jax.typing.ArrayLike,
-    horizon: jax.typing.ArrayLike,
-    batch_size: jax.typing.ArrayLike,
+    target: ArrayLike,
+    horizon: ArrayLike,
+    batch_size: ArrayLike,
 ) -> jax.Array:
     """Move the weight of the KL penalty towards the one that holds the KL at its target.
 

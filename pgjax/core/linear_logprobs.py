@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
+from jax.typing import ArrayLike
 
 from pgjax.core.checks import check_ids, check_number, check_whole
 from pgjax.core.linear_on_mesh import layout_of, logprobs_by_layout
@@ -17,11 +18,11 @@ from pgjax.core.vocabulary_blocks import Options, Outputs
 
 
 def linear_token_logprobs(
-    hidden: jax.Array,
-    unembedding: jax.Array,
-    tokens: jax.Array,
+    hidden: ArrayLike,
+    unembedding: ArrayLike,
+    tokens: ArrayLike,
     *,
-    temperature: jax.typing.ArrayLike = 1.0,
+    temperature: ArrayLike = 1.0,
     chunk_size: int = 1024,
     mesh: Mesh | AbstractMesh | None = None,
     batch_axes: tuple[str, ...] | None = None,
@@ -83,11 +84,11 @@ def linear_token_logprobs(
 
 
 def linear_token_logprobs_and_entropy(
-    hidden: jax.Array,
-    unembedding: jax.Array,
-    tokens: jax.Array,
+    hidden: ArrayLike,
+    unembedding: ArrayLike,
+    tokens: ArrayLike,
     *,
-    temperature: jax.typing.ArrayLike = 1.0,
+    temperature: ArrayLike = 1.0,
     chunk_size: int = 1024,
     mesh: Mesh | AbstractMesh | None = None,
     batch_axes: tuple[str, ...] | None = None,
@@ -141,7 +142,7 @@ def linear_token_logprobs_and_entropy(
 
 
 def _in_token_frame(
-    hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array, temperature: jax.typing.ArrayLike,
+    hidden: ArrayLike, unembedding: ArrayLike, tokens: ArrayLike, temperature: ArrayLike,
     mesh: Mesh | AbstractMesh | None, batch_axes: tuple[str, ...] | None,
     unembedding_axes: tuple[str | None, str | None] | None, options: Options,
 ) -> Outputs:  # fmt: skip
@@ -151,10 +152,11 @@ def _in_token_frame(
     chex.assert_rank([hidden, unembedding, tokens], [3, 2, 2])
     chex.assert_equal_shape_prefix([hidden, tokens], 2)
     chex.assert_axis_dimension(unembedding, 1, hidden.shape[2])
-    check_ids("linear_token_logprobs: tokens", tokens)
+    caller = "linear_token_logprobs" + ("_and_entropy" if options.with_entropy else "")
+    check_ids(f"{caller}: tokens", tokens)
     for name, x in (("hidden", hidden), ("unembedding", unembedding)):
         if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"linear_token_logprobs: {name} must be of a floating type, got {x.dtype}")
+            raise ValueError(f"{caller}: {name} must be of a floating type, got {x.dtype}")
     options = _checked(options, unembedding.shape[0])
     scale = jnp.asarray(temperature).astype(as_float(hidden).dtype)
     layout = layout_of(hidden, unembedding, tokens, mesh, batch_axes, unembedding_axes)

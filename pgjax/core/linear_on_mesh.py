@@ -74,7 +74,8 @@ def _typed_layout(mesh: AbstractMesh, hidden: jax.Array, unembedding: jax.Array,
     # An axis of the mesh that does not divide what it is to split here splits nothing: the unembedding is gathered over it.
     vocab = vocab if fitting(mesh, unembedding.shape[0], vocab) else ()
     width = width if fitting(mesh, unembedding.shape[1], width) else ()
-    return Layout(mesh, frozenset(explicit_axes(mesh)), rows, time, vocab, width, typed=True)
+    # The other axes are left alone: a `vmap` around may be over what they split, such as policies.
+    return Layout(mesh, frozenset((*rows, *time, *vocab, *width)), rows, time, vocab, width, typed=True)
 
 
 def _default_rows(mesh: Mesh | AbstractMesh) -> Axes:
@@ -151,6 +152,8 @@ def _over_explicit_axes(
     if not layout.width:
         unembedding = unembedding.astype(hidden.dtype)
     unembedding = laid_out(unembedding, layout.mesh, layout.vocab, layout.width)
+    if not layout.names:
+        return _here(hidden, unembedding, ids, temperature, options=options)
     return _split(*_varying_alike(hidden, unembedding, ids, temperature), layout, options)
 
 

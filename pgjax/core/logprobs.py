@@ -7,13 +7,14 @@ Every per-token array is [B, T], and entry t belongs to `tokens[:, t]`, which th
 import chex
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from pgjax.core.checks import check_ids, check_number
 from pgjax.core.layouts import like, whole_along
 from pgjax.core.masking import as_float
 
 
-def token_frame(x: jax.Array) -> jax.Array:
+def token_frame(x: ArrayLike) -> jax.Array:
     """Move each position's value to the token that the position predicts.
 
     y[:, t] = x[:, t - 1], y[:, 0] = 0.
@@ -29,8 +30,9 @@ def token_frame(x: jax.Array) -> jax.Array:
       >>> print(token_frame(jnp.array([[1.0, 2.0, 3.0]])))
       [[0. 1. 2.]]
     """
-    whole = whole_along(x, 1)
-    return like(jnp.concatenate([jnp.zeros_like(whole[:, :1]), whole[:, :-1]], axis=1), x)
+    given = jnp.asarray(x)
+    whole = whole_along(given, 1)
+    return like(jnp.concatenate([jnp.zeros_like(whole[:, :1]), whole[:, :-1]], axis=1), given)
 
 
 def next_tokens(tokens: jax.Array) -> jax.Array:
@@ -45,7 +47,7 @@ def next_tokens(tokens: jax.Array) -> jax.Array:
     return like(jnp.concatenate([whole[:, 1:], jnp.zeros_like(whole[:, :1])], axis=1), tokens)
 
 
-def _scaled(logits: jax.Array, temperature: jax.typing.ArrayLike) -> jax.Array:
+def _scaled(logits: jax.Array, temperature: ArrayLike) -> jax.Array:
     return as_float(logits) / jax.lax.stop_gradient(jnp.asarray(temperature)).astype(as_float(logits).dtype)
 
 
@@ -81,7 +83,7 @@ def picked_logits(logits: jax.Array, ids: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
 
 
-def token_logprobs(logits: jax.Array, tokens: jax.Array, *, temperature: jax.typing.ArrayLike = 1.0) -> jax.Array:
+def token_logprobs(logits: ArrayLike, tokens: ArrayLike, *, temperature: ArrayLike = 1.0) -> jax.Array:
     """Compute each token's log-probability given the tokens before it.
 
     logprobs[:, t] = log softmax(logits[:, t - 1] / temperature)[tokens[:, t]], logprobs[:, 0] = 0.
@@ -111,9 +113,7 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array, *, temperature: jax.typ
     return token_frame(_at_positions(logits, next_tokens(tokens), temperature))
 
 
-def aligned_token_logprobs(
-    logits: jax.Array, tokens: jax.Array, *, temperature: jax.typing.ArrayLike = 1.0
-) -> jax.Array:
+def aligned_token_logprobs(logits: ArrayLike, tokens: ArrayLike, *, temperature: ArrayLike = 1.0) -> jax.Array:
     """Compute each token's log-probability from logits that stand beside it: those of completions, in much other code.
 
     logprobs[:, t] = log softmax(logits[:, t] / temperature)[tokens[:, t]]: nothing is shifted. For logits of whole
@@ -141,7 +141,7 @@ def aligned_token_logprobs(
     return _at_positions(logits, tokens.astype(jnp.int32), temperature)
 
 
-def _at_positions(logits: jax.Array, ids: jax.Array, temperature: jax.typing.ArrayLike) -> jax.Array:
+def _at_positions(logits: jax.Array, ids: jax.Array, temperature: ArrayLike) -> jax.Array:
     """Compute the log-probability of one id at each position."""
     check_number("temperature", temperature, 0, strict=True)
     chex.assert_rank([logits, ids], [3, 2])
@@ -151,7 +151,7 @@ def _at_positions(logits: jax.Array, ids: jax.Array, temperature: jax.typing.Arr
     return jnp.where(usable & (ids >= 0) & (ids < logits.shape[-1]), logprobs, jnp.nan)
 
 
-def token_entropy(logits: jax.Array, *, temperature: jax.typing.ArrayLike = 1.0) -> jax.Array:
+def token_entropy(logits: ArrayLike, *, temperature: ArrayLike = 1.0) -> jax.Array:
     """Compute the entropy of the distribution that each token was drawn from.
 
     entropy[:, t] = logsumexp(z) - sum_v softmax(z)_v z_v with z = logits[:, t - 1] / temperature.
@@ -176,6 +176,7 @@ def token_entropy(logits: jax.Array, *, temperature: jax.typing.ArrayLike = 1.0)
       [[0.        1.3862944]]
     """
     check_number("temperature", temperature, 0, strict=True)
+    logits = jnp.asarray(logits)
     chex.assert_rank(logits, 3)
     z, usable = shifted_logits(_scaled(logits, temperature))
     weights = jnp.exp(z)

@@ -135,12 +135,13 @@ def value_loss(
     *,
     old_values: ArrayLike | None = None,
     clip_eps: ArrayLike | None = None,
+    reduce: str = "token_mean",
     axis_name: AxisName = None,
 ) -> jax.Array:
     """Compute half the mean squared error of the values, optionally clipped around the old values.
 
-    L = mean(0.5 (V - G)^2), or with `old_values` and `clip_eps`
-    L = mean(0.5 max((V - G)^2, (clip(V, V_old - eps, V_old + eps) - G)^2)), the larger of the two errors: the
+    L = reduce(0.5 (V - G)^2), or with `old_values` and `clip_eps`
+    L = reduce(0.5 max((V - G)^2, (clip(V, V_old - eps, V_old + eps) - G)^2)), the larger of the two errors: the
     value clipping of the PPO code of Dhariwal et al. (2017), "OpenAI Baselines".
 
     Unclipped and with on-policy returns, its minimum is each prefix's expected return, with which `monte_carlo_advantages`
@@ -152,13 +153,15 @@ def value_loss(
       mask: the same shape, boolean; None counts every entry.
       old_values: the same shape, the values at sampling time; carries no gradient. Needs `clip_eps`.
       clip_eps: [] not below 0, reward units. Needs `old_values`.
+      reduce: "token_mean", "sequence_mean", "sequence_sum" or "none", as in `policy_gradient_loss`.
       axis_name: mapped axis or axes to reduce over too.
 
     Returns:
-      [], float32, reward units squared.
+      [], float32, reward units squared; with "none" the shape of `values`, 0 outside the mask.
 
     Raises:
-      ValueError: one of `old_values` and `clip_eps` comes without the other, or `clip_eps` is below 0.
+      ValueError: one of `old_values` and `clip_eps` comes without the other, `clip_eps` is below 0, or `reduce` is none of
+        the four.
       AssertionError: the shapes differ.
 
     Example:
@@ -171,30 +174,34 @@ def value_loss(
         raise ValueError(f"value_loss got {given} without {absent}; give both to clip, neither not to")
     if old_values is None or clip_eps is None:
         inside, (new, target) = aligned(mask, values, stop_gradient(returns))
-        return masked_mean(0.5 * jnp.square(new - target), inside, axis_name=axis_name)
+        return reduced(0.5 * jnp.square(new - target), inside, reduce, axis_name)
     check_number("clip_eps", clip_eps, 0)
     inside, (new, target, old) = aligned(mask, values, stop_gradient(returns), stop_gradient(old_values))
     bound = jax.lax.stop_gradient(jnp.asarray(clip_eps, new.dtype))
     held = old + jnp.clip(new - old, -bound, bound)
     error, held_error = jnp.square(new - target), jnp.square(held - target)
-    return masked_mean(0.5 * jnp.where(held_error > error, held_error, error), inside, axis_name=axis_name)
+    return reduced(0.5 * jnp.where(held_error > error, held_error, error), inside, reduce, axis_name)
 
 
-def cross_entropy_loss(logprobs: ArrayLike, mask: ArrayLike | None = None, *, axis_name: AxisName = None) -> jax.Array:
+def cross_entropy_loss(
+    logprobs: ArrayLike, mask: ArrayLike | None = None, *, reduce: str = "token_mean", axis_name: AxisName = None
+) -> jax.Array:
     """Compute the mean negative log-likelihood, for supervised fine-tuning.
 
-    L = -mean(logprobs) over the mask. On samples of another policy, its expected gradient is that of KL(other || policy)
+    L = -reduce(logprobs) over the mask. On samples of another policy, its expected gradient is that of KL(other || policy)
     divided by the number of tokens. This is exact if all lengths are equal; otherwise it holds as the batch grows.
 
     Args:
       logprobs: any shape, nats, from `token_logprobs` or `linear_token_logprobs`.
       mask: the same shape, boolean: the tokens to learn; None counts every entry, entry 0 of a row included.
+      reduce: "token_mean", "sequence_mean", "sequence_sum" or "none", as in `policy_gradient_loss`.
       axis_name: mapped axis or axes to reduce over too.
 
     Returns:
-      [], float32, nats per token.
+      [], float32, nats per token; with "none" the shape of `logprobs`, 0 outside the mask.
 
     Raises:
+      ValueError: `reduce` is none of the four.
       AssertionError: the shapes differ.
 
     Example:
@@ -202,7 +209,8 @@ def cross_entropy_loss(logprobs: ArrayLike, mask: ArrayLike | None = None, *, ax
       >>> print(cross_entropy_loss(jnp.array([[0.0, -1.0, -3.0]]), jnp.array([[False, True, True]])))
       2.0
     """
-    return -masked_mean(logprobs, mask, axis_name=axis_name)
+    inside, (new,) = aligned(mask, logprobs)
+    return reduced(-new, inside, reduce, axis_name)
 
 
 def preference_loss(
@@ -213,11 +221,12 @@ def preference_loss(
     margin: ArrayLike | None = None,
     center_coef: ArrayLike = 0.0,
     weights: ArrayLike | None = None,
+    reduce: str = "sequence_mean",
     axis_name: AxisName = None,
 ) -> jax.Array:
     """Compute the Bradley-Terry loss of a reward model.
 
-    L = mean(-log sigmoid(chosen - rejected - margin)) + center_coef * mean((chosen + rejected)^2). Bradley
+    L = mean(-log sigmoid(chosen - rejected - margin) + center_coef * (chosen + rejected)^2). Bradley
     and Terry (1952); margin: Touvron et al. (2023), "Llama 2"; centring: Eisenstein et al. (2023), "Helping
     or Herding?".
 
@@ -230,13 +239,16 @@ def preference_loss(
       mask: [B] boolean, the pairs that count; None counts every pair.
       margin: [B] or [], by how much the chosen score should exceed the rejected one; carries no gradient.
       center_coef: [] weight of the squared sum of the two scores.
-      weights: [B] not below 0; both means are then sums of weight times term over the sum of weights. Carries no gradient.
+      weights: [B] not below 0; the mean is then the sum of weight times term over the sum of weights. Carries no gradient.
+      reduce: "sequence_mean", or "none": each pair's term, times its weight. To accumulate exactly, divide their sum by the pairs
+        in the mask, or by the sum of their weights, counted over everything that is accumulated.
       axis_name: mapped axis or axes to reduce over too.
 
     Returns:
-      [], float32.
+      [], float32; with "none" [B], 0 outside the mask.
 
     Raises:
+      ValueError: `reduce` is none of the two.
       AssertionError: the shapes differ.
 
     Example:
@@ -251,23 +263,24 @@ def preference_loss(
     chex.assert_rank(weight, 0)
     if offset.ndim:
         chex.assert_equal_shape([chosen, offset])
+    if reduce not in ("sequence_mean", "none"):
+        raise ValueError(f"reduce must be sequence_mean or none, got {reduce!r}")
     inside = as_mask(mask, chosen)
     chosen, rejected, offset = (
         where_mask(inside, jnp.broadcast_to(x, chosen.shape)) for x in (chosen, rejected, offset)
     )
 
-    def mean(terms: jax.Array) -> jax.Array:
-        if weights is None:
-            return masked_mean(terms, inside, axis_name=axis_name)
-        of_pairs = where_mask(inside, stop_gradient(jnp.asarray(weights)).astype(terms.dtype))
-        chex.assert_equal_shape([of_pairs, terms])
-        total = global_sum(of_pairs, axis_name)
-        return (global_sum(of_pairs * terms, axis_name) / jnp.where(total > 0, total, 1.0)).astype(jnp.float32)
-
     # Without centring, the square of a large sum must not overflow.
     sums = jnp.where(weight == 0, 0.0, chosen + rejected)
-    losses = -jax.nn.log_sigmoid(chosen - rejected - offset)
-    return mean(losses) + weight.astype(jnp.float32) * mean(jnp.square(sums))
+    terms = -jax.nn.log_sigmoid(chosen - rejected - offset) + weight * jnp.square(sums)
+    given = inside if weights is None else jnp.asarray(weights)
+    of_pairs = where_mask(inside, stop_gradient(given).astype(terms.dtype))
+    chex.assert_equal_shape([of_pairs, terms])
+    weighed = where_mask(inside, of_pairs * terms)
+    if reduce == "none":
+        return weighed
+    total = global_sum(of_pairs, axis_name)
+    return (global_sum(weighed, axis_name) / jnp.where(total > 0, total, 1.0)).astype(jnp.float32)
 
 
 def surrogate_diagnostics(

@@ -10,7 +10,8 @@ AxisName = str | tuple[str, ...] | None
 def as_float(x: jax.typing.ArrayLike) -> jax.Array:
     """Cast to float32, or leave at float64.
 
-    Integers and booleans become float32 too: in an integer array, a reward of 0.9 would be cut to 0.
+    Integers and booleans become float32 too: in an integer array, a reward of 0.9 would be cut to 0. So do plain Python
+    numbers, also where 64 bits are enabled.
 
     Args:
       x: any array or number.
@@ -18,13 +19,19 @@ def as_float(x: jax.typing.ArrayLike) -> jax.Array:
     Returns:
       The same values, float32 (float64 if `x` is float64).
 
+    Raises:
+      ValueError: the numbers are complex: their imaginary parts would be dropped.
+
     Example:
       >>> import jax.numpy as jnp
       >>> as_float(jnp.array([1, 0])).dtype
       dtype('float32')
     """
     array = jnp.asarray(x)
-    return array if array.dtype == jnp.float64 else array.astype(jnp.float32)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise ValueError(f"numbers must be real, got {array.dtype}")
+    wide = array.dtype == jnp.float64 and type(x) is not float
+    return array if wide else array.astype(jnp.float32)
 
 
 def as_floats(*xs: jax.typing.ArrayLike) -> tuple[jax.Array, ...]:
@@ -57,8 +64,9 @@ def as_mask(mask: jax.typing.ArrayLike | None, x: jax.Array) -> jax.Array:
       A boolean array with the shape of `x`.
 
     Raises:
-      ValueError: the mask holds another number than 0 and 1. The values of a traced mask can't be checked: there every
-        number but 0 includes its entry.
+      ValueError: the mask holds another number than 0 and 1, or is of a floating type where its values are not known (traced,
+        or of other processes): it might be fractions, or added to logits elsewhere (0 and -inf). Whole numbers are taken
+        there, and every one but 0 includes its entry.
       AssertionError: the shapes differ.
 
     Example:
@@ -72,15 +80,23 @@ def as_mask(mask: jax.typing.ArrayLike | None, x: jax.Array) -> jax.Array:
     chex.assert_equal_shape([array, x])
     if array.dtype == jnp.bool_:
         return array
-    _check_zeros_and_ones(mask)
+    if all(map(_known, jax.tree.leaves(mask))):
+        _check_zeros_and_ones(mask)
+    elif not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(
+            f"mask must be boolean or whole numbers where its values are not known, as under jit, got {array.dtype}: pass "
+            "mask > 0 if it holds 0 and 1; it gives an entry no weight"
+        )
     return array != 0
 
 
+def _known(x: jax.typing.ArrayLike) -> bool:
+    """Say whether the values of an array can be looked at: not those of a traced one, or of one of other processes."""
+    return not isinstance(x, jax.core.Tracer) and not (isinstance(x, jax.Array) and not x.is_fully_addressable)
+
+
 def _check_zeros_and_ones(mask: jax.typing.ArrayLike) -> None:
-    """Refuse a mask that holds another number than 0 and 1; a traced one, or one of other processes, can't be looked at."""
-    for x in jax.tree.leaves(mask):
-        if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
-            return
+    """Refuse a mask that holds another number than 0 and 1."""
     with jax.ensure_compile_time_eval():  # of a constant inside jit too
         values = jax.device_get(jnp.asarray(mask))
     others = values[(values != 0) & (values != 1)]

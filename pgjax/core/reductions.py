@@ -125,13 +125,15 @@ def everywhere(x: jax.Array, axis_name: AxisName) -> jax.Array:
       axis_name: mapped axis or axes that split it; None: it is whole.
 
     Returns:
-      [N], all entries.
+      [N], all entries; of an empty array a single 0, so that there is an entry to compare with.
 
     Example:
       >>> import jax.numpy as jnp
       >>> everywhere(jnp.zeros((2, 3)), None).shape
       (6,)
     """
+    if x.size == 0:
+        return jnp.zeros(1, x.dtype)
     if axis_name is not None:
         return jax.lax.all_gather(x.reshape(-1), axis_name, tiled=True)
     mesh = jax.typeof(x).sharding.mesh

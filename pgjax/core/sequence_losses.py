@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from pgjax.core.advantages import groups_of
 from pgjax.core.checks import check_number
 from pgjax.core.losses import clipped_surrogate_loss
-from pgjax.core.masking import AxisName, as_floats, masked_mean, where_mask
+from pgjax.core.masking import AxisName, as_floats, where_mask
 from pgjax.core.reductions import aligned, over_sequences, ratio_range, reduced
 
 
@@ -187,6 +187,7 @@ def astar_po_loss(
     mask: ArrayLike | None = None,
     *,
     beta: ArrayLike = 1e-3,
+    reduce: str = "sequence_mean",
     axis_name: AxisName = None,
 ) -> jax.Array:
     """Regress the policy's log-ratio to the reference on the optimal advantage: A*PO.
@@ -205,13 +206,15 @@ def astar_po_loss(
       optimal_values: [B], reward units, of each row's prompt; carries no gradient.
       mask: [B, T], boolean; None counts every entry.
       beta: [] above 0, reward units a nat.
+      reduce: "sequence_mean", or "none": each sequence's term. To accumulate exactly, divide their sum by the sequences with a
+        token, counted over everything that is accumulated.
       axis_name: mapped axis or axes to reduce over too.
 
     Returns:
-      [], float32, reward units squared. Rows with an empty mask are left out.
+      [], float32, reward units squared; with "none" [B]. Rows with an empty mask are left out.
 
     Raises:
-      ValueError: `beta` is not above 0.
+      ValueError: `beta` is not above 0, or `reduce` is none of the two.
       AssertionError: the shapes don't fit.
 
     Example:
@@ -221,6 +224,8 @@ def astar_po_loss(
       0.0
     """
     check_number("beta", beta, 0, strict=True)
+    if reduce not in ("sequence_mean", "none"):
+        raise ValueError(f"reduce must be sequence_mean or none, got {reduce!r}")
     inside, (new, ref) = aligned(mask, logprobs, stop_gradient(ref_logprobs))
     log_ratio, scores, values = as_floats(
         jnp.sum(new - ref, axis=-1), stop_gradient(scores), stop_gradient(optimal_values)
@@ -229,7 +234,7 @@ def astar_po_loss(
     chex.assert_equal_shape([log_ratio, scores, values])
     known = jnp.any(inside, axis=-1)
     errors = jnp.asarray(beta, scores.dtype) * log_ratio - where_mask(known, scores - values)
-    return masked_mean(jnp.square(errors), known, axis_name=axis_name)
+    return reduced(jnp.square(errors), known, reduce, axis_name)
 
 
 def optimal_values(ref_scores: ArrayLike, *, group_size: int, beta: ArrayLike = 0.5) -> jax.Array:

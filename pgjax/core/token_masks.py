@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jax.typing import ArrayLike
 
-from pgjax.core.checks import check_number
+from pgjax.core.checks import check_ids, check_number
 from pgjax.core.masking import AxisName, as_mask, global_sum
 from pgjax.core.reductions import aligned, everywhere, over_sequences
 
@@ -143,7 +143,7 @@ def entropy_quantile_mask(
     return inside & (entropy >= quantile)
 
 
-def finished_mask(tokens: ArrayLike, mask: ArrayLike, *, eos_ids: Sequence[int]) -> jax.Array:
+def finished_mask(tokens: ArrayLike, mask: ArrayLike | None, *, eos_ids: Sequence[int]) -> jax.Array:
     """Keep the completions that ended by themselves, and leave out those that the length limit cut.
 
     kept = all tokens of the sequences whose last sampled token is one of `eos_ids`. DAPO, Yu et al. (2025), "overlong
@@ -154,14 +154,14 @@ def finished_mask(tokens: ArrayLike, mask: ArrayLike, *, eos_ids: Sequence[int])
 
     Args:
       tokens: [B, T] ids.
-      mask: [B, T] boolean, sampled by the policy.
+      mask: [B, T] boolean, sampled by the policy; None counts every entry.
       eos_ids: that end a completion.
 
     Returns:
       [B, T] boolean.
 
     Raises:
-      ValueError: `eos_ids` is empty.
+      ValueError: `eos_ids` is empty, or `tokens` are not whole numbers.
       AssertionError: the shapes differ.
 
     Example:
@@ -174,6 +174,7 @@ def finished_mask(tokens: ArrayLike, mask: ArrayLike, *, eos_ids: Sequence[int])
         raise ValueError("eos_ids must hold at least one id: without one no completion ends by itself")
     tokens = jnp.asarray(tokens)
     chex.assert_rank(tokens, 2)
+    check_ids("finished_mask: tokens", tokens)
     inside = as_mask(mask, tokens)
     places = jax.lax.broadcasted_iota(jnp.int32, inside.shape, 1)
     last = inside & (places == jnp.max(places, axis=1, keepdims=True, initial=-1, where=inside))

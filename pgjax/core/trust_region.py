@@ -9,7 +9,6 @@ from typing import TypeVar
 import chex
 import jax
 import jax.numpy as jnp
-from jax.scipy.sparse.linalg import cg
 from jax.typing import ArrayLike
 
 from pgjax.core.checks import check_number
@@ -18,6 +17,7 @@ from pgjax.core.logprobs import shifted_logits, token_frame
 from pgjax.core.masking import AxisName, as_float, as_floats, as_mask, global_sum, masked_mean
 
 _Tree = TypeVar("_Tree")
+_Solver = tuple[_Tree, _Tree, _Tree, jax.Array, jax.Array]  # see `_solved`
 _Search = tuple[jax.Array, jax.Array, _Tree, jax.Array, jax.Array, jax.Array]  # see `_line_search`
 
 
@@ -42,6 +42,13 @@ def _floats(tree: _Tree) -> _Tree:
     return jax.tree.unflatten(structure, as_floats(*leaves))
 
 
+def _check_floats(params: _Tree) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            name = f"params{jax.tree_util.keystr(path)}"
+            raise ValueError(f"{name} must be of a floating type, got {jnp.result_type(leaf)}: leave it out of params")
+
+
 def _dot(x: _Tree, y: _Tree) -> jax.Array:
     return jax.tree.reduce(jnp.add, jax.tree.map(lambda a, b: jnp.sum(a * b), x, y))
 
@@ -51,9 +58,9 @@ def _plus(x: _Tree, scale: ArrayLike, y: _Tree) -> _Tree:
     return jax.tree.map(lambda a, b: a + (jnp.asarray(scale).astype(b.dtype) * b).astype(a.dtype), x, y)
 
 
-def _position_weights(mask: ArrayLike | None, logits: jax.Array, axis_name: AxisName) -> jax.Array:
+def _position_weights(mask: ArrayLike | None, normalizer: jax.Array, axis_name: AxisName) -> jax.Array:
     """Return the weight in the mean of the token that each position predicts: [B, T], 0 at the last position."""
-    inside = as_mask(mask, logits[:, :, 0]).astype(logits.dtype)
+    inside = as_mask(mask, normalizer).astype(normalizer.dtype)
     count = global_sum(inside, axis_name)
     share = inside / jnp.maximum(count, 1.0)
     (weights,) = jax.linear_transpose(token_frame, share)(share)
@@ -64,6 +71,7 @@ def _fisher(
     logits_fn: Callable[[_Tree], jax.Array], params: _Tree, mask: ArrayLike | None, axis_name: AxisName
 ) -> tuple[jax.Array, Callable[[_Tree], _Tree]]:
     """Run the model forward once; return its logits, and a function that multiplies float32 trees by the Fisher matrix."""
+    _check_floats(params)
     varying = _varying(params, axis_name)
     logits, pull = jax.vjp(logits_fn, varying)
     chex.assert_rank(logits, 3)
@@ -71,9 +79,10 @@ def _fisher(
     # functions with a hand-written backward pass (jax.custom_vjp), such as the matrix products of a bfloat16 CausalLM.
     push = jax.linear_transpose(pull, logits)
     z, usable = shifted_logits(as_float(logits))
-    weights = _position_weights(mask, z, axis_name)[..., None]
+    normalizer = jnp.sum(jnp.exp(z), axis=-1)
+    weights = _position_weights(mask, normalizer, axis_name)[..., None]
     known = usable[..., None] | (weights == 0)
-    p = jnp.exp(z) / jnp.sum(jnp.exp(z), axis=-1, keepdims=True)
+    p = jnp.exp(z) / normalizer[..., None]
 
     def product(vector: _Tree) -> _Tree:
         tangent = jax.tree.map(lambda v, x: v.astype(x.dtype), vector, params)
@@ -119,6 +128,7 @@ def fisher_vector_product(
       A tree like `params`, in its dtypes: nats per squared unit of `params`, times the unit of `vector`.
 
     Raises:
+      ValueError: a parameter is not of a floating type.
       AssertionError: the logits are not of rank 3, the mask is not [B, T], or the trees differ.
 
     Example:
@@ -132,6 +142,28 @@ def fisher_vector_product(
     return jax.tree.map(lambda f, x: f.astype(x.dtype), found, params)
 
 
+def _solved(product: Callable[[_Tree], _Tree], wanted: _Tree, iterations: ArrayLike) -> _Tree:
+    """Solve product(x) = wanted by conjugate gradients from x = 0, until the residual is 1e-5 of what it was."""
+    # Of jax's own solver the inner products have no layout on a mesh with Explicit axes, where those of parameters are split.
+
+    def unsolved(state: _Solver[_Tree]) -> jax.Array:
+        *_, square, count = state
+        return (square > enough) & (count < iterations)
+
+    def step(state: _Solver[_Tree]) -> _Solver[_Tree]:
+        x, residual, along, square, count = state
+        curved = product(along)
+        length = square / _dot(along, curved)
+        x, residual = _plus(x, length, along), _plus(residual, -length, curved)
+        left = _dot(residual, residual)
+        return x, residual, _plus(residual, left / square, along), left, count + 1
+
+    square = _dot(wanted, wanted)
+    enough = 1e-10 * square
+    start = (jax.tree.map(jnp.zeros_like, wanted), wanted, wanted, square, jnp.zeros((), jnp.int32))
+    return jax.lax.while_loop(unsolved, step, start)[0]
+
+
 def _natural_step(
     fisher: Callable[[_Tree], _Tree],
     gradient: _Tree,
@@ -143,10 +175,8 @@ def _natural_step(
     """Solve for the natural gradient and scale it to the bound; return the step and the solver's relative residual."""
     # In shard_map, everything that the solver handles must vary over the devices, or the types of its loop don't agree.
     downhill, varying_damping = _varying((jax.tree.map(jnp.negative, gradient), as_float(damping)), axis_name)
-    direction, _ = cg(
-        lambda v: _varying(_plus(fisher(v), varying_damping, v), axis_name), downhill, maxiter=cg_iterations
-    )
-    direction = _replicated(direction, axis_name)
+    damped = lambda v: _varying(_plus(fisher(v), varying_damping, v), axis_name)
+    direction = _replicated(_solved(damped, downhill, cg_iterations), axis_name)
     curved = fisher(direction)
     curvature = _dot(direction, curved)
     # If the curvature is 0 (a gradient of 0), the step is NaN, and the line search takes no step.
@@ -217,7 +247,8 @@ def trust_region_step(
     Args:
       loss_fn: params -> [], the loss to minimise. With `axis_name` it must be the global batch's: pass `axis_name` to it too.
       logits_fn: params -> logits [B, T, V], as in `fisher_vector_product`.
-      params: any tree of floating arrays, of any dtypes; replicated over `axis_name`.
+      params: any tree of floating arrays, of any dtypes; replicated over `axis_name`. On a mesh they and the logits may be split
+        as `logits_fn` has them; where its axes are Explicit, all have to lie on it (`jax.device_put`).
       mask: [B, T] boolean in the token frame, the tokens that F and the KL are averaged over; None counts every entry.
       max_kl: [] above 0, nats per token.
       damping: [] not below 0, in the unit of F. With 0, a singular F can give a wrong direction, which the line search rejects.
@@ -232,7 +263,7 @@ def trust_region_step(
       backtracks, accepted (1 or 0), cg_residual (|(F + damping I) x + grad L| / |grad L|).
 
     Raises:
-      ValueError: a number is out of its range.
+      ValueError: a number is out of its range, or a parameter is not of a floating type.
       AssertionError: the logits are not of rank 3, or the mask is not [B, T].
 
     Example:
@@ -248,6 +279,7 @@ def trust_region_step(
     check_number("cg_iterations", cg_iterations, 1, jnp.inf)
     check_number("backtracks", backtracks, 0, jnp.inf)
     check_number("shrink", shrink, 0, 1, strict=True)
+    _check_floats(params)
     loss_before, gradient = jax.value_and_grad(loss_fn)(params)
     # In pmap the devices' gradients differ, and their mean is the global gradient (see `masking.masked_mean`).
     gradient = _replicated(_floats(gradient), axis_name)

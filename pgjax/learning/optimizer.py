@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from pgjax.core.cached import cached
 from pgjax.core.checks import check_whole
 from pgjax.core.errors import MissingPackageError
 from pgjax.core.masking import as_float
@@ -30,15 +31,20 @@ Metrics = dict[str, jax.Array]
 LossFn = Callable[[Any, Any], tuple[jax.Array, Metrics]]  # (params, batch) -> scalar, metrics; means over batch
 
 
-class Optimizer(NamedTuple):
-    """A gradient transformation and the learning rate that it goes by."""
+class Optimizer(optax.GradientTransformationExtraArgs):
+    """A gradient transformation of optax that also tells the learning rate that it goes by."""
 
-    init: optax.TransformInitFn
-    update: optax.TransformUpdateFn
     learning_rate: optax.Schedule  # update number, from 0, -> rate
 
+    @classmethod
+    def at(cls, transformation: optax.GradientTransformation, learning_rate: optax.Schedule) -> Optimizer:
+        """Add the rate to a transformation."""
+        optimizer = cls(*optax.with_extra_args_support(transformation))
+        optimizer.learning_rate = learning_rate
+        return optimizer
 
-Transformation: TypeAlias = optax.GradientTransformation | Optimizer  # whatever takes a gradient
+
+Transformation: TypeAlias = optax.GradientTransformation  # whatever takes a gradient, an `Optimizer` too
 
 
 class TrainState(NamedTuple):
@@ -50,7 +56,7 @@ class TrainState(NamedTuple):
     healthy: jax.Array  # [] bool, False from the first non-finite loss or gradient on: nothing changes any more
 
 
-@functools.lru_cache(maxsize=64)  # equal arguments give the same functions, and so the same compiled programs
+@cached  # equal arguments give the same functions, and so the same compiled programs
 def adamw(
     learning_rate: float,
     *,
@@ -112,7 +118,7 @@ def adamw(
 
     clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
     chain = optax.chain(clip, optax.adamw(schedule, eps=eps, weight_decay=weight_decay, mask=matrix_mask))
-    return Optimizer(chain.init, chain.update, schedule)
+    return Optimizer.at(chain, schedule)
 
 
 def muon_dimensions(params: Any) -> Any:
@@ -246,7 +252,7 @@ def apply_gradient(
     """
     norm = optax.global_norm(grad)
     healthy = state.healthy & jnp.isfinite(norm) & jnp.isfinite(loss)
-    step = optax.with_extra_args_support(cast(optax.GradientTransformation, optimizer)).update  # some want the loss
+    step = optax.with_extra_args_support(optimizer).update  # some want the loss
     with jax.numpy_dtype_promotion("standard"):  # optax raises a Python float to the power of its int32 count
         updates, opt_state = step(grad, state.opt_state, state.params, value=loss)
     params = optax.apply_updates(state.params, updates)

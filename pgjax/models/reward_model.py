@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pgjax.core.cached import cached
 from pgjax.models.architecture import Architecture
 from pgjax.models.causal_lm import CausalLM, causal_lm
 
@@ -31,7 +31,7 @@ class RewardModel(NamedTuple):
     features: Callable[..., jax.Array]  # (params, tokens[B,T], attention_mask=None) -> [B,D] float32, the head's input
 
 
-@functools.lru_cache(maxsize=64)  # one architecture, one set of functions, so that compiled programs are shared
+@cached  # one architecture, one set of functions, so that compiled programs are shared
 def reward_model(
     arch: Architecture, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, remat: bool = False
 ) -> RewardModel:
