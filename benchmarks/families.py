@@ -52,7 +52,8 @@ def programs(name: str, config: Config) -> dict[str, Callable[[], Any]]:
     arch = architecture_of({**SIZES, **SHAPES[name], "model_type": name, "num_hidden_layers": config.layers})
     lm = pg.causal_lm(arch)
     params = lm.init(jax.random.key(0))
-    tokens = np.random.default_rng(0).integers(0, arch.vocab_size, (config.batch_size, config.length)).astype(np.int32)
+    drawn = np.random.default_rng(0).integers(0, arch.vocab_size, (config.batch_size, config.length))
+    tokens = jnp.asarray(drawn, jnp.int32)
 
     def loss(params: Any) -> jax.Array:
         return -pg.linear_token_logprobs(lm.hidden(params, tokens), lm.unembedding(params), tokens).mean()

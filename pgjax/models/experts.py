@@ -68,10 +68,23 @@ def through_experts(
     if mesh is None:
         return run(x, *kernels)
     rows, split = fitting(mesh, x.shape[0], "batch"), fitting(mesh, kernels[1].shape[2], "mlp")
-    wide = PartitionSpec(None, None, split)
-    specs = (PartitionSpec(rows), PartitionSpec(), wide, wide, PartitionSpec(None, split))
-    run = functools.partial(run, summed_over=split)
-    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(rows), check_vma=False)(x, *kernels)
+    width = fitting(mesh, x.shape[2], "width")
+
+    def gathered_run(x: jax.Array, router: jax.Array, *maps: jax.Array) -> jax.Array:
+        # Gathered in here, so that the transpose scatters the sum of gradients: outside it would be summed whole.
+        axes = (1, 1, 2)
+        whole = (
+            [jax.lax.all_gather(w, width, axis=i, tiled=True) for w, i in zip(maps, axes, strict=True)]
+            if width
+            else maps
+        )
+        return run(x, router, *whole, summed_over=split)
+
+    into, out = PartitionSpec(None, width, split), PartitionSpec(None, split, width)
+    specs = (PartitionSpec(rows), PartitionSpec(), into, into, out)
+    return jax.shard_map(gathered_run, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(rows), check_vma=False)(
+        x, *kernels
+    )
 
 
 def routed(logits: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array]:
