@@ -95,6 +95,20 @@ def test_both_spellings_of_rope_are_the_same_rope():
     assert architecture_of({**LLAMA, "rope_parameters": {"rope_theta": 7.0}}).rope == Rope(7.0)
 
 
+def test_the_number_of_experts_has_the_names_of_two_versions_of_transformers():
+    moe = {**LLAMA, "model_type": "qwen3_moe", "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    assert architecture_of({**moe, "num_experts": 6}).experts.number == 6
+    assert architecture_of({**moe, "num_local_experts": 6}).experts.number == 6
+    assert architecture_of(moe).experts.number == 128
+
+
+def test_falcon_has_the_key_heads_that_its_layers_have():
+    falcon = {**LLAMA, "model_type": "falcon"}
+    assert architecture_of({**falcon, "num_kv_heads": 4}).kv_heads == 1  # the field notwithstanding
+    assert architecture_of({**falcon, "multi_query": False}).kv_heads == 4
+    assert architecture_of({**falcon, "new_decoder_architecture": True, "num_kv_heads": 2}).kv_heads == 2
+
+
 def test_biases_belong_to_their_families():
     def biases(**changes):
         arch = architecture_of({**LLAMA, "num_key_value_heads": 2, **changes})
@@ -155,6 +169,9 @@ def test_biases_belong_to_their_families():
         ({**LLAMA, "model_type": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step = 2", "1"),
         ({**LLAMA, "model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok = 9", "8"),
         ({**LLAMA, "layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention", "full_attention"),
+        ({**LLAMA, "model_type": "falcon", "alibi": True}, "alibi = True", "False"),
+        ({**LLAMA, "model_type": "falcon", "new_decoder_architecture": True, "parallel_attn": False}, "parallel_attn", "True"),
+        ({**LLAMA, "model_type": "falcon", "num_ln_in_parallel_attn": 3}, "num_ln_in_parallel_attn = 3", "1, 2"),
         ({**LLAMA, "quantization_config": {"bits": 4}}, "quantization_config", "None"),
         ({**GPT2, "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx", "False"),
         ({**GPT2, "add_cross_attention": True}, "add_cross_attention", "False"),

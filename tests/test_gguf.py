@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from pgjax.models.io.gguf import unpermute
+from pgjax.models.io.gguf_tokenizer import gguf_tokenizer
 from pgjax.models.io.load import load
 from pgjax.models.io.stops import stop_ids
-from pgjax.models.io.tokenizer import gguf_tokenizer
 from tests.compare import assert_same_bits
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -154,11 +154,12 @@ def test_untied_head_and_biases_are_seen(tmp_path):
         ({"llama.attention.sliding_window": 8}, {}, "llama.attention.sliding_window"),
         ({"llama.rope.dimension_count": 4}, {}, "llama.rope.dimension_count = 4"),
         ({"llama.attention.head_count": [4, 4]}, {}, "llama.attention.head_count"),
-        ({}, {"rope_freqs.weight": np.ones(4, np.float32)}, "rope_freqs.weight"),
+        ({}, {"rope_freqs.weight": np.ones(3, np.float32)}, "rope_freqs.weight has 3 numbers.*4 pairs"),
         ({}, {"blk.0.attn_sinks.weight": np.ones(4, np.float32)}, "unexpected tensors: blk.0.attn_sinks.weight"),
         ({"llama.block_count": 3}, {}, "missing tensors: model.layers.2"),
-        ({"tokenizer.ggml.model": "llama"}, {}, "tokenizer.ggml.model 'llama'"),
-        ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "tekken"}, {}, "'tekken'.*smollm"),
+        ({"tokenizer.ggml.model": "t5"}, {}, "model.gguf: tokenizer.ggml.model 't5'"),
+        ({"tokenizer.ggml.model": "gpt2"}, {}, "model.gguf lacks the metadata tokenizer.ggml.tokens, .*merges"),
+        ({"tokenizer.ggml.model": "llama"}, {}, "model.gguf lacks the metadata tokenizer.ggml.tokens, .*scores"),
     ],
 )
 def test_what_is_not_supported_is_named(tmp_path, fields, extra, message):
@@ -203,22 +204,42 @@ def byte_level_fields(pre, **more):
     ],
 )
 def test_text_is_cut_as_the_file_says(pre, text, pieces):
-    tokenizer = gguf_tokenizer(byte_level_fields(pre), max_length=64)
+    tokenizer = gguf_tokenizer(byte_level_fields(pre), max_length=64, origin="x.gguf")
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == pieces
     assert tokenizer.decode(ids).removeprefix("<s>") == text
 
 
+def test_a_way_to_cut_text_that_is_not_known_is_named():
+    with pytest.raises(ValueError, match=r"x\.gguf: tokenizer\.ggml\.pre 'tekken' is not supported.*smollm"):
+        gguf_tokenizer(byte_level_fields("tekken"), max_length=64, origin="x.gguf")
+    with pytest.raises(ValueError, match=r"x\.gguf lacks the metadata tokenizer\.ggml\.bos_token_id"):
+        fields = byte_level_fields("llama-bpe")
+        del fields["tokenizer.ggml.bos_token_id"]
+        gguf_tokenizer(fields, max_length=64, origin="x.gguf")
+
+
+@pytest.mark.parametrize("pre", [None, "", "default"])
+def test_a_file_that_does_not_say_how_text_is_cut_is_cut_as_its_model_is(pre):
+    fields = byte_level_fields(pre, add_bos_token=False)
+    pieces = lambda **more: gguf_tokenizer({**fields, **more}, max_length=64, origin="x.gguf").tokenize(
+        "ab 12 1212 12ab"
+    )
+    assert pieces() == ["ab", "\u0120", "12", "\u0120", "12", "1", "2", "\u0120", "12", "ab"]
+    of_qwen = pieces(**{"general.architecture": "qwen3"})
+    assert of_qwen == ["ab", *["\u0120", "1", "2"], *["\u0120", "1", "2", "1", "2"], *["\u0120", "1", "2"], "ab"]
+
+
 def test_bos_is_put_in_front_only_where_the_file_says_so():
     def first(pre, **more):
-        return gguf_tokenizer(byte_level_fields(pre, **more), max_length=64)("ab")["input_ids"][0] == 0
+        return gguf_tokenizer(byte_level_fields(pre, **more), max_length=64, origin="x.gguf")("ab")["input_ids"][0] == 0
 
     assert first("smollm", add_bos_token=True) and first("llama-bpe")
     assert not first("smollm") and not first("llama-bpe", add_bos_token=False)
 
 
 def test_end_of_turn_is_a_stop_id_beside_the_end_of_sequence():
-    tokenizer = gguf_tokenizer(byte_level_fields("smollm", eot_token_id=0), max_length=64)
+    tokenizer = gguf_tokenizer(byte_level_fields("smollm", eot_token_id=0), max_length=64, origin="x.gguf")
     assert stop_ids(tokenizer) == (1, 0)
-    assert stop_ids(gguf_tokenizer(byte_level_fields("smollm", eot_token_id=1), max_length=64)) == (1,)
+    assert stop_ids(gguf_tokenizer(byte_level_fields("smollm", eot_token_id=1), max_length=64, origin="x.gguf")) == (1,)
     assert tokenizer.pad_token is None and tokenizer.model_max_length == 64

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pgjax.models.io.gguf_tokenizer import gguf_tokenizer
 from pgjax.models.io.load import load, save_pretrained
 from pgjax.models.io.stops import STOP_IDS, stop_ids
-from pgjax.models.io.tokenizer import folder_tokenizer, gguf_tokenizer
+from pgjax.models.io.tokenizer import folder_tokenizer
 from pgjax.parallel.mesh import make_mesh
 from tests.compare import assert_same_bits
 
@@ -26,7 +27,7 @@ def small_tokenizer(stops=(2, 1), **more):
     tokens = ["<pad>", "<s>", "</s>", *"abcdefgh", "ab", "cd", "1", "2", "\u0120"]
     fields = {"model": "gpt2", "pre": "smollm", "tokens": tokens, "token_type": [3, 3, 3, *[1] * 13], **more}
     fields |= {"merges": ["a b", "c d"], "bos_token_id": 1, "eos_token_id": 2}
-    tokenizer = gguf_tokenizer({f"tokenizer.ggml.{k}": v for k, v in fields.items()}, max_length=64)
+    tokenizer = gguf_tokenizer({f"tokenizer.ggml.{k}": v for k, v in fields.items()}, max_length=64, origin="x.gguf")
     tokenizer.init_kwargs[STOP_IDS] = list(stops)
     tokenizer.chat_template = "{{ messages[0].content }}"
     return tokenizer

@@ -9,13 +9,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from pgjax.models.architecture import Architecture, Experts
 from pgjax.parallel.sharding import ambient_mesh, fitting
 
 Activation = Callable[[jax.Array], jax.Array]
-BLOCK = 32  # rows that a CPU multiplies at a time
+BLOCK, SMALL = 128, 32  # rows that a CPU multiplies at a time: whole blocks of an expert, and of what is left
+PRODUCT = "product"  # the checkpoint name of the results of products with weights
 MAPS = ("expert_gate", "expert_up", "expert_down")
 
 
@@ -66,10 +68,23 @@ def through_experts(
     if mesh is None:
         return run(x, *kernels)
     rows, split = fitting(mesh, x.shape[0], "batch"), fitting(mesh, kernels[1].shape[2], "mlp")
-    wide = PartitionSpec(None, None, split)
-    specs = (PartitionSpec(rows), PartitionSpec(), wide, wide, PartitionSpec(None, split))
-    run = functools.partial(run, summed_over=split)
-    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(rows), check_vma=False)(x, *kernels)
+    width = fitting(mesh, x.shape[2], "width")
+
+    def gathered_run(x: jax.Array, router: jax.Array, *maps: jax.Array) -> jax.Array:
+        # Gathered in here, so that the transpose scatters the sum of gradients: outside it would be summed whole.
+        axes = (1, 1, 2)
+        whole = (
+            [jax.lax.all_gather(w, width, axis=i, tiled=True) for w, i in zip(maps, axes, strict=True)]
+            if width
+            else maps
+        )
+        return run(x, router, *whole, summed_over=split)
+
+    into, out = PartitionSpec(None, width, split), PartitionSpec(None, split, width)
+    specs = (PartitionSpec(rows), PartitionSpec(), into, into, out)
+    return jax.shard_map(gathered_run, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(rows), check_vma=False)(
+        x, *kernels
+    )
 
 
 def routed(logits: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array]:
@@ -108,45 +123,55 @@ def _ragged(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
     return jax.lax.ragged_dot(x, kernels, sizes, preferred_element_type=jnp.float32)
 
 
-def _by_block(sizes: jax.Array, carry: Any, use: Callable[[jax.Array, jax.Array, jax.Array, Any], Any]) -> Any:
-    """Fold `use(expert, first row, row past the expert's last, carry)` over the blocks of rows of each expert that has some."""
-    ends = jnp.cumsum(sizes)
+def _ragged_transposed(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
+    return _ragged(x, kernels.swapaxes(1, 2), sizes)
+
+
+# (expert, first row, row past the expert's last, rows at a time, carry) -> carry
+Use = Callable[[jax.Array, jax.Array, jax.Array, int, Any], Any]
+
+
+def _by_block(sizes: jax.Array, rows: int, carry: Any, use: Use) -> Any:
+    """Fold `use` over the blocks of rows of each expert that has some."""
+    ends, large = jnp.cumsum(sizes), BLOCK if rows >= BLOCK else SMALL
 
     def one(expert: jax.Array, carry: Any) -> Any:
         first, end = ends[expert] - sizes[expert], ends[expert]
-        blocks = (sizes[expert] + BLOCK - 1) // BLOCK
-        return jax.lax.fori_loop(0, blocks, lambda i, carry: use(expert, first + i * BLOCK, end, carry), carry)
+        whole = sizes[expert] // large
+        rest, left = first + whole * large, sizes[expert] - whole * large
+        carry = jax.lax.fori_loop(0, whole, lambda i, carry: use(expert, first + i * large, end, large, carry), carry)
+        count = (left + SMALL - 1) // SMALL
+        return jax.lax.fori_loop(0, count, lambda i, carry: use(expert, rest + i * SMALL, end, SMALL, carry), carry)
 
     return jax.lax.fori_loop(0, len(sizes), one, carry)
 
 
-def _looped(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
-    rows, past = x.shape[0], ((0, BLOCK), (0, 0))
+def _looped(x: jax.Array, kernels: jax.Array, sizes: jax.Array, axis: int = 0) -> jax.Array:
+    """Multiply by block; `axis` of a kernel is summed over."""
+    rows, past = x.shape[0], ((0, SMALL), (0, 0))
     x = jnp.pad(x, past)
 
-    def use(expert: jax.Array, first: jax.Array, _: jax.Array, out: jax.Array) -> jax.Array:
-        block = jax.lax.dynamic_slice_in_dim(x, first, BLOCK)
-        product = jnp.matmul(block, kernels[expert], preferred_element_type=jnp.float32)
+    def use(expert: jax.Array, first: jax.Array, _: jax.Array, count: int, out: jax.Array) -> jax.Array:
+        block, contract = jax.lax.dynamic_slice_in_dim(x, first, count), (((1,), (axis,)), ((), ()))
+        product = jax.lax.dot_general(block, kernels[expert], contract, preferred_element_type=jnp.float32)
         # Rows past the expert's last belong to later ones, which write them again.
         return jax.lax.dynamic_update_slice_in_dim(out, product, first, axis=0)
 
-    return _by_block(sizes, jnp.zeros((rows + BLOCK, kernels.shape[2]), jnp.float32), use)[:rows]
+    return _by_block(sizes, rows, jnp.zeros((rows + SMALL, kernels.shape[2 - axis]), jnp.float32), use)[:rows]
 
 
 def _looped_by_kernel(x: jax.Array, cotangent: jax.Array, sizes: jax.Array) -> jax.Array:
-    past = ((0, BLOCK), (0, 0))
+    rows, past = x.shape[0], ((0, SMALL), (0, 0))
     x, cotangent = jnp.pad(x, past), jnp.pad(cotangent, past)
 
-    def use(expert: jax.Array, first: jax.Array, end: jax.Array, out: jax.Array) -> jax.Array:
-        theirs = (first + jnp.arange(BLOCK) < end)[:, None]
-        left = jnp.where(theirs, jax.lax.dynamic_slice_in_dim(x, first, BLOCK), 0)
-        product = jnp.matmul(
-            left.T, jax.lax.dynamic_slice_in_dim(cotangent, first, BLOCK), preferred_element_type=jnp.float32
-        )
-        return out.at[expert].add(product)
+    def use(expert: jax.Array, first: jax.Array, end: jax.Array, count: int, out: jax.Array) -> jax.Array:
+        theirs = (first + jnp.arange(count) < end)[:, None]
+        left = jnp.where(theirs, jax.lax.dynamic_slice_in_dim(x, first, count), 0)
+        right = jax.lax.dynamic_slice_in_dim(cotangent, first, count)
+        return out.at[expert].add(jnp.matmul(left.T, right, preferred_element_type=jnp.float32))
 
     shape = len(sizes), x.shape[1], cotangent.shape[1]
-    return _by_block(sizes, jnp.zeros(shape, jnp.float32), use)
+    return _by_block(sizes, rows, jnp.zeros(shape, jnp.float32), use)
 
 
 def _ragged_by_kernel(x: jax.Array, cotangent: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -157,18 +182,36 @@ def _ragged_by_kernel(x: jax.Array, cotangent: jax.Array, sizes: jax.Array) -> j
 
 
 def _forward(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return expert_dot(x, kernels, sizes), (x, kernels, sizes)
+    return checkpoint_name(expert_dot(x, kernels, sizes), PRODUCT), (x, kernels, sizes)
 
 
 def _backward(saved: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     x, kernels, sizes = saved
     cotangent = cotangent.astype(x.dtype)
-    by_x = expert_dot(cotangent, kernels.swapaxes(1, 2), sizes).astype(x.dtype)
+    by_x = jax.lax.platform_dependent(
+        cotangent, kernels, sizes, cpu=functools.partial(_looped, axis=1), default=_ragged_transposed
+    ).astype(x.dtype)
     by_kernel = jax.lax.platform_dependent(x, cotangent, sizes, cpu=_looped_by_kernel, default=_ragged_by_kernel)
     return by_x, by_kernel.astype(kernels.dtype), None
 
 
 expert_dot.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def permuted_rows(x: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
+    """Take the rows of x [M, D] in an order [M], whose inverse is `back`: its transpose takes rows too, and adds nothing up.
+
+    >>> permuted_rows(jnp.array([[5.0], [6.0]]), jnp.array([1, 0]), jnp.array([1, 0])).ravel().tolist()
+    [6.0, 5.0]
+    """
+    return x[order]
+
+
+permuted_rows.defvjp(
+    lambda x, order, back: (x[order], (order, back)),
+    lambda saved, cotangent: (permuted_rows(cotangent, saved[1], saved[0]), None, None),
+)
 
 
 def _run(
@@ -186,10 +229,13 @@ def _run(
     logits = jnp.matmul(tokens, router, preferred_element_type=jnp.float32).astype(x.dtype)
     weights, chosen = routed(logits, experts)
     order = jnp.argsort(chosen.ravel(), stable=True)  # of (token, expert) pairs
+    back = jnp.argsort(order)
     sizes = jnp.bincount(chosen.ravel(), length=experts.number).astype(jnp.int32)
-    pairs = tokens[order // experts.per_token]
-    inner = (activation(expert_dot(pairs, gate, sizes)) * expert_dot(pairs, up, sizes)).astype(x.dtype)
-    out = expert_dot(inner, down, sizes)[jnp.argsort(order)].reshape(*chosen.shape, -1)
-    y = jnp.sum(out * weights[:, :, None], axis=1)
+    pairs = permuted_rows(jnp.repeat(tokens, experts.per_token, axis=0), order, back)
+    inner = activation(expert_dot(pairs, gate, sizes)) * expert_dot(pairs, up, sizes)
+    # Weighed before the last map, which is linear: then the backward pass does not need what it returns.
+    inner = inner * permuted_rows(weights.reshape(-1, 1), order, back)
+    out = permuted_rows(expert_dot(inner.astype(x.dtype), down, sizes), back, order)
+    y = jnp.sum(out.reshape(*chosen.shape, -1), axis=1)
     y = jax.lax.psum(y, summed_over) if summed_over else y
     return y.astype(x.dtype).reshape(x.shape)

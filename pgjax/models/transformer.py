@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pgjax.models.architecture import Architecture
-from pgjax.models.experts import init_experts, through_experts
+from pgjax.models.experts import PRODUCT, init_experts, through_experts
 from pgjax.models.lora import FACTORS, adapted_dot
 from pgjax.models.rope import Table, rotate
 from pgjax.parallel.sharding import constrain
@@ -27,9 +27,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 KeyValue = tuple[jax.Array, jax.Array]  # keys and values of one layer, each [B, kv_heads, S, head_dim]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, KeyValue]]
-
-
-PRODUCT = "product"  # the checkpoint name of the results of products with weights
 
 
 def rows_dot(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:

@@ -61,9 +61,10 @@ def slot_of(arch: Architecture, path: LeafPath) -> Slot:
     """
     path = path[1:] if path[0] == "lm" else path  # the language model inside a reward model
     family = FAMILIES[arch.family]
-    if path not in family.names:
+    names = {**family.names, **family.side_by_side} if arch.parallel and not arch.one_norm else family.names
+    if path not in names:
         raise UserError(f"family {arch.family!r} has no tensor for the parameter {'/'.join(path)}")
-    name, is_map = family.names[path], path[0] == "layers" and path[-1] == "kernel"
+    name, is_map = names[path], path[0] == "layers" and path[-1] == "kernel"
     part = family.part(arch, path[1]) if path[0] == "layers" else None
     return Slot(name, name.count("{}"), transposed=is_map and not family.in_out, part=part, row=path[0] == "score")
 

@@ -1,15 +1,14 @@
-"""Load tokenizers from a model folder or a GGUF file's metadata."""
+"""Load the tokenizer of a model folder."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pgjax.core.errors import UserError
-from pgjax.models.io.stops import STOP_IDS, gathered_stops, read_stop_strings, read_stops, set_stops, stop_ids
+from pgjax.models.io.stops import STOP_IDS, read_stop_strings, read_stops, set_stops, stop_ids
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -24,15 +23,6 @@ TOKENIZER_FILES = (
 )
 _WHOLE = ("tokenizer.json", "vocab.json", "tokenizer.model")  # any one of them makes a tokenizer
 _FOREIGN = ("tekken.json", "spiece.model", "vocab.txt", "sentencepiece.bpe.model")  # of which none is read
-
-# How text is split before the byte-pair merges, by `tokenizer.ggml.pre`.
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")  # digits one by one
-PRE_TOKENIZERS = ("gpt-2", "llama-bpe", "qwen2", "smollm")
-_CONTROL, _USER_DEFINED = 3, 4  # token types in GGUF
 
 
 def folder_tokenizer(folder: Path) -> Any | None:
@@ -49,7 +39,7 @@ def folder_tokenizer(folder: Path) -> Any | None:
     """
     if not any((folder / name).is_file() for name in _WHOLE):
         return None
-    _quiet()
+    quiet()
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # tokenizer.json is complete, and is read as it is. AutoTokenizer may rebuild it as the class that
@@ -123,90 +113,6 @@ def prepare_tokenizer(tokenizer: Any, *, vocab_size: int, origin: str, mend: str
     return tokenizer
 
 
-def gguf_tokenizer(fields: Mapping[str, Any], *, max_length: int) -> Any | None:
-    """Build the tokenizer that a GGUF file's metadata describes: byte-level BPE (Radford et al. 2019).
-
-    Args:
-        fields: the metadata, one value a key.
-        max_length: positions of the model, in tokens.
-
-    Returns:
-        A `transformers.PreTrainedTokenizerFast`, or None where the file holds no tokenizer.
-
-    Raises:
-        UserError: for a kind of tokenizer or a pre-tokenizer that is not implemented.
-    """
-    kind = fields.get("tokenizer.ggml.model")
-    if kind is None:
-        return None
-    if kind != "gpt2":
-        raise UserError(f"tokenizer.ggml.model {kind!r} is not supported in GGUF; supported: gpt2 (byte-level BPE)")
-    pre = fields.get("tokenizer.ggml.pre")
-    if pre not in PRE_TOKENIZERS:
-        raise UserError(f"tokenizer.ggml.pre {pre!r} is not supported; supported: {', '.join(PRE_TOKENIZERS)}")
-    _quiet()
-    from transformers import PreTrainedTokenizerFast
-
-    tokens = fields["tokenizer.ggml.tokens"]
-    named = {
-        name: tokens[fields[f"tokenizer.ggml.{key}_token_id"]]
-        for name, key in (
-            ("bos_token", "bos"),
-            ("eos_token", "eos"),
-            ("unk_token", "unknown"),
-            ("pad_token", "padding"),
-        )
-        if f"tokenizer.ggml.{key}_token_id" in fields
-    }
-    stops = [fields[name] for name in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if name in fields]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_byte_level_bpe(fields, pre),
-        chat_template=fields.get("tokenizer.chat_template"),
-        model_max_length=max_length,
-        clean_up_tokenization_spaces=False,
-        **named,
-    )
-    tokenizer.init_kwargs[STOP_IDS] = list(gathered_stops(stops, tokenizer))
-    return tokenizer
-
-
-def _byte_level_bpe(fields: Mapping[str, Any], pre: str) -> Any:
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-
-    cuts: dict[str, list[Any]] = {
-        "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
-        "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
-        "llama-bpe": [
-            pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ],
-        "qwen2": [
-            pre_tokenizers.Split(Regex(_QWEN2_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ],
-    }
-    tokens, merges = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.merges"]
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre == "llama-bpe"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts[pre])
-    if pre == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.decoder = decoders.ByteLevel()
-    kinds = list(zip(tokens, fields["tokenizer.ggml.token_type"], strict=True))
-    tokenizer.add_special_tokens(
-        [AddedToken(t, normalized=False, special=True) for t, kind in kinds if kind == _CONTROL]
-    )
-    tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t, kind in kinds if kind == _USER_DEFINED])
-    # llama.cpp adds BOS for this kind even if the file does not say so.
-    if fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
-        bos = fields["tokenizer.ggml.bos_token_id"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{tokens[bos]} $A", pair=f"{tokens[bos]} $A {tokens[bos]} $B", special_tokens=[(tokens[bos], bos)]
-        )
-    return tokenizer
-
-
-def _quiet() -> None:
+def quiet() -> None:
     """Keep transformers from advising to install torch, which is not needed."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

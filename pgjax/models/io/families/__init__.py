@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pgjax.models.io.families.cohere import COHERE2, GLM4, STABLELM
+from pgjax.models.io.families.falcon import FALCON
 from pgjax.models.io.families.family import Family
 from pgjax.models.io.families.gemma import GEMMA, GEMMA2, GEMMA3
 from pgjax.models.io.families.gpt import GPT2, GPT_NEOX
@@ -15,6 +16,7 @@ from pgjax.models.io.families.phi import PHI3
 
 FAMILIES: Mapping[str, Family] = {  # by model_type
     "cohere2": COHERE2,
+    "falcon": FALCON,
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,

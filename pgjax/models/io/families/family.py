@@ -34,6 +34,7 @@ class Family(NamedTuple):
     only: Fields  # options that change the computation -> the only value that is implemented
     part: Callable[[Architecture, str], Part | None] = lambda arch, name: None  # of the linear map with that name
     in_out: bool = False  # kernels are stored [in, out]
+    side_by_side: Mapping[LeafPath, str] = {}  # other names, where attention and MLP read the stream by a norm each
 
 
 ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}

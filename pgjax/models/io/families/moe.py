@@ -79,11 +79,13 @@ MIXTRAL = Family(
 
 
 def _qwen3_moe(fields: Fields) -> Architecture:
+    # As transformers 5.24 writes it, or as all before do.
+    number = "num_experts" if fields.get("num_local_experts") is None else "num_local_experts"
     window = fields["sliding_window"] if read.boolean(fields, "use_sliding_window") else None
     return rotary(
         {**fields, "intermediate_size": read.integer(fields, "moe_intermediate_size")},
         qk_norm=True,
-        experts=_experts(fields, "num_experts", normalized=read.boolean(fields, "norm_topk_prob")),
+        experts=_experts(fields, number, normalized=read.boolean(fields, "norm_topk_prob")),
         **everywhere({**fields, "sliding_window": window}),
     )
 
