@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import re
 import types
 
@@ -9,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from pgjax.learning.algorithm import Batch
 from pgjax.learning.algorithms import ppo
@@ -148,7 +148,10 @@ def test_cudnn_is_asked_for_what_it_takes(dtype, head_dim, capability, taken):
 def nvidia(monkeypatch):
     """Let programs be written for an NVIDIA GPU that is not there."""
     monkeypatch.setattr(causal_lm, "cuda_capability", lambda: (9, 0))
-    monkeypatch.setattr(cudnn, "cuda_versions", types.SimpleNamespace(cudnn_get_version=lambda: 91000))
+    # JAX asks for the version of cuDNN while it traces, and has no public way to name one.
+    by_cudnn = inspect.unwrap(jax.nn.dot_product_attention).__globals__["cudnn_dot_product_attention"]
+    versions = types.SimpleNamespace(cudnn_get_version=lambda: 91000)
+    monkeypatch.setitem(inspect.unwrap(by_cudnn).__globals__, "cuda_versions", versions)
     causal_lm._built.cache_clear()  # functions that are traced already keep what they chose
     yield
     causal_lm._built.cache_clear()
