@@ -1,6 +1,7 @@
 """PPO on a language model against a black-box reward (Schulman et al. 2017; Ouyang et al. 2022), Monte Carlo returns.
 
     python -m experiments.ppo                   # SmolLM2-135M-Instruct learns the shape of a haiku
+    python -m experiments.ppo whole_haiku       # ... to end it, and to count (a longer run)
     python -m experiments.ppo sentiment         # ... or to continue reviews kindly
     python -m experiments.ppo --algorithm rloo  # or grpo, dr_grpo, reinforce, my_module:my_algorithm
     python -m experiments.ppo --help            # every field; flags override the preset
@@ -64,13 +65,19 @@ class Config(flags.LearningFlags, flags.RewardFlags, RunFlags):
 
 PRESETS = {
     "haiku": Config(held_out="experiments.tasks.haiku:held_out_rows"),
+    "whole_haiku": Config(
+        held_out="experiments.tasks.haiku:held_out_rows", reward_weights=(1.0, 0.0, 0.0), output=Path("runs/whole_haiku"),
+        rewards=tuple(f"experiments.tasks.haiku:{name}" for name in ("whole_haiku_reward", "three_lines", "exact_haiku")),
+        steps=60, batch_size=64, max_new_tokens=40, eval_max_new_tokens=128, algorithm="rloo", group_size=8, kl_coef=0.003,
+        lora_rank=16, learning_rate=4e-4),
     "sentiment": Config(
         prompts="experiments.tasks.sentiment:train_rows", held_out="experiments.tasks.sentiment:held_out_rows", chat=False,
         rewards=("experiments.tasks.sentiment:sentiment_reward",), output=Path("runs/sentiment"), batch_size=64,
-        max_new_tokens=20, kl_coef=0.02,
-    ),
+        max_new_tokens=20, kl_coef=0.02),
 }  # fmt: skip
-GOES_WITH: Any = {"prompts": {"held_out": None}, "reward_model": {"rewards": ()}, "algorithm": {"kl_coef": None}}
+GOES_WITH: Any = {
+    "prompts": {"held_out": None}, "rewards": {"reward_weights": ()}, "reward_model": {"rewards": (), "reward_weights": ()},
+    "algorithm": {"kl_coef": None}}  # fmt: skip
 # When a run goes on; digests say whether models and rows are the same, wherever they lie
 MAY_CHANGE = INCIDENTAL | flags.CALLING | {"model", "reward_model", "prompts", "held_out"}
 MAY_CHANGE |= {"steps", "eval_samples", "eval_every", "samples_every", "save_every"}
@@ -122,10 +129,6 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     def drawn(state: pg.State, batch: Any, key: jax.Array) -> Any:
         return [batch[row] for row in fed], timer.queued(), it.sample(state._replace(key=key), *task.padded(batch))
 
-    def prepare(state: pg.State, i: int) -> Any:
-        """Queue the rollout and what the models give to it; nothing is waited for."""
-        return drawn(state, deal[i], key)
-
     def step(state: pg.State, i: int, work: Any) -> tuple[pg.State, dict[str, Any], list[dict[str, Any]]]:
         """Judge on the host while the device works, then update."""
         prompts, rollout_seconds, rollout = work
@@ -164,16 +167,17 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
         folder, state, start, checkpoints = session[:4]
 
         def report(done: int, metrics: dict[str, float], samples: Any = None) -> None:
-            more = speed(metrics) if "timing/update" in metrics else {}
-            session.report(done, metrics | more, samples, config.samples_every)
+            speeds = speed(metrics) if "timing/update" in metrics else {}
+            session.report(done, metrics | speeds, samples, config.samples_every)
 
         if flags.evaluates(config, start):  # before the first step, and where a stop broke it off
-            figures = lambda: check_start(evaluated(state), config.model, lm.dtype, start)
-            session.evaluate(start, "eval/scores", figures, report)
+            session.evaluate(
+                start, "eval/scores", lambda: check_start(evaluated(state), config.model, lm.dtype, start), report
+            )
         state = loop.run(
-            state._replace(learner=revived(state.learner)), steps=config.steps, start=start, prepare=prepare, step=step,
-            check=loop.check_finite, report=report, checkpoints=checkpoints, save_every=config.save_every,
-            score=lambda metrics: metrics.get("eval/scores"),
+            state._replace(learner=revived(state.learner)), steps=config.steps, start=start, step=step, report=report,
+            prepare=lambda state, i: drawn(state, deal[i], key), checkpoints=checkpoints, save_every=config.save_every,
+            check=loop.check_finite, score=lambda metrics: metrics.get("eval/scores"),
         )  # fmt: skip
         session.evaluate(config.steps, "eval/scores", lambda: evaluated(state), session.writer.write)
         pg.save_pretrained(folder / "policy", lm, policy(state), tokenizer)

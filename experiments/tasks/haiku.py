@@ -4,6 +4,7 @@ A completion that was cut at the longest length is no whole haiku, whatever its 
 `syllapy` (a dictionary, and a rule for other words), so the reward judges English.
 """
 
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -168,8 +169,34 @@ def haiku_reward(prompts: Sequence[Any], completions: Sequence[str], **columns: 
 
 
 def whole_haiku_score(text: str) -> float:
-    """TODO."""
-    return 0.0
+    """Score the shape of one text in [0, 1], exact lines above all.
+
+    score = varied * form * (0.1 + 0.45 * near + 0.45 * exact), where form = 1 / (1 + |n - 3|) for n lines that aren't blank, 0
+    where one of them holds no word; near is the mean, over max(n, 3) lines, of exp(-|s - t| / 2) for s syllables against
+    t = 5, 7, 5, and exact the share of them with s = t; varied as in `haiku_score`. There a line that is one syllable off earns
+    most of what an exact one does; here less than a third of it, so that a policy that writes three lines goes on to count.
+
+    Args:
+      text: a whole completion.
+
+    Returns:
+      The score, 1 exactly where `exact_575` holds and the words are varied.
+
+    Example:
+      >>> def show(text): return round(whole_haiku_score(text), 3)
+      >>> haiku = "Silver robots hum\\nin the quiet of the night\\ndreaming of the rain"
+      >>> show(haiku), show(haiku.replace("the rain", "rain"))  # exact; a syllable short in one line
+      (1.0, 0.791)
+      >>> show(haiku + "\\nI hope you like it!"), show("Silver robots hum")  # a line too many; lines missing
+      (0.388, 0.133)
+    """
+    counts = [syllables(line) for line in _lines(text)]
+    if not counts or not all(counts):
+        return 0.0
+    pairs, most = list(zip(counts, TARGET, strict=False)), max(len(counts), 3)
+    near = sum(math.exp(-abs(s - t) / 2) for s, t in pairs) / most
+    exact = sum(s == t for s, t in pairs) / most
+    return _varied(text) / (1 + abs(len(counts) - 3)) * (0.1 + 0.45 * near + 0.45 * exact)
 
 
 def whole_haiku_reward(
