@@ -1,8 +1,7 @@
 """PPO on a language model against a black-box reward (Schulman et al. 2017; Ouyang et al. 2022), Monte Carlo returns.
 
     python -m experiments.ppo                   # SmolLM2-135M-Instruct learns the shape of a haiku
-    python -m experiments.ppo whole_haiku       # ... to end it, and to count (a longer run)
-    python -m experiments.ppo sentiment         # ... or to continue reviews kindly
+    python -m experiments.ppo sentiment         # ... or to continue reviews kindly; whole_haiku: to end one, and to count
     python -m experiments.ppo --algorithm rloo  # or grpo, dr_grpo, reinforce, my_module:my_algorithm
     python -m experiments.ppo --help            # every field; flags override the preset
     python -m experiments.ppo --resume          # go on with a run that was stopped (--resume-from: see --help)
@@ -171,9 +170,8 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
             session.report(done, metrics | speeds, samples, config.samples_every)
 
         if flags.evaluates(config, start):  # before the first step, and where a stop broke it off
-            session.evaluate(
-                start, "eval/scores", lambda: check_start(evaluated(state), config.model, lm.dtype, start), report
-            )
+            figures = lambda: check_start(evaluated(state), config.model, lm.dtype, start)
+            session.evaluate(start, "eval/scores", figures, report)
         state = loop.run(
             state._replace(learner=revived(state.learner)), steps=config.steps, start=start, step=step, report=report,
             prepare=lambda state, i: drawn(state, deal[i], key), checkpoints=checkpoints, save_every=config.save_every,
