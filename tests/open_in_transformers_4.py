@@ -1,6 +1,6 @@
 """Hold saved folders against transformers 4: the same ids, text, chat, stops and rope as pgjax has.
 
-    python3 -m venv four && four/bin/pip install 'transformers==4.57.*'
+    python3 -m venv four && four/bin/pip install 'transformers==4.57.*' jinja2
     JAX_PLATFORMS=cpu python -m tests.open_in_transformers_4 four/bin/python
 
 Every kind of tokenizer with one of the tiny models each. It ends with 1 where something differs.
