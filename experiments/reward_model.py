@@ -33,7 +33,6 @@ from pgjax.data.sources import load_rows
 from pgjax.learning import reward_learning
 from pgjax.learning.optimizer import TrainState, adamw, init_state, revived
 from pgjax.models.io.classifier import with_padding_token
-from pgjax.models.io.tokenizer import missing_tokenizer
 from pgjax.models.lora import freeze
 from pgjax.models.reward_model import from_causal_lm
 from pgjax.parallel import batch_rows, processes
@@ -83,7 +82,6 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     devices.check_batch_divides(mesh, config.batch_size, microbatches=config.microbatches)
     pair_sets, answers = processes.all_or_none(lambda: read_rows(config))
     lm, params, tokenizer = pg.load(config.model, mesh=mesh, **load_options(config))
-    checks.require(tokenizer is not None, missing_tokenizer(config.model))
     model = frozen_model(params)
     judge = from_causal_lm(lm, params, jax.random.key(config.seed), remat=config.remat)
     rm, params, tokenizer = with_padding_token(*judge, templated(tokenizer, config))

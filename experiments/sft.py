@@ -31,7 +31,7 @@ from pgjax.data.tables import Placed
 from pgjax.learning import supervised
 from pgjax.learning.optimizer import TrainState, adamw, init_state, revived
 from pgjax.models.io.scratch import new_model
-from pgjax.models.io.tokenizer import folder_tokenizer, missing_tokenizer
+from pgjax.models.io.tokenizer import folder_tokenizer
 from pgjax.models.lora import freeze
 from pgjax.parallel import batch_rows, processes
 from pgjax.run import checks, clock, devices, exits, logs, loop, presets, stop
@@ -158,9 +158,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
 def load_or_make(config: Config, rows: Placed, mesh: Mesh | None) -> tuple[pg.CausalLM, Any, Any]:
     """Load the model, or make one with a tokenizer trained on the rows: a run that goes on has that in its folder."""
     if config.model is not None:
-        lm, params, tokenizer = pg.load(config.model, mesh=mesh, **load_options(config))
-        checks.require(tokenizer is not None, missing_tokenizer(config.model))
-        return lm, params, tokenizer
+        return pg.load(config.model, mesh=mesh, **load_options(config))
     lm, params, tokenizer = new_model(
         texts_of(rows), jax.random.key(config.seed), config=config.config, vocab_size=config.vocab_size,
         tokenizer=folder_tokenizer(config.output / "tokenizer") if config.goes_on else None, dtype=config.dtype, mesh=mesh,

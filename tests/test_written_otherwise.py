@@ -1,10 +1,12 @@
 """Templates that write a conversation otherwise than they open a turn, leave words out, or take content in parts alone."""
 
 import itertools
+import types
 
 import pytest
 from tokenizers import normalizers
 
+from pgjax.core.errors import UserError
 from pgjax.data.drafts import OPENED_OTHERWISE, OPENED_TWICE, REWRITTEN, THOUGHT_DROPPED, UNUSED_TOOLS, UNWRITTEN
 from pgjax.data.examples import check_examples, encode_examples
 from pgjax.data.preferences import (
@@ -20,6 +22,7 @@ from pgjax.data.prompts import check_rows, completion_texts, encode_prompts
 from pgjax.data.tokens import added_text
 from pgjax.models.io.chat_template import set_template
 from pgjax.models.io.tokenizer import folder_tokenizer, missing_tokenizer
+from pgjax.run.session import templated
 from tests.tokenizer_kinds import CHATML, KINDS, LLAMA3, byte_level, sentencepiece_like
 
 USER = {"role": "user", "content": "q"}
@@ -235,3 +238,5 @@ def test_a_folder_with_a_tokenizer_in_another_form_is_told_which_and_what_to_do(
     assert folder_tokenizer(tmp_path) is None
     assert "holds no tokenizer that is read: tekken.json is another form; add the" in missing_tokenizer(tmp_path)
     assert missing_tokenizer(tmp_path / "none").endswith("holds no tokenizer: add its files")
+    with pytest.raises(UserError, match="tekken.json is another form; add the"):  # as every script says it
+        templated(None, types.SimpleNamespace(model=tmp_path))

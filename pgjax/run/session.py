@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from pgjax.core.errors import UserError
 from pgjax.models.io.chat_template import set_template
+from pgjax.models.io.tokenizer import missing_tokenizer
 from pgjax.parallel import processes
 from pgjax.run import checks, devices, logs, stop
 from pgjax.run.checkpoint.checkpoints import Checkpoints
@@ -118,18 +119,22 @@ def templated(tokenizer: Any, config: Any) -> Any:
 
     Args:
         tokenizer: changed in place; None: there is none.
-        config: with the fields template_args and template_date.
+        config: with the fields model, template_args and template_date.
 
     Returns:
         The same tokenizer.
 
     Raises:
-        UserError: as in `checks.json_object` and `chat_template.set_template`.
+        UserError: there is no tokenizer; or as in `checks.json_object` and `chat_template.set_template`.
 
     Example:
-        >>> templated(None, RunFlags(template_date="2026-11-30")) is None
-        True
+        >>> import types
+        >>> templated(None, types.SimpleNamespace(model="models/tiny"))
+        Traceback (most recent call last):
+        pgjax.UserError: models/tiny holds no tokenizer: add its files
     """
+    if tokenizer is None:
+        raise UserError(missing_tokenizer(config.model))
     return set_template(tokenizer, args=checks.json_object(config, "template_args"), date=config.template_date)
 
 
