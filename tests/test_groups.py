@@ -215,7 +215,7 @@ def test_a_script_that_shares_prompts_learns_what_one_learns_that_does_not(tmp_p
     )  # fmt: skip
     script.main(config)
     one = logs.read_metrics(config.output)
-    for module in (script, iteration, evaluation, task):
+    for module in (iteration, evaluation, task):
         monkeypatch.setattr(module, "whole_groups", lambda mesh, rows, group_size: 1)
     script.main(dataclasses.replace(config, output=tmp_path / "alone"))
     other = logs.read_metrics(tmp_path / "alone")
