@@ -41,10 +41,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 class Config:
     """One benchmark."""
 
-    layers: int = 24
+    layers: int = 24  # of each model
     batch_size: int = 8  # sequences
     length: int = 128  # tokens a sequence, and slots of the cache
-    rounds: int = 7
+    rounds: int = 7  # of all families in turn; the medians are shown
 
 
 def programs(name: str, config: Config) -> dict[str, Callable[[], Any]]:

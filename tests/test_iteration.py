@@ -119,7 +119,8 @@ def test_columns_that_no_completion_reaches_are_neither_computed_nor_missed(name
     )
     for other in (long, by_token):
         assert_close(short[0].learner.params, other[0].learner.params, 1e-6)
-        for metric, value in short[1].items():
+        for metric in short[1].keys() - {"completions/padded_length"}:
+            value = short[1][metric]
             np.testing.assert_allclose(value, other[1][metric], rtol=2e-5, atol=2e-6, err_msg=metric)
 
 

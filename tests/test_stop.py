@@ -101,7 +101,7 @@ def test_an_evaluation_stops_between_its_batches(monkeypatch):
             judged.append(rollout)
             if rollout == 2:
                 os.kill(os.getpid(), signal.SIGUSR1)
-            return type("Judged", (), {"scores": np.zeros(1), "parts": {}})
+            return type("Judged", (), {"scores": np.zeros(1), "ended": np.ones(1), "parts": {}})
 
     task = Slow(*[None] * (len(Task._fields) - len(Task._field_defaults)))
     with stop.stop_signals():
