@@ -122,17 +122,16 @@ def test_two_runs_in_folders_of_one_name_are_two(tmp_path):
 def test_wandb_offline_holds_every_step_of_a_run_that_goes_on(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     offline(tmp_path, "wandb")
     found = {}
     for path in sorted(tmp_path.glob("run/wandb/offline-run-*/*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(path))
-        while (data := store.scan_data()) is not None:
-            record = Record()
-            record.ParseFromString(data)
+        raw, at = path.read_bytes(), 7  # after a header of the file: checksum (4), length (2), kind (1), the record
+        while at < len(raw):
+            length = int.from_bytes(raw[at + 4 : at + 6], "little")
+            record = Record.FromString(raw[at + 7 : at + 7 + length])
+            at += 7 + length
             if record.history.item:
                 items = {
                     item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
