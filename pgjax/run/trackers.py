@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import math
@@ -97,7 +98,7 @@ class Trackers:
             return
         run, fields = run_id(Path(folder)), json.loads(json.dumps(dict(config), default=str))
         for name in dict.fromkeys(names):
-            opened = self._try(name, lambda name=name: OPEN[name](project, run, Path(folder), fields))
+            opened = self._try(name, functools.partial(OPEN[name], project, run, Path(folder), fields))
             if opened is not None:
                 self._opened[name] = opened
 
@@ -120,7 +121,7 @@ class Trackers:
         """
         for name, tracked in self._opened.items():
             finite = {key: float(value) for key, value in metrics.items() if math.isfinite(value)}
-            self._try(name, lambda tracked=tracked, finite=finite: tracked.log(int(step), finite))
+            self._try(name, functools.partial(tracked.log, int(step), finite))
 
     def close(self) -> None:
         """Finish the tracked runs, and say how often each tracker failed."""
