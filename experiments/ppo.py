@@ -105,7 +105,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     task = make_task(
         lm, tokenizer, judges, config.reward_weights or None, row_sets, places=places, chat=config.chat, mesh=mesh,
         reward_model=reward_model, group_size=group_size, caller=flags.caller_of(config),
-        eval_max_new_tokens=config.eval_max_new_tokens, **flags.sampling_options(config),
+        eval_max_new_tokens=config.eval_max_new_tokens, attempts=flags.attempts_of(config), **flags.sampling_options(config),
     )  # fmt: skip
     processes.print_once(told_stops(tokenizer))
     train_prompts, held_out = task.prompt_sets

@@ -12,9 +12,10 @@ from pgjax.learning.by_name import load_algorithm
 from pgjax.learning.iteration_checks import check_importance, check_options
 from pgjax.learning.optimizer import Optimizer, adamw
 from pgjax.parallel.processes import print_once
+from pgjax.rollout.attempts import Attempts
 from pgjax.rollout.calling import Caller
 from pgjax.rollout.judge import REWARD_MODEL
-from pgjax.rollout.rewards import check_weights
+from pgjax.rollout.rewards import check_weights, load_reward
 from pgjax.run.checks import above_zero, at_least_one, not_negative, require
 from pgjax.run.session import recorded
 
@@ -74,6 +75,9 @@ class RewardFlags:
     reward_processes: bool = False  # the workers are processes in place of threads: for rewards that compute in Python
     reward_model: str | None = None  # a sequence classifier with one label, sources as for `model`; None: no such judge
     reward_model_weight: float = 1.0  # of the reward model's score beside the black boxes
+    success_score: float | None = None  # evaluations report pass@k: the least score of a success; None: they do not
+    success_metric: str = "scores"  # whose score that is: scores, or the name of one of the rewards
+    answers: str | None = None  # module:function; the answers that completions vote for, majority@k; called as a reward
     truncation_penalty: float = 0.0  # taken off the score of a completion that did not end by itself
     mask_truncated: bool = False  # leave completions that did not end by themselves out of the update
     overlong_tokens: int = 0  # over so many last tokens of max_new_tokens a penalty rises (DAPO); 0: none
@@ -82,7 +86,9 @@ class RewardFlags:
     resample_metric: str = "scores"  # what must differ in a group then: scores, or the name of one of the rewards
 
 
-CALLING = frozenset({"reward_timeout", "reward_workers", "reward_processes"})  # on which no result depends
+CALLING = frozenset(  # on which nothing that is learned depends
+    {"reward_timeout", "reward_workers", "reward_processes", "success_score", "success_metric", "answers"}
+)
 _ALGORITHM = (
     "group_size", "reduce", "clip_eps", "clip_eps_high", "dual_clip", "value_coef", "value_clip_eps", "entropy_coef",
     "discount", "kl_coef", "kl_loss_coef",
@@ -202,6 +208,28 @@ def caller_of(config: Any) -> Caller:
     return Caller(config.reward_timeout, config.reward_workers, config.reward_processes)
 
 
+def attempts_of(config: Any) -> Attempts | None:
+    """Say when a completion of an evaluation is a success, as a config does.
+
+    Args:
+        config: with the fields of `RewardFlags`.
+
+    Returns:
+        That; None where the config does not say.
+
+    Raises:
+        UserError: the function of the answers cannot be loaded.
+
+    Example:
+        >>> attempts_of(RewardFlags(success_score=0.5))
+        Attempts(success=0.5, metric='scores', answers=None)
+    """
+    if config.success_score is None:
+        return None
+    answers = None if config.answers is None else load_reward(config.answers)
+    return Attempts(config.success_score, config.success_metric, answers)
+
+
 def evaluates(config: Any, done: int) -> bool:
     """Say whether a run evaluates after a step: the last one, each so many, and with keep_best those that are saved.
 
@@ -283,9 +311,18 @@ def check_rewards(config: Any, group_size: int) -> None:
         *(spec.rpartition(":")[2] for spec in config.rewards),
         *([REWARD_MODEL] if config.reward_model else []),
     ]
+    for field in ("resample_metric", "success_metric"):
+        require(
+            getattr(config, field) in known or len(set(known)) < len(known),
+            f"{field}={getattr(config, field)!r} is none of {', '.join(known)}",
+        )
     require(
-        config.resample_metric in known or len(set(known)) < len(known),
-        f"resample_metric={config.resample_metric!r} is none of {', '.join(known)}",
+        config.success_score is None or math.isfinite(config.success_score),
+        f"success_score must be finite, got {config.success_score}",
+    )
+    require(
+        config.answers is None or config.success_score is not None,
+        f"answers={config.answers!r} are voted on, and success_score=None does not say which of them are right: set it",
     )
 
 

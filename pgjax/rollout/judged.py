@@ -22,6 +22,7 @@ class Judged(NamedTuple):
     lengths: np.ndarray  # [B] sampled tokens
     shown: list[tuple[int, Any, str]]  # row, prompt and completion of the first few
     token_scores: np.ndarray | None = None  # [B, max_new_tokens], whose sums the scores are, where a reward gives such
+    votes: np.ndarray | None = None  # [B] int64 of the answers of an evaluation's completions (`attempts.votes_of`)
 
     def metrics(self) -> dict[str, float]:
         """Average what was judged, under the names of the logs; what does not apply to a row does not count it."""

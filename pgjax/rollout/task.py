@@ -22,6 +22,7 @@ from pgjax.parallel import batch_rows, processes
 from pgjax.parallel.encoding import plain
 from pgjax.parallel.sharding import fold_in, whole_groups
 from pgjax.rollout import rewards, scoring
+from pgjax.rollout.attempts import Attempts, attempt_figures, votes_of
 from pgjax.rollout.calling import Caller
 from pgjax.rollout.judge import REWARD_MODEL, ModelJudge
 from pgjax.rollout.judged import SHOWN, Judged, joined, judged_only, mean
@@ -61,6 +62,7 @@ class Task(NamedTuple):
     lanes: int | None = None  # rows that are sampled at once
     min_new_tokens: int = 0  # of a completion
     eval_max_new_tokens: int | None = None  # of a completion in an evaluation; None: max_new_tokens
+    attempts: Attempts | None = None  # what several completions of a prompt reach in an evaluation; None: not looked at
 
     def for_evaluation(self) -> Task:
         """Give the task with the longest completion that evaluations allow."""
@@ -94,10 +96,11 @@ class Task(NamedTuple):
         tokens, mask = left_pad([batch[row].ids for row in fed], self.pad_id, length=length)
         return (tokens, mask) if self.mesh is None else batch_rows.feed(self.mesh, (tokens, mask))
 
-    def judge(self, prompts: Sequence[Encoded], rollout: Rollout) -> Judged:
+    def judge(self, prompts: Sequence[Encoded], rollout: Rollout, *, vote: bool = False) -> Judged:
         """Decode the completions and put them before the black boxes, while the reward model scores them on the device.
 
-        Each process decodes and judges its own rows; where a black box fails on one, all stop.
+        Each process decodes and judges its own rows; where a black box fails on one, all stop. With `vote` the completions are
+        asked for their answers too, where `attempts` says how.
         """
         model_scores, size = self.queue_reward_model(prompts, rollout), len(rollout.tokens)
         group = whole_groups(None, size, self.group_size)
@@ -111,7 +114,9 @@ class Task(NamedTuple):
             numbered = zip(judged_here, rows, completions, strict=True)
             shown = [(i, plain(row["prompt"]), text) for i, row, text in numbered if i < SHOWN]
             ended = self._ended(*sampled)
-            more = on_request(self.judges, *sampled, self.tokenizer, ended)
+            answers = self.attempts.answers if vote and self.attempts else None
+            asking = [*self.judges, *([] if answers is None else [answers])]
+            more = on_request(asking, *sampled, self.tokenizer, ended)
             lengths = sampled[1].sum(1)
             scores, parts = score_rows(
                 self.judges, self.weights, rows, completions, more,
@@ -121,7 +126,8 @@ class Task(NamedTuple):
             if scores.ndim == 2:
                 of_tokens = np.pad(scores, ((0, 0), (0, self.max_new_tokens - scores.shape[1])))
                 scores = scores.sum(1)
-            return judged_here, Judged(scores, parts, ended, lengths, shown, of_tokens)
+            votes = None if answers is None else votes_of(answers, rows, completions, more)
+            return judged_here, Judged(scores, parts, ended, lengths, shown, of_tokens, votes)
 
         judged = joined(processes.gather_results(judge_rows), self.max_new_tokens)
         if model_scores is None or self.reward_model is None:
@@ -180,15 +186,19 @@ class Task(NamedTuple):
         """Judge `samples` completions of each prompt: means over all of them, with standard errors clustered by prompt.
 
         `kl` gives nats a sequence [B], to the reference; "ended" is the share that ended by itself. There are no standard
-        errors of a single prompt. Completions to which no reward applies count in no mean; "not_judged" counts them. Between
+        errors of a single prompt. With `attempts`, pass@k and majority@k of each prompt's completions are among them
+        (`attempts.attempt_figures`). Completions to which no reward applies count in no mean; "not_judged" counts them. Between
         batches it gives up where the run is to stop (`stop.check`).
         """
         task = self.for_evaluation()._replace(group_size=whole_groups(None, samples, self.group_size))
         repeated = [prompt for prompt in prompts for _ in range(samples)]
         found: dict[str, list[np.ndarray]] = {}
+        votes: list[np.ndarray] = []
         for fed, count, rollout in task.rollouts(params, repeated, batch_size, key):
             stop.check()
-            judged = task.judge(fed, rollout)
+            judged = task.judge(fed, rollout, vote=True)
+            if judged.votes is not None:
+                votes.append(judged.votes[:count])
             figures = {"scores": judged.scores, "ended": judged.ended}
             figures |= {f"rewards/{name}": part for name, part in judged.parts.items()}
             if kl is not None:
@@ -206,7 +216,16 @@ class Task(NamedTuple):
         known = {name: error for name, error in errors.items() if error is not None}
         not_judged = int(np.isnan(whole["scores"]).sum())
         counts = {"not_judged": float(not_judged)} if not_judged else {}
-        return {name: mean(judged_only(values)) for name, values in whole.items()} | known | counts
+        reached = {}
+        if self.attempts is not None:
+            metric = "scores" if self.attempts.metric == "scores" else f"rewards/{self.attempts.metric}"
+            if metric not in whole:
+                names = ", ".join(name.removeprefix("rewards/") for name in whole if name.startswith("rewards/"))
+                raise UserError(f"success_metric={self.attempts.metric!r} is none of scores, {names}")
+            scores = whole[metric]
+            voted = np.concatenate(votes).reshape(-1, samples) if votes else None
+            reached = attempt_figures(scores.reshape(-1, samples), voted, self.attempts.success)
+        return {name: mean(judged_only(values)) for name, values in whole.items()} | known | counts | reached
 
 
 def read_task(
@@ -260,6 +279,7 @@ def make_task(
     lanes: int | None = None,
     min_new_tokens: int = 0,
     eval_max_new_tokens: int | None = None,
+    attempts: Attempts | None = None,
 ) -> Task:
     """Encode the prompts of every row set; those that leave too little room in the model's positions are left out, and told.
 
@@ -282,6 +302,7 @@ def make_task(
         lanes: as of `sample`, like min_new_tokens.
         min_new_tokens: likewise.
         eval_max_new_tokens: the longest completion in evaluations; None: max_new_tokens.
+        attempts: what several completions of a prompt reach in evaluations; None: that is not looked at.
 
     Returns:
         The task.
@@ -299,6 +320,9 @@ def make_task(
     for whose, most in positions.items():
         if most - longest < 1:
             raise UserError(f"{limit} leaves no room for a prompt in {most} positions of {whose}")
+    if attempts is not None and attempts.answers is not None:
+        for rows in row_sets:
+            check_columns(rows, [attempts.answers])
     encoded = []
     for number, rows in enumerate(row_sets):
         prompts = [row["prompt"] for row in rows]
@@ -321,7 +345,7 @@ def make_task(
     return Task(
         lm, tokenizer, judges, weights, encoded, widths, max_new_tokens, temperature, top_k, top_p, eos_ids, strings,
         pad_id, reward_model, mesh, group_size, caller, lanes, min_new_tokens,
-        eval_max_new_tokens,
+        eval_max_new_tokens, attempts,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from pgjax.core.errors import UserError
 from pgjax.models.io.chat_template import as_date
+from pgjax.run.trackers import check_trackers
 
 
 def require(ok: bool, message: str) -> None:
@@ -101,6 +102,7 @@ def check_run(config: Any) -> None:
     seed_fits(config)
     check_lora(config)
     check_template(config)
+    check_trackers(config.track)
 
 
 def check_template(config: Any) -> None:

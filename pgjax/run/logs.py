@@ -15,6 +15,7 @@ from pgjax.parallel.encoding import plain
 from pgjax.run import owner
 from pgjax.run.checkpoint.records import other_fields, write_whole
 from pgjax.run.packages import of_scripts
+from pgjax.run.trackers import Trackers
 
 CONFIG, METRICS, SAMPLES = "config.json", "metrics.jsonl", "samples.jsonl"
 
@@ -150,6 +151,9 @@ class Writer:
             that was killed after its last checkpoint, are dropped so that no step stands there twice.
         active: False writes nothing at all: for the processes of a run that do not keep its logs.
 
+    Attributes:
+        also: trackers that get the metrics of each step as well, and are closed with the files.
+
     Example:
         >>> import tempfile
         >>> from pgjax.run.logs import Writer, read_metrics
@@ -161,6 +165,7 @@ class Writer:
 
     def __init__(self, folder: str | Path, *, start_step: int = 0, active: bool = True) -> None:
         self.folder, self.active = Path(folder), active
+        self.also: Trackers | None = None
         if active:
             self._open(start_step)
 
@@ -202,6 +207,8 @@ class Writer:
         for name, value in numbers.items():
             self._event(int(step), summary={"value": [{"tag": name, "simple_value": value}]})
         self._events.flush()
+        if self.also is not None:
+            self.also.write(int(step), numbers)
 
     def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append samples of a step to `samples.jsonl`, one a line.
@@ -224,6 +231,8 @@ class Writer:
         self._metrics.close()
         self._samples.close()
         self._events.close()
+        if self.also is not None:
+            self.also.close()
 
     def __enter__(self) -> Writer:
         return self

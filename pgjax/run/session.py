@@ -23,6 +23,7 @@ from pgjax.run.progress import Progress
 from pgjax.run.report.page import report_at_end
 from pgjax.run.report.versions import record_versions
 from pgjax.run.summary import has_metric
+from pgjax.run.trackers import Tracker, Trackers
 
 Dtype = Literal["float32", "bfloat16", "float16"] | None
 
@@ -44,6 +45,8 @@ class RunFlags(Flags):
     save_every: int = 50  # updates between checkpoints
     keep: int = 2  # how many of the latest checkpoints stay
     keep_best: bool = False  # keep the best checkpoint too, and save its model
+    track: tuple[Tracker, ...] = ()  # send the metrics to these too: wandb, trackio
+    track_project: str = "pgjax"  # under which they file the run
 
     @property
     def goes_on(self) -> bool:
@@ -145,18 +148,18 @@ def session_options(config: RunFlags) -> dict[str, Any]:
         config: of the script.
 
     Returns:
-        The arguments config, keep, keep_best, resume and resume_from.
+        The arguments config, keep, keep_best, resume, resume_from, track and track_project.
 
     Example:
         >>> session_options(RunFlags(keep=3))["keep"]
         3
     """
-    names = ("keep", "keep_best", "resume", "resume_from")
+    names = ("keep", "keep_best", "resume", "resume_from", "track", "track_project")
     return {"config": dataclasses.asdict(config), **{name: getattr(config, name) for name in names}}
 
 
 # Fields on which no result depends: any run may change them when it goes on
-INCIDENTAL = frozenset({"output", "resume", "resume_from", "keep", "keep_best", *MACHINE})
+INCIDENTAL = frozenset({"output", "resume", "resume_from", "keep", "keep_best", "track", "track_project", *MACHINE})
 
 
 class Session(NamedTuple):
@@ -206,6 +209,8 @@ def open_session(
     keep_best: bool = False,
     resume: bool = False,
     resume_from: From = None,
+    track: Collection[str] = (),
+    track_project: str = "pgjax",
     **made_from: Any,
 ) -> Iterator[Session]:
     """Open a run, go on from its last snapshot where that is asked for, and close all of it in the end.
@@ -224,6 +229,8 @@ def open_session(
         keep_best: whether the one with the best score stays too.
         resume: whether to go on with the run in the folder.
         resume_from: as in `resume.go_on`; anything but None resumes.
+        track: trackers that get the metrics too (`trackers.OPEN`).
+        track_project: under which they file the run.
         made_from: fingerprints of data and frozen models; a snapshot goes on with no others.
 
     Yields:
@@ -265,6 +272,7 @@ def open_session(
         ):
             if writes:
                 record_versions(folder, start)
+                writer.also = Trackers(track, project=track_project, folder=folder, config=config)
             try:
                 yield Session(folder, state, start, checkpoints, writer, progress)
             finally:

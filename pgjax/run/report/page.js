@@ -99,9 +99,11 @@ function panel([name, title, other], wantsLog) {
 }
 
 function panels() {
-  const log = byId("log").checked, drawn = PANELS.map(p => panel(p, log)).filter(p => p), more = byId("more");
+  const log = byId("log").checked, more = byId("more");
+  const names = [...new Set(runs.flatMap(run => Object.keys(run.curves)))].sort((a, b) => a.localeCompare(b, "en", {numeric: true}));
+  const attempts = names.filter(name => /^eval\/(pass|majority)@/.test(name)).map(name => [name, `Held-out ${name.slice(5)}`]);
+  const drawn = [...PANELS, ...attempts].map(p => panel(p, log)).filter(p => p);
   byId("panels").replaceChildren(...(drawn.length ? drawn : ["Nothing is logged yet."]));
-  const names = [...new Set(runs.flatMap(run => Object.keys(run.curves)))].sort();
   if (more.open) more.lastElementChild.replaceChildren(...names.map(name => panel([name, name], log)).filter(p => p));
 }
 
