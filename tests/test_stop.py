@@ -97,11 +97,11 @@ def test_an_evaluation_stops_between_its_batches(monkeypatch):
             for number in range(40):
                 yield [], 1, number
 
-        def judge(self, prompts, rollout):
+        def judge(self, prompts, rollout, *, vote):
             judged.append(rollout)
             if rollout == 2:
                 os.kill(os.getpid(), signal.SIGUSR1)
-            return type("Judged", (), {"scores": np.zeros(1), "ended": np.ones(1), "parts": {}})
+            return type("Judged", (), {"scores": np.zeros(1), "ended": np.ones(1), "parts": {}, "votes": None})
 
     task = Slow(*[None] * (len(Task._fields) - len(Task._field_defaults)))
     with stop.stop_signals():

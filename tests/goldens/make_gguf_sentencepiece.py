@@ -9,30 +9,9 @@ import random
 from pathlib import Path
 
 WORDS = [
-    "the",
-    "rain",
-    "on",
-    "the",
-    "sea",
-    "owls",
-    "bread",
-    "haiku",
-    "write",
-    "about",
-    "moon",
-    "river",
-    "café",
-    "naïve",
-    "12",
-    "345",
-    "hello",
-    "world",
-    "in",
-    "a",
-    "of",
-    "and",
-    "to",
-]
+    "the", "rain", "on", "the", "sea", "owls", "bread", "haiku", "write", "about", "moon", "river", "café", "naïve", "12", "345",
+    "hello", "world", "in", "a", "of", "and", "to",
+]  # fmt: skip
 TEXTS = [
     "the rain on the sea",
     "  two  spaces",
