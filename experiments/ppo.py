@@ -67,8 +67,8 @@ PRESETS = {
     "whole_haiku": Config(
         held_out="experiments.tasks.haiku:held_out_rows", reward_weights=(1.0, 0.0, 0.0), output=Path("runs/whole_haiku"),
         rewards=tuple(f"experiments.tasks.haiku:{name}" for name in ("whole_haiku_reward", "three_lines", "exact_haiku")),
-        steps=60, batch_size=64, max_new_tokens=40, eval_max_new_tokens=128, algorithm="rloo", group_size=8, kl_coef=0.003,
-        lora_rank=16, learning_rate=4e-4),
+        steps=45, batch_size=64, max_new_tokens=40, eval_max_new_tokens=128, algorithm="rloo", group_size=8, kl_coef=0.001,
+        lora_rank=16, learning_rate=6e-4),
     "sentiment": Config(
         prompts="experiments.tasks.sentiment:train_rows", held_out="experiments.tasks.sentiment:held_out_rows", chat=False,
         rewards=("experiments.tasks.sentiment:sentiment_reward",), output=Path("runs/sentiment"), batch_size=64,
