@@ -52,7 +52,7 @@ class State(NamedTuple):
 class Sampled(NamedTuple):
     """A rollout, and what the policy and the reference give to it.
 
-    T = P + N columns and W = N + 1 entries; N is max_new_tokens, or less where every completion is shorter (`rollout.trim`).
+    T = P + N columns and W = N + 1 entries; N is max_new_tokens; without packing, less where every completion is shorter (`rollout.trim`).
     """
 
     tokens: jax.Array  # [B, T] int32
@@ -215,7 +215,8 @@ def iteration(
         else:
             sampler |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, "min_new_tokens": min_new_tokens}
             rollout = sample(lm, params["lm"], prompts, prompt_mask, keys(state)[0], **sampler)
-        unused = columns_behind(rollout.mask, max_new_tokens)
+        # Packed rows hold no column that no completion reaches.
+        unused = columns_behind(rollout.mask, max_new_tokens) if pack_tokens is None else 0
         rollout = without_last(rollout, unused)
         ids = rollout.tokens, rollout.attention_mask, scale
         window = max_new_tokens + 1 - unused

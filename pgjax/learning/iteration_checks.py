@@ -83,7 +83,9 @@ def check_packing(lm: CausalLM, pack_tokens: int | None, microbatches: int) -> N
         return
     check_whole("pack_tokens", pack_tokens, 1)
     if not isinstance(lm.arch, Architecture):
-        raise UserError("pack_tokens packs rows for pgjax's own transformer, not for a model made by pg.bundle: leave it out")
+        raise UserError(
+            "pack_tokens packs rows for pgjax's own transformer, not for a model made by pg.bundle: leave it out"
+        )
     if lm.arch.rope is not None and lm.arch.rope.scaling == "longrope":
         raise UserError(
             "pack_tokens joins sequences in longer rows, for which longrope would take its other factors: leave it out"

@@ -169,7 +169,9 @@ def _packed(
         rows = step_of(packing, number)
         return jax.tree.map(lambda x, y: jnp.where(members(rows)[:, None], y, x), found, of_step(rows))
 
-    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_step, step_of(packing, packing.steps)))
+    blank = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_step, step_of(packing, packing.steps))
+    )
     return constrain_batch(jax.lax.fori_loop(0, packing.steps, one, constrain_batch(blank)))
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pgjax.core.errors import UserError
+from pgjax.data.padding import bucket_length
 from pgjax.models.causal_lm import CausalLM
 from pgjax.models.shared_prompts import same_prompts
 from pgjax.parallel.sharding import constrain, constrain_batch
@@ -61,7 +62,7 @@ def pack_rows(
     prompt_lengths: np.ndarray, lengths: np.ndarray, *, columns: int, prompt_columns: int, group_size: int, pack_tokens: int,
     parts: int = 1,
 ) -> PackedRows:  # fmt: skip
-    """Plan the rows of a batch on the host; their shapes follow from the arguments that are numbers, and from whether lengths vary.
+    """Plan the rows of a batch on the host, in a shape that other lengths seldom change.
 
     Args:
         prompt_lengths: [N] tokens of each prompt, which ends in column prompt_columns.
@@ -73,7 +74,7 @@ def pack_rows(
         parts: devices that share the rows of a step.
 
     Returns:
-        NumPy arrays.
+        NumPy arrays. L is 512, or the bucket of the longest sequence, or pack_tokens; where lengths hardly vary, what a group takes.
 
     Raises:
         UserError: a sequence of the batch may be longer than pack_tokens.
@@ -87,7 +88,7 @@ def pack_rows(
     """
     if columns > pack_tokens:
         raise UserError(f"pack_tokens={pack_tokens} holds no row of {columns} tokens: make it at least {columns}")
-    length = _row_length(prompt_lengths, lengths, columns, prompt_columns, group_size, pack_tokens)
+    length = _row_length(prompt_lengths, lengths, group_size, pack_tokens)
     filled = _assigned(prompt_lengths.tolist(), lengths.tolist(), group_size, length)
     together = pack_tokens // length * parts
     count = -(-len(lengths) // together)
@@ -118,13 +119,12 @@ def pack_rows(
     return PackedRows(steps, *by_step, row_of // together, row_of % together, first, lengths.astype(np.int32))
 
 
-def _row_length(
-    prompt_lengths: np.ndarray, lengths: np.ndarray, columns: int, prompt_columns: int, group_size: int, pack_tokens: int
-) -> int:
+def _row_length(prompt_lengths: np.ndarray, lengths: np.ndarray, group_size: int, pack_tokens: int) -> int:
     """Choose L: where lengths vary, what wastes little at the ends of rows; where they do not, what one group fills."""
     real = prompt_lengths[::group_size].sum() + lengths.sum()
-    group = prompt_columns + group_size * (columns - prompt_columns)
-    widest = min(max(columns, LONGEST), pack_tokens)
+    group = int(prompt_lengths.max() + group_size * lengths.max())
+    longest = bucket_length(int((prompt_lengths + lengths).max()))
+    widest = min(max(longest, LONGEST), pack_tokens)
     return min(group, widest) if real * group_size >= EVEN * len(lengths) * group else widest
 
 
@@ -166,7 +166,9 @@ def _assigned(
 
 def step_of(rows: PackedRows, number: jax.Array) -> PackedRows:
     """Take the rows of one step; `steps` becomes its number."""
-    of_steps = {name: getattr(rows, name)[number] for name in ("source", "segment_ids", "branch_ids", "before", "sampled")}
+    of_steps = {
+        name: getattr(rows, name)[number] for name in ("source", "segment_ids", "branch_ids", "before", "sampled")
+    }
     return rows._replace(steps=number, **of_steps)
 
 
