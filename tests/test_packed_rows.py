@@ -176,5 +176,5 @@ def test_packing_that_cannot_be_is_refused():
     with pytest.raises(UserError, match="pack_tokens=12 holds no row of 13 tokens: make it at least 13"):
         pack_rows(np.ones(2), np.ones(2), columns=13, prompt_columns=5, group_size=1, pack_tokens=12)
     other = pg.bundle(lambda p, t: p[t], lambda p: p, vocab_size=23, max_positions=64)
-    with pytest.raises(UserError, match="not for a model made by pg.bundle"):
+    with pytest.raises(UserError, match=r"not for a model made by pg\.bundle"):
         make(other, pack_tokens=64)

@@ -52,7 +52,8 @@ class State(NamedTuple):
 class Sampled(NamedTuple):
     """A rollout, and what the policy and the reference give to it.
 
-    T = P + N columns and W = N + 1 entries; N is max_new_tokens; without packing, less where every completion is shorter (`rollout.trim`).
+    T = P + N columns and W = N + 1 entries. N is max_new_tokens; without packing, less where every completion is shorter
+    (`rollout.trim`).
     """
 
     tokens: jax.Array  # [B, T] int32
@@ -220,7 +221,7 @@ def iteration(
         rollout = without_last(rollout, unused)
         ids = rollout.tokens, rollout.attention_mask, scale
         window = max_new_tokens + 1 - unused
-        options = {"window": window, "parts": parts, "group_size": a_prompt}
+        options: dict[str, Any] = {"window": window, "parts": parts, "group_size": a_prompt}
         if reference is not None or not sampler_knows:
             options["packing"] = packing_of(rollout, window)[0]
         known = without_last(policy, unused) if sampler_knows else programs.teacher_force(lm, params, *ids, **options)

@@ -28,7 +28,7 @@ from pgjax.models.causal_lm import CausalLM
 from pgjax.models.heads import head_logprobs, head_logprobs_and_entropy, logit_options, token_values
 from pgjax.models.lora import with_lora
 from pgjax.parallel.sharding import ambient_mesh, check_batch, constrain, constrain_batch
-from pgjax.rollout.packed_rows import PackedRows, members, read_packed, step_of
+from pgjax.rollout.packed_rows import PackedRows, members, read_all_packed, step_of
 from pgjax.rollout.sample import Rollout, Scored
 
 _Read = Callable[
@@ -135,15 +135,16 @@ def _in_parts(
     window: int, parts: int, group_size: int, packing: PackedRows | None,
 ) -> Any:  # fmt: skip
     """Read what is wanted off the last hidden states, some rows at a time."""
+    # Gathered over fsdp once: XLA on TPU would do it again in each part.
+    unembedding = constrain(lm.unembedding(params).astype(lm.dtype), "vocab")
     if packing is not None:
-        return _packed(read, lm, params, tokens, attention_mask, window, group_size, packing)
+        of_model = lm, params, unembedding, tokens, attention_mask
+        return read_all_packed(read, *of_model, packing, window=window, group_size=group_size)
     check_whole("parts", parts, 1)
     if len(tokens) % parts:
         raise ValueError(f"{len(tokens)} rows do not divide into {parts} parts")
     check_batch(ambient_mesh(), len(tokens) // parts // group_size, "each part")
     group = {"prompt_length": tokens.shape[1] - window + 1, "group_size": group_size}
-    # Gathered over fsdp once: XLA on TPU would do it again in each part.
-    unembedding = constrain(lm.unembedding(params).astype(lm.dtype), "vocab")
 
     def part(xs: tuple[jax.Array, jax.Array]) -> Any:
         tokens, attention_mask = xs
@@ -153,26 +154,6 @@ def _in_parts(
     split = jax.tree.map(lambda x: x.reshape(parts, -1, x.shape[1]), (tokens, attention_mask))
     split = jax.tree.map(lambda x: constrain(x, None, "batch"), split)  # each part on all devices
     return constrain_batch(jax.tree.map(lambda x: x.reshape(-1, window), jax.lax.map(part, split)))
-
-
-def _packed(
-    read: _Read, lm: CausalLM, params: Any, tokens: jax.Array, attention_mask: jax.Array, window: int, group_size: int,
-    packing: PackedRows,
-) -> Any:  # fmt: skip
-    """Read it off packed rows, a step's at a time: as many steps as are used."""
-    unembedding = constrain(lm.unembedding(params).astype(lm.dtype), "vocab")
-    of_step = functools.partial(
-        read_packed, read, lm, params, unembedding, tokens, attention_mask, window=window, group_size=group_size
-    )
-
-    def one(number: jax.Array, found: Any) -> Any:
-        rows = step_of(packing, number)
-        return jax.tree.map(lambda x, y: jnp.where(members(rows)[:, None], y, x), found, of_step(rows))
-
-    blank = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_step, step_of(packing, packing.steps))
-    )
-    return constrain_batch(jax.lax.fori_loop(0, packing.steps, one, constrain_batch(blank)))
 
 
 @functools.partial(
@@ -325,8 +306,8 @@ def sequence_kl(logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array) -
 )
 def update(
     state: TrainState, batch: Batch, order: jax.Array, number: jax.Array, frozen: dict[str, Any] | None = None,
-    packing: PackedRows | None = None, *, lm: CausalLM, algorithm: Algorithm, optimizer: Transformation, microbatches: int = 1, temperature: float = 1.0,
-    group_size: int = 1, left_out: bool = False,
+    packing: PackedRows | None = None, *, lm: CausalLM, algorithm: Algorithm, optimizer: Transformation,
+    microbatches: int = 1, temperature: float = 1.0, group_size: int = 1, left_out: bool = False,
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
     """Take one optimizer step on one minibatch; the state's buffers are given away.
 

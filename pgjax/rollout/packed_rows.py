@@ -74,7 +74,8 @@ def pack_rows(
         parts: devices that share the rows of a step.
 
     Returns:
-        NumPy arrays. L is 512, or the bucket of the longest sequence, or pack_tokens; where lengths hardly vary, what a group takes.
+        NumPy arrays. L is 512, or the bucket of the longest sequence, and pack_tokens at most; where lengths hardly vary, what
+        a group takes.
 
     Raises:
         UserError: a sequence of the batch may be longer than pack_tokens.
@@ -115,8 +116,9 @@ def pack_rows(
                 row_of[member], first[member] = row, drawn + 1
                 column, drawn = column + new, drawn + new
     steps = np.int32(-(-len(filled) // together))
-    by_step = (x.reshape(count, together, length) for x in (source, segment_ids, branch_ids, before, sampled))
-    return PackedRows(steps, *by_step, row_of // together, row_of % together, first, lengths.astype(np.int32))
+    by_step = lambda x: x.reshape(count, together, length)
+    of_rows = by_step(source), by_step(segment_ids), by_step(branch_ids), by_step(before), by_step(sampled)
+    return PackedRows(steps, *of_rows, row_of // together, row_of % together, first, lengths.astype(np.int32))
 
 
 def _row_length(prompt_lengths: np.ndarray, lengths: np.ndarray, group_size: int, pack_tokens: int) -> int:
@@ -184,8 +186,8 @@ def read_packed(
     """Run a model over the packed rows of one step, and bring what is read off them back to the batch.
 
     Args:
-        read: (states [R, L, D], unembedding, tokens [R, L]) -> a tree of [R, L] in the token frame: entry k is about tokens[:, k],
-            and of the state k - 1.
+        read: (states [R, L, D], unembedding, tokens [R, L]) -> a tree of [R, L] in the token frame: entry k is about
+            tokens[:, k], and of the state k - 1.
         lm: the model's functions.
         params: its parameters.
         unembedding: [V, D].
@@ -215,3 +217,23 @@ def read_packed(
         return constrain_batch(x + fill.astype(x.dtype))
 
     return jax.tree.map(back, found)
+
+
+def read_all_packed(
+    read: Callable[[jax.Array, jax.Array, jax.Array], Any], lm: CausalLM, params: Any, unembedding: jax.Array,
+    tokens: jax.Array, attention_mask: jax.Array, rows: PackedRows, *, window: int, group_size: int,
+) -> Any:  # fmt: skip
+    """Read off the packed rows of all steps, one step at a time, as many as are used; the arguments are those of `read_packed`.
+
+    Returns:
+        The tree, of [N, W]: 0 where nothing was sampled.
+    """
+    arguments = read, lm, params, unembedding, tokens, attention_mask
+    of_step = functools.partial(read_packed, *arguments, window=window, group_size=group_size)
+
+    def one(number: jax.Array, found: Any) -> Any:
+        now = step_of(rows, number)
+        return jax.tree.map(lambda x, y: jnp.where(members(now)[:, None], y, x), found, of_step(now))
+
+    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_step, step_of(rows, rows.steps)))
+    return constrain_batch(jax.lax.fori_loop(0, rows.steps, one, constrain_batch(blank)))
