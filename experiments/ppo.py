@@ -95,7 +95,7 @@ def run(config: Config, mesh: Mesh | None) -> dict[str, float]:
     group_size = algorithm.group_size
     options = flags.iteration_options(config, algorithm)
     flags.tell_schedule(config, options["minibatches"])
-    parts = options["minibatches"] * config.microbatches  # that a batch is learned in
+    parts = options["minibatches"] * options["microbatches"]  # that a batch is learned in
     devices.check_batch_divides(mesh, config.batch_size, parts=parts, group_size=group_size)
     judges, row_sets, places = read_task(config.rewards, config.prompts, config.held_out, config.held_out_rows)
     lm, params, tokenizer = pg.load(config.model, mesh=mesh, **load_options(config))

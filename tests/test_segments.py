@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pgjax.models.forward import segment_positions
 from tests.compare import assert_close
 from tests.sizes import SOME_FAMILIES
 from tests.tiny import tiny_apply, tiny_lm, tiny_params
@@ -78,4 +77,3 @@ def test_an_attention_mask_inside_segments_holds_too():
     packed = np.asarray(apply(params, TOKENS[:, :8], mask, segments))
     assert_close(packed[:, 1:4], apply(params, TOKENS[:, 1:4]), of_max=1e-5)
     assert_close(packed[:, 6:8], apply(params, TOKENS[:, 6:8]), of_max=1e-5)
-    assert segment_positions(jnp.asarray(mask), jnp.asarray(segments)).tolist() == [[0, 0, 1, 2, 0, 0, 0, 1]]

@@ -57,6 +57,9 @@ class LearningFlags:
     epochs: int = 1  # passes over an iteration's completions
     minibatches: int | None = None  # optimizer updates in an epoch; None: 2, or 1 where the loss is for on-policy data
     microbatches: int = 2  # parts of a minibatch, for memory; the gradient is the same
+    pack_tokens: int | None = (
+        None  # pack sequences into rows, so many tokens a device at once, in place of microbatches
+    )
     learning_rate: float = 3e-5  # of AdamW, reached after the warm-up
     warmup_updates: int = 4  # updates over which the rate rises linearly
     decay: bool = False  # fall linearly to 0 over the run
@@ -95,7 +98,7 @@ _ALGORITHM = (
 )  # fmt: skip
 _ITERATION = (
     "kl_target", "kl_horizon", "importance_cap", "importance_level", "importance_floor", "max_approx_kl",
-    "teacher_force", "epochs", "minibatches", "microbatches",
+    "teacher_force", "epochs", "minibatches", "microbatches", "pack_tokens",
 )  # fmt: skip
 
 
@@ -182,13 +185,14 @@ def iteration_options(config: Any, algorithm: Algorithm) -> dict[str, Any]:
         algorithm: of `algorithm_of`.
 
     Returns:
-        The arguments by name, the number of minibatches settled.
+        The arguments by name, the number of minibatches settled; of microbatches there is one where rows are packed.
 
     Example:
         >>> iteration_options(LearningFlags("rloo"), load_algorithm("rloo"))["minibatches"]
         1
     """
     options = {name: getattr(config, name) for name in _ITERATION}
+    options |= {} if config.pack_tokens is None else {"microbatches": 1}
     return options | {"minibatches": config.minibatches or (1 if algorithm.on_policy else 2)}
 
 
@@ -336,13 +340,14 @@ def check_policy(config: Any) -> None:
         UserError: with the field and its value.
     """
     at_least_one(config, "steps", "batch_size", "max_new_tokens", "lanes", "epochs", "minibatches", "microbatches")
+    at_least_one(config, "pack_tokens")
     algorithm = algorithm_of(config)
     options = iteration_options(config, algorithm)
-    parts = options["minibatches"] * config.microbatches
+    parts = options["minibatches"] * options["microbatches"]
     require(
         config.batch_size % parts == 0,
         f"batch_size={config.batch_size} does not divide into minibatches={options['minibatches']} times "
-        f"microbatches={config.microbatches}: make it a multiple of {parts}",
+        f"microbatches={options['microbatches']}: make it a multiple of {parts}",
     )
     require(
         config.batch_size % algorithm.group_size == 0,

@@ -20,6 +20,7 @@ from pgjax.learning.iteration_checks import (
     check_importance,
     check_kept,
     check_options,
+    check_packing,
     check_reference,
     check_rows,
     check_scores,
@@ -29,7 +30,8 @@ from pgjax.learning.optimizer import Metrics, TrainState
 from pgjax.models.causal_lm import CausalLM, Params
 from pgjax.models.heads import init_value_head
 from pgjax.models.lora import with_lora
-from pgjax.parallel.sharding import check_batch, entered, fold_in, place, replicated, whole_groups
+from pgjax.parallel.sharding import batch_parts, check_batch, entered, fold_in, place, replicated, whole_groups
+from pgjax.rollout.packed_rows import PackedRows, pack_rows, sequence_lengths
 from pgjax.rollout.sample import Rollout, Rows, Scored, sample, sample_scored
 from pgjax.rollout.trim import columns_behind, without_last
 
@@ -50,7 +52,8 @@ class State(NamedTuple):
 class Sampled(NamedTuple):
     """A rollout, and what the policy and the reference give to it.
 
-    T = P + N columns and W = N + 1 entries; N is max_new_tokens, or less where every completion is shorter (`rollout.trim`).
+    T = P + N columns and W = N + 1 entries. N is max_new_tokens; without packing, less where every completion is shorter
+    (`rollout.trim`).
     """
 
     tokens: jax.Array  # [B, T] int32
@@ -75,7 +78,8 @@ def iteration(
     top_p: float | None = None, min_p: float | None = None, eos_ids: Sequence[int] = (),
     stop_table: jax.typing.ArrayLike | None = None, pad_id: int = 0, lanes: int | None = None,
     min_new_tokens: int = 0,
-    epochs: int = 1, minibatches: int = 1, microbatches: int = 1, max_approx_kl: float | None = None,
+    epochs: int = 1, minibatches: int = 1, microbatches: int = 1, pack_tokens: int | None = None,
+    max_approx_kl: float | None = None,
     importance_cap: float | None = None, importance_level: str = "token", importance_floor: float | None = None,
     kl_target: float | None = None, kl_horizon: float = 10_000.0,
     teacher_force: bool | None = None, frozen: Params | None = None, mesh: Mesh | None = None,
@@ -97,6 +101,9 @@ def iteration(
         epochs: passes over an iteration's completions.
         minibatches: optimizer steps in an epoch.
         microbatches: parts of a minibatch, for memory; the gradient is the same.
+        pack_tokens: pack the sequences into rows, so that scoring and learning cost what their tokens do, and their memory is
+            that of so many tokens a device at a time, the longest prompt and completion at least. The gradient is the same.
+            None: a row is a sequence, padded to the longest.
         max_approx_kl: nats a token; the epochs stop once the policy has moved further.
         importance_cap, importance_level, importance_floor, kl_target, kl_horizon: as of `programs.experience`.
         teacher_force: whether the policy's log-probabilities come from a pass of their own over its samples; None: where the
@@ -140,6 +147,7 @@ def iteration(
     check_options(algorithm, epochs, kl_target, plain=plain, teacher_force=teacher_force)
     check_importance(importance_cap, importance_level, importance_floor)
     check_reference(algorithm, reference)
+    check_packing(lm, pack_tokens, microbatches)
     sampler_knows = plain and once if teacher_force is None else not teacher_force
     group, whole = algorithm.group_size, replicated(mesh)
     parts = minibatches * microbatches
@@ -163,6 +171,23 @@ def iteration(
         programs.update, lm=lm, algorithm=algorithm, optimizer=optimizer, microbatches=microbatches,
         temperature=float(temperature),
     )  # fmt: skip
+
+    def packing_of(rollout: Sampled | Rollout, window: int, orders: Sequence[Any] = (None,)) -> list[PackedRows | None]:
+        """Plan the packed rows of the whole batch, or of minibatches of it, given as the numbers of their rows."""
+        if pack_tokens is None:
+            return [None] * len(orders)
+        columns = rollout.tokens.shape[1]
+        known = jax.device_get(sequence_lengths(rollout.attention_mask, rollout.mask, window=window))
+        plans = []
+        for order in orders:
+            of_prompts, new = known if order is None else known[:, order]
+            plans.append(
+                pack_rows(
+                    of_prompts, new, columns=columns, prompt_columns=columns - window + 1, pack_tokens=pack_tokens,
+                    group_size=whole_groups(None, len(new), group), parts=batch_parts(mesh),
+                )
+            )  # fmt: skip
+        return [place(plan, whole) for plan in plans]
 
     def keys(state: State) -> tuple[jax.Array, jax.Array]:
         if state.key is None:
@@ -191,10 +216,14 @@ def iteration(
         else:
             sampler |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, "min_new_tokens": min_new_tokens}
             rollout = sample(lm, params["lm"], prompts, prompt_mask, keys(state)[0], **sampler)
-        unused = columns_behind(rollout.mask, max_new_tokens)
+        # Packed rows hold no column that no completion reaches.
+        unused = columns_behind(rollout.mask, max_new_tokens) if pack_tokens is None else 0
         rollout = without_last(rollout, unused)
         ids = rollout.tokens, rollout.attention_mask, scale
-        options = {"window": max_new_tokens + 1 - unused, "parts": parts, "group_size": a_prompt}
+        window = max_new_tokens + 1 - unused
+        options: dict[str, Any] = {"window": window, "parts": parts, "group_size": a_prompt}
+        if reference is not None or not sampler_knows:
+            options["packing"] = packing_of(rollout, window)[0]
         known = without_last(policy, unused) if sampler_knows else programs.teacher_force(lm, params, *ids, **options)
         ref = None if reference is None else programs.reference_logprobs(lm, reference, *ids, **options)
         return Sampled(*rollout, known, ref)
@@ -219,17 +248,19 @@ def iteration(
                 batch = batch._replace(old_logprobs=None)
         learner, taken, shuffle_key = state.learner, [], keys(state)[1]
         unsplit = whole_groups(None, rows // minibatches, group)  # whole groups in a minibatch, on any mesh
+        window = rollout.policy.values.shape[1]
         for epoch in range(epochs):
             order = updates.minibatches(fold_in(shuffle_key, epoch), rows, minibatches, unsplit)
-            for number in numbers:
+            plans = packing_of(rollout, window, numbers if pack_tokens is None else jax.device_get(order))
+            for number, plan in zip(numbers, plans, strict=True):
                 learner, of_update = take_update(
-                    learner, batch, order, number, base, group_size=rows_a_prompt(rows), left_out=kept is not None
+                    learner, batch, order, number, base, plan, group_size=rows_a_prompt(rows), left_out=kept is not None
                 )
                 taken.append(of_update)
             if max_approx_kl is not None and jax.device_get(of_update["policy/approxkl_avg"]) > max_approx_kl:
                 break
         averaged = _averaged(taken) | {"train/healthy": of_update["train/healthy"]}  # once False, it stays so
-        length, window = rollout.tokens.shape[1], rollout.policy.values.shape[1]
+        length = rollout.tokens.shape[1]
         padded = {
             "completions/padded_prompt": np.int32(length - window + 1),
             "completions/padded_length": np.int32(length),
@@ -240,6 +271,8 @@ def iteration(
     def rows_a_prompt(rows: int) -> int:
         """Give the rows whose prompt is computed once, in each part."""
         check_rows(rows, minibatches, microbatches, group)
+        if pack_tokens is not None:
+            return whole_groups(None, rows // minibatches, group)
         check_batch(mesh, rows // parts, "each part of the batch")
         return whole_groups(mesh, rows // parts, group)
 

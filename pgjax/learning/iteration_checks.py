@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pgjax.core.checks import check_whole
 from pgjax.core.errors import UserError
 from pgjax.core.importance import LEVELS
 from pgjax.learning.algorithm import Algorithm, check_algorithm
 from pgjax.learning.optimizer import TrainState
-from pgjax.models.causal_lm import Params
+from pgjax.models.architecture import Architecture
+from pgjax.models.causal_lm import CausalLM, Params
 
 
 def check_options(
@@ -73,6 +75,26 @@ def check_importance(cap: float | None, level: str, floor: float | None) -> None
         raise UserError(f"{given} says how samples are weighed: it needs importance_cap, their largest weight")
     if floor is not None and cap is not None and not 0 <= floor < cap:
         raise UserError(f"importance_floor must be from 0 to below importance_cap={cap}, got {floor}")
+
+
+def check_packing(lm: CausalLM, pack_tokens: int | None, microbatches: int) -> None:
+    """Refuse packed rows of a model that cannot be told its segments, and two numbers that say the same."""
+    if pack_tokens is None:
+        return
+    check_whole("pack_tokens", pack_tokens, 1)
+    if not isinstance(lm.arch, Architecture):
+        raise UserError(
+            "pack_tokens packs rows for pgjax's own transformer, not for a model made by pg.bundle: leave it out"
+        )
+    if lm.arch.rope is not None and lm.arch.rope.scaling == "longrope":
+        raise UserError(
+            "pack_tokens joins sequences in longer rows, for which longrope would take its other factors: leave it out"
+        )
+    if microbatches != 1:
+        raise UserError(
+            f"pack_tokens={pack_tokens} says how much is computed at once, and so does microbatches={microbatches}: leave one "
+            "of them out"
+        )
 
 
 def check_rows(rows: int, minibatches: int, microbatches: int, group: int) -> None:

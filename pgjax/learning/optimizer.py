@@ -207,7 +207,48 @@ def accumulate(loss_fn: LossFn, params: Any, batch: Any, weight: jax.Array, micr
     check_whole("microbatches", microbatches, 1)
     if rows % microbatches:
         raise ValueError(f"{rows} rows do not divide into {microbatches} microbatches")
-    weights = weight.sum().astype(jnp.float32)
+    part = _share_of(loss_fn, params, weight.sum())
+    check_batch(ambient_mesh(), rows // microbatches, "each microbatch")
+    if microbatches == 1:
+        return _narrowed(params, *part(*constrain_batch((batch, weight))))
+    split = jax.tree.map(lambda x: x.reshape(microbatches, rows // microbatches, *x.shape[1:]), (batch, weight))
+    split = jax.tree.map(lambda x: constrain(x, None, "batch"), split)  # each part on all devices
+    zeros = _zeros_of(part, batch, weight)
+    summed = jax.lax.scan(lambda total, xs: (jax.tree.map(jnp.add, total, part(*xs)), None), zeros, split)[0]
+    return _narrowed(params, *summed)
+
+
+def accumulate_steps(
+    loss_fn: LossFn, params: Any, take: Callable[[jax.Array], tuple[Any, jax.Array]], total: jax.Array, steps: jax.Array
+) -> tuple[Any, Metrics]:
+    """Compute the gradient of a mean over a whole batch in a number of steps that need not be known when it is compiled.
+
+    grad = sum_m (W_m / W) grad_m, as of `accumulate`.
+
+    Args:
+        loss_fn, params: as of `accumulate`.
+        take: number of a step -> what of the batch its loss is of, and what each row of that counts in the mean.
+        total: W, what all of them count.
+        steps: [] int32.
+
+    Returns:
+        As `accumulate`.
+
+    >>> loss, x = lambda w, x: (jnp.mean(w * x), {}), jnp.arange(4.0)
+    >>> take = lambda i: (jax.lax.dynamic_slice_in_dim(x, 2 * i, 2), jnp.ones(2))
+    >>> grad, metrics = accumulate_steps(loss, jnp.float32(2.0), take, jnp.float32(4), jnp.int32(2))
+    >>> float(grad), float(metrics["loss"])
+    (1.5, 3.0)
+    """
+    part = _share_of(loss_fn, params, total)
+    zeros = _zeros_of(lambda: part(*take(jnp.int32(0))))
+    add = lambda number, summed: jax.tree.map(jnp.add, summed, part(*take(number)))
+    return _narrowed(params, *jax.lax.fori_loop(0, steps, add, zeros))
+
+
+def _share_of(loss_fn: LossFn, params: Any, total: jax.Array) -> Callable[[Any, jax.Array], tuple[Any, Metrics]]:
+    """Make the function that gives a part's share of the gradient and of the metrics, of a batch that counts `total`."""
+    weights = total.astype(jnp.float32)
     total = jnp.where(weights > 0, weights, 1.0)  # where nothing counts, the gradient is 0
 
     def part(batch: Any, weight: jax.Array) -> tuple[Any, Metrics]:
@@ -216,16 +257,15 @@ def accumulate(loss_fn: LossFn, params: Any, batch: Any, weight: jax.Array, micr
         found = constrain_params(grad), {"loss": loss, **metrics}
         return jax.tree.map(lambda x: as_float(x) * share.astype(as_float(x).dtype), found)
 
-    def narrowed(grad: Any, metrics: Metrics) -> tuple[Any, Metrics]:
-        return jax.tree.map(lambda x, of: x.astype(of.dtype), grad, params), metrics
+    return part
 
-    check_batch(ambient_mesh(), rows // microbatches, "each microbatch")
-    if microbatches == 1:
-        return narrowed(*part(*constrain_batch((batch, weight))))
-    split = jax.tree.map(lambda x: x.reshape(microbatches, rows // microbatches, *x.shape[1:]), (batch, weight))
-    split = jax.tree.map(lambda x: constrain(x, None, "batch"), split)  # each part on all devices
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, batch, weight))
-    return narrowed(*jax.lax.scan(lambda total, xs: (jax.tree.map(jnp.add, total, part(*xs)), None), zeros, split)[0])
+
+def _zeros_of(function: Callable[..., Any], *args: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *args))
+
+
+def _narrowed(params: Any, grad: Any, metrics: Metrics) -> tuple[Any, Metrics]:
+    return jax.tree.map(lambda x, of: x.astype(of.dtype), grad, params), metrics
 
 
 def apply_gradient(

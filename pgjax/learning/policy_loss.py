@@ -15,6 +15,7 @@ from pgjax.learning.algorithm import Algorithm, Batch
 from pgjax.learning.optimizer import Metrics
 from pgjax.models.causal_lm import CausalLM
 from pgjax.models.heads import head_logprobs, head_logprobs_and_entropy, logit_options, token_values
+from pgjax.rollout.packed_rows import PackedRows, read_packed
 
 
 def token_weights(mask: jax.Array, reduce: str) -> jax.Array | None:
@@ -47,8 +48,9 @@ def token_weights(mask: jax.Array, reduce: str) -> jax.Array | None:
 
 
 def policy_loss(
-    params: Any, batch: Batch, *, lm: CausalLM, algorithm: Algorithm, temperature: float, group_size: int = 1
-) -> tuple[jax.Array, Metrics]:
+    params: Any, batch: Batch, *, lm: CausalLM, algorithm: Algorithm, temperature: float, group_size: int = 1,
+    packing: PackedRows | None = None,
+) -> tuple[jax.Array, Metrics]:  # fmt: skip
     """Compute the loss of an algorithm: policy + value_coef * value - entropy_coef * entropy + kl_loss_coef * k3.
 
     The policy's loss is `algorithm.token_loss`. It, the entropy and k3 are means over sampled tokens weighed by
@@ -64,6 +66,8 @@ def policy_loss(
         temperature: the sampler's.
         group_size: completions a prompt, adjacent rows with the same prompt, which is computed once; 1 where rows have nothing
             in common.
+        packing: of `packed_rows.step_of`: the model runs over these packed rows, in which the tokens of `batch.mask` stand; None:
+            over the batch's own.
 
     Returns:
         The loss [], and metrics, each a mean over the batch's sampled tokens.
@@ -82,15 +86,23 @@ def policy_loss(
     >>> float(loss), float(metrics["loss/value_avg"])  # V = 0 where the return is 1
     (0.25, 0.5)
     """
-    window = batch.mask.shape[1]
-    group = {"prompt_length": batch.tokens.shape[1] - window + 1, "group_size": group_size}
-    hidden = lm.hidden(params["lm"], batch.tokens, batch.attention_mask, **group)[:, -window:]
-    of_head = hidden, lm.unembedding(params["lm"]), batch.tokens[:, -window:]
-    options = {"temperature": temperature, **logit_options(lm.arch)}
-    if algorithm.entropy_coef != 0:
-        logprobs, entropy = head_logprobs_and_entropy(*of_head, **options)
+    window, options = batch.mask.shape[1], {"temperature": temperature, **logit_options(lm.arch)}
+
+    def read(hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array) -> tuple[jax.Array, Any, Any]:
+        values = token_values(params["value"], hidden) if algorithm.value_coef != 0 else None
+        if algorithm.entropy_coef != 0:
+            return *head_logprobs_and_entropy(hidden, unembedding, tokens, **options), values
+        return head_logprobs(hidden, unembedding, tokens, **options), None, values
+
+    ids = batch.tokens, batch.attention_mask
+    unembedding = lm.unembedding(params["lm"])
+    if packing is None:
+        group = {"prompt_length": batch.tokens.shape[1] - window + 1, "group_size": group_size}
+        hidden = lm.hidden(params["lm"], *ids, **group)[:, -window:]
+        logprobs, entropy, values = read(hidden, unembedding, batch.tokens[:, -window:])
     else:
-        logprobs, entropy = head_logprobs(*of_head, **options), None
+        found = read_packed(read, lm, params["lm"], unembedding, *ids, packing, window=window, group_size=group_size)
+        logprobs, entropy, values = found
     old_logprobs = jax.lax.stop_gradient(logprobs) if batch.old_logprobs is None else batch.old_logprobs
     batch = batch._replace(old_logprobs=old_logprobs)
 
@@ -100,7 +112,7 @@ def policy_loss(
     loss = mean(algorithm.token_loss(logprobs, batch))
     metrics = {"loss/policy_avg": loss, **policy_metrics(logprobs, old_logprobs, batch.mask, *algorithm.clip_range)}
     if algorithm.value_coef != 0:
-        values, eps = token_values(params["value"], hidden), algorithm.value_clip_eps
+        eps = algorithm.value_clip_eps
         old_values = None if eps is None else batch.old_values
         value = value_loss(values, batch.returns, batch.mask, old_values=old_values, clip_eps=eps)
         moved = jnp.abs(values - batch.old_values) > (math.inf if eps is None else eps)

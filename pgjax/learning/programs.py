@@ -15,12 +15,20 @@ from pgjax.core.importance import masked_importance_weights, truncated_importanc
 from pgjax.core.kl import adaptive_kl_coef, kl_k1
 from pgjax.core.masking import masked_mean, where_mask
 from pgjax.learning.algorithm import Algorithm, Batch, Experience, check_algorithm
-from pgjax.learning.optimizer import Metrics, TrainState, Transformation, accumulate, apply_gradient
+from pgjax.learning.optimizer import (
+    Metrics,
+    TrainState,
+    Transformation,
+    accumulate,
+    accumulate_steps,
+    apply_gradient,
+)
 from pgjax.learning.policy_loss import policy_loss, token_weights
 from pgjax.models.causal_lm import CausalLM
 from pgjax.models.heads import head_logprobs, head_logprobs_and_entropy, logit_options, token_values
 from pgjax.models.lora import with_lora
 from pgjax.parallel.sharding import ambient_mesh, check_batch, constrain, constrain_batch
+from pgjax.rollout.packed_rows import PackedRows, members, read_all_packed, step_of
 from pgjax.rollout.sample import Rollout, Scored
 
 _Read = Callable[
@@ -39,6 +47,7 @@ def teacher_force(
     window: int,
     parts: int,
     group_size: int = 1,
+    packing: PackedRows | None = None,
 ) -> Scored:
     """Run a policy with its critic over a batch of given tokens.
 
@@ -55,6 +64,7 @@ def teacher_force(
         parts: divides B; the hidden states of one part exist at a time.
         group_size: completions a prompt, adjacent rows with the same T - W + 1 first entries, which are computed once; each
             part holds whole groups. 1 where rows have nothing in common.
+        packing: of `packed_rows.pack_rows`, which takes the place of `parts`; where nothing was sampled all is then 0.
 
     Returns:
         Each [B, W] float32, in nats and in units of reward.
@@ -77,7 +87,7 @@ def teacher_force(
         logprobs, entropy = head_logprobs_and_entropy(hidden, unembedding, tokens, **options)
         return Scored(logprobs, token_values(params["value"], hidden), entropy)
 
-    return _in_parts(read, lm, params["lm"], tokens, attention_mask, window, parts, group_size)
+    return _in_parts(read, lm, params["lm"], tokens, attention_mask, window, parts, group_size, packing)
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "window", "parts", "group_size"))
@@ -91,6 +101,7 @@ def reference_logprobs(
     window: int,
     parts: int,
     group_size: int = 1,
+    packing: PackedRows | None = None,
 ) -> jax.Array:
     """Compute the log-probabilities that a frozen model gives to a batch, and nothing else.
 
@@ -99,7 +110,7 @@ def reference_logprobs(
     Args:
         lm: the model's functions.
         params: its parameters, without a value head.
-        tokens, attention_mask, temperature, window, parts, group_size: as of `teacher_force`.
+        tokens, attention_mask, temperature, window, parts, group_size, packing: as of `teacher_force`.
 
     Returns:
         [B, W] float32, nats.
@@ -116,21 +127,24 @@ def reference_logprobs(
     (2, 3)
     """
     read = functools.partial(head_logprobs, temperature=temperature, **logit_options(lm.arch))
-    return _in_parts(read, lm, params, tokens, attention_mask, window, parts, group_size)
+    return _in_parts(read, lm, params, tokens, attention_mask, window, parts, group_size, packing)
 
 
 def _in_parts(
     read: _Read, lm: CausalLM, params: Any, tokens: jax.Array, attention_mask: jax.Array,
-    window: int, parts: int, group_size: int,
+    window: int, parts: int, group_size: int, packing: PackedRows | None,
 ) -> Any:  # fmt: skip
     """Read what is wanted off the last hidden states, some rows at a time."""
+    # Gathered over fsdp once: XLA on TPU would do it again in each part.
+    unembedding = constrain(lm.unembedding(params).astype(lm.dtype), "vocab")
+    if packing is not None:
+        of_model = lm, params, unembedding, tokens, attention_mask
+        return read_all_packed(read, *of_model, packing, window=window, group_size=group_size)
     check_whole("parts", parts, 1)
     if len(tokens) % parts:
         raise ValueError(f"{len(tokens)} rows do not divide into {parts} parts")
     check_batch(ambient_mesh(), len(tokens) // parts // group_size, "each part")
     group = {"prompt_length": tokens.shape[1] - window + 1, "group_size": group_size}
-    # Gathered over fsdp once: XLA on TPU would do it again in each part.
-    unembedding = constrain(lm.unembedding(params).astype(lm.dtype), "vocab")
 
     def part(xs: tuple[jax.Array, jax.Array]) -> Any:
         tokens, attention_mask = xs
@@ -292,8 +306,8 @@ def sequence_kl(logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array) -
 )
 def update(
     state: TrainState, batch: Batch, order: jax.Array, number: jax.Array, frozen: dict[str, Any] | None = None,
-    *, lm: CausalLM, algorithm: Algorithm, optimizer: Transformation, microbatches: int = 1, temperature: float = 1.0,
-    group_size: int = 1, left_out: bool = False,
+    packing: PackedRows | None = None, *, lm: CausalLM, algorithm: Algorithm, optimizer: Transformation,
+    microbatches: int = 1, temperature: float = 1.0, group_size: int = 1, left_out: bool = False,
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
     """Take one optimizer step on one minibatch; the state's buffers are given away.
 
@@ -303,6 +317,7 @@ def update(
         order: [minibatches, rows] of `optimizer.minibatches`.
         number: [] which minibatch.
         frozen: {"lm": parameters} where `state.params["lm"]` are adapters to them (`lora`); None: all are trained.
+        packing: of `packed_rows.pack_rows` of the minibatch's rows, in their order; its steps take the place of microbatches.
         lm: the model's functions.
         algorithm: whose loss it is.
         optimizer: any optax transformation.
@@ -331,11 +346,18 @@ def update(
     part = constrain_batch(jax.tree.map(lambda x: x[order[number]], batch))
     part = part._replace(weights=token_weights(part.mask, algorithm.reduce))
 
-    def loss_fn(params: Any, part: Batch) -> tuple[jax.Array, Metrics]:
-        return policy_loss(
-            with_lora(frozen, params), part, lm=lm, algorithm=algorithm, temperature=temperature, group_size=group_size
-        )
+    def loss_fn(params: Any, given: tuple[Batch, PackedRows | None]) -> tuple[jax.Array, Metrics]:
+        options: dict[str, Any] = {"algorithm": algorithm, "temperature": temperature, "group_size": group_size}
+        return policy_loss(with_lora(frozen, params), given[0], lm=lm, packing=given[1], **options)
 
-    grad, metrics = accumulate(loss_fn, state.params, part, part.mask.sum(1), microbatches)
+    def of_step(number: jax.Array) -> tuple[tuple[Batch, PackedRows], jax.Array]:
+        rows = step_of(packing, number)  # type: ignore[arg-type]
+        mask = part.mask & members(rows)[:, None]
+        return (part._replace(mask=mask), rows), mask.sum(1)
+
+    if packing is None:
+        grad, metrics = accumulate(loss_fn, state.params, (part, None), part.mask.sum(1), microbatches)
+    else:
+        grad, metrics = accumulate_steps(loss_fn, state.params, of_step, part.mask.sum(), packing.steps)
     state, step_metrics = apply_gradient(state, grad, metrics.pop("loss"), optimizer, not left_out or part.mask.any())
     return state, metrics | step_metrics

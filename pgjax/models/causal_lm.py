@@ -49,10 +49,11 @@ class CausalLM(NamedTuple):
         apply: (params, tokens[B,T], attention_mask=None, segment_ids=None) -> logits[B,T,V] float32. segment_ids [B,T] int32 pack
             several texts into one row: a token attends to its own segment only, and positions start again with each. A segment
             is a run of one id, and a row uses no id twice. Without an attention_mask, 0 marks padding.
-        hidden: (params, tokens, attention_mask=None, segment_ids=None, *, prompt_length=0, group_size=1) -> [B,T,D] after the
-            last norm. With a group_size, adjacent rows of a group have the same first prompt_length entries, which may be
-            computed once (`shared_prompts`); pgjax's own gives NaN to a row with another prompt than its group's first row,
-            and with "cudnn" computes each by itself.
+        hidden: (params, tokens, attention_mask=None, segment_ids=None, *, prompt_length=0, group_size=1, branch_ids=None) ->
+            [B,T,D] after the last norm. With a group_size, adjacent rows of a group have the same first prompt_length entries,
+            which may be computed once (`shared_prompts`); pgjax's own gives NaN to a row with another prompt than its group's
+            first row, and with "cudnn" computes each by itself. branch_ids let texts of a packed row share their beginning
+            (`forward.forward`); only pgjax's own takes them.
         unembedding: (params) -> [V,D].
         init_cache: (batch, length) -> any tree of arrays [batch, ...], whose shapes and dtypes prefill and decode keep. In
             pgjax's own, a layer with a window shorter than `length` has a ring of the window's size.
@@ -184,11 +185,13 @@ def _built(
         *,
         prompt_length: int = 0,
         group_size: int = 1,
+        branch_ids: jax.Array | None = None,
     ) -> jax.Array:
         check_groups(tokens.shape, prompt_length, group_size)
         in_common = group_size > 1 and prompt_length > 0
-        group = {"prompt_length": prompt_length, "group_size": group_size} if in_common else {}
-        x, _ = forward(block, params, tokens, attention_mask, segment_ids, kernel=chosen(), remat=remat, **group)
+        group: dict[str, Any] = {"prompt_length": prompt_length, "group_size": group_size} if in_common else {}
+        ids = tokens, attention_mask, segment_ids
+        x, _ = forward(block, params, *ids, branch_ids=branch_ids, kernel=chosen(), remat=remat, **group)
         return last(params, x)
 
     def unembedding(params: Params) -> jax.Array:

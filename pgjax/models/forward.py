@@ -35,6 +35,7 @@ def forward(
     attention_mask: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     *,
+    branch_ids: jax.Array | None = None,
     kernel: Literal["masked"] | Kernel = "masked",
     remat: bool = False,
     whole: int | None = None,
@@ -48,6 +49,8 @@ def forward(
         tokens: [B, T] int32.
         attention_mask: [B, T] True on real tokens; None: all tokens are real.
         segment_ids: [B, T] int32 of texts packed into one row, 0 on padding if there is no mask; None: one text per row.
+        branch_ids: [B, T] int32 of texts that go on from one beginning, within a segment: 0 on the beginning, which all of them
+            see, then 1, 2, ..., which do not see each other; None: no segment has branches.
         kernel: the implementation of attention (`causal_lm.causal_lm`); rows with segment_ids are always masked.
         remat: save only each layer's input for the backward pass.
         whole: the length of the rows with what will be decoded behind them; None: tokens are all.
@@ -76,8 +79,10 @@ def forward(
     positions = positions_of(attention_mask)
     mask = jnp.tril(jnp.ones((1, length, length), bool)) & attention_mask[:, None, :]
     if segment_ids is not None:
-        positions = segment_positions(attention_mask, segment_ids)
         mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
+        if branch_ids is not None:
+            mask &= (branch_ids[:, None, :] == 0) | (branch_ids[:, :, None] == branch_ids[:, None, :])
+        positions = jnp.maximum(mask.sum(2, dtype=jnp.int32) - 1, 0)  # a token sees itself and those before it
     masks = [mask if kind.window is None else mask & near(positions, kind.window) for kind in kinds]
 
     def masked(query: jax.Array, key: jax.Array, value: jax.Array, kind: jax.Array | None, **group: Any) -> jax.Array:
@@ -200,19 +205,6 @@ def positions_of(attention_mask: jax.Array) -> jax.Array:
     [[0, 0, 0, 1]]
     """
     return jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=1) - 1, 0)
-
-
-def segment_positions(attention_mask: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """Count the real tokens before each token in its own segment: [B, T] int32.
-
-    >>> import jax.numpy as jnp
-    >>> segment_positions(jnp.ones((1, 5), bool), jnp.array([[1, 1, 1, 2, 2]])).tolist()
-    [[0, 1, 2, 0, 1]]
-    """
-    seen = jnp.cumsum(attention_mask.astype(jnp.int32), axis=1)
-    starts = segment_ids != jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, : segment_ids.shape[1]]
-    before = jax.lax.cummax(jnp.where(starts, seen - attention_mask.astype(jnp.int32), 0), axis=1)
-    return jnp.maximum(seen - before - 1, 0)
 
 
 def run(module: nn.Module, params: Params, *args: Any) -> Any:
