@@ -8,8 +8,8 @@ The lengths of prompts and completions are lists that are kept here (`uneven_len
 two lognormal ones. Every row of this build ends where its list says, by force; ids are random. Contenders take turns, each
 in a process of its own, one warm-up and then `repeats` rounds:
 
-    packed  = this build, with pack_tokens, its decode loop shrinking as rows end
-    padded  = this build, with microbatches, all rows in the loop until the last one ends
+    packed  = this build, with pack_tokens
+    padded  = this build, with microbatches
     other   = the other checkout's own iteration with every completion at the limit. A build from before packed rows computes
               as much on the list: it scores and learns all columns of every row, and samples until the longest row ends, which
               is at the limit in every list (of fewer completions than 64: in the limit that is cut to their longest)
@@ -78,13 +78,13 @@ def main(config: Config) -> Row:
                 raise UserError(f"limits={config.limits}: the longest completion of {name} has {longest} tokens")
             sides = {str(limit): (ROOT, ours(config, pairs, limit)) for limit in config.limits}
         else:
-            padded = {**ours(config, pairs, longest), "pack_tokens": None, "compact": False}
+            padded = {**ours(config, pairs, longest), "pack_tokens": None}
             sides = {
                 "packed": (ROOT, ours(config, pairs, longest)),
                 "padded": (ROOT, {**padded, "microbatches": config.microbatches}),
             }
             if config.other is not None:
-                whole = {key: x for key, x in padded.items() if key not in ("pack_tokens", "compact")}
+                whole = {key: x for key, x in padded.items() if key != "pack_tokens"}
                 sides["other"] = (config.other.resolve(), {**whole, "microbatches": config.microbatches})
         with ExitStack() as stack:
             running = {}
@@ -109,7 +109,7 @@ def ours(config: Config, pairs: list[Any], limit: int) -> Row:
     """Give the set-up of the packed iteration."""
     return {
         "model": config.model, "pairs": pairs, "limit": limit, "group_size": GROUP, "microbatches": 1,
-        "pack_tokens": config.pack_tokens, "compact": True,
+        "pack_tokens": config.pack_tokens,
     }  # fmt: skip
 
 

@@ -54,14 +54,11 @@ def uneven(
     group_size: int,
     microbatches: int,
     pack_tokens: int | None,
-    compact: bool,
 ) -> Any:
     """Build an iteration whose completions end where the list says."""
     import pgjax.rollout.sample as sampler
 
     vars(sampler)["ends"] = forced([new for _, new in pairs])
-    if not compact:
-        vars(sampler)["loop_sizes"] = lambda rows, max_new_tokens: (rows,)
     longest = max(of_prompt for of_prompt, _ in pairs)
     mask = np.arange(longest)[None] >= longest - np.array([of_prompt for of_prompt, _ in pairs])[:, None]
     prompts = np.random.default_rng(0).integers(1, lm.arch.vocab_size - 1, (len(pairs) // group_size, longest))

@@ -57,9 +57,7 @@ class LearningFlags:
     epochs: int = 1  # passes over an iteration's completions
     minibatches: int | None = None  # optimizer updates in an epoch; None: 2, or 1 where the loss is for on-policy data
     microbatches: int = 2  # parts of a minibatch, for memory; the gradient is the same
-    pack_tokens: int | None = (
-        None  # pack sequences into rows, so many tokens a device at once, in place of microbatches
-    )
+    pack_tokens: int | None = None  # sequences are packed into rows, so many tokens at once; None: microbatches
     learning_rate: float = 3e-5  # of AdamW, reached after the warm-up
     warmup_updates: int = 4  # updates over which the rate rises linearly
     decay: bool = False  # fall linearly to 0 over the run

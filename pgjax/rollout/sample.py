@@ -24,7 +24,6 @@ from pgjax.parallel.sharding import (
     place,
     replicated,
 )
-from pgjax.rollout.compact import loop_sizes, while_alive
 from pgjax.rollout.draws import Drawn, draw_tokens, ends
 from pgjax.rollout.lanes import generate_in_lanes
 from pgjax.rollout.sample_checks import check_lanes, check_options, check_prompts
@@ -193,8 +192,6 @@ def _run(
     parts = batch_parts(mesh)
     check_lanes(lanes, parts, group_size)
     few = None if lanes is None or lanes >= len(prompts) else (lanes, parts)
-    may_end = len(eos_ids) > 0 or stop_table is not None
-    sizes = loop_sizes(len(prompts), max_new_tokens) if may_end and parts == 1 and few is None else (len(prompts),)
     length = prompts.shape[1]
     extra = bucket_length(length) - length
     off = {"temperature": 1.0, "top_k": lm.arch.vocab_size, "top_p": 1.0, "min_p": 0.0}
@@ -214,12 +211,12 @@ def _run(
         rollout, outputs = _generate(
             lm, params, *batch, key, *others,
             max_new_tokens=max_new_tokens, value_head=value_head, group_size=group_size, few=few,
-            stop_table=stop_table, min_new_tokens=min_new_tokens, sizes=sizes,
+            stop_table=stop_table, min_new_tokens=min_new_tokens,
         )  # fmt: skip
         return _without_columns(rollout, extra) if extra else rollout, outputs
 
 
-@functools.partial(jax.jit, static_argnames=("lm", "max_new_tokens", "group_size", "few", "min_new_tokens", "sizes"))
+@functools.partial(jax.jit, static_argnames=("lm", "max_new_tokens", "group_size", "few", "min_new_tokens"))
 def _generate(
     lm,
     params,
@@ -235,7 +232,6 @@ def _generate(
     few: tuple[int, int] | None = None,
     stop_table=None,
     min_new_tokens: int = 0,
-    sizes: tuple[int, ...] = (),
 ) -> tuple[Rollout, Scored | None]:
     prompts, prompt_mask = constrain_batch((prompts, prompt_mask))
     if few is not None:
@@ -246,12 +242,14 @@ def _generate(
         return _joined(prompts, prompt_mask, pad_id, *drawn)
     batch, start = prompts.shape
     length = start + max_new_tokens
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    prompt_lengths = prompt_mask.sum(1, dtype=jnp.int32)
     weights = lm.decode_params(params)
     unembedding = lm.unembedding(weights).astype(lm.dtype)
 
-    def choose(hidden: jax.Array, step: jax.Array, row: _Row) -> Drawn:
-        closed = (jnp.broadcast_to(step < min_new_tokens, len(hidden)), eos) if min_new_tokens else None
-        return draw_tokens(lm.arch, unembedding, hidden, row.key, row.prompt_length + step, options, value_head, closed)
+    def choose(hidden: jax.Array, step: jax.Array) -> Drawn:
+        closed = (jnp.broadcast_to(step < min_new_tokens, batch), eos) if min_new_tokens else None
+        return draw_tokens(lm.arch, unembedding, hidden, row_keys, prompt_lengths + step, options, value_head, closed)
 
     def write(step: jax.Array, alive: jax.Array, chosen: tuple[Any, ...], written: tuple[Rollout, Any]) -> Any:
         token, *outputs = chosen
@@ -261,20 +259,22 @@ def _generate(
         return constrain_batch(jax.tree.map(lambda x, y: put(x, y[:, None]), written, column))
 
     def advance(carry):
-        step, row, token, alive, state, written, cache = carry
+        step, token, alive, state, written, cache = carry
         index = start + step  # where the token that is read now stands; the one drawn goes one further
-        slots = jnp.where(columns < start, row.seen, columns <= index)
-        hidden, cache = lm.decode(weights, token, row.prompt_length + step, index, slots, cache)
-        chosen = token, *_ = choose(hidden, step + 1, row)
+        slots = jnp.where(columns < start, seen, columns <= index)
+        hidden, cache = lm.decode(weights, token, prompt_lengths + step, index, slots, cache)
+        chosen = token, *_ = choose(hidden, step + 1)
         written = write(step + 1, alive, chosen, written)
         over, state = ends(token, state, eos, stop_table)
-        return step + 1, row, token, alive & ~over, state, written, cache
+        return step + 1, token, alive & ~over, state, written, cache
+
+    def unfinished(carry):
+        step, _, alive, *_ = carry
+        return (step + 1 < max_new_tokens) & alive.any()
 
     columns = jnp.arange(length, dtype=jnp.int32)[None, :]
     grow = functools.partial(jnp.pad, pad_width=((0, 0), (0, max_new_tokens)))
     seen = grow(prompt_mask)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    row = _Row(keys, prompt_mask.sum(1, dtype=jnp.int32), seen)
     blank = jnp.zeros((batch, length), jnp.float32)
     rollout = Rollout(jnp.where(seen, grow(prompts), pad_id), seen, jnp.zeros_like(seen), blank)
     once = (firsts(x, group_size) for x in (prompts, prompt_mask))
@@ -282,22 +282,14 @@ def _generate(
     hidden, cache = jax.tree.map(lambda x: repeated(x, group_size), read)
     alive = jnp.ones(batch, bool)
     step = jnp.int32(0)
-    chosen = token, _, more = choose(hidden, step, row)
+    chosen = token, _, more = choose(hidden, step)
     written = write(step, alive, chosen, (rollout, jax.tree.map(lambda _: blank, more)))
     over, state = ends(token, None if stop_table is None else jnp.zeros(batch, jnp.int32), eos, stop_table)
-    carry = step, row, token, alive & ~over, state, written, cache
-    rollout, more = while_alive(advance, carry, sizes, max_new_tokens - 1)
+    carry = step, token, alive & ~over, state, written, cache
+    rollout, more = jax.lax.while_loop(unfinished, advance, carry)[4]
     if value_head is None:
         return rollout, None
     return rollout, Scored(*(x[:, -(max_new_tokens + 1) :] for x in (rollout.logprobs, *more)))
-
-
-class _Row(NamedTuple):
-    """What the decode loop holds of each row, and never changes."""
-
-    key: jax.Array  # [B] typed keys
-    prompt_length: jax.Array  # [B] int32
-    seen: jax.Array  # [B, T] bool, the columns of its prompt
 
 
 def _joined(
