@@ -82,9 +82,9 @@ def pack_rows(
 
     Example:
         >>> rows = pack_rows(np.array([2, 2]), np.array([3, 1]), columns=5, prompt_columns=2, group_size=2, pack_tokens=8)
-        >>> rows.source.tolist(), rows.branch_ids.tolist()
+        >>> rows.source[: rows.steps].tolist(), rows.branch_ids[: rows.steps].tolist()
         ([[[0, 1, 2, 3, 4, 7, -1, -1]]], [[[0, 0, 1, 1, 1, 2, 0, 0]]])
-        >>> rows.before.tolist()
+        >>> rows.before[: rows.steps].tolist()
         [[[1, 2, 3, 1, 0, 0, 0, 0]]]
     """
     if columns > pack_tokens:
