@@ -101,6 +101,16 @@ def test_an_evaluation_has_a_limit_of_its_own_and_counts_what_ended_by_itself(lo
         make_task(lm, tokenizer, [], None, [[{"prompt": "a"}]], **options | {"eval_max_new_tokens": 4096})
 
 
+def test_the_limit_of_evaluations_leaves_no_training_prompt_out(loaded, capsys):
+    lm, _, tokenizer = loaded
+    options = {"chat": False, "max_new_tokens": 4, "temperature": 1.0, "eval_max_new_tokens": 4080}
+    rows = [{"prompt": "a" * 100}, {"prompt": "a"}]
+    task = make_task(lm, tokenizer, [], None, [rows, rows], **options)
+    assert [len(prompts) for prompts in task.prompt_sets] == [2, 1]
+    assert "held-out prompts: " in (told := capsys.readouterr().out) and "eval_max_new_tokens=4080 in the 4096" in told
+    assert [len(prompts) for prompts in make_task(lm, tokenizer, [], None, [rows], **options).prompt_sets] == [1]
+
+
 def test_processes_can_exchange_what_is_shown_of_prompts_with_dates(loaded):
     # The bug: with several processes, the first rollout of such a prompt ends the run.
     lm, _, tokenizer = loaded

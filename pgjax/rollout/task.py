@@ -315,11 +315,14 @@ def make_task(
     positions = {"the model": lm.arch.max_positions}
     if reward_model is not None:
         positions["the reward model"] = reward_model.rm.arch.max_positions
-    longest = max(max_new_tokens, eval_max_new_tokens or 0)
-    limit = f"{'' if longest == max_new_tokens else 'eval_'}max_new_tokens={longest}"
-    for whose, most in positions.items():
-        if most - longest < 1:
-            raise UserError(f"{limit} leaves no room for a prompt in {most} positions of {whose}")
+    limits = [(max_new_tokens, "max_new_tokens")]
+    if eval_max_new_tokens is not None:
+        limits.append((eval_max_new_tokens, "eval_max_new_tokens"))
+    for longest, name in limits:
+        for whose, most in positions.items():
+            if most - longest < 1:
+                raise UserError(f"{name}={longest} leaves no room for a prompt in {most} positions of {whose}")
+    apart = len(row_sets) == len(_SETS)  # the last is for evaluations alone
     if attempts is not None and attempts.answers is not None:
         for rows in row_sets:
             check_columns(rows, [attempts.answers])
@@ -331,9 +334,8 @@ def make_task(
         lengths = {"the model": list(map(len, ids))}
         if reward_model is not None:
             lengths["the reward model"] = reward_model.prompt_lengths(rows, ids)
-        fits = _fitting(
-            names, lengths, positions, (longest, limit), _SETS[number] if len(row_sets) == len(_SETS) else ""
-        )
+        limit = limits[min(number, len(limits) - 1)] if apart else max(limits)
+        fits = _fitting(names, lengths, positions, limit, _SETS[number] if apart else "")
         encoded.append([Encoded(rows[i], ids[i]) for i in fits])
     _tell_unused_tools(tokenizer, [prompt.row for prompts in encoded for prompt in prompts], chat)
     rising = sorted({len(prompt.ids) for prompts in encoded for prompt in prompts})
@@ -361,7 +363,7 @@ def _fitting(
 ) -> list[int]:
     """Number the prompts that leave room for a completion in every model's positions, and tell which do not.
 
-    `limit` is the longest completion, and that in words.
+    `limit` is the longest completion, and what its number is called.
     """
     left_out: dict[str, list[str]] = {}
     fits = []
@@ -370,7 +372,7 @@ def _fitting(
         if not short:
             fits.append(i)
             continue
-        why = f"whose prompt leaves no room for {limit[1]} in the {positions[short[0]]} positions of "
+        why = f"whose prompt leaves no room for {limit[1]}={limit[0]} in the {positions[short[0]]} positions of "
         left_out.setdefault(why + short[0], []).append(f"{place} ({lengths[short[0]][i]:,} tokens)")
     notes = [f"{which}{note}" for note in left_out_notes(left_out)]
     if not fits:
