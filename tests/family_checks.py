@@ -22,14 +22,14 @@ from pgjax.models.causal_lm import decode_params, logits_of
 from pgjax.models.heads import head_logprobs
 from pgjax.models.reward_model import from_causal_lm
 from pgjax.parallel.sharding import make_mesh, param_shardings, place
+from tests import page_table
 from tests.compare import assert_close, assert_same_bits
 from tests.family_models import CASES, GOLDENS, drawn, padded_batch, write_model
 
 HELD = json.loads((GOLDENS / "families.json").read_text())["cases"]
 LOGITS = np.load(GOLDENS / "families.npz")
 TOKENS, MASK = padded_batch()
-PAGE = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- python -m tests.family_checks --write -->\n", "<!-- end of the table -->\n"
+PAGE = "README.md", "tests.family_checks"
 MESHES = ({"data": 2, "fsdp": 2}, {"fsdp": 2, "tensor": 2})
 # transformers derives these from others that are the same, or reads them only where others say so.
 DERIVED = {"dtype", "rope_parameters", "head_dim", "max_window_layers", "architectures"}
@@ -202,12 +202,9 @@ def table():
 
 def of_page():
     """Read the table that the page shows."""
-    return PAGE.read_text().split(BEGIN)[1].split(END)[0]
+    return page_table.of_page(*PAGE)
 
 
 if __name__ == "__main__":
     assert conftest
-    print(made := table())
-    if "--write" in sys.argv:
-        text = PAGE.read_text()
-        PAGE.write_text(text.replace(BEGIN + of_page(), BEGIN + made))
+    page_table.show(*PAGE, table())

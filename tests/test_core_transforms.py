@@ -2,7 +2,6 @@
 
 import functools
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ import pgjax.core.logprobs as lp
 import pgjax.core.losses as losses
 import pgjax.core.masking as masking
 from pgjax.core.linear_logprobs import linear_token_logprobs, linear_token_logprobs_and_entropy
-from tests import transform_table
+from tests import page_table, transform_table
 from tests.compare import assert_close
 from tests.core_cases import CASES
 from tests.sizes import campaign_but_for
@@ -132,8 +131,8 @@ def joined(tree):
 
 
 def test_every_public_function_of_the_core_has_a_row_of_yes_on_the_page():
-    stub = Path(transform_table.PAGE).parents[1] / "__init__.pyi"
-    public = re.findall(r"^from pgjax\.core\.(?!errors)\w+ import (\w+)", stub.read_text(), flags=re.MULTILINE)
+    stub = (page_table.ROOT / "pgjax" / "__init__.pyi").read_text()
+    public = re.findall(r"^from pgjax\.core\.(?!errors)\w+ import (\w+)", stub, flags=re.MULTILINE)
     assert sorted(CASES) == sorted(public)
     shown = transform_table.of_page()
     assert shown.startswith(transform_table.head()) and "**no**" not in shown

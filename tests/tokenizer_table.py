@@ -5,9 +5,7 @@ python -m tests.tokenizer_table --write   # and put it into the page
 """
 
 import dataclasses
-import sys
 import tempfile
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,11 +16,11 @@ from pgjax.data.preferences import check_pairs, encode_pairs
 from pgjax.data.prompts import completion_texts, encode_prompts
 from pgjax.models.io.chat_template import set_template
 from pgjax.models.io.stops import stop_ids
+from tests import page_table
 from tests.tiny import ARCHITECTURES
 from tests.tokenizer_kinds import KINDS, TEMPLATES, with_template
 
-PAGE = Path(__file__).parents[1] / "experiments" / "README.md"
-BEGIN, END = "<!-- python -m tests.tokenizer_table --write -->\n", "<!-- end of the table -->\n"
+PAGE = "experiments/README.md", "tests.tokenizer_table"
 PROMPT, ANSWER = "The film was", " great"
 USER, BOT = {"role": "user", "content": PROMPT}, {"role": "assistant", "content": "I am"}
 CHAT = [USER, BOT, {"role": "user", "content": "no"}, {"role": "assistant", "content": "yes"}]
@@ -142,11 +140,8 @@ def table():
 
 def of_page():
     """Read the table that the page shows."""
-    return PAGE.read_text().split(BEGIN)[1].split(END)[0]
+    return page_table.of_page(*PAGE)
 
 
 if __name__ == "__main__":
-    print(made := table())
-    if "--write" in sys.argv:
-        text = PAGE.read_text()
-        PAGE.write_text(text.replace(BEGIN + of_page(), BEGIN + made))
+    page_table.show(*PAGE, table())

@@ -8,7 +8,6 @@ python -m tests.transform_table --write   # and put it into the page
 import os
 import sys
 from functools import partial
-from pathlib import Path
 
 from tests.compile_options import xla_flags
 
@@ -24,11 +23,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests import core_cases as cases
+from tests import page_table
 from tests.compare import assert_close
 from tests.core_cases import BATCH, CASES, PARTS, WHOLE, eager, eager_by_part, function, in_parts, inputs, of
 
-PAGE = Path(__file__).parents[1] / "pgjax" / "core" / "README.md"
-BEGIN, END = "<!-- python -m tests.transform_table --write -->\n", "<!-- end of the table -->\n"
+PAGE = "pgjax/core/README.md", "tests.transform_table"
 OF_VOCABULARY = {"theta": P("vocabulary"), **dict.fromkeys(("logits", "ref_logits"), P("data", None, "vocabulary"))}
 REVERSE_ONLY = ("linear_token_logprobs", "linear_token_logprobs_and_entropy")
 
@@ -200,11 +199,8 @@ def table():
 
 def of_page():
     """Read the table that the page shows."""
-    return PAGE.read_text().split(BEGIN)[1].split(END)[0]
+    return page_table.of_page(*PAGE)
 
 
 if __name__ == "__main__":
-    print(made := table())
-    if "--write" in sys.argv:
-        text = PAGE.read_text()
-        PAGE.write_text(text.replace(BEGIN + of_page(), BEGIN + made))
+    page_table.show(*PAGE, table())
